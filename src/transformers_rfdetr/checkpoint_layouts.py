@@ -1,0 +1,240 @@
+"""The key layouts that circulate, and tables of other sizes, to what our models hold.
+
+Four layouts exist: the original one of Roboflow's files, which is our module tree; the same behind `model.`
+(transformers 5.10 to 5.15); the module tree of transformers' port; and mixtures of these. Each rule below renames one
+of the port's names wherever it stands, so that every mixture is read.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers.utils import cached_file, logging
+
+from .configuration_rf_detr import RfDetrConfig, as_pair
+from .modeling_rf_detr_dinov2 import resize_position_table
+
+logger = logging.get_logger(__name__)
+
+_LAYER = r"(\.layer\.\d+\.attention)"
+_PROJECTOR = r"^(backbone\.0\.projector\.stages\.0\.0\..*?)"
+_DECODER = r"^(transformer\.decoder\.layers\.\d+)"
+_BLOCK = r"^(segmentation_head\.blocks\.\d+)"
+_QUERY_BLOCK = r"^(segmentation_head\.query_features_block)"
+_RULES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in [
+        (r"^(?:model\.)+", ""),
+        # backbone
+        (r"^backbone\.backbone\.", "backbone.0.encoder.encoder."),
+        (_LAYER + r"\.q_proj\.", r"\1.attention.query."),
+        (_LAYER + r"\.k_proj\.", r"\1.attention.key."),
+        (_LAYER + r"\.v_proj\.", r"\1.attention.value."),
+        (_LAYER + r"\.o_proj\.", r"\1.output.dense."),
+        (r"^backbone\.projector\.layer_norm\.", "backbone.0.projector.stages.0.1."),
+        (r"^backbone\.projector\.projector_layer\.", "backbone.0.projector.stages.0.0."),
+        (_PROJECTOR + r"bottlenecks\.", r"\1m."),
+        (_PROJECTOR + r"conv(\d)\.conv\.", r"\1cv\2.conv."),
+        (_PROJECTOR + r"conv(\d)\.norm\.", r"\1cv\2.bn."),
+        # transformer
+        (r"^reference_point_embed\.", "refpoint_embed."),
+        (r"^enc_", "transformer.enc_"),
+        (r"^decoder\.", "transformer.decoder."),
+        (r"^transformer\.decoder\.layernorm\.", "transformer.decoder.norm."),
+        (_DECODER + r"\.self_attn_layer_norm\.", r"\1.norm1."),
+        (_DECODER + r"\.cross_attn_layer_norm\.", r"\1.norm2."),
+        (_DECODER + r"\.layer_norm\.", r"\1.norm3."),
+        (_DECODER + r"\.mlp\.fc", r"\1.linear"),
+        (_DECODER + r"\.self_attn\.o_proj\.", r"\1.self_attn.out_proj."),
+        # masks
+        (r"^(blocks|spatial_features_proj|query_features_proj|query_features_block)\.", r"segmentation_head.\1."),
+        (r"^segmentation_bias$", "segmentation_head.bias"),
+        (_BLOCK + r"\.layernorm\.", r"\1.norm."),
+        (_BLOCK + r"\.depthwise_conv\.", r"\1.dwconv."),
+        (_BLOCK + r"\.pointwise_conv\.", r"\1.pwconv1."),
+        (_QUERY_BLOCK + r"\.norm\.", r"\1.norm_in."),
+        (_QUERY_BLOCK + r"\.mlp\.fc1\.", r"\1.layers.0."),
+        (_QUERY_BLOCK + r"\.mlp\.fc2\.", r"\1.layers.2."),
+    ]
+]
+_SPLIT_PROJECTION = re.compile(r"^(transformer\.decoder\.layers\.\d+\.self_attn)\.([qkv])_proj\.(weight|bias)$")
+_GROUP_HEAD = re.compile(r"^(transformer\.enc_(?:output|output_norm|out_class_embed|out_bbox_embed))\.(\d+)\.(.*)$")
+_POSITIONS = "backbone.0.encoder.encoder.embeddings.position_embeddings"
+_QUERY_TABLES = ("refpoint_embed.weight", "query_feat.weight")
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
+# Arguments of from_pretrained that are also attributes of a configuration, but mean the model's loading.
+_LOADING_ARGUMENTS = ("dtype", "torch_dtype", "attn_implementation", "name_or_path")
+
+
+def original_key(key: str) -> str:
+    """The original name of a tensor in any layout. The port's separate q, k, v of the decoder keep theirs."""
+    for pattern, replacement in _RULES:
+        key = pattern.sub(replacement, key)
+    return key
+
+
+def is_original_layout(keys: Iterable[str]) -> bool:
+    """Whether every key already has its original name."""
+    return all(original_key(key) == key and not _SPLIT_PROJECTION.match(key) for key in keys)
+
+
+def to_original_layout(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a state dict in any of the four layouts to the original one, with q, k, v of the decoder stacked.
+
+    Raises:
+        ValueError: if two tensors would get one name, or one of q, k, v is missing.
+    """
+    renamed: dict[str, Tensor] = {}
+    split: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state_dict.items():
+        name = original_key(key)
+        if match := _SPLIT_PROJECTION.match(name):
+            split.setdefault(f"{match[1]}.in_proj_{match[3]}", {})[match[2]] = tensor
+            continue
+        if name in renamed:
+            raise ValueError(f"the checkpoint holds {name!r} twice, the second time as {key!r}")
+        renamed[name] = tensor
+    for name, parts in split.items():
+        if set(parts) != set("qkv") or name in renamed:
+            raise ValueError(f"the checkpoint holds {sorted(parts)} of {name!r}; it needs q, k and v, once")
+        renamed[name] = torch.cat([parts[part] for part in "qkv"])
+    return renamed
+
+
+def _tables_fit(shapes: Mapping[str, Any], config: RfDetrConfig) -> bool:
+    height, width = (side // config.backbone_config.patch_size for side in as_pair(config.backbone_config.image_size))
+    rows = {name: config.group_detr * config.num_queries for name in _QUERY_TABLES}
+    fits = all(name not in shapes or shapes[name][0] == count for name, count in rows.items())
+    return fits and (_POSITIONS not in shapes or shapes[_POSITIONS][1] == 1 + height * width)
+
+
+def fit_tables(
+    state_dict: dict[str, Tensor], stored: RfDetrConfig, config: RfDetrConfig
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Fit the tables of a state dict in the original layout to a configuration of other sizes.
+
+    Positions are interpolated. Of the queries the first of each group are kept; wanted ones beyond the stored repeat
+    them in order, and so do groups with their first-stage heads.
+
+    Args:
+        state_dict: In the original layout.
+        stored: The configuration that came with it, which says how its query rows fall into groups.
+        config: The configuration wanted.
+
+    Returns:
+        The fitted state dict, and a sentence for each change.
+
+    Raises:
+        ValueError: if the stored rows do not fall into groups.
+    """
+    fitted, changes = dict(state_dict), []
+    if _POSITIONS in fitted:
+        table, patch = fitted[_POSITIONS], config.backbone_config.patch_size
+        new = tuple(side // patch for side in as_pair(config.backbone_config.image_size))
+        old = tuple(side // patch for side in as_pair(stored.backbone_config.image_size))
+        if old[0] * old[1] != table.shape[1] - 1:
+            old = (round((table.shape[1] - 1) ** 0.5),) * 2
+        if old != new:
+            fitted[_POSITIONS] = resize_position_table(table, old, new)
+            changes.append(f"position table interpolated from {old[0]}x{old[1]} to {new[0]}x{new[1]} patches")
+    for name in _QUERY_TABLES:
+        if name not in fitted or len(fitted[name]) == config.group_detr * config.num_queries:
+            continue
+        rows = len(fitted[name])
+        groups, queries = stored.group_detr, stored.num_queries
+        if groups * queries != rows:  # the file of seg-large has 13 x 300 rows where its configuration says 200
+            groups, queries = (groups, rows // groups) if rows % groups == 0 else (rows // queries, queries)
+        if groups * queries != rows:
+            raise ValueError(
+                f"{name} has {rows} rows, which are no whole number of groups for group_detr={stored.group_detr} or "
+                f"num_queries={stored.num_queries}; the checkpoint's own configuration is needed"
+            )
+        table = fitted[name].unflatten(0, (groups, queries))
+        table = table[torch.arange(config.group_detr) % groups][:, torch.arange(config.num_queries) % queries]
+        fitted[name] = table.flatten(0, 1)
+        changes.append(f"{name} from {groups} x {queries} rows to {config.group_detr} x {config.num_queries}")
+    heads = {match[0]: match for key in fitted if (match := _GROUP_HEAD.match(key))}
+    stored_groups = 1 + max((int(match[2]) for match in heads.values()), default=-1)
+    if stored_groups and stored_groups != config.group_detr:
+        tensors = {(match[1], int(match[2]), match[3]): fitted.pop(key) for key, match in heads.items()}
+        for head, group, rest in {(head, group, rest) for head, _, rest in tensors for group in range(config.group_detr)}:
+            fitted[f"{head}.{group}.{rest}"] = tensors[head, group % stored_groups, rest]
+        changes.append(f"first-stage heads from {stored_groups} groups to {config.group_detr}")
+    return fitted, changes
+
+
+def _safetensors_files(path: str, variant: str | None, hub: dict[str, Any]) -> list[str]:
+    """The safetensors files of a model folder or Hub repository, sharded or not; none if it has another kind."""
+    stem = "model" if variant is None else f"model.{variant}"
+    quiet = {"_raise_exceptions_for_missing_entries": False, **hub}
+    if single := cached_file(path, f"{stem}.safetensors", **quiet):
+        return [single]
+    index_name = "model.safetensors.index.json" if variant is None else f"model.safetensors.index.{variant}.json"
+    index = cached_file(path, index_name, **quiet)
+    if index is None:
+        return []
+    with open(index, encoding="utf-8") as file:
+        names = sorted(set(json.load(file)["weight_map"].values()))
+    return [cached_file(path, name, **hub) for name in names]
+
+
+class RfDetrCheckpointMixin:
+    """Loading and saving of the models: any layout in, the original one out."""
+
+    # Derived from the keypoint settings, which we do not have; recent files hold it, empty.
+    _keys_to_ignore_on_load_unexpected = [r"^_kp_active_mask$"]  # noqa: RUF012
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any):
+        """Load a checkpoint in any of the four key layouts; see transformers' `from_pretrained` for the arguments.
+
+        Fields of the configuration can be given as arguments. Tables of another size than the configuration asks for
+        are fitted, and each change is reported; see [`fit_tables`]. Heads with another number of classes are
+        initialised anew under `ignore_mismatched_sizes=True`, as everywhere in transformers.
+        """
+        path, state_dict = pretrained_model_name_or_path, kwargs.pop("state_dict", None)
+        hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        source = config if config is not None and path is None else path
+        stored = source if isinstance(source, RfDetrConfig) else RfDetrConfig.from_pretrained(source, **hub)
+        if config is None:
+            fields = [name for name in kwargs if hasattr(stored, name) and name not in _LOADING_ARGUMENTS]
+            config = RfDetrConfig.from_pretrained(path, **hub, **{name: kwargs.pop(name) for name in fields})
+        elif not isinstance(config, RfDetrConfig):
+            config = RfDetrConfig.from_pretrained(config, **hub)
+
+        if state_dict is None and path is not None:
+            files = _safetensors_files(str(path), kwargs.get("variant"), hub)
+            shapes = {}
+            for name in files:
+                with safe_open(name, framework="pt") as file:
+                    shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+            if not files or (is_original_layout(shapes) and _tables_fit(shapes, config)):
+                loaded = super().from_pretrained(path, *model_args, config=config, **kwargs)
+                return cls._loaded(loaded)
+            state_dict = {}
+            for name in files:
+                with safe_open(name, framework="pt") as file:
+                    state_dict |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if state_dict is not None:
+            state_dict, changes = fit_tables(to_original_layout(state_dict), stored, config)
+            for change in changes:
+                logger.warning(f"{path}: {change}")
+        loaded = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)
+        return cls._loaded(loaded, path)
+
+    @staticmethod
+    def _loaded(loaded: Any, path: Any = None) -> Any:
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if path is not None:
+            model.name_or_path = model.config.name_or_path = str(path)
+        return loaded
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save in the original layout, which rfdetr, transformers' port and this package read."""
+        kwargs["save_original_format"] = False  # our keys are the original ones: nothing is to be renamed,
+        self._weight_conversions: list = []  # not by transformers 5.9 to 5.12 either
+        super().save_pretrained(save_directory, *args, **kwargs)

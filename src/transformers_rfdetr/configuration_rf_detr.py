@@ -1,0 +1,463 @@
+"""What the architecture is: the configuration, and the table of published variants, one row each."""
+
+import re
+from typing import Any, NamedTuple
+
+from transformers.configuration_utils import PreTrainedConfig
+
+# The scale of each projector level relative to the patch grid: P3 is twice as fine, P5 half as fine.
+PROJECTOR_SCALES = {"P3": 2.0, "P4": 1.0, "P5": 0.5}
+
+
+class Variant(NamedTuple):
+    """One published model: what differs between the rows of the family. All sizes are in pixels."""
+
+    patch_size: int
+    num_windows: int
+    decoder_layers: int
+    resolution: int
+    position_grid: int  # side of the stored position table, in patches
+    num_queries: int
+    out_indices: tuple[int, ...] = (3, 6, 9, 12)
+    backbone: dict[str, int] = {"hidden_size": 384, "num_attention_heads": 6}
+    decoder: dict[str, Any] = {}
+
+
+_LARGE_DEPRECATED = {
+    "d_model": 384,
+    "decoder_self_attention_heads": 12,
+    "decoder_cross_attention_heads": 24,
+    "decoder_n_points": 4,
+    "projector_scale": ["P3", "P5"],
+}
+# https://github.com/roboflow/rf-detr, configuration of each published class.
+VARIANTS = {
+    "rf-detr-nano": Variant(16, 2, 2, 384, 24, 300),
+    "rf-detr-small": Variant(16, 2, 3, 512, 32, 300),
+    "rf-detr-medium": Variant(16, 2, 4, 576, 36, 300),
+    "rf-detr-large": Variant(16, 2, 4, 704, 44, 300),
+    "rf-detr-base": Variant(14, 4, 3, 560, 37, 300, (2, 5, 8, 11)),
+    "rf-detr-large-deprecated": Variant(
+        14, 4, 3, 560, 37, 300, (2, 5, 8, 11), {"hidden_size": 768, "num_attention_heads": 12}, _LARGE_DEPRECATED
+    ),
+    "rf-detr-seg-preview": Variant(12, 2, 4, 432, 36, 200),
+    "rf-detr-seg-nano": Variant(12, 1, 4, 312, 26, 100),
+    "rf-detr-seg-small": Variant(12, 2, 4, 384, 32, 100),
+    "rf-detr-seg-medium": Variant(12, 2, 5, 432, 36, 200),
+    "rf-detr-seg-large": Variant(12, 2, 5, 504, 42, 200),
+    "rf-detr-seg-xlarge": Variant(12, 2, 6, 624, 52, 300),
+    "rf-detr-seg-2xlarge": Variant(12, 2, 6, 768, 64, 300),
+}
+
+
+def _squeeze(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+# Every usual spelling differs from the name above in case and punctuation only (RFDETRSegMedium, rfdetr-seg-medium),
+# or is one of these.
+ALIASES = {_squeeze(name): name for name in VARIANTS} | {
+    "rfdetrlarge2026": "rf-detr-large",
+    "rfdetrsegn": "rf-detr-seg-nano",
+    "rfdetrsegs": "rf-detr-seg-small",
+    "rfdetrsegm": "rf-detr-seg-medium",
+    "rfdetrsegl": "rf-detr-seg-large",
+    "rfdetrsegxl": "rf-detr-seg-xlarge",
+    "rfdetrseg2xl": "rf-detr-seg-2xlarge",
+    "rfdetrsegxxl": "rf-detr-seg-2xlarge",
+    "rfdetrsegxxlarge": "rf-detr-seg-2xlarge",
+}
+
+
+def resolve_variant(name: str) -> str:
+    """The published name behind any usual spelling: `RFDETRSegMedium`, `Roboflow/rf-detr-seg-medium`, ...
+
+    Raises:
+        ValueError: if `name` is no published variant; the message lists the known ones.
+    """
+    variant = ALIASES.get(_squeeze(str(name).rsplit("/", 1)[-1]))
+    if variant is None:
+        raise ValueError(f"{name!r} is not a published RF-DETR variant; the known ones are {', '.join(VARIANTS)}")
+    return variant
+
+
+# fmt: off
+_COCO_NAMES = {
+    1: "person", 2: "bicycle", 3: "car", 4: "motorcycle", 5: "airplane", 6: "bus", 7: "train", 8: "truck", 9: "boat",
+    10: "traffic light", 11: "fire hydrant", 13: "stop sign", 14: "parking meter", 15: "bench", 16: "bird", 17: "cat",
+    18: "dog", 19: "horse", 20: "sheep", 21: "cow", 22: "elephant", 23: "bear", 24: "zebra", 25: "giraffe",
+    27: "backpack", 28: "umbrella", 31: "handbag", 32: "tie", 33: "suitcase", 34: "frisbee", 35: "skis",
+    36: "snowboard", 37: "sports ball", 38: "kite", 39: "baseball bat", 40: "baseball glove", 41: "skateboard",
+    42: "surfboard", 43: "tennis racket", 44: "bottle", 46: "wine glass", 47: "cup", 48: "fork", 49: "knife",
+    50: "spoon", 51: "bowl", 52: "banana", 53: "apple", 54: "sandwich", 55: "orange", 56: "broccoli", 57: "carrot",
+    58: "hot dog", 59: "pizza", 60: "donut", 61: "cake", 62: "chair", 63: "couch", 64: "potted plant", 65: "bed",
+    67: "dining table", 70: "toilet", 72: "tv", 73: "laptop", 74: "mouse", 75: "remote", 76: "keyboard",
+    77: "cell phone", 78: "microwave", 79: "oven", 80: "toaster", 81: "sink", 82: "refrigerator", 84: "book",
+    85: "clock", 86: "vase", 87: "scissors", 88: "teddy bear", 89: "hair drier", 90: "toothbrush",
+}
+# fmt: on
+# The published heads have one slot per COCO category id, 0 to 90; eleven of the ids name nothing.
+COCO_ID2LABEL = {slot: _COCO_NAMES.get(slot, f"unused {slot}") for slot in range(91)}
+
+
+def as_pair(size: Any) -> tuple[int, int]:
+    """`size` as (height, width): a single number means a square."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+def nearest_legal_sizes(size: int, block: int) -> list[int]:
+    """The multiples of `block` next to `size`, nearest first."""
+    below = size // block * block
+    return sorted({max(below, block), below + block}, key=lambda legal: abs(legal - size))
+
+
+def check_resolution(size: Any, patch_size: int, num_windows: int, name: str = "resolution") -> None:
+    """Raise ValueError, naming the nearest legal sizes, unless each side of `size` is a multiple of patch x windows."""
+    block = patch_size * num_windows
+    for side in as_pair(size):
+        if side <= 0 or side % block:
+            legal = " or ".join(map(str, nearest_legal_sizes(side, block)))
+            raise ValueError(
+                f"{name} {side} is not a multiple of {block} (patch {patch_size} x {num_windows} windows); try {legal}"
+            )
+
+
+def _take_fixed(kwargs: dict[str, Any], fixed: dict[str, Any]) -> None:
+    """Remove the settings that RF-DETR fixes from `kwargs`; another value would be another network, so it raises."""
+    for key, value in fixed.items():
+        given = kwargs.pop(key, value)
+        if given != value:
+            raise ValueError(f"{key}={given!r} is not RF-DETR, which has {key}={value!r}; remove the setting")
+
+
+class RfDetrDinov2Config(PreTrainedConfig):
+    """Configuration of the windowed DINOv2 backbone (https://arxiv.org/abs/2304.07193), JSON fields as transformers'.
+
+    Args:
+        hidden_size: Width of the tokens.
+        num_hidden_layers: Number of blocks.
+        num_attention_heads: Heads of each block.
+        image_size: Side in pixels, or (height, width), that the stored position table was made for. Other input
+            sizes interpolate it.
+        patch_size: Side of a patch in pixels.
+        num_windows: Windows along each side of the picture; 1 means that every block attends globally.
+        num_register_tokens: Register tokens in each window (https://arxiv.org/abs/2309.16588).
+        out_indices: Number of blocks after which each feature map is tapped, ascending; `out_features`
+            (`["stage3", ...]`) says the same.
+        drop_path_rate: Stochastic depth of the last block, in [0, 1); it grows linearly from 0 at the first one.
+        layerscale_value: Initial value of the residual scales.
+        initializer_range: Standard deviation of the initial weights.
+    """
+
+    model_type = "rf_detr_dinov2"
+    base_config_key = "backbone_config"
+    # Settings of the DINOv2 family that RF-DETR never varies. They stand in the JSON for transformers' own reader.
+    _FIXED = {  # noqa: RUF012
+        "mlp_ratio": 4,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "layer_norm_eps": 1e-6,
+        "num_channels": 3,
+        "qkv_bias": True,
+        "use_swiglu_ffn": False,
+        "apply_layernorm": True,
+        "reshape_hidden_states": True,
+        "use_mask_token": True,
+    }
+
+    def __init__(
+        self,
+        hidden_size: int = 768,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        image_size: int | list[int] = 224,
+        patch_size: int = 14,
+        num_windows: int = 4,
+        num_register_tokens: int = 0,
+        out_indices: list[int] | None = None,
+        out_features: list[str] | None = None,
+        drop_path_rate: float = 0.0,
+        layerscale_value: float = 1.0,
+        initializer_range: float = 0.02,
+        **kwargs: Any,
+    ) -> None:
+        _take_fixed(kwargs, self._FIXED)
+        for derived in ("stage_names", "window_block_indexes"):
+            kwargs.pop(derived, None)
+        out_indices = out_indices or kwargs.pop("_out_indices", None)
+        out_features = out_features or kwargs.pop("_out_features", None)
+        if out_indices is None:
+            out_features = out_features or [f"stage{num_hidden_layers}"]
+            out_indices = [0 if name == "stem" else int(name.removeprefix("stage")) for name in out_features]
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.image_size = image_size if isinstance(image_size, int) else list(as_pair(image_size))
+        self.patch_size = patch_size if isinstance(patch_size, int) else patch_size[0]
+        self.num_windows = num_windows
+        self.num_register_tokens = num_register_tokens
+        self.out_indices = list(out_indices)
+        self.drop_path_rate = drop_path_rate
+        self.layerscale_value = layerscale_value
+        self.initializer_range = initializer_range
+        self._check()
+        super().__init__(**kwargs)
+
+    def _check(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
+        in_order = self.out_indices == sorted(set(self.out_indices))
+        if not in_order or not 0 <= self.out_indices[0] <= self.out_indices[-1] <= self.num_hidden_layers:
+            raise ValueError(
+                f"out_indices {self.out_indices} must ascend within 0 .. {self.num_hidden_layers}, the number of blocks"
+            )
+        for side in as_pair(self.image_size):
+            if side <= 0 or side % self.patch_size:
+                legal = " or ".join(map(str, nearest_legal_sizes(side, self.patch_size)))
+                raise ValueError(
+                    f"image_size {side} is not a multiple of the patch size {self.patch_size}; try {legal}"
+                )
+        if not 0.0 <= self.drop_path_rate < 1.0:
+            raise ValueError(f"drop_path_rate {self.drop_path_rate} is outside [0, 1)")
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Names of the states that can be tapped: after 0, 1, ... blocks."""
+        return ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
+
+    @property
+    def out_features(self) -> list[str]:
+        """Names of the states that are tapped."""
+        return [self.stage_names[index] for index in self.out_indices]
+
+    @property
+    def num_used_layers(self) -> int:
+        """Blocks before the last tap. Later ones stand in the checkpoint but are never read."""
+        return self.out_indices[-1]
+
+    @property
+    def window_block_indexes(self) -> list[int]:
+        """Blocks (counted from 0) that attend inside windows; the others attend globally.
+
+        The published checkpoints were trained with the numbers of `out_indices`, which count from 1 as taps, read
+        once more as block numbers that count from 0. We keep that.
+        """
+        return [index for index in range(self.out_indices[-1] + 1) if index not in self.out_indices]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON fields, with the derived and the fixed ones that transformers' own reader wants."""
+        derived = {name: getattr(self, name) for name in ("stage_names", "out_features", "window_block_indexes")}
+        return super().to_dict() | self._FIXED | derived
+
+
+class RfDetrConfig(PreTrainedConfig):
+    """Configuration of RF-DETR (https://arxiv.org/abs/2511.09554): architecture and loss weights, nothing else.
+
+    Example:
+        >>> from transformers_rfdetr import RfDetrConfig
+        >>> config = RfDetrConfig.from_variant("rf-detr-seg-medium", resolution=504)
+        >>> config.num_queries, config.resolution, config.legal_sizes(500)
+        (200, 504, [504, 480])
+
+    Args:
+        backbone_config: The backbone, as [`RfDetrDinov2Config`] or its fields.
+        projector_scale: Feature levels, fine to coarse, of "P3" (twice the patch grid), "P4" (the patch grid) and
+            "P5" (half of it).
+        d_model: Width D of queries and features.
+        num_queries: Queries Q of a group, the most objects that one image can have.
+        group_detr: Query groups G in training (https://arxiv.org/abs/2207.13085); inference uses the first.
+        decoder_layers: Number of decoder layers.
+        decoder_ffn_dim: Hidden width of their feed-forward networks.
+        decoder_self_attention_heads: Heads of their self-attention.
+        decoder_cross_attention_heads: Heads of their deformable cross-attention.
+        decoder_n_points: Points that one head samples on one level.
+        dropout: Dropout of the decoder; the published models train with 0.
+        mask_downsample_ratio: Input pixels along one mask pixel.
+        mask_point_sample_ratio: Mask pixels for each point that matcher and mask loss look at.
+        class_cost, bbox_cost, giou_cost: Weights of the matching cost. The mask terms cost what they weigh in
+            the loss.
+        class_loss_coefficient, bbox_loss_coefficient, giou_loss_coefficient, mask_class_loss_coefficient,
+            mask_dice_loss_coefficient: Weights of the losses.
+        focal_alpha: Alpha of the class cost, and of the class loss's target p^alpha IoU^(1-alpha).
+        auxiliary_loss: Whether the decoder layers before the last are supervised too (the first stage always is).
+        resolution: Side of the square input in pixels, or [height, width]; each side a multiple of patch size x
+            windows. By default `image_size` of the backbone, or the next legal size above.
+
+    Raises:
+        ValueError: for sizes that do not tile, and for settings that would be another network than RF-DETR.
+    """
+
+    model_type = "rf_detr"
+    sub_configs = {"backbone_config": RfDetrDinov2Config}  # noqa: RUF012
+    # The Trainer hands (loss_dict, logits, pred_boxes, pred_masks) to compute_metrics, and nothing else.
+    keys_to_ignore_at_inference = [  # noqa: RUF012
+        "last_hidden_state",
+        "intermediate_hidden_states",
+        "init_reference_points",
+        "backbone_features",
+        "enc_hidden_states",
+        "enc_outputs_class",
+        "enc_outputs_coord",
+        "hidden_states",
+        "attentions",
+        "cross_attentions",
+    ]
+    _FIXED = {  # noqa: RUF012
+        "hidden_expansion": 0.5,
+        "c2f_num_blocks": 3,
+        "activation_function": "silu",
+        "decoder_activation_function": "relu",
+        "segmentation_head_activation_function": "gelu",
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "activation_dropout": 0.0,
+    }
+
+    def __init__(
+        self,
+        backbone_config: RfDetrDinov2Config | dict[str, Any] | None = None,
+        projector_scale: list[str] | None = None,
+        d_model: int = 256,
+        num_queries: int = 300,
+        group_detr: int = 13,
+        decoder_layers: int = 3,
+        decoder_ffn_dim: int = 2048,
+        decoder_self_attention_heads: int = 8,
+        decoder_cross_attention_heads: int = 16,
+        decoder_n_points: int = 2,
+        dropout: float = 0.0,
+        mask_downsample_ratio: int = 4,
+        mask_point_sample_ratio: int = 16,
+        class_cost: float = 2.0,
+        bbox_cost: float = 5.0,
+        giou_cost: float = 2.0,
+        class_loss_coefficient: float = 1.0,
+        bbox_loss_coefficient: float = 5.0,
+        giou_loss_coefficient: float = 2.0,
+        mask_class_loss_coefficient: float = 5.0,
+        mask_dice_loss_coefficient: float = 5.0,
+        focal_alpha: float = 0.25,
+        auxiliary_loss: bool = True,
+        resolution: int | list[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        _take_fixed(kwargs, self._FIXED)
+        # Derived here. transformers' port stores 1e-5 as layer_norm_eps, at which its projector departs from the
+        # checkpoints; theirs is 1e-6, so that is what we compute with and write.
+        for derived in ("layer_norm_eps", "num_feature_levels", "intermediate_size"):
+            kwargs.pop(derived, None)
+        if backbone_config is None:
+            backbone_config = {
+                "hidden_size": 384,
+                "num_attention_heads": 6,
+                "image_size": 518,
+                "out_indices": [2, 5, 8, 11],
+            }
+        if isinstance(backbone_config, dict):
+            backbone_config = RfDetrDinov2Config(**backbone_config)
+        elif not isinstance(backbone_config, RfDetrDinov2Config):
+            backbone_config = RfDetrDinov2Config(**backbone_config.to_dict())
+        self.backbone_config = backbone_config
+        self.projector_scale = list(projector_scale or ["P4"])
+        self.d_model = d_model
+        self.num_queries = num_queries
+        self.group_detr = group_detr
+        self.decoder_layers = decoder_layers
+        self.decoder_ffn_dim = decoder_ffn_dim
+        self.decoder_self_attention_heads = decoder_self_attention_heads
+        self.decoder_cross_attention_heads = decoder_cross_attention_heads
+        self.decoder_n_points = decoder_n_points
+        self.dropout = dropout
+        self.mask_downsample_ratio = mask_downsample_ratio
+        self.mask_point_sample_ratio = mask_point_sample_ratio
+        self.class_cost = class_cost
+        self.bbox_cost = bbox_cost
+        self.giou_cost = giou_cost
+        self.class_loss_coefficient = class_loss_coefficient
+        self.bbox_loss_coefficient = bbox_loss_coefficient
+        self.giou_loss_coefficient = giou_loss_coefficient
+        self.mask_class_loss_coefficient = mask_class_loss_coefficient
+        self.mask_dice_loss_coefficient = mask_dice_loss_coefficient
+        self.focal_alpha = focal_alpha
+        self.auxiliary_loss = auxiliary_loss
+        self._check()
+        self.resolution = self._default_resolution() if resolution is None else resolution
+        super().__init__(**kwargs)
+
+    def _check(self) -> None:
+        if not self.projector_scale or self.projector_scale != sorted(set(self.projector_scale) & set(PROJECTOR_SCALES)):
+            raise ValueError(
+                f"projector_scale {self.projector_scale} must name levels of {list(PROJECTOR_SCALES)} once, fine to coarse"
+            )
+        for heads in ("decoder_self_attention_heads", "decoder_cross_attention_heads"):
+            if self.d_model % getattr(self, heads):
+                raise ValueError(f"d_model {self.d_model} is not a multiple of {heads} {getattr(self, heads)}")
+        for count in ("num_queries", "group_detr", "decoder_layers"):
+            if getattr(self, count) < 1:
+                raise ValueError(f"{count} {getattr(self, count)} must be at least 1")
+        if self.d_model % 4:
+            raise ValueError(f"d_model {self.d_model} must be a multiple of 4: the box embedding gives it four parts")
+
+    def _default_resolution(self) -> int | list[int]:
+        block = self.backbone_config.patch_size * self.backbone_config.num_windows
+        height, width = (-(-side // block) * block for side in as_pair(self.backbone_config.image_size))
+        return height if height == width else [height, width]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "resolution":
+            check_resolution(value, self.backbone_config.patch_size, self.backbone_config.num_windows)
+            value = value if isinstance(value, int) else list(as_pair(value))
+        super().__setattr__(name, value)
+
+    def legal_sizes(self, size: int) -> list[int]:
+        """The input sides in pixels that tile into patches and windows, next to `size`, nearest first."""
+        return nearest_legal_sizes(size, self.backbone_config.patch_size * self.backbone_config.num_windows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON fields, with the derived and the fixed ones that transformers' own reader wants."""
+        derived = {
+            "layer_norm_eps": 1e-6,
+            "num_feature_levels": len(self.projector_scale),
+            "intermediate_size": 4 * self.d_model,
+        }
+        return super().to_dict() | self._FIXED | derived
+
+    @classmethod
+    def from_variant(cls, name: str, **overrides: Any) -> "RfDetrConfig":
+        """The configuration of a published model.
+
+        Args:
+            name: A published name in any usual spelling; see [`resolve_variant`].
+            overrides: Fields to set otherwise. `resolution` takes the position table along where the variant's table
+                has the size of its resolution (all but base and large-deprecated). A `backbone_config` dictionary
+                overrides single fields of the backbone. Without `num_labels` or `id2label` the head has the 91
+                slots of the published checkpoints, with COCO's names.
+
+        Raises:
+            ValueError: for an unknown name, listing the known ones, and for an illegal resolution.
+        """
+        variant = VARIANTS[resolve_variant(name)]
+        resolution = overrides.pop("resolution", variant.resolution)
+        check_resolution(resolution, variant.patch_size, variant.num_windows)
+        follows = variant.position_grid * variant.patch_size == variant.resolution
+        backbone = {
+            "image_size": resolution if follows else variant.position_grid * variant.patch_size,
+            "patch_size": variant.patch_size,
+            "num_windows": variant.num_windows,
+            "out_indices": list(variant.out_indices),
+            **variant.backbone,
+            **overrides.pop("backbone_config", {}),
+        }
+        if "num_labels" not in overrides and "id2label" not in overrides:
+            overrides["id2label"] = dict(COCO_ID2LABEL)
+        if "id2label" in overrides and "label2id" not in overrides:
+            overrides["label2id"] = {label: slot for slot, label in overrides["id2label"].items()}
+        fields = {
+            "decoder_layers": variant.decoder_layers,
+            "num_queries": variant.num_queries,
+            **variant.decoder,
+            **overrides,
+        }
+        return cls(backbone_config=backbone, resolution=resolution, **fields)

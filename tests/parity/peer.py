@@ -1,0 +1,175 @@
+"""The original implementation beside ours: `rfdetr` models with random weights, small or full-size, and our twin."""
+
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import rfdetr.config as rfdetr_config
+import torch
+from rfdetr.models.backbone import dinov2 as rfdetr_dinov2
+from rfdetr.models.lwdetr import build_criterion_from_config, build_model_from_config
+
+from transformers_rfdetr import RfDetrConfig, RfDetrForInstanceSegmentation, RfDetrForObjectDetection
+from transformers_rfdetr.configuration_rf_detr import VARIANTS
+
+PEER_CLASSES = {
+    "rf-detr-nano": "RFDETRNanoConfig",
+    "rf-detr-small": "RFDETRSmallConfig",
+    "rf-detr-medium": "RFDETRMediumConfig",
+    "rf-detr-large": "RFDETRLargeConfig",
+    "rf-detr-base": "RFDETRBaseConfig",
+    "rf-detr-large-deprecated": "RFDETRLargeDeprecatedConfig",
+    "rf-detr-seg-preview": "RFDETRSegPreviewConfig",
+    "rf-detr-seg-nano": "RFDETRSegNanoConfig",
+    "rf-detr-seg-small": "RFDETRSegSmallConfig",
+    "rf-detr-seg-medium": "RFDETRSegMediumConfig",
+    "rf-detr-seg-large": "RFDETRSegLargeConfig",
+    "rf-detr-seg-xlarge": "RFDETRSegXLargeConfig",
+    "rf-detr-seg-2xlarge": "RFDETRSeg2XLargeConfig",
+}
+# A stand-in keeps a variant's branches (windows, taps, levels, points, layers) and shrinks its widths.
+STAND_IN_BACKBONE = {"hidden_size": 32, "num_attention_heads": 2}
+STAND_IN_DECODER = {
+    "d_model": 32,
+    "decoder_self_attention_heads": 2,
+    "decoder_cross_attention_heads": 4,
+    "num_queries": 7,
+    "group_detr": 3,
+    "num_labels": 5,
+}
+
+
+def stand_in_config(variant: str, grid: int | None = None, **overrides: Any) -> RfDetrConfig:
+    """A small configuration with the branches of `variant`, its position table of `grid` x `grid` patches."""
+    row = VARIANTS[variant]
+    grid = grid or 2 * row.num_windows
+    backbone = {"image_size": grid * row.patch_size, **STAND_IN_BACKBONE, **overrides.pop("backbone_config", {})}
+    block = row.patch_size * row.num_windows
+    resolution = overrides.pop("resolution", grid * row.patch_size // block * block)
+    return RfDetrConfig.from_variant(
+        variant, resolution=resolution, backbone_config=backbone, **(STAND_IN_DECODER | overrides)
+    )
+
+
+@contextmanager
+def narrow_dinov2(config: RfDetrConfig):
+    """Let rfdetr build its backbone with the widths of `config`: its own choices are small, base and large."""
+    backbone = config.backbone_config
+    original = rfdetr_dinov2.get_config
+    size = {"hidden_size": backbone.hidden_size, "num_attention_heads": backbone.num_attention_heads}
+
+    def get_config(name: str, use_registers: bool) -> dict[str, Any]:
+        settings = original(name, use_registers) | size
+        settings.pop("out_indices", None)  # the file for registers names one tap, at which transformers 5 stops
+        return settings
+
+    widths = dict.fromkeys(("small", "base"), backbone.hidden_size)
+    with mock.patch.object(rfdetr_dinov2, "get_config", get_config), mock.patch.object(
+        rfdetr_dinov2, "size_to_width", widths
+    ):
+        yield
+
+
+def peer_config(variant: str, config: RfDetrConfig) -> Any:
+    """rfdetr's configuration of the same model."""
+    backbone = config.backbone_config
+    return getattr(rfdetr_config, PEER_CLASSES[variant])(
+        device="cpu",
+        encoder="dinov2_registers_windowed_small" if backbone.num_register_tokens else "dinov2_windowed_small",
+        patch_size=backbone.patch_size,
+        num_windows=backbone.num_windows,
+        out_feature_indexes=backbone.out_indices,
+        positional_encoding_size=backbone.image_size // backbone.patch_size,
+        resolution=config.resolution,
+        hidden_dim=config.d_model,
+        sa_nheads=config.decoder_self_attention_heads,
+        ca_nheads=config.decoder_cross_attention_heads,
+        dec_n_points=config.decoder_n_points,
+        dec_layers=config.decoder_layers,
+        num_queries=config.num_queries,
+        num_select=config.num_queries,
+        group_detr=config.group_detr,
+        num_classes=config.num_labels - 1,
+        projector_scale=config.projector_scale,
+    )
+
+
+@torch.no_grad()
+def randomise(model: torch.nn.Module, seed: int = 0) -> None:
+    """Give every parameter a random value, the zero-initialised ones too, at scales that keep activations moderate."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith(("norm.weight", "bn.weight", "lambda1")) or ".norm" in name and name.endswith("weight"):
+            parameter.copy_(1.0 + 0.2 * noise)
+        elif parameter.ndim == 1:
+            parameter.copy_(0.2 * noise)
+        elif "refpoint_embed" in name:
+            parameter.copy_(0.3 * noise)
+        elif name.startswith("query_feat.") or "token" in name or "position_embeddings" in name:
+            parameter.copy_(noise)
+        else:
+            parameter.copy_(noise * parameter[0].numel() ** -0.5)
+
+
+def twins(variant: str, config: RfDetrConfig | None = None) -> tuple[Any, Any, Any]:
+    """(rfdetr's model, its configuration, ours), with the same random weights, both in evaluation mode."""
+    if config is None:
+        config = RfDetrConfig.from_variant(variant)
+        settings = getattr(rfdetr_config, PEER_CLASSES[variant])(device="cpu")
+        peer = build_model_from_config(settings)
+    else:
+        settings = peer_config(variant, config)
+        with narrow_dinov2(config):
+            peer = build_model_from_config(settings)
+    randomise(peer)
+    ours = (RfDetrForInstanceSegmentation if "-seg-" in variant else RfDetrForObjectDetection)(config)
+    state = {name: tensor for name, tensor in peer.state_dict().items() if name != "_kp_active_mask"}
+    ours.load_state_dict(state)
+    return peer.eval(), settings, ours.eval()
+
+
+def peer_criterion(settings: Any) -> Any:
+    """rfdetr's criterion with the weights of its training configuration."""
+    train = rfdetr_config.SegmentationTrainConfig if settings.segmentation_head else rfdetr_config.TrainConfig
+    return build_criterion_from_config(settings, train(dataset_dir=".", output_dir="."))[0]
+
+
+_TABLE = torch.rand(20_000, 2, generator=torch.Generator().manual_seed(7))
+
+
+def table_points(num_sets: int, num_points: int, device: torch.device) -> torch.Tensor:
+    """The first rows of one fixed table, the same for every set: our source of points in the tests."""
+    return _TABLE[:num_points].to(device).expand(num_sets, -1, -1)
+
+
+@contextmanager
+def table_rand():
+    """rfdetr's source of points, from the same table."""
+
+    def rand(num_sets: int, num_points: int, two: int, device: Any = None) -> torch.Tensor:
+        assert two == 2
+        return table_points(num_sets, num_points, device).clone()
+
+    with mock.patch.object(torch, "rand", rand):
+        yield
+
+
+def random_targets(config: RfDetrConfig, counts: list[int], size: tuple[int, int], seed: int = 0) -> list[dict]:
+    """Targets with `counts` objects an image; their masks are ellipses in their boxes, on a grid of `size`."""
+    generator = torch.Generator().manual_seed(seed)
+    y, x = torch.meshgrid(torch.arange(size[0]) + 0.5, torch.arange(size[1]) + 0.5, indexing="ij")
+    targets = []
+    for count in counts:
+        extent = 0.1 + 0.4 * torch.rand(count, 2, generator=generator)
+        centre = extent / 2 + (1 - extent) * torch.rand(count, 2, generator=generator)
+        dx = (x / size[1] - centre[:, 0, None, None]) / (extent[:, 0, None, None] / 2)
+        dy = (y / size[0] - centre[:, 1, None, None]) / (extent[:, 1, None, None] / 2)
+        targets.append(
+            {
+                "class_labels": torch.randint(config.num_labels, (count,), generator=generator),
+                "boxes": torch.cat([centre, extent], dim=1),
+                "masks": dx**2 + dy**2 <= 1,
+            }
+        )
+    return targets

@@ -1,0 +1,115 @@
+"""Losses and gradients of ours and of rfdetr, both taking their random points from one table."""
+
+import pytest
+import torch
+from peer import PEER_CLASSES, peer_criterion, random_targets, stand_in_config, table_points, table_rand, twins
+
+from transformers_rfdetr import modeling_rf_detr
+from transformers_rfdetr.loss_rf_detr import LossWeights, match
+
+COUNTS = [4, 0, 9]  # more objects than queries in one image, none in another
+
+
+def peer_targets(targets: list[dict]) -> list[dict]:
+    return [{"labels": t["class_labels"], "boxes": t["boxes"], "masks": t["masks"]} for t in targets]
+
+
+def peer_stages(outputs: dict) -> dict:
+    stages = {"": outputs} | {f"_{index}": stage for index, stage in enumerate(outputs["aux_outputs"])}
+    return stages | {"_enc": outputs["enc_outputs"]}
+
+
+def compare(variant: str, config, training: bool, monkeypatch, counts=COUNTS, tolerance: float = 1e-4) -> None:
+    peer, settings, ours = twins(variant, config)
+    config = ours.config
+    peer.train(training)
+    ours.train(training)
+    criterion = peer_criterion(settings).train(training)
+    side = config.resolution
+    pixels = torch.randn(len(counts), 3, side, side, generator=torch.Generator().manual_seed(2))
+    targets = random_targets(config, counts, (side, side))
+    segments = "-seg-" in variant
+    if not segments:
+        targets = [{name: target[name] for name in ("class_labels", "boxes")} for target in targets]
+    for name in ("random_points", "fixed_points"):
+        monkeypatch.setattr(modeling_rf_detr, name, table_points)
+
+    expected_outputs = peer(pixels)
+    theirs = peer_targets(targets) if segments else [{"labels": t["class_labels"], "boxes": t["boxes"]} for t in targets]
+    stages = ours.mask_stages(ours.run(pixels, None, None, None), (side, side)) if segments else None
+    stages = stages or ours.stages(ours.run(pixels, None, None, None))
+    with table_rand():
+        expected = criterion(expected_outputs, theirs)
+        groups = config.group_detr if training else 1
+        for suffix, stage in peer_stages(expected_outputs).items():
+            pairs = criterion.matcher(stage, theirs, group_detr=groups)
+            [mine] = match(
+                [stages[suffix]],
+                targets,
+                num_groups=groups,
+                weights=LossWeights(),
+                points=table_points,
+                mask_point_sample_ratio=16,
+            )
+            for (queries, objects), (peer_queries, peer_objects) in zip(mine, pairs, strict=True):
+                assert set(zip(queries.tolist(), objects.tolist(), strict=True)) == set(
+                    zip(peer_queries.tolist(), peer_objects.tolist(), strict=True)
+                ), f"stage {suffix!r} is matched otherwise"
+    assert sum(counts) == 0 or any(len(queries) for queries, _ in pairs)
+
+    outputs = ours(pixels, labels=targets)
+    for suffix in peer_stages(expected_outputs):
+        names = ["loss_ce", "loss_bbox", "loss_giou"] + ["loss_mask_ce", "loss_mask_dice"] * segments
+        for name in names:
+            torch.testing.assert_close(
+                outputs.loss_dict[name + suffix], expected[name + suffix].detach(), rtol=tolerance, atol=1e-7
+            )
+    for name in ("cardinality_error", "class_error"):
+        torch.testing.assert_close(outputs.loss_dict[name], expected[name].detach().float())
+
+    total = sum(criterion.weight_dict[name] * loss for name, loss in expected.items() if name in criterion.weight_dict)
+    torch.testing.assert_close(outputs.loss, total, rtol=tolerance, atol=1e-7)
+    total.backward()
+    outputs.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in peer.named_parameters()}
+    trained = [(name, parameter) for name, parameter in ours.named_parameters() if parameter.requires_grad]
+    assert len(trained) > 100
+    for name, parameter in trained:
+        if gradients[name] is None:  # eval: heads of the groups that do not run
+            assert parameter.grad is None, name
+            continue
+        scale = gradients[name].abs().max().clamp(min=1e-6)
+        error = (parameter.grad - gradients[name]).abs().max()
+        # A gradient that cancels to nothing is known as well as the terms that cancel: 1e-6 of the largest of all.
+        assert error <= tolerance * scale + 1e-6 * max_gradient(gradients), f"{name}: {error:.2e} of {scale:.2e}"
+
+
+def max_gradient(gradients: dict) -> torch.Tensor:
+    return torch.stack([gradient.abs().max() for gradient in gradients.values() if gradient is not None]).max()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("variant", PEER_CLASSES)
+def test_losses_and_gradients_of_every_stage_agree(variant, training, monkeypatch):
+    compare(variant, stand_in_config(variant), training, monkeypatch)
+
+
+def test_losses_agree_with_fewer_patches_than_queries(monkeypatch):
+    config = stand_in_config("rf-detr-seg-medium", grid=4, num_queries=30)
+    compare("rf-detr-seg-medium", config, True, monkeypatch)
+
+
+def test_losses_agree_with_two_feature_levels_and_masks(monkeypatch):
+    config = stand_in_config("rf-detr-seg-medium", grid=4, projector_scale=["P3", "P5"])
+    compare("rf-detr-seg-medium", config, True, monkeypatch)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_a_batch_without_objects_costs_the_same(training, monkeypatch):
+    compare("rf-detr-nano", stand_in_config("rf-detr-nano"), training, monkeypatch, counts=[0, 0])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("variant", ["rf-detr-seg-nano", "rf-detr-seg-medium", "rf-detr-base", "rf-detr-large-deprecated"])
+def test_losses_and_gradients_of_the_full_size_model_agree(variant, monkeypatch):
+    compare(variant, None, True, monkeypatch, counts=[3])
