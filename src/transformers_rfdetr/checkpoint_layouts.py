@@ -229,6 +229,7 @@ class RfDetrCheckpointMixin:
     @staticmethod
     def _loaded(loaded: Any, path: Any = None) -> Any:
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.unfreeze_backbone()  # transformers makes every loaded parameter trainable, also those that nothing reads
         if path is not None:
             model.name_or_path = model.config.name_or_path = str(path)
         return loaded

@@ -232,7 +232,7 @@ def apply_deltas(deltas: Tensor, boxes: Tensor) -> Tensor:
 def sine_embedding(boxes: Tensor, width: int) -> Tensor:
     """Sine embedding of the four box numbers, in the order cy, cx, w, h: (..., 4) -> (..., 2·D)."""
     channels = width // 2
-    exponent = torch.arange(0, channels, 2, device=boxes.device, dtype=torch.float32) / channels
+    exponent = torch.arange(0, channels, 2, device=boxes.device, dtype=boxes.dtype) / channels
     angles = 2 * math.pi * boxes[..., [1, 0, 2, 3], None] / 10000.0**exponent
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-3)
 
@@ -540,13 +540,13 @@ class RfDetrTransformer(nn.Module):
             Chosen tokens (B, G·K, D), their class logits (B, G·K, C) and their refined boxes (B, G·K, 4).
         """
         memory = memory.masked_fill(invalid, 0.0)
-        anchors = anchors.expand(len(memory), -1, -1)
+        anchors = anchors.expand(memory.shape[0], -1, -1)
         kept = min(self.num_queries, memory.shape[1])
         stages = []
         for group in range(num_groups):
             tokens = self.enc_output_norm[group](self.enc_output[group](memory))
             logits = self.enc_out_class_embed[group](tokens)
-            best = logits.amax(-1).topk(kept, dim=1).indices[..., None]
+            best = torch.topk(logits.amax(-1), kept, dim=1).indices[..., None]
             tokens, logits, boxes = (rows.gather(1, best.expand(-1, -1, rows.shape[-1])) for rows in (tokens, logits, anchors))
             stages.append((tokens, logits, apply_deltas(self.enc_out_bbox_embed[group](tokens), boxes)))
         tokens, logits, boxes = (torch.cat(parts, dim=1) for parts in zip(*stages, strict=True))
@@ -733,11 +733,11 @@ class RfDetrModel(RfDetrPreTrainedModel):
         The first G·K references are the learned ones applied to the proposals (B, G·K, 4); with fewer proposals than
         queries the others are the learned numbers themselves, as in the original.
         """
-        rows = num_groups * self.config.num_queries
-        learned = self.refpoint_embed.weight[:rows].float().expand(len(proposals), -1, -1)
+        batch, rows = proposals.shape[0], num_groups * self.config.num_queries
+        learned = self.refpoint_embed.weight[:rows].float().expand(batch, -1, -1)
         references = apply_deltas(learned[:, : proposals.shape[1]], proposals)
         references = torch.cat([references, learned[:, proposals.shape[1] :]], dim=1)
-        return self.query_feat.weight[:rows].expand(len(proposals), -1, -1), references
+        return self.query_feat.weight[:rows].expand(batch, -1, -1), references
 
     @can_return_tuple
     def forward(

@@ -173,3 +173,35 @@ def random_targets(config: RfDetrConfig, counts: list[int], size: tuple[int, int
             }
         )
     return targets
+
+
+@contextmanager
+def record_choices(choices: list[torch.Tensor]):
+    """Collect which tokens rfdetr's first stage chooses: for each group, (B, K) indices."""
+    original = torch.topk
+
+    def topk(scores: torch.Tensor, count: int, dim: int) -> Any:
+        result = original(scores, count, dim=dim)
+        choices.extend(result[1] if scores.ndim == 3 else [result[1]])
+        return result
+
+    with mock.patch.object(torch, "topk", topk):
+        yield
+
+
+@contextmanager
+def replay_choices(choices: list[torch.Tensor]):
+    """Let ours choose the same tokens, having checked that they are its own best ones up to rounding.
+
+    Two tokens whose scores differ by less than the rounding of the layers before would else change places, and every
+    query after them would belong to another object.
+    """
+    original, rest = torch.topk, iter(choices)
+
+    def topk(scores: torch.Tensor, count: int, dim: int) -> Any:
+        best, chosen = original(scores, count, dim=dim), next(rest)
+        torch.testing.assert_close(scores.gather(dim, chosen), best.values, atol=1e-4, rtol=0)
+        return torch.return_types.topk((best.values, chosen))
+
+    with mock.patch.object(torch, "topk", topk):
+        yield

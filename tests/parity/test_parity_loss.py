@@ -1,8 +1,20 @@
 """Losses and gradients of ours and of rfdetr, both taking their random points from one table."""
 
+from unittest import mock
+
 import pytest
 import torch
-from peer import PEER_CLASSES, peer_criterion, random_targets, stand_in_config, table_points, table_rand, twins
+from peer import (
+    PEER_CLASSES,
+    peer_criterion,
+    random_targets,
+    record_choices,
+    replay_choices,
+    stand_in_config,
+    table_points,
+    table_rand,
+    twins,
+)
 
 from transformers_rfdetr import modeling_rf_detr
 from transformers_rfdetr.loss_rf_detr import LossWeights, match
@@ -19,25 +31,32 @@ def peer_stages(outputs: dict) -> dict:
     return stages | {"_enc": outputs["enc_outputs"]}
 
 
-def compare(variant: str, config, training: bool, monkeypatch, counts=COUNTS, tolerance: float = 1e-4) -> None:
-    peer, settings, ours = twins(variant, config)
+def compare(
+    variant: str, config, training: bool, monkeypatch, counts=COUNTS, dtype=torch.float32, tolerance: float = 1e-4
+) -> None:
+    peer, settings, ours = (part.to(dtype) if hasattr(part, "to") else part for part in twins(variant, config))
     config = ours.config
     peer.train(training)
     ours.train(training)
     criterion = peer_criterion(settings).train(training)
     side = config.resolution
-    pixels = torch.randn(len(counts), 3, side, side, generator=torch.Generator().manual_seed(2))
+    pixels = torch.randn(len(counts), 3, side, side, generator=torch.Generator().manual_seed(2)).to(dtype)
     targets = random_targets(config, counts, (side, side))
+    for target in targets:
+        target["boxes"] = target["boxes"].to(dtype)
     segments = "-seg-" in variant
     if not segments:
         targets = [{name: target[name] for name in ("class_labels", "boxes")} for target in targets]
     for name in ("random_points", "fixed_points"):
         monkeypatch.setattr(modeling_rf_detr, name, table_points)
 
-    expected_outputs = peer(pixels)
+    choices = []
+    with record_choices(choices):
+        expected_outputs = peer(pixels)
     theirs = peer_targets(targets) if segments else [{"labels": t["class_labels"], "boxes": t["boxes"]} for t in targets]
-    stages = ours.mask_stages(ours.run(pixels, None, None, None), (side, side)) if segments else None
-    stages = stages or ours.stages(ours.run(pixels, None, None, None))
+    with replay_choices(choices):
+        base = ours.run(pixels, None, None, None)
+    stages = ours.mask_stages(base, (side, side)) if segments else ours.stages(base)
     with table_rand():
         expected = criterion(expected_outputs, theirs)
         groups = config.group_detr if training else 1
@@ -57,7 +76,8 @@ def compare(variant: str, config, training: bool, monkeypatch, counts=COUNTS, to
                 ), f"stage {suffix!r} is matched otherwise"
     assert sum(counts) == 0 or any(len(queries) for queries, _ in pairs)
 
-    outputs = ours(pixels, labels=targets)
+    with mock.patch.object(ours, "run", return_value=base):
+        outputs = ours(pixels, labels=targets)
     for suffix in peer_stages(expected_outputs):
         names = ["loss_ce", "loss_bbox", "loss_giou"] + ["loss_mask_ce", "loss_mask_dice"] * segments
         for name in names:
@@ -72,20 +92,18 @@ def compare(variant: str, config, training: bool, monkeypatch, counts=COUNTS, to
     total.backward()
     outputs.loss.backward()
     gradients = {name: parameter.grad for name, parameter in peer.named_parameters()}
+    largest = max(gradient.norm() for gradient in gradients.values() if gradient is not None)
     trained = [(name, parameter) for name, parameter in ours.named_parameters() if parameter.requires_grad]
     assert len(trained) > 100
+    errors = {}
     for name, parameter in trained:
-        if gradients[name] is None:  # eval: heads of the groups that do not run
+        if gradients[name] is None:  # in evaluation: heads of the groups that do not run
             assert parameter.grad is None, name
             continue
-        scale = gradients[name].abs().max().clamp(min=1e-6)
-        error = (parameter.grad - gradients[name]).abs().max()
         # A gradient that cancels to nothing is known as well as the terms that cancel: 1e-6 of the largest of all.
-        assert error <= tolerance * scale + 1e-6 * max_gradient(gradients), f"{name}: {error:.2e} of {scale:.2e}"
-
-
-def max_gradient(gradients: dict) -> torch.Tensor:
-    return torch.stack([gradient.abs().max() for gradient in gradients.values() if gradient is not None]).max()
+        scale = gradients[name].norm() + 0.01 * largest
+        errors[name] = ((parameter.grad - gradients[name]).norm() / scale).item()
+    assert {name: error for name, error in errors.items() if error > tolerance} == {}
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -112,4 +130,8 @@ def test_a_batch_without_objects_costs_the_same(training, monkeypatch):
 @pytest.mark.long
 @pytest.mark.parametrize("variant", ["rf-detr-seg-nano", "rf-detr-seg-medium", "rf-detr-base", "rf-detr-large-deprecated"])
 def test_losses_and_gradients_of_the_full_size_model_agree(variant, monkeypatch):
-    compare(variant, None, True, monkeypatch, counts=[3])
+    # In float64. The gradient of a sampling location jumps where the location crosses a pixel centre, and among the
+    # 100,000 points of a full-size model some lie within float32's rounding of one.
+    to_float32 = torch.Tensor.float
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else to_float32(x))
+    compare(variant, None, True, monkeypatch, counts=[3], dtype=torch.float64)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peer import PEER_CLASSES, stand_in_config, twins
+from peer import PEER_CLASSES, record_choices, replay_choices, stand_in_config, twins
 from rfdetr.utilities.tensors import NestedTensor
 
 SEGMENTATION = [name for name in PEER_CLASSES if "-seg-" in name]
@@ -26,9 +26,12 @@ def compare(variant: str, config, size: tuple[int, int], picture: tuple[int, int
     if picture is not None:
         padding[1, picture[0] :] = True
         padding[1, :, picture[1] :] = True
+    choices = []
     with torch.no_grad():
-        expected = peer(pixels if picture is None else NestedTensor(pixels, padding))
-        outputs = ours(pixels, pixel_mask=(~padding).long())
+        with record_choices(choices):
+            expected = peer(pixels if picture is None else NestedTensor(pixels, padding))
+        with replay_choices(choices):
+            outputs = ours(pixels, pixel_mask=(~padding).long())
     assert expected["pred_logits"].std() > 0.1  # a comparison of constants would prove nothing
     torch.testing.assert_close(outputs.logits, expected["pred_logits"], atol=1e-4, rtol=0)
     torch.testing.assert_close(outputs.pred_boxes, expected["pred_boxes"], atol=1e-4, rtol=0)

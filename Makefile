@@ -1,0 +1,54 @@
+# What a newcomer runs: `make demo`, then `make test`. Everything else is for development.
+PYTHON ?= python3
+VENV ?= .venv
+# transformers releases at which something that we build on changed, and the newest.
+VERSIONS ?= 5.0.0 5.9.0 5.15.1 newest no-torchvision
+# Two workers of one thread each: small models gain nothing from more.
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
+PIP = $(VENV)/bin/python -m pip install --quiet
+
+.PHONY: demo demo-predict test test-long test-versions lint clean
+
+# IMAGE=photo.jpg and MODEL=folder-or-hub-id take yours; without them a drawn picture and random weights.
+demo demo-predict: $(VENV)/.core
+	$(VENV)/bin/python -m transformers_rfdetr.cli.demo_predict $(if $(IMAGE),--image "$(IMAGE)") $(if $(MODEL),--model "$(MODEL)")
+
+test: $(VENV)/.dev
+	$(PYTEST) -m "not long" tests
+
+test-long: $(VENV)/.dev
+	$(PYTEST) -m long tests
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# Each version in an environment of its own, one after the other: 6 GB each, kept for the next time.
+test-versions: $(VERSIONS:%=test-version-%)
+
+test-version-%:
+	$(MAKE) test-one VENV=.venvs/$* LANE=$*
+
+.PHONY: test-one
+test-one: $(VENV)/.lane
+	$(PYTEST) -m "not long" tests
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: pyproject.toml | $(VENV)/bin/python
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(PIP) -e ".[dev,parity]"
+	touch $@
+
+# rfdetr cannot be installed beside the oldest transformers, so tests/parity runs in `make test` only.
+$(VENV)/.lane: pyproject.toml | $(VENV)/bin/python
+	$(PIP) -e ".[dev]" "transformers$(if $(filter-out newest no-torchvision,$(LANE)),==$(LANE))" $(if $(filter-out no-torchvision,$(LANE)),torchvision)
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venvs build dist demo

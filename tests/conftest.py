@@ -1,0 +1,25 @@
+"""Fixtures of all tests."""
+
+import importlib.util
+
+import pytest
+from transformers import logging
+
+from transformers_rfdetr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection
+
+# rfdetr needs transformers >= 5.1, and is installed by `make test` only.
+collect_ignore = [] if importlib.util.find_spec("rfdetr") else ["parity"]
+
+
+@pytest.fixture(params=[RfDetrForObjectDetection, RfDetrForInstanceSegmentation], ids=["detection", "segmentation"])
+def kind(request: pytest.FixtureRequest) -> type:
+    return request.param
+
+
+@pytest.fixture
+def hf_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """caplog that also sees transformers' loggers, which do not propagate by themselves."""
+    logging.enable_propagation()
+    monkeypatch.setattr(logging.get_logger("transformers"), "level", 0, raising=False)
+    yield caplog
+    logging.disable_propagation()

@@ -1,0 +1,81 @@
+"""What the tests share: small models, inputs and targets for them, and the photographs beside the repository."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from transformers_rfdetr import RfDetrConfig, RfDetrForInstanceSegmentation
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def small_config(**overrides: Any) -> RfDetrConfig:
+    """Two decoder layers, 48 px, patch 12 in 2 x 2 windows; a few thousand parameters."""
+    backbone = {
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "image_size": 48,
+        "patch_size": 12,
+        "num_windows": 2,
+        "out_indices": [1, 2, 3, 4],
+    } | overrides.pop("backbone_config", {})
+    decoder = {
+        "d_model": 32,
+        "decoder_layers": 2,
+        "decoder_self_attention_heads": 2,
+        "decoder_cross_attention_heads": 4,
+        "decoder_ffn_dim": 64,
+        "num_queries": 6,
+        "group_detr": 3,
+        "num_labels": 4,
+    }
+    return RfDetrConfig(backbone_config=backbone, **(decoder | overrides))
+
+
+def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Move every parameter from its initial value, so that nothing hides behind a zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def small_model(kind: type = RfDetrForInstanceSegmentation, **overrides: Any) -> Any:
+    torch.manual_seed(0)
+    return randomised(kind(small_config(**overrides))).eval()
+
+
+def targets(*counts: int, num_labels: int = 4, size: tuple[int, int] = (48, 48), seed: int = 0) -> list[dict]:
+    """Labels with rectangular objects, `counts` of them in each image."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = (torch.arange(side) / side for side in size)
+    labels = []
+    for count in counts:
+        extent = 0.2 + 0.3 * torch.rand(count, 2, generator=generator)
+        centre = extent / 2 + (1 - extent) * torch.rand(count, 2, generator=generator)
+        low, high = centre - extent / 2, centre + extent / 2
+        inside_x = (columns >= low[:, :1]) & (columns < high[:, :1])
+        inside_y = (rows >= low[:, 1:]) & (rows < high[:, 1:])
+        labels.append(
+            {
+                "class_labels": torch.randint(num_labels, (count,), generator=generator),
+                "boxes": torch.cat([centre, extent], dim=1),
+                "masks": inside_y[:, :, None] & inside_x[:, None, :],
+            }
+        )
+    return labels
+
+
+def pixels(batch: int = 2, height: int = 48, width: int = 48, seed: int = 1) -> torch.Tensor:
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def shared_folder(name: str) -> Path:
+    """A data set beside the repository; the test is skipped where there is none."""
+    if not (SHARED / name).is_dir():
+        pytest.skip(f"needs {SHARED / name}, which does not come with the repository")
+    return SHARED / name

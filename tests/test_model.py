@@ -1,0 +1,277 @@
+"""The models by themselves: shapes, options, precision, compilation, initial weights."""
+
+import math
+from unittest import mock
+
+import pytest
+import torch
+from small_models import pixels, randomised, small_config, small_model, targets
+
+from transformers_rfdetr import RfDetrConfig, RfDetrForInstanceSegmentation, RfDetrForObjectDetection, RfDetrModel
+from transformers_rfdetr.modeling_rf_detr import (
+    RfDetrInstanceSegmentationOutput,
+    RfDetrObjectDetectionOutput,
+    RfDetrSegmentationHead,
+)
+from transformers_rfdetr.modeling_rf_detr_dinov2 import merge_windows, partition_windows, resize_position_table
+
+
+def test_outputs_stand_in_the_documented_order_and_lead_with_the_batch():
+    model = small_model()
+    outputs = model(pixels(3), labels=targets(1, 0, 2), output_hidden_states=True, output_attentions=True)
+    assert list(outputs)[:5] == ["loss", "loss_dict", "logits", "pred_boxes", "pred_masks"]
+    assert outputs.logits.shape == (3, 6, 4)
+    assert outputs.pred_boxes.shape == (3, 6, 4)
+    assert outputs.pred_masks.shape == (3, 6, 12, 12)
+    assert outputs.attentions[1].shape == (3, 2, 6, 6)
+    assert outputs.cross_attentions[0].shape == (3, 6, 4, 1, 2)
+    assert len(outputs.hidden_states) == 3
+    for name, value in outputs.items():
+        if name not in ("loss", "loss_dict"):
+            assert all(tensor.shape[0] == 3 for tensor in (value if isinstance(value, tuple) else [value])), name
+
+
+def test_the_trainer_keeps_the_loss_dict_logits_boxes_and_masks_and_nothing_else():
+    ignored = set(RfDetrConfig.keys_to_ignore_at_inference)
+    fields = list(RfDetrInstanceSegmentationOutput.__dataclass_fields__)
+    assert [name for name in fields if name not in ignored] == ["loss", "loss_dict", "logits", "pred_boxes", "pred_masks"]
+    detection = list(RfDetrObjectDetectionOutput.__dataclass_fields__)
+    assert [name for name in detection if name not in ignored] == ["loss", "loss_dict", "logits", "pred_boxes"]
+
+
+def test_training_runs_all_groups_and_evaluation_the_first(kind):
+    model = small_model(kind)
+    assert model(pixels()).logits.shape == (2, 6, 4)
+    assert model.train()(pixels(), labels=targets(1, 1)).logits.shape == (2, 18, 4)
+
+
+def test_a_tuple_is_returned_on_request():
+    model = small_model()
+    loss, loss_dict, logits = model(pixels(), labels=targets(1, 1), return_dict=False)[:3]
+    assert loss.ndim == 0
+    assert "loss_ce" in loss_dict
+    assert logits.shape == (2, 6, 4)
+
+
+def test_evaluation_multiplies_out_the_last_layers_masks_only():
+    model = small_model()
+    with mock.patch.object(RfDetrSegmentationHead, "factors", autospec=True, side_effect=RfDetrSegmentationHead.factors) as f:
+        model(pixels())
+        assert f.call_count == 1
+        model(pixels(), labels=targets(1, 1))
+        assert f.call_count == 1 + 3  # two decoder layers and the first stage, factored
+
+
+@pytest.mark.parametrize("size", [(50, 48), (48, 36), (0, 48)])
+def test_a_picture_that_does_not_tile_is_refused_with_the_legal_sizes(size):
+    with pytest.raises(ValueError, match=r"side \d+ is not a multiple of 24 \(patch 12 x 2 windows\); try \d+"):
+        small_model()(pixels(height=size[0], width=size[1]))
+
+
+def test_a_window_partition_keeps_every_patch_in_its_place_in_any_shape():
+    grid = torch.arange(2 * 4 * 6).reshape(2, 4, 6, 1)
+    windows = partition_windows(grid, 2)
+    assert windows[1, :, 0].tolist() == [3, 4, 5, 9, 10, 11]  # top right window of the first image, 2 x 3 patches
+    assert torch.equal(merge_windows(windows, (4, 6), 2), grid)
+
+
+def test_a_position_table_of_the_right_size_is_used_verbatim_and_a_constant_stays_constant():
+    table = torch.randn(1, 1 + 16, 3)
+    assert resize_position_table(table, (4, 4), (4, 4)) is table
+    resized = resize_position_table(torch.full((1, 17, 3), 0.5), (4, 4), (6, 3))
+    torch.testing.assert_close(resized, torch.full((1, 19, 3), 0.5))
+
+
+def test_a_mask_of_ones_changes_no_bit_and_padding_changes_the_result(kind):
+    model = small_model(kind)
+    images = pixels()
+    plain = model(images)
+    ones = model(images, pixel_mask=torch.ones(2, 48, 48, dtype=torch.long))
+    assert torch.equal(plain.logits, ones.logits)
+    assert torch.equal(plain.pred_boxes, ones.pred_boxes)
+    half = torch.ones(2, 48, 48, dtype=torch.long)
+    half[1, 24:] = 0
+    padded = model(images, pixel_mask=half)
+    assert torch.equal(plain.logits[0], padded.logits[0])
+    assert not torch.equal(plain.pred_boxes[1], padded.pred_boxes[1])
+
+
+def test_a_mask_of_ones_in_a_traced_graph_changes_nothing():
+    model = small_model()
+    images, ones = pixels(), torch.ones(2, 48, 48, dtype=torch.long)
+    with mock.patch("torch.compiler.is_compiling", return_value=True):
+        traced = model(images, pixel_mask=ones)
+    torch.testing.assert_close(traced.pred_boxes, model(images).pred_boxes)
+
+
+def test_sdpa_and_eager_attention_agree_and_can_be_switched(kind):
+    model = small_model(kind)
+    model.set_attn_implementation("eager")
+    eager = model(pixels())
+    model.set_attn_implementation("sdpa")
+    function = torch.nn.functional.scaled_dot_product_attention
+    with mock.patch("torch.nn.functional.scaled_dot_product_attention", side_effect=function) as called:
+        sdpa = model(pixels())
+    assert called.call_count == 6  # four blocks of the backbone, two decoder layers
+    torch.testing.assert_close(sdpa.logits, eager.logits, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_weights_are_those_that_are_used():
+    outputs = small_model()(pixels(), output_attentions=True)
+    torch.testing.assert_close(outputs.attentions[0].sum(-1), torch.ones(2, 2, 6))
+    torch.testing.assert_close(outputs.cross_attentions[1].sum((-1, -2)), torch.ones(2, 6, 4))
+    torch.testing.assert_close(outputs.logits, small_model()(pixels()).logits, atol=1e-5, rtol=1e-5)
+
+
+def gradients(model, labels):
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(5)
+    model(pixels(), labels=labels).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_gradient_checkpointing_recomputes_and_gives_the_same_gradients():
+    model, labels = small_model().train(), targets(2, 1)
+    plain = gradients(model, labels)
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # the name since 5.23
+    runs = []
+    for module in (model.segmentation_head.blocks[0].dwconv, model.transformer.decoder.layers[0].linear1):
+        module.register_forward_hook(lambda *_: runs.append(1))
+    model.backbone[0].encoder["encoder"].encoder["layer"][0].norm1.register_forward_hook(lambda *_: runs.append(1))
+    checkpointed = gradients(model, labels)
+    assert len(runs) == 6  # a module of backbone, decoder and mask head, each run twice
+    assert plain.keys() == checkpointed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, msg=name)
+
+
+def test_every_trained_parameter_has_a_gradient_with_and_without_auxiliary_losses(kind):
+    for auxiliary in (True, False):
+        model = small_model(kind, auxiliary_loss=auxiliary).train()
+        missing = [name for name, gradient in gradients(model, targets(2, 1)).items() if gradient is None]
+        assert missing == []
+
+
+def test_freezing_stops_dinov2_and_unfreezing_leaves_what_nothing_reads():
+    model = small_model(backbone_config={"out_indices": [1, 2, 3]})
+    unread = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert all("mask_token" in name or ".layer.3." in name for name in unread)
+    assert any(".layer.3." in name for name in unread)
+    model.freeze_backbone()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert not any(name.startswith("backbone.0.encoder") for name in trained)
+    assert any(name.startswith("backbone.0.projector") for name in trained)
+    model.unfreeze_backbone()
+    assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == unread
+
+
+def test_blocks_after_the_last_tap_are_skipped():
+    model = small_model(backbone_config={"out_indices": [1, 2, 3]})
+    before = model(pixels()).logits
+    with torch.no_grad():
+        for parameter in model.backbone[0].encoder["encoder"].encoder["layer"][3].parameters():
+            parameter.fill_(float("nan"))
+    assert torch.equal(model(pixels()).logits, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_model_predicts_close_to_float32_and_trains(kind, dtype):
+    reference = small_model(kind)(pixels())
+    model = small_model(kind).to(dtype)
+    outputs = model(pixels().to(dtype))
+    assert outputs.logits.dtype == dtype
+    assert outputs.pred_boxes.dtype == torch.float32
+    # Features, not logits: a rounded score may change the order of two proposals, and with it that of two queries.
+    difference = outputs.backbone_features.float() - reference.backbone_features
+    assert difference.std() < 0.02 * reference.backbone_features.std()
+    loss = model.train()(pixels().to(dtype), labels=targets(2, 0)).loss
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_bf16_autocast_trains_a_step_near_the_float32_loss(kind):
+    model = small_model(kind).train()
+    torch.manual_seed(0)
+    expected = model(pixels(), labels=targets(2, 3)).loss
+    torch.manual_seed(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(pixels(), labels=targets(2, 3)).loss
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=0.05, atol=0)
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_decoder_dropout_and_stochastic_depth_work_in_training_only():
+    model = small_model(dropout=0.5, backbone_config={"drop_path_rate": 0.5})
+    assert torch.equal(model(pixels()).logits, model(pixels()).logits)
+    rates = [layer.drop_path_rate for layer in model.backbone[0].encoder["encoder"].encoder["layer"]]
+    assert rates == pytest.approx([0.0, 0.5 / 3, 1.0 / 3, 0.5])
+    model.train()
+    assert not torch.equal(model(pixels()).logits, model(pixels()).logits)
+
+
+def test_the_initial_weights_are_those_of_the_paper():
+    torch.manual_seed(0)
+    model = RfDetrForInstanceSegmentation(small_config())
+    state = model.state_dict()
+    assert all(torch.isfinite(tensor).all() for tensor in state.values())
+    heads = ["class_embed", *(f"transformer.enc_out_class_embed.{group}" for group in range(3))]
+    for head in heads:
+        torch.testing.assert_close(state[f"{head}.bias"], torch.full((4,), -math.log(99.0)))
+        assert state[f"{head}.weight"].std() > 0
+    for name in ("bbox_embed.layers.2.weight", "transformer.enc_out_bbox_embed.1.layers.2.bias", "refpoint_embed.weight"):
+        assert not state[name].any(), name
+    assert state["query_feat.weight"].std() == pytest.approx(1.0, rel=0.1)
+    offsets = state["transformer.decoder.layers.0.cross_attn.sampling_offsets.bias"].reshape(4, 1, 2, 2)
+    torch.testing.assert_close(offsets[1, 0], torch.tensor([[0.0, 1.0], [0.0, 2.0]]))  # head 1 looks down
+    assert state["backbone.0.encoder.encoder.encoder.layer.0.layer_scale1.lambda1"].eq(1).all()
+    width = state["backbone.0.encoder.encoder.encoder.layer.0.mlp.fc1.weight"].std()
+    assert width == pytest.approx(0.02, rel=0.1)
+    # Xavier: uniform within sqrt(6 / (in + out)).
+    bound = math.sqrt(6 / (32 + 64))
+    linear = state["transformer.decoder.layers.0.linear1.weight"].abs().max()
+    assert 0.9 * bound < linear <= bound
+
+
+def test_an_untrained_model_predicts_each_proposal_unchanged():
+    torch.manual_seed(0)
+    outputs = RfDetrForObjectDetection(small_config()).eval()(pixels())
+    torch.testing.assert_close(outputs.pred_boxes, outputs.init_reference_points)
+    torch.testing.assert_close(outputs.pred_boxes[..., 2:], torch.full((2, 6, 2), 0.05))
+
+
+def test_the_base_model_reads_the_same_parameters():
+    model = small_model()
+    base = RfDetrModel(small_config()).eval()
+    base.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in base.state_dict()})
+    assert torch.equal(base(pixels()).last_hidden_state, model(pixels()).last_hidden_state)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_evaluation_forward_compiles_into_one_graph(kind):
+    model = small_model(kind)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        expected, outputs = model(pixels()), compiled(pixels())
+    torch.testing.assert_close(outputs.logits, expected.logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(outputs.pred_boxes, expected.pred_boxes, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_the_evaluation_forward_exports_with_a_dynamic_batch(kind):
+    model = small_model(kind)
+    batch = torch.export.Dim("batch", min=1, max=16)
+    with torch.no_grad():
+        program = torch.export.export(model, (pixels(2),), dynamic_shapes={"pixel_values": {0: batch}})
+        for size in (1, 5):
+            expected, outputs = model(pixels(size)), program.module()(pixels(size))
+            torch.testing.assert_close(outputs.logits, expected.logits, atol=1e-5, rtol=1e-5)
+
+
+def test_randomised_models_differ_from_initial_ones():
+    fresh = RfDetrForObjectDetection(small_config())
+    before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in randomised(fresh).state_dict().items())

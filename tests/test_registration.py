@@ -1,0 +1,165 @@
+"""The Auto classes and pipelines answer with ours, and importing changes nothing else."""
+
+import importlib.util
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from PIL import Image
+from small_models import small_model
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForInstanceSegmentation,
+    AutoModelForObjectDetection,
+    pipeline,
+)
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.auto.modeling_auto import AutoModelForImageSegmentation
+
+import transformers_rfdetr
+from transformers_rfdetr import (
+    RfDetrConfig,
+    RfDetrForInstanceSegmentation,
+    RfDetrForObjectDetection,
+    RfDetrImageProcessor,
+    RfDetrModel,
+)
+
+
+@pytest.fixture
+def folder(kind, tmp_path):
+    model = small_model(kind)
+    model.save_pretrained(tmp_path)
+    RfDetrImageProcessor.from_config(model.config).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def picture(seed: int, size: tuple[int, int] = (80, 60)) -> Image.Image:
+    noise = torch.randint(0, 255, (size[1], size[0], 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(noise.numpy())
+
+
+@pytest.mark.parametrize(
+    ("auto", "expected"),
+    [
+        (AutoModel, RfDetrModel),
+        (AutoModelForObjectDetection, RfDetrForObjectDetection),
+        (AutoModelForInstanceSegmentation, RfDetrForInstanceSegmentation),
+        (AutoModelForImageSegmentation, RfDetrForInstanceSegmentation),
+    ],
+    ids=lambda value: value.__name__,
+)
+def test_the_auto_models_answer_with_ours(auto, expected, folder):
+    assert type(auto.from_pretrained(folder)) is expected
+    assert type(auto.from_config(AutoConfig.from_pretrained(folder))) is expected
+
+
+def test_the_auto_configuration_and_processor_answer_with_ours(folder):
+    assert type(AutoConfig.from_pretrained(folder)) is RfDetrConfig
+    processor = AutoImageProcessor.from_pretrained(folder)
+    assert type(processor) is RfDetrImageProcessor
+    assert processor.size == {"height": 48, "width": 48}
+
+
+@pytest.mark.parametrize("name", ["RfDetrImageProcessorFast", None])
+def test_a_processor_saved_under_another_name_is_ours_too(name, folder):
+    import json
+
+    path = folder / "preprocessor_config.json"
+    settings = json.loads(path.read_text())
+    settings.pop("image_processor_type")
+    path.write_text(json.dumps(settings if name is None else settings | {"image_processor_type": name}))
+    assert type(AutoImageProcessor.from_pretrained(folder)) is RfDetrImageProcessor
+
+
+def test_attention_dtype_and_configuration_can_be_chosen_while_loading(folder):
+    model = AutoModelForObjectDetection.from_pretrained(folder, attn_implementation="eager", dtype=torch.bfloat16, dropout=0.2)
+    assert model.config._attn_implementation == "eager"
+    assert (model.dtype, model.config.dropout) == (torch.bfloat16, 0.2)
+
+
+def pipeline_of(task: str, model, **settings):
+    processor = RfDetrImageProcessor.from_config(model.config)
+    return pipeline(task, model=model, image_processor=processor, **settings)
+
+
+def test_the_segmentation_pipeline_runs_ours_one_by_one_and_in_batches(tmp_path):
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    RfDetrImageProcessor.from_config(model.config).save_pretrained(tmp_path)
+    segment = pipeline("image-segmentation", model=str(tmp_path))
+    assert type(segment.model) is RfDetrForInstanceSegmentation
+    assert type(segment.image_processor) is RfDetrImageProcessor
+    pictures = [picture(seed) for seed in range(3)]
+    settings = {"threshold": 0.01, "mask_threshold": 0.0, "subtask": "instance"}
+    single = [segment(image, **settings) for image in pictures]
+    batched = segment(pictures, batch_size=2, **settings)
+    assert any(single)
+    for one, other in zip(single, batched, strict=True):
+        assert [found["label"] for found in one] == [found["label"] for found in other]
+        for mine, theirs in zip(one, other, strict=True):
+            assert mine["mask"].size == (80, 60)
+            assert mine["score"] == pytest.approx(theirs["score"], abs=1e-5)
+
+
+def test_the_detection_pipeline_runs_ours_one_by_one_and_in_batches(tmp_path):
+    model = small_model(RfDetrForObjectDetection)
+    model.save_pretrained(tmp_path)
+    RfDetrImageProcessor.from_config(model.config).save_pretrained(tmp_path)
+    detect = pipeline("object-detection", model=str(tmp_path))
+    assert type(detect.model) is RfDetrForObjectDetection
+    pictures = [picture(seed) for seed in range(3)]
+    single = [detect(image, threshold=0.01) for image in pictures]
+    batched = detect(pictures, batch_size=2, threshold=0.01)
+    assert any(single)
+    for one, other in zip(single, batched, strict=True):
+        assert [found["box"] for found in one] == [found["box"] for found in other]
+
+
+def test_importing_leaves_transformers_own_classes_as_they_were(tmp_path):
+    port = pytest.importorskip("transformers.models.rf_detr.modeling_rf_detr")
+    from transformers.models.rf_detr.configuration_rf_detr import RfDetrConfig as PortConfig
+
+    small_model().save_pretrained(tmp_path)
+    theirs, report = port.RfDetrForInstanceSegmentation.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(theirs).__module__.startswith("transformers.")
+    assert not report["missing_keys"]
+    assert type(theirs.config) is PortConfig
+    assert type(AutoModelForInstanceSegmentation.from_config(theirs.config)) is port.RfDetrForInstanceSegmentation
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = RfDetrForInstanceSegmentation.from_pretrained(tmp_path / "theirs")
+    assert torch.equal(ours.query_feat.weight, small_model().query_feat.weight)
+
+
+def test_importing_changes_no_global_state():
+    program = """
+        import logging, os, random, warnings
+        import torch, transformers
+        # What ours stands on; some of it sets warning filters of its own.
+        import PIL.Image, scipy.optimize, transformers.image_processing_utils, transformers.modeling_utils
+        from transformers.models.auto import configuration_auto, modeling_auto
+        def state():
+            return (
+                torch.get_default_dtype(), torch.get_num_threads(), torch.initial_seed(), random.getstate(),
+                torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision(), len(warnings.filters),
+                logging.getLogger().level, list(logging.getLogger().handlers), dict(os.environ),
+                transformers.logging.get_verbosity(),
+            )
+        before = state()
+        import transformers_rfdetr
+        assert state() == before
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
+def test_everything_works_without_torchvision(folder):
+    assert type(AutoImageProcessor.from_pretrained(folder)) is RfDetrImageProcessor
+    assert RfDetrImageProcessor.from_pretrained(folder)(picture(0), return_tensors="pt").pixel_values.shape == (1, 3, 48, 48)
+
+
+def test_the_public_names_exist():
+    assert all(hasattr(transformers_rfdetr, name) for name in transformers_rfdetr.__all__)

@@ -1,0 +1,49 @@
+"""Imports point one way, and the files that can be pushed with a model import their neighbours in the plain form."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import transformers_rfdetr
+
+PACKAGE = Path(transformers_rfdetr.__file__).parent
+# Later files may import earlier ones.
+ORDER = [
+    "masks",
+    "configuration_rf_detr",
+    "loss_rf_detr",
+    "modeling_rf_detr_dinov2",
+    "checkpoint_layouts",
+    "modeling_rf_detr",
+    "image_processing_rf_detr",
+    "registration",
+    "__init__",
+    "visualization",
+    "demo_data",
+]
+PUSHED_WITH_A_MODEL = [name for name in ORDER if "_rf_detr" in name] + ["masks", "checkpoint_layouts"]
+
+
+def neighbours(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            found.add(node.module or "")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers_rfdetr"):
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_file_imports_earlier_ones_only(name):
+    assert neighbours(PACKAGE / f"{name}.py") <= set(ORDER[: ORDER.index(name)])
+
+
+def test_every_file_of_the_package_has_its_place():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == set(ORDER)
+
+
+@pytest.mark.parametrize("name", sorted(set(PUSHED_WITH_A_MODEL)))
+def test_a_file_that_is_pushed_with_a_model_imports_as_from_dot_name(name):
+    assert all(module and "." not in module for module in neighbours(PACKAGE / f"{name}.py"))
