@@ -4,10 +4,11 @@ import copy
 import pickle
 
 import pytest
-from small_models import small_config
 
 from transformers_rfdetr import RfDetrConfig, RfDetrDinov2Config, resolve_variant
 from transformers_rfdetr.configuration_rf_detr import VARIANTS
+
+from small_models import small_config
 
 # Section 1.2 of what rfdetr publishes: patch, windows, layers, resolution, position grid, queries.
 PUBLISHED = {
@@ -87,7 +88,9 @@ def test_labels_of_ones_own_take_the_place_of_cocos():
     assert (config.num_labels, config.label2id) == (1, {"building": 0})
 
 
-@pytest.mark.parametrize(("value", "advice"), [(500, "504 or 480"), (433, "432 or 456"), (0, "24"), ([432, 440], "432 or 456")])
+@pytest.mark.parametrize(
+    ("value", "advice"), [(500, "504 or 480"), (433, "432 or 456"), (0, "24"), ([432, 440], "432 or 456")]
+)
 def test_an_illegal_resolution_is_refused_with_the_nearest_legal_sizes(value, advice):
     with pytest.raises(ValueError, match=rf"not a multiple of 24 \(patch 12 x 2 windows\); try {advice}"):
         RfDetrConfig.from_variant("rf-detr-seg-medium", resolution=value)
@@ -153,10 +156,21 @@ def test_the_json_has_every_field_of_the_port_and_the_port_reads_it(tmp_path):
     theirs = port.RfDetrConfig()
     unread = {"dice_loss_coefficient", "mask_loss_coefficient", "eos_coefficient", "disable_custom_kernels", "init_std"}
     assert set(theirs.to_dict()) - set(ours.to_dict()) <= unread
-    assert set(theirs.backbone_config.to_dict()) - set(ours.backbone_config.to_dict()) <= {"_out_features", "_out_indices"}
+    assert set(theirs.backbone_config.to_dict()) - set(ours.backbone_config.to_dict()) <= {
+        "_out_features",
+        "_out_indices",
+    }
     ours.save_pretrained(tmp_path)
     read = port.RfDetrConfig.from_pretrained(tmp_path)
-    for name in ("d_model", "num_queries", "group_detr", "decoder_layers", "decoder_n_points", "layer_norm_eps", "dropout"):
+    for name in (
+        "d_model",
+        "num_queries",
+        "group_detr",
+        "decoder_layers",
+        "decoder_n_points",
+        "layer_norm_eps",
+        "dropout",
+    ):
         assert getattr(read, name) == getattr(ours, name, 1e-6), name
     for name in ("image_size", "patch_size", "num_windows", "hidden_size", "out_features", "window_block_indexes"):
         assert getattr(read.backbone_config, name) == getattr(ours.backbone_config, name), name

@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
-from small_models import pixels, small_model, targets
 
 from transformers_rfdetr.loss_rf_detr import count_boxes
+
+from small_models import pixels, small_model, targets
 
 # Taps as of the published models: [3, 6, 9, 12] reads every block, [2, 5, 8, 11] leaves the last one out.
 TAPS = {"every block is read": [1, 2, 3, 4], "the last block is not read": [1, 2, 3]}
@@ -48,5 +49,3 @@ def test_two_processes_train_in_step_though_one_has_no_objects(taps, tmp_path: P
     assert "class_embed.weight" in moved
     unread = [name for name in fresh if "mask_token" in name or (len(taps) == 3 and ".layer.3." in name)]
     assert not moved & set(unread)
-
-

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import pixels, small_model, targets
 
 from transformers_rfdetr.loss_rf_detr import (
     LossWeights,
@@ -27,6 +26,8 @@ from transformers_rfdetr.loss_rf_detr import (
     uncertain_points,
 )
 
+from small_models import pixels, small_model, targets
+
 CPU = torch.device("cpu")
 
 
@@ -34,7 +35,9 @@ def loss(stages, labels, num_groups=1, **settings):
     return rf_detr_loss(stages, labels, num_groups=num_groups, weights=LossWeights(), points=fixed_points, **settings)
 
 
-def perfect(labels, num_queries: int, num_classes: int, num_groups: int = 1, confidence: float = 6.0) -> StagePrediction:
+def perfect(
+    labels, num_queries: int, num_classes: int, num_groups: int = 1, confidence: float = 6.0
+) -> StagePrediction:
     """A prediction of every object, once in each group, and of nothing else."""
     batch, size = len(labels), labels[0]["masks"].shape[-2:]
     width = max(len(target["boxes"]) for target in labels)
@@ -113,9 +116,9 @@ def test_points_outside_the_outermost_centres_see_the_border():
     assert sample_bilinear(constant, edges).tolist() == [[[5.0, 5.0, 5.0, 5.0]]]
     mask = torch.zeros(1, 4, 6, dtype=torch.bool)
     mask[0, 3, 5] = True
-    assert sample_nearest(mask, torch.tensor([0]), torch.tensor([[[0.99, 0.99], [0.8, 0.99], [1.0, 1.0]]])).tolist() == [
-        [1.0, 0.0, 1.0]
-    ]
+    assert sample_nearest(
+        mask, torch.tensor([0]), torch.tensor([[[0.99, 0.99], [0.8, 0.99], [1.0, 1.0]]])
+    ).tolist() == [[1.0, 0.0, 1.0]]
 
 
 def test_points_gather_where_the_mask_is_uncertain():
@@ -150,13 +153,19 @@ def test_the_mask_loss_of_factored_masks_is_that_of_dense_ones_with_its_gradient
     logits = torch.stack([dense[0, 4], dense[0, 1], dense[1, 3]])
     truth = [labels[0]["masks"][0], labels[0]["masks"][1], labels[1]["masks"][0]]
     where = uncertain_points(logits.detach(), 12, fixed_points)
-    sampled = F.grid_sample(logits[:, None], 2 * where[:, None] - 1, padding_mode="border", align_corners=False)[:, 0, 0]
-    target = torch.stack([sample_nearest(m[None], torch.tensor([0]), w[None])[0] for m, w in zip(truth, where, strict=True)])
+    sampled = F.grid_sample(logits[:, None], 2 * where[:, None] - 1, padding_mode="border", align_corners=False)[
+        :, 0, 0
+    ]
+    target = torch.stack(
+        [sample_nearest(m[None], torch.tensor([0]), w[None])[0] for m, w in zip(truth, where, strict=True)]
+    )
     cross_entropy = F.binary_cross_entropy_with_logits(sampled, target, reduction="none").mean(1).sum()
     p = sampled.sigmoid()
     dice = (1 - (2 * (p * target).sum(1) + 1) / (p.sum(1) + target.sum(1) + 1)).sum()
     torch.testing.assert_close(torch.stack(losses), torch.stack([cross_entropy, dice]))
-    for mine, expected in zip(factored, torch.autograd.grad(cross_entropy + dice, [pixel_features, queries]), strict=True):
+    for mine, expected in zip(
+        factored, torch.autograd.grad(cross_entropy + dice, [pixel_features, queries]), strict=True
+    ):
         torch.testing.assert_close(mine, expected)
 
 
@@ -168,7 +177,9 @@ def test_a_perfect_predictor_beats_one_that_repeats_every_object():
     once = perfect(labels, 10, 4)
     best, _ = loss({"": once}, labels)
     repeated = StagePrediction(
-        once.logits.repeat(1, 13, 1), once.boxes.repeat(1, 13, 1), once.masks._replace(queries=once.masks.queries.repeat(1, 13, 1))
+        once.logits.repeat(1, 13, 1),
+        once.boxes.repeat(1, 13, 1),
+        once.masks._replace(queries=once.masks.queries.repeat(1, 13, 1)),
     )
     worse, _ = loss({"": repeated}, labels)  # evaluation has one group, so twelve of thirteen are false
     assert best < 0.5  # what is left: masks between the pixels of their outline
@@ -253,7 +264,9 @@ def test_the_loss_and_its_gradients_are_finite_for_every_finite_prediction(extre
     boxes.requires_grad_()
     queries = torch.full((2, 6, 5), sign * min(extreme, 1e15), requires_grad=True)
     pixel_features = torch.full((2, 5, 12, 12), min(extreme, 1e15), requires_grad=True)
-    total, parts = loss({"": StagePrediction(logits, boxes, MaskFactors(pixel_features, queries, torch.zeros(1)))}, labels)
+    total, parts = loss(
+        {"": StagePrediction(logits, boxes, MaskFactors(pixel_features, queries, torch.zeros(1)))}, labels
+    )
     assert torch.isfinite(total), parts
     total.backward()
     assert all(torch.isfinite(tensor.grad).all() for tensor in (logits, boxes, queries, pixel_features))
@@ -274,7 +287,12 @@ def test_half_precision_predictions_at_the_ends_of_their_range_have_a_finite_los
 def test_a_broken_prediction_is_counted_and_leaves_the_loss_not_finite(field, value):
     labels = targets(2, 1)
     stage = perfect(labels, 6, 4)
-    broken = {"logits": stage.logits, "boxes": stage.boxes, "queries": stage.masks.queries, "pixels": stage.masks.pixels}
+    broken = {
+        "logits": stage.logits,
+        "boxes": stage.boxes,
+        "queries": stage.masks.queries,
+        "pixels": stage.masks.pixels,
+    }
     broken[field][1, -1] = value  # an unmatched query of the second image, or a channel of its pixels
     total, parts = loss({"": stage}, labels)
     assert not torch.isfinite(total)

@@ -5,7 +5,6 @@ from unittest import mock
 
 import pytest
 import torch
-from small_models import pixels, randomised, small_config, small_model, targets
 
 from transformers_rfdetr import RfDetrConfig, RfDetrForInstanceSegmentation, RfDetrForObjectDetection, RfDetrModel
 from transformers_rfdetr.modeling_rf_detr import (
@@ -14,6 +13,8 @@ from transformers_rfdetr.modeling_rf_detr import (
     RfDetrSegmentationHead,
 )
 from transformers_rfdetr.modeling_rf_detr_dinov2 import merge_windows, partition_windows, resize_position_table
+
+from small_models import pixels, randomised, small_config, small_model, targets
 
 
 def test_outputs_stand_in_the_documented_order_and_lead_with_the_batch():
@@ -34,7 +35,13 @@ def test_outputs_stand_in_the_documented_order_and_lead_with_the_batch():
 def test_the_trainer_keeps_the_loss_dict_logits_boxes_and_masks_and_nothing_else():
     ignored = set(RfDetrConfig.keys_to_ignore_at_inference)
     fields = list(RfDetrInstanceSegmentationOutput.__dataclass_fields__)
-    assert [name for name in fields if name not in ignored] == ["loss", "loss_dict", "logits", "pred_boxes", "pred_masks"]
+    assert [name for name in fields if name not in ignored] == [
+        "loss",
+        "loss_dict",
+        "logits",
+        "pred_boxes",
+        "pred_masks",
+    ]
     detection = list(RfDetrObjectDetectionOutput.__dataclass_fields__)
     assert [name for name in detection if name not in ignored] == ["loss", "loss_dict", "logits", "pred_boxes"]
 
@@ -55,7 +62,9 @@ def test_a_tuple_is_returned_on_request():
 
 def test_evaluation_multiplies_out_the_last_layers_masks_only():
     model = small_model()
-    with mock.patch.object(RfDetrSegmentationHead, "factors", autospec=True, side_effect=RfDetrSegmentationHead.factors) as f:
+    with mock.patch.object(
+        RfDetrSegmentationHead, "factors", autospec=True, side_effect=RfDetrSegmentationHead.factors
+    ) as f:
         model(pixels())
         assert f.call_count == 1
         model(pixels(), labels=targets(1, 1))
@@ -222,7 +231,11 @@ def test_the_initial_weights_are_those_of_the_paper():
     for head in heads:
         torch.testing.assert_close(state[f"{head}.bias"], torch.full((4,), -math.log(99.0)))
         assert state[f"{head}.weight"].std() > 0
-    for name in ("bbox_embed.layers.2.weight", "transformer.enc_out_bbox_embed.1.layers.2.bias", "refpoint_embed.weight"):
+    for name in (
+        "bbox_embed.layers.2.weight",
+        "transformer.enc_out_bbox_embed.1.layers.2.bias",
+        "refpoint_embed.weight",
+    ):
         assert not state[name].any(), name
     assert state["query_feat.weight"].std() == pytest.approx(1.0, rel=0.1)
     offsets = state["transformer.decoder.layers.0.cross_attn.sampling_offsets.bias"].reshape(4, 1, 2, 2)

@@ -8,7 +8,6 @@ import textwrap
 import pytest
 import torch
 from PIL import Image
-from small_models import small_model
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -28,6 +27,8 @@ from transformers_rfdetr import (
     RfDetrModel,
 )
 
+from small_models import small_model
+
 
 @pytest.fixture
 def folder(kind, tmp_path):
@@ -38,7 +39,9 @@ def folder(kind, tmp_path):
 
 
 def picture(seed: int, size: tuple[int, int] = (80, 60)) -> Image.Image:
-    noise = torch.randint(0, 255, (size[1], size[0], 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randint(
+        0, 255, (size[1], size[0], 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
     return Image.fromarray(noise.numpy())
 
 
@@ -76,7 +79,9 @@ def test_a_processor_saved_under_another_name_is_ours_too(name, folder):
 
 
 def test_attention_dtype_and_configuration_can_be_chosen_while_loading(folder):
-    model = AutoModelForObjectDetection.from_pretrained(folder, attn_implementation="eager", dtype=torch.bfloat16, dropout=0.2)
+    model = AutoModelForObjectDetection.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.bfloat16, dropout=0.2
+    )
     assert model.config._attn_implementation == "eager"
     assert (model.dtype, model.config.dropout) == (torch.bfloat16, 0.2)
 
@@ -158,7 +163,12 @@ def test_importing_changes_no_global_state():
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
 def test_everything_works_without_torchvision(folder):
     assert type(AutoImageProcessor.from_pretrained(folder)) is RfDetrImageProcessor
-    assert RfDetrImageProcessor.from_pretrained(folder)(picture(0), return_tensors="pt").pixel_values.shape == (1, 3, 48, 48)
+    assert RfDetrImageProcessor.from_pretrained(folder)(picture(0), return_tensors="pt").pixel_values.shape == (
+        1,
+        3,
+        48,
+        48,
+    )
 
 
 def test_the_public_names_exist():

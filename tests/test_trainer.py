@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from small_models import pixels, shared_folder, small_config, small_model, targets
 from transformers import Trainer, TrainingArguments
 
 from transformers_rfdetr import RfDetrForInstanceSegmentation, RfDetrImageProcessor
+
+from small_models import pixels, shared_folder, small_config, small_model, targets
 
 
 def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
@@ -109,7 +110,11 @@ def test_training_on_real_pictures_learns_saves_and_resumes_to_the_weights_of_an
         torch.manual_seed(0)
         model = RfDetrForInstanceSegmentation(small_config(num_labels=1, num_queries=16))
         trainer = Trainer(
-            model, arguments(tmp_path / name, **schedule), data_collator=collate, train_dataset=train, eval_dataset=validation
+            model,
+            arguments(tmp_path / name, **schedule),
+            data_collator=collate,
+            train_dataset=train,
+            eval_dataset=validation,
         )
         before = trainer.evaluate() if resume is None else {}
         trainer.train(resume_from_checkpoint=resume)

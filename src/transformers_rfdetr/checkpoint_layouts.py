@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import cached_file, logging
 
-from .configuration_rf_detr import RfDetrConfig, as_pair
+from .configuration_rf_detr import RfDetrConfig
 from .modeling_rf_detr_dinov2 import resize_position_table
 
 logger = logging.get_logger(__name__)
@@ -106,8 +107,8 @@ def to_original_layout(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _tables_fit(shapes: Mapping[str, Any], config: RfDetrConfig) -> bool:
-    height, width = (side // config.backbone_config.patch_size for side in as_pair(config.backbone_config.image_size))
-    rows = {name: config.group_detr * config.num_queries for name in _QUERY_TABLES}
+    height, width = config.backbone_config.position_grid
+    rows = dict.fromkeys(_QUERY_TABLES, config.group_detr * config.num_queries)
     fits = all(name not in shapes or shapes[name][0] == count for name, count in rows.items())
     return fits and (_POSITIONS not in shapes or shapes[_POSITIONS][1] == 1 + height * width)
 
@@ -133,9 +134,8 @@ def fit_tables(
     """
     fitted, changes = dict(state_dict), []
     if _POSITIONS in fitted:
-        table, patch = fitted[_POSITIONS], config.backbone_config.patch_size
-        new = tuple(side // patch for side in as_pair(config.backbone_config.image_size))
-        old = tuple(side // patch for side in as_pair(stored.backbone_config.image_size))
+        table = fitted[_POSITIONS]
+        old, new = stored.backbone_config.position_grid, config.backbone_config.position_grid
         if old[0] * old[1] != table.shape[1] - 1:
             old = (round((table.shape[1] - 1) ** 0.5),) * 2
         if old != new:
@@ -161,7 +161,9 @@ def fit_tables(
     stored_groups = 1 + max((int(match[2]) for match in heads.values()), default=-1)
     if stored_groups and stored_groups != config.group_detr:
         tensors = {(match[1], int(match[2]), match[3]): fitted.pop(key) for key, match in heads.items()}
-        for head, group, rest in {(head, group, rest) for head, _, rest in tensors for group in range(config.group_detr)}:
+        for head, group, rest in {
+            (head, group, rest) for head, _, rest in tensors for group in range(config.group_detr)
+        }:
             fitted[f"{head}.{group}.{rest}"] = tensors[head, group % stored_groups, rest]
         changes.append(f"first-stage heads from {stored_groups} groups to {config.group_detr}")
     return fitted, changes
@@ -182,11 +184,11 @@ def _safetensors_files(path: str, variant: str | None, hub: dict[str, Any]) -> l
     return [cached_file(path, name, **hub) for name in names]
 
 
-class RfDetrCheckpointMixin:
+class RfDetrCheckpoint(PreTrainedModel):
     """Loading and saving of the models: any layout in, the original one out."""
 
     # Derived from the keypoint settings, which we do not have; recent files hold it, empty.
-    _keys_to_ignore_on_load_unexpected = [r"^_kp_active_mask$"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"(^|\.)_kp_active_mask$"]  # noqa: RUF012
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any):
@@ -208,7 +210,7 @@ class RfDetrCheckpointMixin:
 
         if state_dict is None and path is not None:
             files = _safetensors_files(str(path), kwargs.get("variant"), hub)
-            shapes = {}
+            shapes: dict[str, list[int]] = {}
             for name in files:
                 with safe_open(name, framework="pt") as file:
                     shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118

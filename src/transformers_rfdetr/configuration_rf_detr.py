@@ -1,6 +1,7 @@
 """What the architecture is: the configuration, and the table of published variants, one row each."""
 
 import re
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from transformers.configuration_utils import PreTrainedConfig
@@ -19,17 +20,19 @@ class Variant(NamedTuple):
     position_grid: int  # side of the stored position table, in patches
     num_queries: int
     out_indices: tuple[int, ...] = (3, 6, 9, 12)
-    backbone: dict[str, int] = {"hidden_size": 384, "num_attention_heads": 6}
-    decoder: dict[str, Any] = {}
+    hidden_size: int = 384  # of the backbone, whose heads are 64 wide
+    decoder: MappingProxyType = MappingProxyType({})  # fields that differ from the defaults of RfDetrConfig
 
 
-_LARGE_DEPRECATED = {
-    "d_model": 384,
-    "decoder_self_attention_heads": 12,
-    "decoder_cross_attention_heads": 24,
-    "decoder_n_points": 4,
-    "projector_scale": ["P3", "P5"],
-}
+_LARGE_DEPRECATED = MappingProxyType(
+    {
+        "d_model": 384,
+        "decoder_self_attention_heads": 12,
+        "decoder_cross_attention_heads": 24,
+        "decoder_n_points": 4,
+        "projector_scale": ["P3", "P5"],
+    }
+)
 # https://github.com/roboflow/rf-detr, configuration of each published class.
 VARIANTS = {
     "rf-detr-nano": Variant(16, 2, 2, 384, 24, 300),
@@ -37,9 +40,7 @@ VARIANTS = {
     "rf-detr-medium": Variant(16, 2, 4, 576, 36, 300),
     "rf-detr-large": Variant(16, 2, 4, 704, 44, 300),
     "rf-detr-base": Variant(14, 4, 3, 560, 37, 300, (2, 5, 8, 11)),
-    "rf-detr-large-deprecated": Variant(
-        14, 4, 3, 560, 37, 300, (2, 5, 8, 11), {"hidden_size": 768, "num_attention_heads": 12}, _LARGE_DEPRECATED
-    ),
+    "rf-detr-large-deprecated": Variant(14, 4, 3, 560, 37, 300, (2, 5, 8, 11), 768, _LARGE_DEPRECATED),
     "rf-detr-seg-preview": Variant(12, 2, 4, 432, 36, 200),
     "rf-detr-seg-nano": Variant(12, 1, 4, 312, 26, 100),
     "rf-detr-seg-small": Variant(12, 2, 4, 384, 32, 100),
@@ -233,6 +234,12 @@ class RfDetrDinov2Config(PreTrainedConfig):
         return [self.stage_names[index] for index in self.out_indices]
 
     @property
+    def position_grid(self) -> tuple[int, int]:
+        """(height, width) of the stored position table, in patches."""
+        height, width = as_pair(self.image_size)
+        return height // self.patch_size, width // self.patch_size
+
+    @property
     def num_used_layers(self) -> int:
         """Blocks before the last tap. Later ones stand in the checkpoint but are never read."""
         return self.out_indices[-1]
@@ -387,9 +394,10 @@ class RfDetrConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     def _check(self) -> None:
-        if not self.projector_scale or self.projector_scale != sorted(set(self.projector_scale) & set(PROJECTOR_SCALES)):
+        levels = sorted(set(self.projector_scale) & set(PROJECTOR_SCALES))
+        if not levels or self.projector_scale != levels:
             raise ValueError(
-                f"projector_scale {self.projector_scale} must name levels of {list(PROJECTOR_SCALES)} once, fine to coarse"
+                f"projector_scale {self.projector_scale} must name levels of {list(PROJECTOR_SCALES)}, fine to coarse"
             )
         for heads in ("decoder_self_attention_heads", "decoder_cross_attention_heads"):
             if self.d_model % getattr(self, heads):
@@ -447,7 +455,8 @@ class RfDetrConfig(PreTrainedConfig):
             "patch_size": variant.patch_size,
             "num_windows": variant.num_windows,
             "out_indices": list(variant.out_indices),
-            **variant.backbone,
+            "hidden_size": variant.hidden_size,
+            "num_attention_heads": variant.hidden_size // 64,
             **overrides.pop("backbone_config", {}),
         }
         if "num_labels" not in overrides and "id2label" not in overrides:

@@ -325,7 +325,9 @@ def check_targets(labels: Sequence[Mapping], batch_size: int, num_classes: int, 
                 )
         counts = {field: len(target[field]) for field in fields}
         if len(set(counts.values())) > 1:
-            raise ValueError(f"labels[{image}] has fields of different lengths, {counts}; each object needs all of them")
+            raise ValueError(
+                f"labels[{image}] has fields of different lengths, {counts}; each object needs all of them"
+            )
         if target["boxes"].shape[1:] != (4,):
             raise ValueError(f"labels[{image}]['boxes'] has shape {tuple(target['boxes'].shape)}; it must be (T, 4)")
     # One look at the device for the whole batch; the loops below run only to word the error.
@@ -334,7 +336,9 @@ def check_targets(labels: Sequence[Mapping], batch_size: int, num_classes: int, 
     if bool(((classes >= 0) & (classes < num_classes)).all() & torch.isfinite(boxes).all()):
         return
     for image, target in enumerate(labels):
-        for index, (label, box) in enumerate(zip(target["class_labels"].tolist(), target["boxes"].tolist(), strict=True)):
+        for index, (label, box) in enumerate(
+            zip(target["class_labels"].tolist(), target["boxes"].tolist(), strict=True)
+        ):
             if not 0 <= label < num_classes:
                 raise ValueError(
                     f"labels[{image}]['class_labels'][{index}] is {label}, outside 0 .. {num_classes - 1}; map the "
@@ -400,7 +404,7 @@ def rf_detr_loss(
         }
         all_pairs = match(float_stages, targets, num_groups=num_groups, **settings)
         total = torch.zeros((), device=device)
-        loss_dict = {}
+        loss_dict: dict[str, Tensor] = {}
         for suffix, stage, pairs in zip(stages, float_stages, all_pairs, strict=True):
             losses = stage_losses(stage, targets, pairs, num_boxes=num_boxes, **settings)
             total = total + sum(getattr(weights, name) * loss for name, loss in losses.items())

@@ -19,10 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .checkpoint_layouts import RfDetrCheckpointMixin
+from .checkpoint_layouts import RfDetrCheckpoint
 from .configuration_rf_detr import PROJECTOR_SCALES, RfDetrConfig
 from .loss_rf_detr import (
     LossWeights,
@@ -547,7 +546,9 @@ class RfDetrTransformer(nn.Module):
             tokens = self.enc_output_norm[group](self.enc_output[group](memory))
             logits = self.enc_out_class_embed[group](tokens)
             best = torch.topk(logits.amax(-1), kept, dim=1).indices[..., None]
-            tokens, logits, boxes = (rows.gather(1, best.expand(-1, -1, rows.shape[-1])) for rows in (tokens, logits, anchors))
+            tokens, logits, boxes = (
+                rows.gather(1, best.expand(-1, -1, rows.shape[-1])) for rows in (tokens, logits, anchors)
+            )
             stages.append((tokens, logits, apply_deltas(self.enc_out_bbox_embed[group](tokens), boxes)))
         tokens, logits, boxes = (torch.cat(parts, dim=1) for parts in zip(*stages, strict=True))
         return tokens, logits, boxes
@@ -622,7 +623,7 @@ class RfDetrSegmentationHead(nn.Module):
 # -- models ----------------------------------------------------------------------------------------------------------
 
 
-class RfDetrPreTrainedModel(RfDetrCheckpointMixin, PreTrainedModel):
+class RfDetrPreTrainedModel(RfDetrCheckpoint):
     """What the models share with transformers: loading, saving, initial weights, capabilities."""
 
     config_class = RfDetrConfig
@@ -702,7 +703,9 @@ class RfDetrModel(RfDetrPreTrainedModel):
         tokens, logits, boxes = self.transformer.propose(memory, anchors, invalid, num_groups)
         content, references = self.queries(boxes.detach(), num_groups)
 
-        located = references[:, :, None] if paddings is None else references[:, :, None] * valid_ratios(paddings)[:, None]
+        located = (
+            references[:, :, None] if paddings is None else references[:, :, None] * valid_ratios(paddings)[:, None]
+        )
         embedding = sine_embedding(located[:, :, 0], config.d_model)
         position = decoder.ref_point_head(embedding.to(content.dtype))
         states, attentions, cross_attentions = [content], [], []
@@ -855,7 +858,9 @@ class RfDetrForObjectDetection(RfDetrModel):
         stages = self.stages(base)
         loss, loss_dict = self.loss(stages, labels)
         last = stages[""]
-        return RfDetrObjectDetectionOutput(loss=loss, loss_dict=loss_dict, logits=last.logits, pred_boxes=last.boxes, **base)
+        return RfDetrObjectDetectionOutput(
+            loss=loss, loss_dict=loss_dict, logits=last.logits, pred_boxes=last.boxes, **base
+        )
 
 
 class RfDetrForInstanceSegmentation(RfDetrForObjectDetection):
@@ -881,8 +886,7 @@ class RfDetrForInstanceSegmentation(RfDetrForObjectDetection):
         factored = {"": (pixels[-1], hidden[:, -1]), "_enc": (pixels[0], base.enc_hidden_states)}
         factored |= {f"_{layer}": (pixels[layer + 1], hidden[:, layer]) for layer in range(hidden.shape[1] - 1)}
         return {
-            suffix: stage._replace(masks=head.factors(*factored[suffix]))
-            for suffix, stage in self.stages(base).items()
+            suffix: stage._replace(masks=head.factors(*factored[suffix])) for suffix, stage in self.stages(base).items()
         }
 
     @can_return_tuple

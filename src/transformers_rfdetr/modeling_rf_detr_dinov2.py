@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .configuration_rf_detr import RfDetrDinov2Config, as_pair, check_resolution
+from .configuration_rf_detr import RfDetrDinov2Config, check_resolution
 
 
 class VitLinear(nn.Linear):
@@ -121,8 +121,7 @@ class RfDetrDinov2Embeddings(nn.Module):
         super().__init__()
         self.config = config
         width = config.hidden_size
-        height_patches, width_patches = (side // config.patch_size for side in as_pair(config.image_size))
-        self.grid = (height_patches, width_patches)
+        height_patches, width_patches = config.position_grid
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         # Nothing reads it; it stands in every checkpoint. A parameter without gradient would stop plain DDP.
         self.mask_token = nn.Parameter(torch.empty(1, width), requires_grad=False)
@@ -148,7 +147,7 @@ class RfDetrDinov2Embeddings(nn.Module):
         projection = self.patch_embeddings["projection"]
         patches = projection(pixel_values.to(projection.weight.dtype))
         grid = (patches.shape[-2], patches.shape[-1])
-        positions = resize_position_table(self.position_embeddings, self.grid, grid)
+        positions = resize_position_table(self.position_embeddings, config.position_grid, grid)
         patches = patches.flatten(2).transpose(1, 2) + positions[:, 1:]
         windows = partition_windows(patches.unflatten(1, grid), config.num_windows)
         prefix = self.cls_token + positions[:, :1]

@@ -64,8 +64,9 @@ def narrow_dinov2(config: RfDetrConfig):
         return settings
 
     widths = dict.fromkeys(("small", "base"), backbone.hidden_size)
-    with mock.patch.object(rfdetr_dinov2, "get_config", get_config), mock.patch.object(
-        rfdetr_dinov2, "size_to_width", widths
+    with (
+        mock.patch.object(rfdetr_dinov2, "get_config", get_config),
+        mock.patch.object(rfdetr_dinov2, "size_to_width", widths),
     ):
         yield
 
@@ -100,7 +101,7 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if name.endswith(("norm.weight", "bn.weight", "lambda1")) or ".norm" in name and name.endswith("weight"):
+        if name.endswith(("norm.weight", "bn.weight", "lambda1")) or (".norm" in name and name.endswith("weight")):
             parameter.copy_(1.0 + 0.2 * noise)
         elif parameter.ndim == 1:
             parameter.copy_(0.2 * noise)

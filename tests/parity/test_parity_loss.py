@@ -4,6 +4,10 @@ from unittest import mock
 
 import pytest
 import torch
+
+from transformers_rfdetr import modeling_rf_detr
+from transformers_rfdetr.loss_rf_detr import LossWeights, match
+
 from peer import (
     PEER_CLASSES,
     peer_criterion,
@@ -15,9 +19,6 @@ from peer import (
     table_rand,
     twins,
 )
-
-from transformers_rfdetr import modeling_rf_detr
-from transformers_rfdetr.loss_rf_detr import LossWeights, match
 
 COUNTS = [4, 0, 9]  # more objects than queries in one image, none in another
 
@@ -53,7 +54,9 @@ def compare(
     choices = []
     with record_choices(choices):
         expected_outputs = peer(pixels)
-    theirs = peer_targets(targets) if segments else [{"labels": t["class_labels"], "boxes": t["boxes"]} for t in targets]
+    theirs = (
+        peer_targets(targets) if segments else [{"labels": t["class_labels"], "boxes": t["boxes"]} for t in targets]
+    )
     with replay_choices(choices):
         base = ours.run(pixels, None, None, None)
     stages = ours.mask_stages(base, (side, side)) if segments else ours.stages(base)
@@ -128,7 +131,9 @@ def test_a_batch_without_objects_costs_the_same(training, monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("variant", ["rf-detr-seg-nano", "rf-detr-seg-medium", "rf-detr-base", "rf-detr-large-deprecated"])
+@pytest.mark.parametrize(
+    "variant", ["rf-detr-seg-nano", "rf-detr-seg-medium", "rf-detr-base", "rf-detr-large-deprecated"]
+)
 def test_losses_and_gradients_of_the_full_size_model_agree(variant, monkeypatch):
     # In float64. The gradient of a sampling location jumps where the location crosses a pixel centre, and among the
     # 100,000 points of a full-size model some lie within float32's rounding of one.

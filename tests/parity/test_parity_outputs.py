@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from peer import PEER_CLASSES, record_choices, replay_choices, stand_in_config, twins
 from rfdetr.utilities.tensors import NestedTensor
+
+from peer import PEER_CLASSES, record_choices, replay_choices, stand_in_config, twins
 
 SEGMENTATION = [name for name in PEER_CLASSES if "-seg-" in name]
 BRANCHES = {
