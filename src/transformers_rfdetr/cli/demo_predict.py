@@ -1,0 +1,159 @@
+"""`python -m transformers_rfdetr.cli.demo_predict`: from a picture and a checkpoint to an overlay and its instances."""
+
+import argparse
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Sequence
+from http.client import HTTPException
+from io import BytesIO
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from transformers import AutoModelForInstanceSegmentation
+
+# From its module: the top level of transformers 5.4 to 5.17 refuses the name where torchvision is missing.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from .. import RfDetrConfig, RfDetrForInstanceSegmentation, RfDetrImageProcessor
+from ..demo_data import CATEGORIES, draw_scene
+from ..visualization import draw_instances
+
+_RANDOM_TOP_K = 3
+_URL_TIMEOUT_SECONDS = 60
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: Those of the command line by default.
+
+    Returns:
+        The exit code: 0, or 2 after one line on stderr that says what was wrong with the arguments.
+    """
+    options = _parse(arguments)
+    try:
+        _predict(options.image, options.model, options.threshold, options.output)
+    except (OSError, ValueError) as error:
+        print("demo_predict:", *str(error).splitlines()[:1], file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m transformers_rfdetr.cli.demo_predict",
+        description="Segment one picture, draw the instances over it, and list them.",
+        epilog="example: python -m transformers_rfdetr.cli.demo_predict "
+        "--image street.jpg --model Roboflow/rf-detr-seg-medium --output street.png",
+    )
+    parser.add_argument("--image", metavar="PATH_OR_URL", help="a picture; without it the package draws one")
+    parser.add_argument(
+        "--model", metavar="FOLDER_OR_HUB_ID", help="a checkpoint; without it a small random one is made"
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        help="least score of an instance, 0 to 1 (0.5; with random weights 0, and the best few are shown)",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("demo/overlay.png"), help="where the picture goes (%(default)s)"
+    )
+    return parser.parse_args(arguments)
+
+
+def _predict(source: str | None, model_name: str | None, threshold: float | None, output: Path) -> None:
+    if threshold is None:
+        threshold = 0.5 if model_name else 0.0
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"--threshold {threshold} is outside [0, 1]; give a score such as 0.5")
+    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"--output {output} has no ending of a picture's format; give one such as overlay.png")
+    image = draw_scene(seed=0)[0] if source is None else _read_image(source)
+    if model_name is None:
+        print("The weights are RANDOM: the masks below mean nothing. Give a trained checkpoint with --model.")
+        with tempfile.TemporaryDirectory() as folder:
+            _save_random_checkpoint(folder)
+            model, processor = _load(folder)
+    else:
+        model, processor = _load(model_name)
+
+    with torch.no_grad():
+        outputs = model(**processor(image, return_tensors="pt"))
+    result = processor.post_process_instance_segmentation(
+        outputs,
+        threshold,
+        target_sizes=[image.size[::-1]],
+        return_binary_maps=True,
+        top_k=None if model_name else _RANDOM_TOP_K,
+    )[0]
+    segments = result["segments_info"]
+    labels = [model.config.id2label[segment["label_id"]] for segment in segments]
+    scores = [segment["score"] for segment in segments]
+    boxes = [segment["box"] for segment in segments]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    draw_instances(image, result["segmentation"], boxes, labels, scores).save(output)
+
+    size = f"{image.width} x {image.height}"
+    print(
+        f"{len(segments) or 'No'} instances score above {threshold:g} in {source or 'a drawn picture'} ({size} pixels)"
+    )
+    if segments:
+        print(f"{'id':>3}  {'label':<16} {'score':>6}  {'box x0 y0 x1 y1':^23}  {'area':>8}")
+    for segment, label in zip(segments, labels, strict=True):
+        box = " ".join(f"{side:5.0f}" for side in segment["box"])
+        print(f"{segment['id']:>3}  {label:<16} {segment['score']:>6.3f}  {box}  {segment['area']:>8}")
+    print(f"The overlay is in {output}")
+
+
+def _read_image(source: str) -> Image.Image:
+    """A path or URL -> the RGB picture, upright."""
+    try:
+        stream: str | BytesIO = source
+        if source.startswith(("http://", "https://")):
+            request = urllib.request.Request(source, headers={"User-Agent": "transformers-rfdetr"})
+            with urllib.request.urlopen(request, timeout=_URL_TIMEOUT_SECONDS) as response:
+                stream = BytesIO(response.read())
+        with Image.open(stream) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, HTTPException, Image.DecompressionBombError) as error:
+        raise ValueError(f"--image {source} cannot be read as a picture: {error}") from error
+
+
+def _save_random_checkpoint(folder: str) -> None:
+    """A checkpoint of the smallest sensible architecture, from a fixed seed, with its processor."""
+    config = RfDetrConfig(
+        backbone_config={
+            "hidden_size": 64,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "image_size": 192,
+            "patch_size": 12,
+            "num_windows": 2,
+            "out_indices": [1, 2, 3, 4],
+        },
+        d_model=64,
+        num_queries=20,
+        decoder_layers=2,
+        decoder_ffn_dim=128,
+        decoder_self_attention_heads=4,
+        decoder_cross_attention_heads=4,
+        id2label={index: category["name"] for index, category in enumerate(CATEGORIES)},
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        RfDetrForInstanceSegmentation(config).save_pretrained(folder)
+    RfDetrImageProcessor.from_config(config).save_pretrained(folder)
+
+
+def _load(name: str) -> tuple[RfDetrForInstanceSegmentation, RfDetrImageProcessor]:
+    try:
+        return AutoModelForInstanceSegmentation.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {name} cannot be loaded; give a folder or a Hub id. {error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""Draws instances on a picture. N instances; H W pixels of the picture; boxes_xyxy in its pixels."""
+
+import colorsys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+_OPACITY = 0.45  # of a mask
+_DARK = (20, 20, 20)
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
+
+# x0, y0, x1, y1 in pixels, the latter two exclusive.
+Place = tuple[int, int, int, int]
+
+
+def color_of(index: int) -> tuple[int, int, int]:
+    """The colour (red, green, blue) of instance or class number `index`: bright, and unlike that of its neighbours."""
+    hue, value = (0.55 + index * _GOLDEN_RATIO) % 1, (1.0, 0.85)[index % 2]
+    red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.8, value))
+    return red, green, blue
+
+
+def draw_instances(
+    image: Image.Image,
+    masks: np.ndarray | torch.Tensor | None = None,
+    boxes: np.ndarray | torch.Tensor | Sequence[Sequence[float]] | None = None,
+    labels: Sequence[str] | None = None,
+    scores: np.ndarray | torch.Tensor | Sequence[float] | None = None,
+    *,
+    color_indices: Sequence[int] | None = None,
+) -> Image.Image:
+    """Draw masks, boxes, and plates with label and score, whatever of these is given, over a picture.
+
+    A mask is a translucent colour with an outline of that colour and a dark edge, so that it shows on dark and on
+    light ground; nothing is drawn outside of it but boxes and plates. Lines and letters grow with the picture. Of two
+    instances that overlap the earlier one lies on top: the better one where they are sorted by score.
+
+    Example:
+        >>> import numpy as np
+        >>> from PIL import Image
+        >>> from transformers_rfdetr.visualization import draw_instances
+        >>> masks = np.zeros((1, 120, 160), bool)
+        >>> masks[0, 40:80, 50:110] = True
+        >>> draw_instances(Image.new("RGB", (160, 120)), masks, labels=["building"], scores=[0.9]).size
+        (160, 120)
+
+    Args:
+        image: The picture, (H, W), in any mode. It stays as it is.
+        masks: (N, H, W) bool.
+        boxes: (N, 4) boxes_xyxy.
+        labels: N texts.
+        scores: N numbers, written with two digits.
+        color_indices: N numbers of colours, such as class ids, for a colour a class; 0 to N-1 by default.
+
+    Returns:
+        A new RGB picture of the same size.
+
+    Raises:
+        ValueError: lengths that differ; masks or boxes of another shape; texts without masks or boxes to put them at.
+    """
+    parts = {"masks": masks, "boxes": boxes, "labels": labels, "scores": scores, "color_indices": color_indices}
+    lengths = {name: len(part) for name, part in parts.items() if part is not None}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"different numbers of {lengths}; pass one of each for every instance")
+    count = max(lengths.values(), default=0)
+    if not count:
+        return image.convert("RGB") if image.mode != "RGB" else image.copy()
+    if masks is None and boxes is None:
+        raise ValueError(f"{count} instances have neither masks nor boxes; pass one of the two")
+
+    line = max(1, round(min(image.size) / 250))
+    colors = [color_of(int(index)) for index in (range(count) if color_indices is None else color_indices)]
+    pixels = np.array(image.convert("RGB"))
+    places: list[Place | None] = [None] * count
+    if masks is not None:
+        bitmaps = _to_array(masks)
+        if bitmaps.dtype != bool or bitmaps.shape[1:] != pixels.shape[:2]:
+            raise ValueError(
+                f"masks of {bitmaps.dtype} {bitmaps.shape[1:]} are not bool of the picture's (height, width)"
+                f" {pixels.shape[:2]}; post-process with target_sizes=[(height, width)] and return_binary_maps=True"
+            )
+        places = [_extent(mask) for mask in bitmaps]
+        for place, mask, color in reversed(list(zip(places, bitmaps, colors, strict=True))):
+            if place is not None:
+                region = np.s_[place[1] : place[3], place[0] : place[2]]
+                pixels[region] = _paint(pixels[region], mask[region], color, line)
+    drawn = Image.fromarray(pixels)
+    pen = ImageDraw.Draw(drawn)
+    if boxes is not None:
+        corners = _to_array(boxes)
+        if corners.shape[1:] != (4,):
+            raise ValueError(f"boxes have shape {corners.shape}; pass (N, 4): x0, y0, x1, y1 in pixels")
+        frames = [(int(x0), int(y0), int(x1), int(y1)) for x0, y0, x1, y1 in corners.round()]
+        places = list(frames)
+        for (x0, y0, x1, y1), color in reversed(list(zip(frames, colors, strict=True))):
+            pen.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=_DARK, width=line + 2)
+            pen.rectangle((x0 + 1, y0 + 1, max(x0 + 1, x1 - 2), max(y0 + 1, y1 - 2)), outline=color, width=line)
+    plates: list[Place] = []
+    for index, place in enumerate(places):
+        words = [] if labels is None else [str(labels[index])]
+        words += [] if scores is None else [f"{float(scores[index]):.2f}"]
+        if words and place is not None:
+            plates.append(_write(pen, " ".join(words), place, colors[index], plates))
+    return drawn
+
+
+def _to_array(values: Any) -> np.ndarray:
+    return values.numpy(force=True) if isinstance(values, torch.Tensor) else np.asarray(values)
+
+
+def _extent(mask: np.ndarray) -> Place | None:
+    """Where a mask (H, W) is, or None where it is nowhere."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1) if rows.size else None
+
+
+def _paint(pixels: np.ndarray, mask: np.ndarray, color: tuple[int, int, int], line: int) -> np.ndarray:
+    """Pixels (h, w, 3) under a mask (h, w): tinted inside, the colour along its outline, dark on the very edge."""
+    edge = _erode(mask, 1)
+    inside = _erode(edge, line + 1)
+    tinted = (1 - _OPACITY) * pixels + _OPACITY * np.array(color)
+    painted = np.where(inside[..., None], tinted, np.where(edge[..., None], color, _DARK))
+    return np.where(mask[..., None], painted, pixels).astype(np.uint8)
+
+
+def _erode(mask: np.ndarray, steps: int) -> np.ndarray:
+    """Mask (h, w) without its outermost `steps` pixels; outside of the array there is no mask."""
+    for _ in range(steps):
+        wide = np.pad(mask, 1)
+        mask = mask & wide[:-2, 1:-1] & wide[2:, 1:-1] & wide[1:-1, :-2] & wide[1:-1, 2:]
+    return mask
+
+
+def _write(
+    pen: ImageDraw.ImageDraw, text: str, place: Place, color: tuple[int, int, int], taken: Sequence[Place]
+) -> Place:
+    """Write on a plate at `place`, inside the picture and off the `taken` plates if there is room -> the plate."""
+    width, height = pen.im.size
+    size = max(10, round(min(width, height) / 30))
+    font = ImageFont.load_default(size)
+    margin = max(1, size // 5)
+    plate_width = round(pen.textlength(text, font)) + 2 * margin
+    plate_height = sum(font.getmetrics()) + margin
+    left, top, right, bottom = place
+    above, inside = top - plate_height, bottom - plate_height
+    plates = []
+    for x, y in ((left, above), (left, top), (left, bottom), (right - plate_width, above), (left, inside)):
+        x, y = max(0, min(x, width - plate_width)), max(0, min(y, height - plate_height))
+        plates.append((x, y, x + plate_width, y + plate_height))
+    free = (p for p in plates if not any(p[0] < t[2] and t[0] < p[2] and p[1] < t[3] and t[1] < p[3] for t in taken))
+    plate = next(free, plates[0])
+    pen.rectangle((plate[0], plate[1], plate[2] - 1, plate[3] - 1), fill=color)
+    is_light = np.dot(color, (0.299, 0.587, 0.114)) > 120
+    ink = _DARK if is_light else (255, 255, 255)
+    pen.text((plate[0] + margin, plate[1] + margin // 2), text, fill=ink, font=font)
+    return plate
