@@ -267,9 +267,9 @@ def test_a_picture_without_instances_is_written_all_the_same(tmp_path: Path, cap
     [
         (["--threshold", "1.5"], "--threshold 1.5 is outside [0, 1]"),
         (["--threshold", "nan"], "--threshold nan is outside [0, 1]"),
-        (["--image", "missing.png"], "--image missing.png cannot be read"),
-        (["--image", "text.png"], "--image text.png cannot be read"),
-        (["--image", "http://127.0.0.1:9/picture.png"], "cannot be read"),
+        (["--image", "missing.png"], "missing.png cannot be opened as an image"),
+        (["--image", "text.png"], "text.png cannot be opened as an image"),
+        (["--image", "http://127.0.0.1:9/picture.png"], "cannot be opened as an image"),
         (["--model", "./missing/model"], "--model ./missing/model cannot be loaded"),
         (["--output", "overlay.nothing"], "--output overlay.nothing has no ending"),
     ],

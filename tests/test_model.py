@@ -5,8 +5,11 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from transformers_rfdetr import RfDetrConfig, RfDetrForInstanceSegmentation, RfDetrForObjectDetection, RfDetrModel
+from transformers_rfdetr.loss_rf_detr import LossWeights, StagePrediction, fixed_points, match, stage_losses
 from transformers_rfdetr.modeling_rf_detr import (
     RfDetrInstanceSegmentationOutput,
     RfDetrObjectDetectionOutput,
@@ -273,15 +276,83 @@ def test_the_evaluation_forward_compiles_into_one_graph(kind):
     torch.testing.assert_close(outputs.pred_boxes, expected.pred_boxes, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_the_evaluation_forward_exports_with_a_dynamic_batch(kind):
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_compiled_evaluation_forward_computes_the_same(kind, dynamic):
     model = small_model(kind)
-    batch = torch.export.Dim("batch", min=1, max=16)
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
+    for size in [(2, 48, 48), (1, 48, 48), (3, 96, 120)][: 3 if dynamic else 1]:
+        with torch.no_grad():
+            expected, outputs = model(pixels(*size)), compiled(pixels(*size))
+        torch.testing.assert_close(outputs.logits, expected.logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(outputs.pred_boxes, expected.pred_boxes, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_the_evaluation_forward_exports_for_any_batch_and_any_legal_size(kind):
+    model = small_model(kind)
+    batch, height, width = (torch.export.Dim(name, min=1, max=16) for name in ("batch", "height", "width"))
+    shapes = {"pixel_values": {0: batch, 2: 24 * height, 3: 24 * width}}
     with torch.no_grad():
-        program = torch.export.export(model, (pixels(2),), dynamic_shapes={"pixel_values": {0: batch}})
-        for size in (1, 5):
-            expected, outputs = model(pixels(size)), program.module()(pixels(size))
+        program = torch.export.export(model, (pixels(2, 72, 96),), dynamic_shapes=shapes).module()
+        for size in [(1, 48, 48), (5, 96, 120), (2, 72, 96)]:  # the first has the size of the position table
+            expected, outputs = model(pixels(*size)), program(pixels(*size))
             torch.testing.assert_close(outputs.logits, expected.logits, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(outputs.pred_boxes, expected.pred_boxes, atol=1e-5, rtol=1e-5)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Sees every operation, forward and backward, and keeps the largest number of elements that one returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [tensor for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
+        self.largest = max([self.largest, *(tensor.numel() for tensor in tensors)])
+        return result
+
+
+def test_a_training_step_forms_no_mask_of_every_query_and_group():
+    model = small_model(num_queries=50, group_detr=13, mask_downsample_ratio=1).train()
+    labels = targets(2, 1)
+    with LargestTensor() as seen:
+        model(pixels(), labels=labels).loss.backward()
+    dense = 2 * 13 * 50 * 48 * 48  # one layer's masks; the port forms them for every layer
+    assert seen.largest < dense / 10
+
+
+def test_the_losses_of_matched_boxes_form_no_square_matrix():
+    count = 2000
+    stage = StagePrediction(torch.zeros(1, count, 4), torch.rand(1, count, 4))
+    pairs, labels = [(torch.arange(count), torch.arange(count))], targets(count, size=(2, 2))
+    settings = {"points": fixed_points, "mask_point_sample_ratio": 16}
+    with LargestTensor() as seen:
+        losses = stage_losses(stage, labels, pairs, num_boxes=torch.tensor(1.0), weights=LossWeights(), **settings)
+    assert torch.isfinite(losses["loss_giou"])
+    assert seen.largest <= 4 * count
+
+
+def test_the_matcher_looks_at_as_many_points_whatever_the_batch():
+    model, asked = small_model(), []
+
+    def points(num_sets: int, num_points: int, device: torch.device) -> torch.Tensor:
+        asked.append((num_sets, num_points))
+        return fixed_points(num_sets, num_points, device)
+
+    for batch in (1, 4):
+        stages = model.mask_stages(model.run(pixels(batch), None, None, None), (48, 48))
+        labels = targets(*[2] * batch)
+        match([stages[""]], labels, num_groups=1, weights=LossWeights(), points=points, mask_point_sample_ratio=16)
+    assert asked == [(1, 9), (1, 9)]  # 12 x 12 mask pixels / 16
+
+
+def test_more_queries_than_patches_is_no_error(kind):
+    outputs = small_model(kind, num_queries=30)(pixels(), labels=targets(2, 1))
+    assert outputs.logits.shape == (2, 30, 4)
+    assert outputs.enc_outputs_class.shape == (2, 16, 4)
+    assert torch.isfinite(outputs.loss)
 
 
 def test_randomised_models_differ_from_initial_ones():

@@ -67,6 +67,7 @@ _GROUP_HEAD = re.compile(r"^(transformer\.enc_(?:output|output_norm|out_class_em
 _POSITIONS = "backbone.0.encoder.encoder.embeddings.position_embeddings"
 _QUERY_TABLES = ("refpoint_embed.weight", "query_feat.weight")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
+_QUIET = {"_raise_exceptions_for_missing_entries": False}
 # Arguments of from_pretrained that are also attributes of a configuration, but mean the model's loading.
 _LOADING_ARGUMENTS = ("dtype", "torch_dtype", "attn_implementation", "name_or_path")
 
@@ -172,11 +173,10 @@ def fit_tables(
 def _safetensors_files(path: str, variant: str | None, hub: dict[str, Any]) -> list[str]:
     """The safetensors files of a model folder or Hub repository, sharded or not; none if it has another kind."""
     stem = "model" if variant is None else f"model.{variant}"
-    quiet = {"_raise_exceptions_for_missing_entries": False, **hub}
-    if single := cached_file(path, f"{stem}.safetensors", **quiet):
+    if single := cached_file(path, f"{stem}.safetensors", **_QUIET, **hub):
         return [single]
     index_name = "model.safetensors.index.json" if variant is None else f"model.safetensors.index.{variant}.json"
-    index = cached_file(path, index_name, **quiet)
+    index = cached_file(path, index_name, **_QUIET, **hub)
     if index is None:
         return []
     with open(index, encoding="utf-8") as file:
@@ -200,13 +200,15 @@ class RfDetrCheckpoint(PreTrainedModel):
         """
         path, state_dict = pretrained_model_name_or_path, kwargs.pop("state_dict", None)
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-        source = config if config is not None and path is None else path
-        stored = source if isinstance(source, RfDetrConfig) else RfDetrConfig.from_pretrained(source, **hub)
+        if config is not None and not isinstance(config, RfDetrConfig):
+            config = RfDetrConfig.from_pretrained(config, **hub)
+        # The configuration that the file was written with says how its query rows fall into groups.
+        stored = config
+        if config is None or (path is not None and cached_file(str(path), "config.json", **_QUIET, **hub)):
+            stored = RfDetrConfig.from_pretrained(path, **hub)
         if config is None:
             fields = [name for name in kwargs if hasattr(stored, name) and name not in _LOADING_ARGUMENTS]
             config = RfDetrConfig.from_pretrained(path, **hub, **{name: kwargs.pop(name) for name in fields})
-        elif not isinstance(config, RfDetrConfig):
-            config = RfDetrConfig.from_pretrained(config, **hub)
 
         if state_dict is None and path is not None:
             files = _safetensors_files(str(path), kwargs.get("variant"), hub)

@@ -502,7 +502,7 @@ def _as_list(images: Any) -> list[Any]:
     return [images]
 
 
-def _open_image(source: str) -> PIL.Image.Image:
+def open_image(source: str) -> PIL.Image.Image:
     """A path, http(s) URL or base64 string -> the picture in its own mode (`load_image` clips 16 bits to 8)."""
     try:
         stream: str | BytesIO = source
@@ -522,7 +522,7 @@ def _open_image(source: str) -> PIL.Image.Image:
 def _read_image(image: Any, do_rescale: bool, rescale_factor: float, input_data_format: str | None) -> torch.Tensor:
     """Any image -> (3, H, W) float32, scaled to [0, 1] where `do_rescale`."""
     if isinstance(image, str | os.PathLike):
-        image = _open_image(os.fspath(image))
+        image = open_image(os.fspath(image))
     if isinstance(image, PIL.Image.Image):
         image = PIL.ImageOps.exif_transpose(image)
         if image.mode == "La":

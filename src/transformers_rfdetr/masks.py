@@ -13,7 +13,7 @@ import torch
 from pycocotools import mask as coco_mask
 
 # What `read_segmentation` returns: polygons, each (2P,) float64 pixels x0, y0, x1, y1, ..., or one compressed RLE.
-Shape = list[np.ndarray] | dict[str, Any]
+Shape = list[Any] | dict[str, Any]
 
 # pycocotools walks along every edge in fifths of a pixel: what lies further out would cost minutes and memory.
 _MAX_COORDINATE = 1e6

@@ -77,7 +77,8 @@ def resize_position_table(table: Tensor, old_grid: tuple[int, int], new_grid: tu
     Returns:
         (1, 1 + H'·W', C) in the dtype of `table`, which itself is returned where the grids agree.
     """
-    if tuple(old_grid) == tuple(new_grid):
+    # In a graph for any size the sides are no ints: it resamples always, which changes nothing at the same size.
+    if all(isinstance(side, int) for side in new_grid) and tuple(old_grid) == tuple(new_grid):
         return table
     patches = table[:, 1:].unflatten(1, old_grid).permute(0, 3, 1, 2)
     patches = F.interpolate(

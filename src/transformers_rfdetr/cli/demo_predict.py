@@ -3,10 +3,7 @@
 import argparse
 import sys
 import tempfile
-import urllib.request
 from collections.abc import Sequence
-from http.client import HTTPException
-from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -18,10 +15,10 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .. import RfDetrConfig, RfDetrForInstanceSegmentation, RfDetrImageProcessor
 from ..demo_data import CATEGORIES, draw_scene
+from ..image_processing_rf_detr import open_image
 from ..visualization import draw_instances
 
 _RANDOM_TOP_K = 3
-_URL_TIMEOUT_SECONDS = 60
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,7 +68,7 @@ def _predict(source: str | None, model_name: str | None, threshold: float | None
         raise ValueError(f"--threshold {threshold} is outside [0, 1]; give a score such as 0.5")
     if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--output {output} has no ending of a picture's format; give one such as overlay.png")
-    image = draw_scene(seed=0)[0] if source is None else _read_image(source)
+    image = draw_scene(seed=0)[0] if source is None else ImageOps.exif_transpose(open_image(source)).convert("RGB")
     if model_name is None:
         print("The weights are RANDOM: the masks below mean nothing. Give a trained checkpoint with --model.")
         with tempfile.TemporaryDirectory() as folder:
@@ -106,20 +103,6 @@ def _predict(source: str | None, model_name: str | None, threshold: float | None
         box = " ".join(f"{side:5.0f}" for side in segment["box"])
         print(f"{segment['id']:>3}  {label:<16} {segment['score']:>6.3f}  {box}  {segment['area']:>8}")
     print(f"The overlay is in {output}")
-
-
-def _read_image(source: str) -> Image.Image:
-    """A path or URL -> the RGB picture, upright."""
-    try:
-        stream: str | BytesIO = source
-        if source.startswith(("http://", "https://")):
-            request = urllib.request.Request(source, headers={"User-Agent": "transformers-rfdetr"})
-            with urllib.request.urlopen(request, timeout=_URL_TIMEOUT_SECONDS) as response:
-                stream = BytesIO(response.read())
-        with Image.open(stream) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, HTTPException, Image.DecompressionBombError) as error:
-        raise ValueError(f"--image {source} cannot be read as a picture: {error}") from error
 
 
 def _save_random_checkpoint(folder: str) -> None:
