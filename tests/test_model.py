@@ -11,8 +11,7 @@ from torch.utils._pytree import tree_leaves
 from transformers_rfdetr import RfDetrConfig, RfDetrForInstanceSegmentation, RfDetrForObjectDetection, RfDetrModel
 from transformers_rfdetr.loss_rf_detr import LossWeights, StagePrediction, fixed_points, match, stage_losses
 from transformers_rfdetr.modeling_rf_detr import (
-    RfDetrInstanceSegmentationOutput,
-    RfDetrObjectDetectionOutput,
+    RfDetrOutput,
     RfDetrSegmentationHead,
 )
 from transformers_rfdetr.modeling_rf_detr_dinov2 import merge_windows, partition_windows, resize_position_table
@@ -37,16 +36,9 @@ def test_outputs_stand_in_the_documented_order_and_lead_with_the_batch():
 
 def test_the_trainer_keeps_the_loss_dict_logits_boxes_and_masks_and_nothing_else():
     ignored = set(RfDetrConfig.keys_to_ignore_at_inference)
-    fields = list(RfDetrInstanceSegmentationOutput.__dataclass_fields__)
-    assert [name for name in fields if name not in ignored] == [
-        "loss",
-        "loss_dict",
-        "logits",
-        "pred_boxes",
-        "pred_masks",
-    ]
-    detection = list(RfDetrObjectDetectionOutput.__dataclass_fields__)
-    assert [name for name in detection if name not in ignored] == ["loss", "loss_dict", "logits", "pred_boxes"]
+    kept = [name for name in RfDetrOutput.__dataclass_fields__ if name not in ignored]
+    assert kept == ["loss", "loss_dict", "logits", "pred_boxes", "pred_masks"]
+    assert ignored < set(RfDetrOutput.__dataclass_fields__)
 
 
 def test_training_runs_all_groups_and_evaluation_the_first(kind):
@@ -342,7 +334,7 @@ def test_the_matcher_looks_at_as_many_points_whatever_the_batch():
         return fixed_points(num_sets, num_points, device)
 
     for batch in (1, 4):
-        stages = model.mask_stages(model.run(pixels(batch), None, None, None), (48, 48))
+        stages = model.stages(model.run(pixels(batch), None, None, None), (48, 48))
         labels = targets(*[2] * batch)
         match([stages[""]], labels, num_groups=1, weights=LossWeights(), points=points, mask_point_sample_ratio=16)
     assert asked == [(1, 9), (1, 9)]  # 12 x 12 mask pixels / 16

@@ -37,10 +37,16 @@ from .modeling_rf_detr_dinov2 import RfDetrDinov2Backbone, attend
 
 
 @dataclass
-class RfDetrModelOutput(ModelOutput):
-    """What the transformer makes of a picture. In training N = G·Q rows, else N = Q.
+class RfDetrOutput(ModelOutput):
+    """What the models return; each fills the fields that it has. In training N = G·Q rows, else N = Q.
 
     Attributes:
+        loss: float32 scalar, if labels were given.
+        loss_dict: its parts; see [`rf_detr_loss`].
+        logits: (B, N, C), class logits. There is no background class.
+        pred_boxes: (B, N, 4) float32, (cx, cy, w, h) as fractions of the input picture.
+        pred_masks: (B, N, h, w), mask logits on a grid of 1/4 of the input. None in a training step, whose masks stay
+            factored.
         last_hidden_state: (B, N, D), the last decoder layer's queries, normalised.
         intermediate_hidden_states: (B, L, N, D), the same of every layer.
         init_reference_points: (B, N, 4), the boxes that every layer refines.
@@ -51,58 +57,6 @@ class RfDetrModelOutput(ModelOutput):
         hidden_states: L + 1 of (B, N, D), queries before the first layer and after each, not normalised.
         attentions: L of (B, G·M, Q, Q), self-attention weights.
         cross_attentions: L of (B, N, M, V, P), weights of the deformable attention's points.
-    """
-
-    last_hidden_state: Tensor | None = None
-    intermediate_hidden_states: Tensor | None = None
-    init_reference_points: Tensor | None = None
-    backbone_features: Tensor | None = None
-    enc_hidden_states: Tensor | None = None
-    enc_outputs_class: Tensor | None = None
-    enc_outputs_coord: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    cross_attentions: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class RfDetrObjectDetectionOutput(ModelOutput):
-    """Detections; the fields after `pred_boxes` are those of [`RfDetrModelOutput`].
-
-    Attributes:
-        loss: float32 scalar, if labels were given.
-        loss_dict: its parts; see [`rf_detr_loss`].
-        logits: (B, N, C), before the sigmoid. There is no background class.
-        pred_boxes: (B, N, 4) float32, (cx, cy, w, h) as fractions of the input picture.
-    """
-
-    loss: Tensor | None = None
-    loss_dict: dict[str, Tensor] | None = None
-    logits: Tensor | None = None
-    pred_boxes: Tensor | None = None
-    last_hidden_state: Tensor | None = None
-    intermediate_hidden_states: Tensor | None = None
-    init_reference_points: Tensor | None = None
-    backbone_features: Tensor | None = None
-    enc_hidden_states: Tensor | None = None
-    enc_outputs_class: Tensor | None = None
-    enc_outputs_coord: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    cross_attentions: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class RfDetrInstanceSegmentationOutput(ModelOutput):
-    """Instances; the fields after `pred_masks` are those of [`RfDetrModelOutput`].
-
-    Attributes:
-        loss: float32 scalar, if labels were given.
-        loss_dict: its parts; see [`rf_detr_loss`].
-        logits: (B, N, C), before the sigmoid. There is no background class.
-        pred_boxes: (B, N, 4) float32, (cx, cy, w, h) as fractions of the input picture.
-        pred_masks: (B, N, h, w) logits on a grid of 1/4 of the input. None in a training step, whose masks stay
-            factored.
     """
 
     loss: Tensor | None = None
@@ -687,7 +641,7 @@ class RfDetrModel(RfDetrPreTrainedModel):
         pixel_mask: Tensor | None,
         output_attentions: bool | None,
         output_hidden_states: bool | None,
-    ) -> RfDetrModelOutput:
+    ) -> RfDetrOutput:
         """Pixels to decoded queries; the arguments are those of `forward`."""
         config, num_groups, decoder = self.config, self.num_groups, self.transformer.decoder
         need_weights = config.output_attentions if output_attentions is None else output_attentions
@@ -717,7 +671,7 @@ class RfDetrModel(RfDetrPreTrainedModel):
             attentions.append(attention)
             cross_attentions.append(cross_attention)
         decoded = torch.stack([decoder.norm(state) for state in states[1:]], dim=1)
-        return RfDetrModelOutput(
+        return RfDetrOutput(
             last_hidden_state=decoded[:, -1],
             intermediate_hidden_states=decoded,
             init_reference_points=references,
@@ -750,7 +704,7 @@ class RfDetrModel(RfDetrPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
-    ) -> RfDetrModelOutput:
+    ) -> RfDetrOutput:
         """Pixels to decoded queries.
 
         Args:
@@ -789,7 +743,14 @@ class RfDetrForObjectDetection(RfDetrModel):
         self.class_embed = ClassLogits(config.d_model, config.num_labels)
         self.bbox_embed = box_head(config.d_model)
 
-    def stages(self, base: RfDetrModelOutput) -> dict[str, StagePrediction]:
+    def last_stage(self, base: RfDetrOutput, image_size: tuple[int, int]) -> StagePrediction:
+        """What the last decoder layer predicts: all that a result needs."""
+        hidden = base.last_hidden_state
+        return StagePrediction(
+            self.class_embed(hidden), apply_deltas(self.bbox_embed(hidden), base.init_reference_points)
+        )
+
+    def stages(self, base: RfDetrOutput, image_size: tuple[int, int]) -> dict[str, StagePrediction]:
         """What each supervised stage predicts, by the suffix of its losses; see [`rf_detr_loss`]."""
         hidden = base.intermediate_hidden_states
         logits = self.class_embed(hidden)
@@ -836,30 +797,42 @@ class RfDetrForObjectDetection(RfDetrModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
-    ) -> RfDetrObjectDetectionOutput:
-        """Pixels to detections, and with labels to the loss.
+    ) -> RfDetrOutput:
+        """Pixels to detections or instances, and with labels to the loss.
 
         Args:
             pixel_values: (B, 3, height, width), normalised; each side a multiple of patch size x windows.
             pixel_mask: (B, height, width), 1 = picture, 0 = padding. All ones is the same as None.
-            labels: For each image a dictionary of `class_labels` and `boxes`; see [`rf_detr_loss`].
+            labels: For each image a dictionary of `class_labels`, `boxes` and, where masks are predicted, `masks`; see
+                [`rf_detr_loss`].
             output_attentions: Return the attention weights, which needs the eager attention formula.
             output_hidden_states: Return the decoder's states.
             kwargs: `return_dict=False` returns a tuple.
 
+        Returns:
+            Masks of the last layer only are multiplied out, and none in a training step. With labels the other layers
+            and the first stage stay factored; without labels their masks are not computed.
+
         Raises:
             ValueError: if the picture's size does not tile, or a label cannot be trained on.
         """
+        image_size = (pixel_values.shape[-2], pixel_values.shape[-1])
         base = self.run(pixel_values, drop_full_mask(pixel_mask), output_attentions, output_hidden_states)
+        loss = loss_dict = None
         if labels is None:
-            logits = self.class_embed(base.last_hidden_state)
-            boxes = apply_deltas(self.bbox_embed(base.last_hidden_state), base.init_reference_points)
-            return RfDetrObjectDetectionOutput(logits=logits, pred_boxes=boxes, **base)
-        stages = self.stages(base)
-        loss, loss_dict = self.loss(stages, labels)
-        last = stages[""]
-        return RfDetrObjectDetectionOutput(
-            loss=loss, loss_dict=loss_dict, logits=last.logits, pred_boxes=last.boxes, **base
+            last = self.last_stage(base, image_size)
+        else:
+            stages = self.stages(base, image_size)
+            loss, loss_dict = self.loss(stages, labels)
+            last = stages[""]
+        factored = last.masks is None or (self.training and labels is not None)
+        return RfDetrOutput(
+            loss=loss,
+            loss_dict=loss_dict,
+            logits=last.logits,
+            pred_boxes=last.boxes,
+            pred_masks=None if factored else last.masks.logits(),
+            **base,
         )
 
 
@@ -878,61 +851,17 @@ class RfDetrForInstanceSegmentation(RfDetrForObjectDetection):
         super()._add_heads(config)
         self.segmentation_head = RfDetrSegmentationHead(config)
 
-    def mask_stages(self, base: RfDetrModelOutput, image_size: tuple[int, int]) -> dict[str, StagePrediction]:
-        """`stages`, with the factored masks of each."""
-        head = self.segmentation_head
+    def last_stage(self, base: RfDetrOutput, image_size: tuple[int, int]) -> StagePrediction:
+        """What the last decoder layer predicts, with its masks."""
+        pixels = self.segmentation_head.pixels(base.backbone_features, image_size)[-1]
+        masks = self.segmentation_head.factors(pixels, base.last_hidden_state)
+        return super().last_stage(base, image_size)._replace(masks=masks)
+
+    def stages(self, base: RfDetrOutput, image_size: tuple[int, int]) -> dict[str, StagePrediction]:
+        """What each supervised stage predicts, with its masks; those of the first stage skip the blocks."""
+        head, hidden = self.segmentation_head, base.intermediate_hidden_states
         pixels = head.pixels(base.backbone_features, image_size)
-        hidden = base.intermediate_hidden_states
-        factored = {"": (pixels[-1], hidden[:, -1]), "_enc": (pixels[0], base.enc_hidden_states)}
-        factored |= {f"_{layer}": (pixels[layer + 1], hidden[:, layer]) for layer in range(hidden.shape[1] - 1)}
-        return {
-            suffix: stage._replace(masks=head.factors(*factored[suffix])) for suffix, stage in self.stages(base).items()
-        }
-
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: Tensor,
-        pixel_mask: Tensor | None = None,
-        labels: list[dict[str, Tensor]] | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        **kwargs: Any,
-    ) -> RfDetrInstanceSegmentationOutput:
-        """Pixels to instances, and with labels to the loss.
-
-        Args:
-            pixel_values: (B, 3, height, width), normalised; each side a multiple of patch size x windows.
-            pixel_mask: (B, height, width), 1 = picture, 0 = padding. All ones is the same as None.
-            labels: For each image a dictionary of `class_labels`, `boxes` and `masks`; see [`rf_detr_loss`].
-            output_attentions: Return the attention weights, which needs the eager attention formula.
-            output_hidden_states: Return the decoder's states.
-            kwargs: `return_dict=False` returns a tuple.
-
-        Returns:
-            Masks of the last layer are multiplied out in evaluation only. With labels the other layers and the first
-            stage stay factored; without labels they are not computed.
-
-        Raises:
-            ValueError: if the picture's size does not tile, or a label cannot be trained on.
-        """
-        image_size = (pixel_values.shape[-2], pixel_values.shape[-1])
-        base = self.run(pixel_values, drop_full_mask(pixel_mask), output_attentions, output_hidden_states)
-        loss = loss_dict = None
-        if labels is None:
-            logits = self.class_embed(base.last_hidden_state)
-            boxes = apply_deltas(self.bbox_embed(base.last_hidden_state), base.init_reference_points)
-            pixels = self.segmentation_head.pixels(base.backbone_features, image_size)[-1]
-            last = StagePrediction(logits, boxes, self.segmentation_head.factors(pixels, base.last_hidden_state))
-        else:
-            stages = self.mask_stages(base, image_size)
-            loss, loss_dict = self.loss(stages, labels)
-            last = stages[""]
-        return RfDetrInstanceSegmentationOutput(
-            loss=loss,
-            loss_dict=loss_dict,
-            logits=last.logits,
-            pred_boxes=last.boxes,
-            pred_masks=None if self.training and labels is not None else last.masks.logits(),
-            **base,
-        )
+        sources = {"": (pixels[-1], hidden[:, -1]), "_enc": (pixels[0], base.enc_hidden_states)}
+        sources |= {f"_{layer}": (pixels[layer + 1], hidden[:, layer]) for layer in range(hidden.shape[1] - 1)}
+        stages = super().stages(base, image_size)
+        return {suffix: stage._replace(masks=head.factors(*sources[suffix])) for suffix, stage in stages.items()}

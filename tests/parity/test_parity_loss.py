@@ -59,7 +59,7 @@ def compare(
     )
     with replay_choices(choices):
         base = ours.run(pixels, None, None, None)
-    stages = ours.mask_stages(base, (side, side)) if segments else ours.stages(base)
+    stages = ours.stages(base, (side, side))
     with table_rand():
         expected = criterion(expected_outputs, theirs)
         groups = config.group_detr if training else 1
