@@ -703,16 +703,14 @@ class RfDetrModel(RfDetrPreTrainedModel):
         pixel_mask: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        **kwargs: Any,
     ) -> RfDetrOutput:
-        """Pixels to decoded queries.
+        """Pixels to decoded queries; with `return_dict=False` as a tuple.
 
         Args:
             pixel_values: (B, 3, height, width), normalised; each side a multiple of patch size x windows.
             pixel_mask: (B, height, width), 1 = picture, 0 = padding. All ones is the same as None.
             output_attentions: Return the attention weights, which needs the eager attention formula.
             output_hidden_states: Return the decoder's states.
-            kwargs: `return_dict=False` returns a tuple.
 
         Raises:
             ValueError: if the picture's size does not tile, with the nearest legal sizes.
@@ -796,9 +794,8 @@ class RfDetrForObjectDetection(RfDetrModel):
         labels: list[dict[str, Tensor]] | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        **kwargs: Any,
     ) -> RfDetrOutput:
-        """Pixels to detections or instances, and with labels to the loss.
+        """Pixels to detections or instances, and with labels to the loss; with `return_dict=False` as a tuple.
 
         Args:
             pixel_values: (B, 3, height, width), normalised; each side a multiple of patch size x windows.
@@ -807,7 +804,6 @@ class RfDetrForObjectDetection(RfDetrModel):
                 [`rf_detr_loss`].
             output_attentions: Return the attention weights, which needs the eager attention formula.
             output_hidden_states: Return the decoder's states.
-            kwargs: `return_dict=False` returns a tuple.
 
         Returns:
             Masks of the last layer only are multiplied out, and none in a training step. With labels the other layers
