@@ -11,7 +11,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet
 
 # IMAGE=photo.jpg and MODEL=folder-or-hub-id take yours; without them a drawn picture and random weights.
 demo demo-predict: $(VENV)/.core
-	$(VENV)/bin/python -m transformers_rfdetr.cli.demo_predict $(if $(IMAGE),--image "$(IMAGE)") $(if $(MODEL),--model "$(MODEL)")
+	$(VENV)/bin/python -m transformers_rfdetr.cli.demo_predict $(if $(IMAGE),--image '$(IMAGE)') $(if $(MODEL),--model '$(MODEL)')
 
 test: $(VENV)/.dev
 	$(PYTEST) -m "not long" tests
@@ -32,10 +32,11 @@ test-version-%:
 
 .PHONY: test-one
 test-one: $(VENV)/.lane
-	$(PYTEST) -m "not long" tests
+	LANE=$(LANE) $(PYTEST) -m "not long" tests
 
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python >= 3.11, not %s; try make PYTHON=python3.12" % sys.version)'
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.core: pyproject.toml | $(VENV)/bin/python
 	$(PIP) -e .
@@ -47,7 +48,7 @@ $(VENV)/.dev: $(VENV)/.core
 
 # rfdetr cannot be installed beside the oldest transformers, so tests/parity runs in `make test` only.
 $(VENV)/.lane: pyproject.toml | $(VENV)/bin/python
-	$(PIP) -e ".[dev]" "transformers$(if $(filter-out newest no-torchvision,$(LANE)),==$(LANE))" $(if $(filter-out no-torchvision,$(LANE)),torchvision)
+	$(PIP) --upgrade -e ".[dev]" "transformers$(if $(filter-out newest no-torchvision,$(LANE)),==$(LANE))" $(if $(filter-out no-torchvision,$(LANE)),torchvision)
 	touch $@
 
 clean:

@@ -1,12 +1,14 @@
 """The Auto classes and pipelines answer with ours, and importing changes nothing else."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 import textwrap
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -110,6 +112,11 @@ def test_the_segmentation_pipeline_runs_ours_one_by_one_and_in_batches(tmp_path)
             assert mine["score"] == pytest.approx(theirs["score"], abs=1e-5)
 
 
+def test_the_segmentation_pipeline_runs_with_its_own_defaults():
+    segment = pipeline_of("image-segmentation", small_model())
+    assert isinstance(segment(picture(0)), list)
+
+
 def test_the_detection_pipeline_runs_ours_one_by_one_and_in_batches(tmp_path):
     model = small_model(RfDetrForObjectDetection)
     model.save_pretrained(tmp_path)
@@ -158,6 +165,13 @@ def test_importing_changes_no_global_state():
         assert state() == before
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
+
+
+def test_a_lane_has_what_it_is_named_for():
+    lane = os.environ.get("LANE", "newest")  # set by `make test-versions`
+    assert (importlib.util.find_spec("torchvision") is None) == (lane == "no-torchvision")
+    if lane[0].isdigit():
+        assert transformers.__version__ == lane
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
