@@ -1,5 +1,6 @@
 """Checkpoints: the four key layouts, tables of other sizes, precision, shards; to the port and back."""
 
+import json
 import math
 import re
 
@@ -267,9 +268,26 @@ def test_a_file_with_more_rows_than_its_configuration_says_is_sliced_group_by_gr
 
 def test_rows_that_do_not_fall_into_groups_are_refused(tmp_path):
     small_model().save_pretrained(tmp_path)
-    small_config(num_queries=5, group_detr=4).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="18 rows, which are no whole number of groups"):
+    path = tmp_path / "model.safetensors"
+    state = load_file(path)
+    save_file(state | {"query_feat.weight": state["query_feat.weight"][:17].clone()}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="17 rows, no whole number for each of 3 first-stage heads"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(("groups", "queries"), [(6, 3), (2, 9), (1, 18)])
+def test_groups_are_those_of_the_first_stage_heads_also_where_the_number_of_rows_agrees(groups, queries, tmp_path):
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    stored = model.query_feat.weight.reshape(3, 6, 32)
+    from_state = RfDetrForInstanceSegmentation.from_pretrained(
+        None, config=small_config(group_detr=groups, num_queries=queries), state_dict=model.state_dict()
+    )
+    for loaded in (load(tmp_path, group_detr=groups, num_queries=queries)[0], from_state):
+        table = loaded.query_feat.weight.reshape(groups, queries, 32)
+        for group in range(groups):
+            for query in range(queries):
+                assert torch.equal(table[group, query], stored[group % 3, query % 6])
 
 
 def test_another_number_of_classes_starts_the_heads_at_the_prior_and_keeps_the_rest(kind, tmp_path):
@@ -343,3 +361,62 @@ def test_the_derived_buffer_of_recent_files_is_ignored(tmp_path):
     assert clean(load(tmp_path)[1])
     with safe_open(path, framework="pt") as file:
         assert "_kp_active_mask" in file.keys()  # noqa: SIM118
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_bin_file_is_renamed_and_fitted_too(shards, tmp_path, hf_log):
+    model = small_model()
+    model.config.save_pretrained(tmp_path)
+    state = {"model." + name: tensor for name, tensor in model.state_dict().items()}
+    names = ["pytorch_model.bin"] if shards == 1 else ["first.bin", "second.bin"]
+    for index, name in enumerate(names):
+        torch.save(dict(list(state.items())[index::shards]), tmp_path / name)
+    if shards == 2:
+        weight_map = {name: names[index % 2] for index, name in enumerate(state)}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    loaded, report = load(tmp_path)
+    assert clean(report)
+    assert_same_weights(loaded, model)
+    fewer, report = load(tmp_path, num_queries=4)
+    assert clean(report)
+    assert torch.equal(fewer.query_feat.weight.reshape(3, 4, 32), model.query_feat.weight.reshape(3, 6, 32)[:, :4])
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_folder_inside_a_repository_is_found(prefix, tmp_path):
+    model = small_model()
+    model.save_pretrained(tmp_path / "inner")
+    path = tmp_path / "inner" / "model.safetensors"
+    save_file({prefix + name: tensor for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    loaded, report = load(tmp_path, subfolder="inner")
+    assert clean(report)
+    assert_same_weights(loaded, model)
+
+
+@pytest.mark.parametrize("form", ["ours", "dictionary", "folder", "the port's"])
+def test_a_configuration_can_be_given_in_any_form(form, tmp_path):
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    if form == "the port's":
+        port = pytest.importorskip("transformers.models.rf_detr.configuration_rf_detr")
+        config = port.RfDetrConfig.from_pretrained(tmp_path)
+    else:
+        config = {"ours": model.config, "dictionary": model.config.to_dict(), "folder": str(tmp_path)}[form]
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "model.safetensors").rename(tmp_path / "weights" / "model.safetensors")
+    loaded, report = load(tmp_path / "weights", config=config)  # a folder without a configuration of its own
+    assert clean(report)
+    assert_same_weights(loaded, model)
+
+
+def test_labels_given_while_loading_replace_both_maps(tmp_path):
+    small_model().save_pretrained(tmp_path)
+    loaded, _ = load(tmp_path, id2label={0: "a", 1: "b", 2: "c", 3: "d"})
+    assert loaded.config.label2id == {"a": 0, "b": 1, "c": 2, "d": 3}
+
+
+def test_a_stored_dropout_is_obeyed_and_reported(tmp_path, hf_log):
+    small_model(dropout=0.1).save_pretrained(tmp_path)  # the default of the port
+    assert load(tmp_path)[0].config.dropout == 0.1
+    assert "trains with dropout 0.1, as stored" in hf_log.text
+    assert load(tmp_path, dropout=0.0)[0].config.dropout == 0.0

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 
 from transformers_rfdetr import RfDetrConfig, RfDetrDinov2Config, resolve_variant
@@ -61,7 +62,8 @@ def test_the_table_holds_the_published_variants_and_no_other():
         ("RFDETRSeg2XLarge", "rf-detr-seg-2xlarge"),
         ("RFDETRLargeDeprecated", "rf-detr-large-deprecated"),
         ("RFDETRLarge", "rf-detr-large"),
-        ("rf-detr-large-2026", "rf-detr-large"),
+        ("rf-detr-large-2026.pth", "rf-detr-large"),
+        ("weights/rf-detr-seg-medium.pt", "rf-detr-seg-medium"),
     ],
 )
 def test_the_usual_spellings_name_the_variant(spelling, name):
@@ -84,12 +86,22 @@ def test_a_variant_has_the_91_slots_of_the_checkpoints_with_coco_names():
 
 def test_labels_of_ones_own_take_the_place_of_cocos():
     assert RfDetrConfig.from_variant("rf-detr-seg-nano", num_labels=3).num_labels == 3
-    config = RfDetrConfig.from_variant("rf-detr-seg-nano", id2label={0: "building"})
+    config = RfDetrConfig.from_variant("rf-detr-seg-nano", id2label={"0": "building"})
     assert (config.num_labels, config.label2id) == (1, {"building": 0})
+    config = RfDetrConfig.from_variant("rf-detr-seg-nano", label2id={"roof": 1, "wall": 0}, id2label=None)
+    assert config.id2label == {0: "wall", 1: "roof"}
+    with pytest.raises(ValueError, match=r"slots \[1, 2\]; they must be 0 .. 1"):
+        RfDetrConfig.from_variant("rf-detr-seg-nano", id2label={1: "roof", 2: "wall"})
+
+
+def test_a_misspelt_field_of_a_variant_is_refused():
+    with pytest.raises(ValueError, match=r"\['num_querys'\] are no fields .* num_queries"):
+        RfDetrConfig.from_variant("rf-detr-seg-nano", num_querys=5)
 
 
 @pytest.mark.parametrize(
-    ("value", "advice"), [(500, "504 or 480"), (433, "432 or 456"), (0, "24"), ([432, 440], "432 or 456")]
+    ("value", "advice"),
+    [(500, "504 or 480"), (433, "432 or 456"), (0, "24$"), (-24, "24$"), ([432, 440], "432 or 456")],
 )
 def test_an_illegal_resolution_is_refused_with_the_nearest_legal_sizes(value, advice):
     with pytest.raises(ValueError, match=rf"not a multiple of 24 \(patch 12 x 2 windows\); try {advice}"):
@@ -100,6 +112,29 @@ def test_an_illegal_resolution_is_refused_with_the_nearest_legal_sizes(value, ad
     assert config.resolution == 432
 
 
+def test_a_backbone_given_as_a_dictionary_becomes_a_configuration():
+    config = small_config()
+    config.backbone_config = config.backbone_config.to_dict()
+    assert isinstance(config.backbone_config, RfDetrDinov2Config)
+
+
+@pytest.mark.parametrize("value", [432.0, "432", [432], None, {}, True])
+def test_a_resolution_that_is_no_size_is_refused(value):
+    with pytest.raises(ValueError, match="neither a whole number of pixels nor"):
+        RfDetrConfig.from_variant("rf-detr-seg-medium").resolution = value
+
+
+def test_a_resolution_may_be_a_number_of_numpy_and_is_stored_as_an_int():
+    config = RfDetrConfig.from_variant("rf-detr-seg-medium", resolution=np.int64(504))
+    assert (type(config.resolution), config.resolution) == (int, 504)
+
+
+def test_a_resolution_is_checked_against_the_backbone_that_is_asked_for():
+    config = RfDetrConfig.from_variant("rf-detr-seg-medium", backbone_config={"num_windows": 1}, resolution=444)
+    assert (config.resolution, config.backbone_config.image_size) == (444, 444)
+    assert RfDetrConfig.from_variant("rf-detr-seg-nano", backbone_config=config.backbone_config).resolution == 312
+
+
 def test_a_resolution_takes_the_position_table_along_where_the_variant_does():
     assert RfDetrConfig.from_variant("rf-detr-seg-medium", resolution=504).backbone_config.image_size == 504
     base = RfDetrConfig.from_variant("rf-detr-base", resolution=672)
@@ -107,7 +142,7 @@ def test_a_resolution_takes_the_position_table_along_where_the_variant_does():
 
 
 def test_the_default_resolution_is_the_table_or_the_next_legal_size():
-    assert RfDetrConfig().resolution == 560  # 518 px do not tile into 14 x 4
+    assert RfDetrConfig().resolution == 560  # a square is one number; 518 px do not tile into 14 x 4
     assert small_config().resolution == 48
 
 
@@ -122,17 +157,26 @@ def test_derived_values_follow_the_taps():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"num_queries": 0}, "num_queries 0 must be at least 1"),
+        ({"num_queries": 0}, "num_queries 0 must be a whole number of at least 1"),
         ({"d_model": 30}, "d_model 30 is not a multiple of decoder_cross_attention_heads 4"),
         ({"projector_scale": ["P5", "P3"]}, "fine to coarse"),
         ({"projector_scale": ["P6"]}, "P6"),
-        ({"activation_function": "gelu"}, "'silu'; remove the setting"),
+        ({"activation_function": "gelu"}, "'silu' here; remove the setting"),
         ({"backbone_config": {"use_swiglu_ffn": True}}, "use_swiglu_ffn=True is not RF-DETR"),
         ({"backbone_config": {"image_size": 50}}, "image_size 50 is not a multiple of the patch size 12; try 48 or 60"),
         ({"backbone_config": {"out_indices": [4, 2]}}, "must ascend"),
         ({"backbone_config": {"out_indices": [2, 9]}}, "0 .. 4"),
         ({"backbone_config": {"drop_path_rate": 1.0}}, r"outside \[0, 1\)"),
         ({"backbone_config": {"hidden_size": 33}}, "33 is not a multiple of 2 heads"),
+        ({"backbone_config": {"num_windows": 0}}, "num_windows 0 must be a whole number of at least 1"),
+        ({"backbone_config": {"patch_size": [12, 14]}}, r"patch_size \(12, 14\)"),
+        ({"backbone_config": {"window_block_indexes": []}}, r"has window_block_indexes=\[0\] here"),
+        ({"backbone_config": {"out_features": ["stage2"]}}, "out_features"),
+        ({"backbone_config": {"out_indices": []}}, "must ascend"),
+        ({"layer_norm_eps": 1e-3}, "layer_norm_eps=1e-06 here"),
+        ({"num_feature_levels": 3}, "num_feature_levels=1 here"),
+        ({"mask_downsample_ratio": 0}, "mask_downsample_ratio 0 must be"),
+        ({"dropout": 2.0}, r"dropout 2.0 is outside \[0, 1\)"),
     ],
 )
 def test_settings_that_make_no_rf_detr_are_refused(settings, words):

@@ -272,6 +272,20 @@ def test_the_loss_and_its_gradients_are_finite_for_every_finite_prediction(extre
     assert all(torch.isfinite(tensor.grad).all() for tensor in (logits, boxes, queries, pixel_features))
 
 
+@pytest.mark.parametrize("scale", [1e10, 1e20, 3e37])
+def test_mask_factors_whose_product_overflows_have_a_finite_loss(scale):
+    generator = torch.Generator().manual_seed(0)
+    stage = perfect(targets(2, 1), 6, 4)
+    queries = (scale * torch.randn(2, 6, 5, generator=generator)).requires_grad_()
+    pixel_features = (scale * torch.randn(2, 5, 12, 12, generator=generator)).requires_grad_()
+    total, parts = loss({"": stage._replace(masks=MaskFactors(pixel_features, queries, torch.zeros(1)))}, targets(2, 1))
+    assert torch.isfinite(total)
+    assert parts["non_finite_predictions"] == 0
+    total.backward()
+    assert torch.isfinite(queries.grad).all()
+    assert torch.isfinite(pixel_features.grad).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_predictions_at_the_ends_of_their_range_have_a_finite_loss(dtype):
     largest = torch.finfo(dtype).max
@@ -297,6 +311,14 @@ def test_a_broken_prediction_is_counted_and_leaves_the_loss_not_finite(field, va
     total, parts = loss({"": stage}, labels)
     assert not torch.isfinite(total)
     assert parts["non_finite_predictions"] == (6 if field == "pixels" else 1)
+
+
+def test_a_broken_prediction_of_any_stage_is_counted():
+    stage, enc = perfect(targets(2, 1), 6, 4), perfect(targets(2, 1), 6, 4)
+    enc.masks.queries[1, -1, 0] = float("nan")
+    total, parts = loss({"": stage, "_enc": enc}, targets(2, 1))
+    assert not torch.isfinite(total)
+    assert parts["non_finite_predictions"] == 1
 
 
 def test_predictions_that_are_all_nan_do_not_stop_the_matcher():
@@ -343,3 +365,92 @@ def test_targets_that_cannot_be_trained_on_are_refused_by_name():
     broken[0]["boxes"][1, 2] = float("nan")
     with pytest.raises(ValueError, match=r"labels\[0\]\['boxes'\]\[1\] is \[.*nan.*finite"):
         model(pixels(), labels=broken)
+
+
+@pytest.mark.parametrize("value", [255, 1])
+def test_integer_masks_mean_the_object_where_they_are_not_0(value):
+    model, labels = small_model(), targets(2, 1)
+    as_png = [target | {"masks": target["masks"].to(torch.uint8) * value} for target in labels]
+    assert torch.equal(model(pixels(), labels=as_png).loss, model(pixels(), labels=labels).loss)
+
+
+def test_the_usual_empty_labels_are_legal():
+    empty = {"class_labels": torch.tensor([]), "boxes": torch.zeros(0, 4), "masks": torch.zeros(0)}
+    labels = [targets(1)[0], empty]
+    assert torch.isfinite(small_model()(pixels(), labels=labels).loss)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("masks", torch.rand(2, 48, 48), r"torch.float32 \(2, 48, 48\); it must be a tensor \(T, H, W\) of bool"),
+        ("masks", torch.zeros(2, 1, 48, 48, dtype=torch.bool), r"\(2, 1, 48, 48\); it must be"),
+        ("masks", torch.zeros(2, 0, 0, dtype=torch.bool), r"\(2, 0, 0\); it must be"),
+        ("class_labels", torch.tensor([True, False]), "torch.bool .*an integer tensor"),
+        ("class_labels", [0, 1], "is list; it must be an integer tensor"),
+        ("boxes", torch.rand(2, 5), r"\(2, 5\); it must be a float tensor \(T, 4\)"),
+        ("boxes", torch.tensor([[20.0, 20.0, 9.0, 9.0], [0.5, 0.5, 0.1, 0.1]]), "divide pixels by its width"),
+    ],
+)
+def test_a_field_of_another_kind_is_refused_by_name(field, value, words):
+    labels = targets(2, 1)
+    labels[0][field] = value
+    with pytest.raises(ValueError, match=rf"labels\[0\]\['{field}'\].*{words}"):
+        small_model()(pixels(), labels=labels)
+
+
+def test_small_integers_are_class_labels_too():
+    labels = targets(2, 1)
+    expected = small_model()(pixels(), labels=labels).loss
+    labels[0]["class_labels"] = labels[0]["class_labels"].to(torch.uint8)
+    assert torch.equal(small_model()(pixels(), labels=labels).loss, expected)
+
+
+def test_the_loss_is_computed_in_float32_inside_autocast():
+    labels = targets(2, 1)
+    generator = torch.Generator().manual_seed(0)
+    masks = MaskFactors(
+        torch.randn(2, 5, 12, 12, generator=generator), torch.randn(2, 6, 5, generator=generator), torch.zeros(1)
+    )
+    stage = StagePrediction(torch.randn(2, 6, 4, generator=generator), torch.rand(2, 6, 4, generator=generator), masks)
+    expected, _ = loss({"": stage}, labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside, _ = loss({"": stage}, labels)
+    assert torch.equal(inside, expected)
+
+
+@pytest.mark.parametrize(
+    ("field", "term"),
+    [
+        ("class_loss_coefficient", "loss_ce"),
+        ("bbox_loss_coefficient", "loss_bbox"),
+        ("giou_loss_coefficient", "loss_giou"),
+        ("mask_class_loss_coefficient", "loss_mask_ce"),
+        ("mask_dice_loss_coefficient", "loss_mask_dice"),
+    ],
+)
+def test_each_weight_of_the_configuration_weighs_its_loss(field, term):
+    labels = targets(6, 6)  # as many objects as queries: all are matched, whatever the costs
+    plain = small_model(auxiliary_loss=False)(pixels(), labels=labels)
+    model = small_model(auxiliary_loss=False)
+    setattr(model.config, field, 1e6)
+    weighted = model(pixels(), labels=labels)
+    terms = [value for name, value in weighted.loss_dict.items() if name.removesuffix("_enc") == term]
+    assert len(terms) == 2
+    assert weighted.loss > plain.loss
+    torch.testing.assert_close(weighted.loss, 1e6 * sum(terms), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("field", ["class_cost", "bbox_cost", "giou_cost", "focal_alpha"])
+def test_each_cost_of_the_configuration_changes_the_matching(field):
+    model, labels = small_model(), targets(3, 3)
+    plain = model(pixels(), labels=labels).loss_dict
+    setattr(model.config, field, 0.9 if field == "focal_alpha" else 1000.0)
+    assert any(not torch.equal(plain[name], value) for name, value in model(pixels(), labels=labels).loss_dict.items())
+
+
+def test_without_auxiliary_losses_only_the_last_layer_and_the_first_stage_are_supervised():
+    parts = small_model(auxiliary_loss=False)(pixels(), labels=targets(2, 1)).loss_dict
+    assert "loss_ce_enc" in parts
+    assert not any(name.endswith("_0") for name in parts)
+    assert "loss_ce_0" in small_model()(pixels(), labels=targets(2, 1)).loss_dict

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from transformers_rfdetr import RfDetrConfig, RfDetrForInstanceSegmentation, RfDetrForObjectDetection, RfDetrModel
 from transformers_rfdetr.loss_rf_detr import LossWeights, StagePrediction, fixed_points, match, stage_losses
@@ -14,7 +15,12 @@ from transformers_rfdetr.modeling_rf_detr import (
     RfDetrOutput,
     RfDetrSegmentationHead,
 )
-from transformers_rfdetr.modeling_rf_detr_dinov2 import merge_windows, partition_windows, resize_position_table
+from transformers_rfdetr.modeling_rf_detr_dinov2 import (
+    drop_path,
+    merge_windows,
+    partition_windows,
+    resize_position_table,
+)
 
 from small_models import pixels, randomised, small_config, small_model, targets
 
@@ -93,6 +99,8 @@ def test_a_mask_of_ones_changes_no_bit_and_padding_changes_the_result(kind):
     ones = model(images, pixel_mask=torch.ones(2, 48, 48, dtype=torch.long))
     assert torch.equal(plain.logits, ones.logits)
     assert torch.equal(plain.pred_boxes, ones.pred_boxes)
+    with mock.patch("transformers_rfdetr.modeling_rf_detr.level_paddings", side_effect=AssertionError):
+        model(images, pixel_mask=torch.ones(2, 48, 48, dtype=torch.long))  # it costs nothing either
     half = torch.ones(2, 48, 48, dtype=torch.long)
     half[1, 24:] = 0
     padded = model(images, pixel_mask=half)
@@ -110,14 +118,34 @@ def test_a_mask_of_ones_in_a_traced_graph_changes_nothing():
 
 def test_sdpa_and_eager_attention_agree_and_can_be_switched(kind):
     model = small_model(kind)
-    model.set_attn_implementation("eager")
-    eager = model(pixels())
-    model.set_attn_implementation("sdpa")
     function = torch.nn.functional.scaled_dot_product_attention
-    with mock.patch("torch.nn.functional.scaled_dot_product_attention", side_effect=function) as called:
-        sdpa = model(pixels())
-    assert called.call_count == 6  # four blocks of the backbone, two decoder layers
-    torch.testing.assert_close(sdpa.logits, eager.logits, atol=1e-5, rtol=1e-5)
+    outputs = {}
+    for implementation, calls in (("eager", 0), ("sdpa", 6)):  # four blocks of the backbone, two decoder layers
+        model.set_attn_implementation(implementation)
+        assert model.config._attn_implementation == implementation
+        with mock.patch("torch.nn.functional.scaled_dot_product_attention", side_effect=function) as called:
+            outputs[implementation] = model(pixels()).logits
+        assert called.call_count == calls
+    torch.testing.assert_close(outputs["sdpa"], outputs["eager"], atol=1e-5, rtol=1e-5)
+
+
+def test_an_attention_function_of_transformers_gets_what_flash_attention_needs(monkeypatch):
+    seen = []
+
+    def stand_in(module, queries, keys, values, mask, dropout=0.0, scaling=None, **kwargs):
+        seen.append((queries.shape, mask, module.is_causal, scaling))
+        weights = (queries @ keys.transpose(-1, -2) * scaling).softmax(-1)
+        return (weights @ values).transpose(1, 2), None
+
+    model = small_model()
+    expected = model(pixels()).logits
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "stand_in", stand_in)
+    model.config._attn_implementation = "stand_in"
+    torch.testing.assert_close(model(pixels()).logits, expected, atol=1e-5, rtol=1e-5)
+    assert model._supports_flash_attn
+    windowed, last = seen[0], seen[-1]
+    assert windowed == ((8, 2, 5, 16), None, False, 0.25)  # 2 images x 4 windows, heads, class token and 4 patches
+    assert last == ((2, 2, 6, 16), None, False, 0.25)
 
 
 def test_attention_weights_are_those_that_are_used():
@@ -208,13 +236,47 @@ def test_bf16_autocast_trains_a_step_near_the_float32_loss(kind):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-def test_decoder_dropout_and_stochastic_depth_work_in_training_only():
-    model = small_model(dropout=0.5, backbone_config={"drop_path_rate": 0.5})
-    assert torch.equal(model(pixels()).logits, model(pixels()).logits)
+def test_stochastic_depth_drops_rows_and_keeps_the_expectation():
+    model = small_model(backbone_config={"drop_path_rate": 0.5})
     rates = [layer.drop_path_rate for layer in model.backbone[0].encoder["encoder"].encoder["layer"]]
     assert rates == pytest.approx([0.0, 0.5 / 3, 1.0 / 3, 0.5])
+    torch.manual_seed(0)
+    dropped = drop_path(torch.ones(10_000, 3), 0.25, training=True)
+    assert dropped.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    assert dropped.mean().item() == pytest.approx(1.0, abs=0.02)
+    assert torch.equal(dropped[:, 0], dropped[:, 2])
+    assert torch.equal(drop_path(torch.ones(4, 3), 0.25, training=False), torch.ones(4, 3))
+    assert torch.equal(model(pixels()).logits, small_model()(pixels()).logits)
     model.train()
-    assert not torch.equal(model(pixels()).logits, model(pixels()).logits)
+    assert not torch.equal(model.backbone[0](pixels())[0], model.backbone[0](pixels())[0])
+
+
+def test_decoder_dropout_works_in_training_only():
+    layer = small_model(dropout=0.5).transformer.decoder.layers[0]
+    content = torch.randn(1, 6, 32)
+    arguments = (content, content, torch.full((1, 6, 1, 4), 0.5), torch.randn(1, 16, 32), [(4, 4)], None, 1, False)
+    assert torch.equal(layer(*arguments)[0], layer(*arguments)[0])
+    layer.train()
+    assert not torch.equal(layer(*arguments)[0], layer(*arguments)[0])
+
+
+def test_two_feature_levels_run_and_train(kind):
+    model = small_model(kind, projector_scale=["P3", "P5"])
+    outputs = model(pixels(), labels=targets(2, 1), output_attentions=True)
+    assert outputs.backbone_features.shape == (2, 32, 8, 8)
+    assert outputs.cross_attentions[0].shape == (2, 6, 4, 2, 2)
+    missing = [name for name, gradient in gradients(model.train(), targets(2, 1)).items() if gradient is None]
+    assert missing == []
+
+
+def test_a_quantised_backbone_can_be_frozen_and_unfrozen():
+    model = small_model()
+    dense = model.backbone[0].encoder["encoder"].encoder["layer"][0].mlp["fc1"]
+    dense.weight = torch.nn.Parameter(torch.zeros(dense.weight.shape, dtype=torch.int8), requires_grad=False)
+    model.freeze_backbone()
+    model.unfreeze_backbone()
+    assert not dense.weight.requires_grad
+    assert dense.bias.requires_grad
 
 
 def test_the_initial_weights_are_those_of_the_paper():
@@ -238,6 +300,10 @@ def test_the_initial_weights_are_those_of_the_paper():
     assert state["backbone.0.encoder.encoder.encoder.layer.0.layer_scale1.lambda1"].eq(1).all()
     width = state["backbone.0.encoder.encoder.encoder.layer.0.mlp.fc1.weight"].std()
     assert width == pytest.approx(0.02, rel=0.1)
+    settings = {"initializer_range": 0.5, "layerscale_value": 0.1}
+    other = RfDetrForInstanceSegmentation(small_config(backbone_config=settings)).state_dict()
+    assert other["backbone.0.encoder.encoder.encoder.layer.0.mlp.fc1.weight"].std() > 0.3
+    assert other["backbone.0.encoder.encoder.encoder.layer.3.layer_scale2.lambda1"].eq(0.1).all()
     # Xavier: uniform within sqrt(6 / (in + out)).
     bound = math.sqrt(6 / (32 + 64))
     linear = state["transformer.decoder.layers.0.linear1.weight"].abs().max()

@@ -6,17 +6,19 @@ of the port's names wherever it stands, so that every mixture is read.
 """
 
 import json
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import cached_file, logging
 
-from .configuration_rf_detr import RfDetrConfig
+from .configuration_rf_detr import RfDetrConfig, read_label_maps
 from .modeling_rf_detr_dinov2 import resize_position_table
 
 logger = logging.get_logger(__name__)
@@ -107,11 +109,21 @@ def to_original_layout(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _tables_fit(shapes: Mapping[str, Any], config: RfDetrConfig) -> bool:
-    height, width = config.backbone_config.position_grid
-    rows = dict.fromkeys(_QUERY_TABLES, config.group_detr * config.num_queries)
-    fits = all(name not in shapes or shapes[name][0] == count for name, count in rows.items())
-    return fits and (_POSITIONS not in shapes or shapes[_POSITIONS][1] == 1 + height * width)
+def _num_groups(keys: Iterable[str]) -> int:
+    """Query groups in a file: each has first-stage heads of its own."""
+    return 1 + max((int(match[2]) for key in keys if (match := _GROUP_HEAD.match(key))), default=-1)
+
+
+def _tables_fit(shapes: Mapping[str, Any], stored: RfDetrConfig, config: RfDetrConfig) -> bool:
+    """Whether a file in the original layout can be loaded as it is."""
+    rows = config.group_detr * config.num_queries
+    height, width = grid = config.backbone_config.position_grid
+    return (
+        _num_groups(shapes) in (0, config.group_detr)
+        and all(name not in shapes or shapes[name][0] == rows for name in _QUERY_TABLES)
+        and (_POSITIONS not in shapes or shapes[_POSITIONS][1] == 1 + height * width)
+        and stored.backbone_config.position_grid == grid
+    )
 
 
 def fit_tables(
@@ -124,14 +136,14 @@ def fit_tables(
 
     Args:
         state_dict: In the original layout.
-        stored: The configuration that came with it, which says how its query rows fall into groups.
+        stored: The configuration that came with it; it gives a position table that is not square its sides.
         config: The configuration wanted.
 
     Returns:
         The fitted state dict, and a sentence for each change.
 
     Raises:
-        ValueError: if the stored rows do not fall into groups.
+        ValueError: if the query rows do not fall into as many groups as there are first-stage heads.
     """
     fitted, changes = dict(state_dict), []
     if _POSITIONS in fitted:
@@ -142,46 +154,69 @@ def fit_tables(
         if old != new:
             fitted[_POSITIONS] = resize_position_table(table, old, new)
             changes.append(f"position table interpolated from {old[0]}x{old[1]} to {new[0]}x{new[1]} patches")
+    groups = _num_groups(fitted) or config.group_detr
     for name in _QUERY_TABLES:
-        if name not in fitted or len(fitted[name]) == config.group_detr * config.num_queries:
+        if name not in fitted:
             continue
         rows = len(fitted[name])
-        groups, queries = stored.group_detr, stored.num_queries
-        if groups * queries != rows:  # the file of seg-large has 13 x 300 rows where its configuration says 200
-            groups, queries = (groups, rows // groups) if rows % groups == 0 else (rows // queries, queries)
-        if groups * queries != rows:
-            raise ValueError(
-                f"{name} has {rows} rows, which are no whole number of groups for group_detr={stored.group_detr} or "
-                f"num_queries={stored.num_queries}; the checkpoint's own configuration is needed"
-            )
+        if rows % groups:
+            raise ValueError(f"{name} has {rows} rows, no whole number for each of {groups} first-stage heads")
+        queries = rows // groups  # the file of seg-large has 13 x 300 rows where its configuration says 200
+        if (groups, queries) == (config.group_detr, config.num_queries):
+            continue
         table = fitted[name].unflatten(0, (groups, queries))
         table = table[torch.arange(config.group_detr) % groups][:, torch.arange(config.num_queries) % queries]
         fitted[name] = table.flatten(0, 1)
         changes.append(f"{name} from {groups} x {queries} rows to {config.group_detr} x {config.num_queries}")
     heads = {match[0]: match for key in fitted if (match := _GROUP_HEAD.match(key))}
-    stored_groups = 1 + max((int(match[2]) for match in heads.values()), default=-1)
-    if stored_groups and stored_groups != config.group_detr:
+    if heads and groups != config.group_detr:
         tensors = {(match[1], int(match[2]), match[3]): fitted.pop(key) for key, match in heads.items()}
-        for head, group, rest in {
-            (head, group, rest) for head, _, rest in tensors for group in range(config.group_detr)
-        }:
-            fitted[f"{head}.{group}.{rest}"] = tensors[head, group % stored_groups, rest]
-        changes.append(f"first-stage heads from {stored_groups} groups to {config.group_detr}")
+        for head, rest in {(head, rest) for head, _, rest in tensors}:
+            for group in range(config.group_detr):
+                fitted[f"{head}.{group}.{rest}"] = tensors[head, group % groups, rest]
+        changes.append(f"first-stage heads from {groups} groups to {config.group_detr}")
     return fitted, changes
 
 
-def _safetensors_files(path: str, variant: str | None, hub: dict[str, Any]) -> list[str]:
-    """The safetensors files of a model folder or Hub repository, sharded or not; none if it has another kind."""
-    stem = "model" if variant is None else f"model.{variant}"
-    if single := cached_file(path, f"{stem}.safetensors", **_QUIET, **hub):
-        return [single]
-    index_name = "model.safetensors.index.json" if variant is None else f"model.safetensors.index.{variant}.json"
-    index = cached_file(path, index_name, **_QUIET, **hub)
-    if index is None:
-        return []
-    with open(index, encoding="utf-8") as file:
-        names = sorted(set(json.load(file)["weight_map"].values()))
-    return [cached_file(path, name, **hub) for name in names]
+def _weight_files(path: str, variant: str | None, use_safetensors: bool | None, hub: dict[str, Any]) -> list[str]:
+    """The weight files of a model folder or Hub repository, sharded or not; none if there are none."""
+    infix = "" if variant is None else f".{variant}"
+    kinds = [("model", "safetensors")] * (use_safetensors is not False)
+    kinds += [("pytorch_model", "bin")] * (not use_safetensors)
+    for stem, ending in kinds:
+        if single := cached_file(path, f"{stem}{infix}.{ending}", **_QUIET, **hub):
+            return [single]
+        if index := cached_file(path, f"{stem}.{ending}.index{infix}.json", **_QUIET, **hub):
+            with open(index, encoding="utf-8") as file:
+                names = sorted(set(json.load(file)["weight_map"].values()))
+            return [cached_file(path, name, **hub) for name in names]
+    return []
+
+
+def _read_shapes(files: Sequence[str]) -> dict[str, list[int]]:
+    """The shape of each tensor, from the headers of safetensors files."""
+    shapes: dict[str, list[int]] = {}
+    for name in files:
+        with safe_open(name, framework="pt") as file:
+            shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    return shapes
+
+
+def _read_tensors(files: Sequence[str]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name in files:
+        is_pickle = name.endswith(".bin")
+        tensors |= torch.load(name, map_location="cpu", weights_only=True) if is_pickle else load_file(name)
+    return tensors
+
+
+def _our_config(config: Any, hub: dict[str, Any]) -> RfDetrConfig:
+    """A configuration as ours: the port's, one that was pushed with its code, a dictionary, a folder or Hub id."""
+    if isinstance(config, RfDetrConfig):
+        return config
+    if isinstance(config, str | os.PathLike):
+        return RfDetrConfig.from_pretrained(config, **hub)
+    return RfDetrConfig.from_dict(config if isinstance(config, dict) else config.to_dict())
 
 
 class RfDetrCheckpoint(PreTrainedModel):
@@ -200,29 +235,24 @@ class RfDetrCheckpoint(PreTrainedModel):
         """
         path, state_dict = pretrained_model_name_or_path, kwargs.pop("state_dict", None)
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-        if config is not None and not isinstance(config, RfDetrConfig):
-            config = RfDetrConfig.from_pretrained(config, **hub)
-        # The configuration that the file was written with says how its query rows fall into groups.
-        stored = config
-        if config is None or (path is not None and cached_file(str(path), "config.json", **_QUIET, **hub)):
-            stored = RfDetrConfig.from_pretrained(path, **hub)
         if config is None:
-            fields = [name for name in kwargs if hasattr(stored, name) and name not in _LOADING_ARGUMENTS]
-            config = RfDetrConfig.from_pretrained(path, **hub, **{name: kwargs.pop(name) for name in fields})
+            stored = RfDetrConfig.from_pretrained(path, **hub)
+            names = [name for name in kwargs if hasattr(stored, name) and name not in _LOADING_ARGUMENTS]
+            fields = read_label_maps({name: kwargs.pop(name) for name in names})
+            if stored.dropout and "dropout" not in fields:
+                logger.warning(f"{path}: trains with dropout {stored.dropout}, as stored; the published models had 0")
+            config = RfDetrConfig.from_pretrained(path, **hub, **fields)
+        else:
+            stored = config = _our_config(config, hub)
+            if path is not None and cached_file(str(path), "config.json", **_QUIET, **hub):
+                stored = RfDetrConfig.from_pretrained(path, **hub)
 
         if state_dict is None and path is not None:
-            files = _safetensors_files(str(path), kwargs.get("variant"), hub)
-            shapes: dict[str, list[int]] = {}
-            for name in files:
-                with safe_open(name, framework="pt") as file:
-                    shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-            if not files or (is_original_layout(shapes) and _tables_fit(shapes, config)):
-                loaded = super().from_pretrained(path, *model_args, config=config, **kwargs)
-                return cls._loaded(loaded)
-            state_dict = {}
-            for name in files:
-                with safe_open(name, framework="pt") as file:
-                    state_dict |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            files = _weight_files(str(path), kwargs.get("variant"), kwargs.get("use_safetensors"), hub)
+            shapes = _read_shapes([name for name in files if name.endswith(".safetensors")])
+            if not files or (shapes and is_original_layout(shapes) and _tables_fit(shapes, stored, config)):
+                return cls._loaded(super().from_pretrained(path, *model_args, config=config, **kwargs))
+            state_dict = _read_tensors(files)
         if state_dict is not None:
             state_dict, changes = fit_tables(to_original_layout(state_dict), stored, config)
             for change in changes:
@@ -233,7 +263,8 @@ class RfDetrCheckpoint(PreTrainedModel):
     @staticmethod
     def _loaded(loaded: Any, path: Any = None) -> Any:
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.unfreeze_backbone()  # transformers makes every loaded parameter trainable, also those that nothing reads
+        # transformers makes every loaded parameter trainable, also those that nothing reads.
+        model.backbone[0].encoder["encoder"].freeze_unread()
         if path is not None:
             model.name_or_path = model.config.name_or_path = str(path)
         return loaded

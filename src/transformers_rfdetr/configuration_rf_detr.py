@@ -1,5 +1,7 @@
 """What the architecture is: the configuration, and the table of published variants, one row each."""
 
+import inspect
+import numbers
 import re
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -76,7 +78,8 @@ def resolve_variant(name: str) -> str:
     Raises:
         ValueError: if `name` is no published variant; the message lists the known ones.
     """
-    variant = ALIASES.get(_squeeze(str(name).rsplit("/", 1)[-1]))
+    stem = re.sub(r"\.(pth?|ckpt)$", "", str(name).rstrip("/").rsplit("/", 1)[-1])
+    variant = ALIASES.get(_squeeze(stem))
     if variant is None:
         raise ValueError(f"{name!r} is not a published RF-DETR variant; the known ones are {', '.join(VARIANTS)}")
     return variant
@@ -107,9 +110,36 @@ def as_pair(size: Any) -> tuple[int, int]:
     return height, width
 
 
+def read_size(size: Any, name: str) -> int | tuple[int, int]:
+    """A size in pixels, one number or (height, width), as plain ints.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    sides = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
+    if not all(isinstance(side, numbers.Integral) and not isinstance(side, bool) for side in sides):
+        raise ValueError(f"{name} {size!r} is neither a whole number of pixels nor [height, width]")
+    height, width = (int(side) for side in sides)
+    return height if height == width else (height, width)
+
+
+def read_label_maps(fields: dict[str, Any]) -> dict[str, Any]:
+    """Configuration fields with the missing one of `id2label` and `label2id` derived from the other."""
+    fields = {name: value for name, value in fields.items() if value is not None or "label" not in name}
+    if "id2label" in fields:
+        fields["id2label"] = {int(slot): label for slot, label in dict(fields["id2label"]).items()}
+        fields.setdefault("label2id", {label: slot for slot, label in fields["id2label"].items()})
+    elif "label2id" in fields:
+        fields["id2label"] = {int(slot): label for label, slot in fields["label2id"].items()}
+    slots = sorted(fields.get("id2label", {}))
+    if slots != list(range(len(slots))):
+        raise ValueError(f"id2label numbers its slots {slots}; they must be 0 .. {len(slots) - 1}, one for each class")
+    return fields
+
+
 def nearest_legal_sizes(size: int, block: int) -> list[int]:
     """The multiples of `block` next to `size`, nearest first."""
-    below = size // block * block
+    below = max(size // block * block, 0)
     return sorted({max(below, block), below + block}, key=lambda legal: abs(legal - size))
 
 
@@ -127,9 +157,16 @@ def check_resolution(size: Any, patch_size: int, num_windows: int, name: str = "
 def _take_fixed(kwargs: dict[str, Any], fixed: dict[str, Any]) -> None:
     """Remove the settings that RF-DETR fixes from `kwargs`; another value would be another network, so it raises."""
     for key, value in fixed.items():
-        given = kwargs.pop(key, value)
-        if given != value:
-            raise ValueError(f"{key}={given!r} is not RF-DETR, which has {key}={value!r}; remove the setting")
+        given = kwargs.pop(key, None)
+        if given is not None and given != value:
+            raise ValueError(f"{key}={given!r} is not RF-DETR, which has {key}={value!r} here; remove the setting")
+
+
+def _check_counts(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, numbers.Integral) or value < 1:
+            raise ValueError(f"{name} {value!r} must be a whole number of at least 1")
 
 
 class RfDetrDinov2Config(PreTrainedConfig):
@@ -185,18 +222,17 @@ class RfDetrDinov2Config(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         _take_fixed(kwargs, self._FIXED)
-        for derived in ("stage_names", "window_block_indexes"):
-            kwargs.pop(derived, None)
-        out_indices = out_indices or kwargs.pop("_out_indices", None)
-        out_features = out_features or kwargs.pop("_out_features", None)
+        for name, given in (("_out_indices", out_indices), ("_out_features", out_features)):
+            kwargs[name] = kwargs.get(name) if given is None else given
+        out_indices, out_features = kwargs.pop("_out_indices"), kwargs.pop("_out_features")
         if out_indices is None:
-            out_features = out_features or [f"stage{num_hidden_layers}"]
-            out_indices = [0 if name == "stem" else int(name.removeprefix("stage")) for name in out_features]
+            names = out_features or [f"stage{num_hidden_layers}"]
+            out_indices = [0 if name == "stem" else int(name.removeprefix("stage")) for name in names]
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
-        self.image_size = image_size if isinstance(image_size, int) else list(as_pair(image_size))
-        self.patch_size = patch_size if isinstance(patch_size, int) else patch_size[0]
+        self.image_size = read_size(image_size, "image_size")
+        self.patch_size: Any = read_size(patch_size, "patch_size")
         self.num_windows = num_windows
         self.num_register_tokens = num_register_tokens
         self.out_indices = list(out_indices)
@@ -204,12 +240,17 @@ class RfDetrDinov2Config(PreTrainedConfig):
         self.layerscale_value = layerscale_value
         self.initializer_range = initializer_range
         self._check()
+        derived = {"out_features": self.out_features, "stage_names": self.stage_names}
+        _take_fixed(kwargs | {"out_features": out_features}, derived)
+        kwargs.pop("stage_names", None)
+        _take_fixed(kwargs, {"window_block_indexes": self.window_block_indexes})
         super().__init__(**kwargs)
 
     def _check(self) -> None:
+        _check_counts(self, "hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_windows")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
-        in_order = self.out_indices == sorted(set(self.out_indices))
+        in_order = self.out_indices and self.out_indices == sorted(set(self.out_indices))
         if not in_order or not 0 <= self.out_indices[0] <= self.out_indices[-1] <= self.num_hidden_layers:
             raise ValueError(
                 f"out_indices {self.out_indices} must ascend within 0 .. {self.num_hidden_layers}, the number of blocks"
@@ -352,9 +393,12 @@ class RfDetrConfig(PreTrainedConfig):
     ) -> None:
         _take_fixed(kwargs, self._FIXED)
         # Derived here. transformers' port stores 1e-5 as layer_norm_eps, at which its projector departs from the
-        # checkpoints; theirs is 1e-6, so that is what we compute with and write.
-        for derived in ("layer_norm_eps", "num_feature_levels", "intermediate_size"):
-            kwargs.pop(derived, None)
+        # checkpoints; theirs is 1e-6, so that is what we compute with and write. Its intermediate_size is a default
+        # that detection does not read.
+        if kwargs.get("layer_norm_eps") == 1e-5:
+            kwargs.pop("layer_norm_eps")
+        kwargs.pop("intermediate_size", None)
+        _take_fixed(kwargs, {"layer_norm_eps": 1e-6, "num_feature_levels": len(projector_scale or ["P4"])})
         if backbone_config is None:
             backbone_config = {
                 "hidden_size": 384,
@@ -362,11 +406,7 @@ class RfDetrConfig(PreTrainedConfig):
                 "image_size": 518,
                 "out_indices": [2, 5, 8, 11],
             }
-        if isinstance(backbone_config, dict):
-            backbone_config = RfDetrDinov2Config(**backbone_config)
-        elif not isinstance(backbone_config, RfDetrDinov2Config):
-            backbone_config = RfDetrDinov2Config(**backbone_config.to_dict())
-        self.backbone_config = backbone_config
+        self.backbone_config: Any = backbone_config  # a RfDetrDinov2Config from here on; see __setattr__
         self.projector_scale = list(projector_scale or ["P4"])
         self.d_model = d_model
         self.num_queries = num_queries
@@ -394,6 +434,14 @@ class RfDetrConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     def _check(self) -> None:
+        _check_counts(
+            self,
+            *("d_model", "num_queries", "group_detr", "decoder_layers", "decoder_ffn_dim", "decoder_n_points"),
+            *("decoder_self_attention_heads", "decoder_cross_attention_heads"),
+            *("mask_downsample_ratio", "mask_point_sample_ratio"),
+        )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout {self.dropout} is outside [0, 1)")
         levels = sorted(set(self.projector_scale) & set(PROJECTOR_SCALES))
         if not levels or self.projector_scale != levels:
             raise ValueError(
@@ -402,21 +450,20 @@ class RfDetrConfig(PreTrainedConfig):
         for heads in ("decoder_self_attention_heads", "decoder_cross_attention_heads"):
             if self.d_model % getattr(self, heads):
                 raise ValueError(f"d_model {self.d_model} is not a multiple of {heads} {getattr(self, heads)}")
-        for count in ("num_queries", "group_detr", "decoder_layers"):
-            if getattr(self, count) < 1:
-                raise ValueError(f"{count} {getattr(self, count)} must be at least 1")
         if self.d_model % 4:
             raise ValueError(f"d_model {self.d_model} must be a multiple of 4: the box embedding gives it four parts")
 
-    def _default_resolution(self) -> int | list[int]:
+    def _default_resolution(self) -> tuple[int, int]:
         block = self.backbone_config.patch_size * self.backbone_config.num_windows
         height, width = (-(-side // block) * block for side in as_pair(self.backbone_config.image_size))
-        return height if height == width else [height, width]
+        return height, width
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "resolution":
+            value = read_size(value, "resolution")
             check_resolution(value, self.backbone_config.patch_size, self.backbone_config.num_windows)
-            value = value if isinstance(value, int) else list(as_pair(value))
+        if name == "backbone_config" and not isinstance(value, RfDetrDinov2Config):
+            value = RfDetrDinov2Config(**(value if isinstance(value, dict) else value.to_dict()))
         super().__setattr__(name, value)
 
     def legal_sizes(self, size: int) -> list[int]:
@@ -447,9 +494,12 @@ class RfDetrConfig(PreTrainedConfig):
             ValueError: for an unknown name, listing the known ones, and for an illegal resolution.
         """
         variant = VARIANTS[resolve_variant(name)]
+        known = inspect.signature(cls).parameters
+        if unknown := [name for name in overrides if name not in known and not hasattr(PreTrainedConfig(), name)]:
+            raise ValueError(f"{unknown} are no fields of a configuration; these are: {', '.join(known)}")
         resolution = overrides.pop("resolution", variant.resolution)
-        check_resolution(resolution, variant.patch_size, variant.num_windows)
         follows = variant.position_grid * variant.patch_size == variant.resolution
+        backbone = overrides.pop("backbone_config", {})
         backbone = {
             "image_size": resolution if follows else variant.position_grid * variant.patch_size,
             "patch_size": variant.patch_size,
@@ -457,16 +507,15 @@ class RfDetrConfig(PreTrainedConfig):
             "out_indices": list(variant.out_indices),
             "hidden_size": variant.hidden_size,
             "num_attention_heads": variant.hidden_size // 64,
-            **overrides.pop("backbone_config", {}),
+            **(backbone if isinstance(backbone, dict) else backbone.to_dict()),
         }
-        if "num_labels" not in overrides and "id2label" not in overrides:
-            overrides["id2label"] = dict(COCO_ID2LABEL)
-        if "id2label" in overrides and "label2id" not in overrides:
-            overrides["label2id"] = {label: slot for slot, label in overrides["id2label"].items()}
+        check_resolution(read_size(resolution, "resolution"), backbone["patch_size"], backbone["num_windows"])
+        if not {"num_labels", "id2label", "label2id"} & set(overrides):
+            overrides["id2label"] = COCO_ID2LABEL
         fields = {
             "decoder_layers": variant.decoder_layers,
             "num_queries": variant.num_queries,
             **variant.decoder,
-            **overrides,
+            **read_label_maps(overrides),
         }
         return cls(backbone_config=backbone, resolution=resolution, **fields)

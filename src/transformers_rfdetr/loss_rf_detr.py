@@ -28,6 +28,11 @@ Pairs = tuple[Tensor, Tensor]
 _LIMIT = 1e6
 
 
+def bounded(x: Tensor) -> Tensor:
+    """`x` within the limit. A product of finite factors may overflow to inf - inf, which then counts as 0."""
+    return torch.nan_to_num(x, 0.0, _LIMIT, -_LIMIT).clamp(-_LIMIT, _LIMIT)
+
+
 class MaskFactors(NamedTuple):
     """Masks of N queries, not yet multiplied out: logits = <queries, pixels> + bias."""
 
@@ -87,7 +92,7 @@ def sample_nearest(masks: Tensor, rows: Tensor, points: Tensor) -> Tensor:
     grid = 2.0 * points - 1.0  # grid_sample's order of rounding, so that ties fall as in the original
     x = (((grid[..., 0] + 1.0) * width - 1.0) / 2.0).round().long().clamp(0, width - 1)
     y = (((grid[..., 1] + 1.0) * height - 1.0) / 2.0).round().long().clamp(0, height - 1)
-    return masks[rows[:, None], y, x].float()
+    return (masks[rows[:, None], y, x] != 0).float()
 
 
 def uncertain_points(mask_logits: Tensor, num_points: int, points: PointSource) -> Tensor:
@@ -154,7 +159,7 @@ def matching_cost(stage: StagePrediction, targets: Sequence[Mapping], weights: L
     sampled = None
     if stage.masks is not None:
         pixels = sample_bilinear(stage.masks.pixels, points.expand(len(targets), -1, -1))
-        sampled = (stage.masks.queries @ pixels + stage.masks.bias).clamp(-_LIMIT, _LIMIT)
+        sampled = bounded(stage.masks.queries @ pixels + stage.masks.bias)
     costs = []
     for index, target in enumerate(targets):
         labels, boxes = target["class_labels"], target["boxes"]
@@ -249,7 +254,7 @@ def mask_losses(
         torch.einsum("nd,dhw->nhw", masks.queries[image, queries], masks.pixels[image])
         for image, (queries, _) in enumerate(pairs)
     ]
-    logits = (torch.cat(matched) + masks.bias).clamp(-_LIMIT, _LIMIT)
+    logits = torch.cat(matched) + masks.bias
     with torch.no_grad():
         where = uncertain_points(logits, num_points, points)
         truth = torch.cat(
@@ -260,7 +265,7 @@ def mask_losses(
                 )
             ]
         )
-    sampled = sample_bilinear(logits[:, None], where)[:, 0]
+    sampled = bounded(sample_bilinear(logits[:, None], where)[:, 0])
     cross_entropy = (F.softplus(sampled) - sampled * truth).mean(-1).sum()
     p = sampled.sigmoid()
     dice = 1 - (2 * (p * truth).sum(-1) + 1) / (p.sum(-1) + truth.sum(-1) + 1)
@@ -311,41 +316,78 @@ def count_boxes(targets: Sequence[Mapping], num_groups: int, device: torch.devic
     return count.clamp(min=1.0)
 
 
-def check_targets(labels: Sequence[Mapping], batch_size: int, num_classes: int, with_masks: bool) -> None:
-    """Raise ValueError, naming image, object and field, for targets that cannot be trained on."""
+def read_targets(
+    labels: Sequence[Mapping[str, Any]], batch_size: int, num_classes: int, with_masks: bool
+) -> list[dict[str, Tensor]]:
+    """The fields of the labels that the losses look at, checked.
+
+    Raises:
+        ValueError: for targets that cannot be trained on, with image, object and field.
+    """
     if len(labels) != batch_size:
         raise ValueError(f"{len(labels)} labels for {batch_size} images; pass one dictionary for each image")
     fields = ["class_labels", "boxes"] + ["masks"] * with_masks
-    for image, target in enumerate(labels):
-        for field in fields:
-            if field not in target:
-                raise ValueError(
-                    f"labels[{image}] has no {field!r}, only {sorted(target)}; "
-                    "the image processor makes it (masks with return_segmentation_masks=True)"
-                )
-        counts = {field: len(target[field]) for field in fields}
+    targets = [
+        {field: _read_field(field, target, f"labels[{image}]") for field in fields}
+        for image, target in enumerate(labels)
+    ]
+    for image, target in enumerate(targets):
+        counts = {field: len(value) for field, value in target.items()}
         if len(set(counts.values())) > 1:
             raise ValueError(
                 f"labels[{image}] has fields of different lengths, {counts}; each object needs all of them"
             )
-        if target["boxes"].shape[1:] != (4,):
-            raise ValueError(f"labels[{image}]['boxes'] has shape {tuple(target['boxes'].shape)}; it must be (T, 4)")
     # One look at the device for the whole batch; the loops below run only to word the error.
-    classes = torch.cat([target["class_labels"] for target in labels])
-    boxes = torch.cat([target["boxes"] for target in labels])
-    if bool(((classes >= 0) & (classes < num_classes)).all() & torch.isfinite(boxes).all()):
-        return
-    for image, target in enumerate(labels):
-        for index, (label, box) in enumerate(
-            zip(target["class_labels"].tolist(), target["boxes"].tolist(), strict=True)
-        ):
+    classes = torch.cat([target["class_labels"] for target in targets])
+    boxes = torch.cat([target["boxes"] for target in targets])
+    if bool(((classes >= 0) & (classes < num_classes)).all() & (boxes.abs() <= 2).all()):
+        return targets
+    for image, target in enumerate(targets):
+        for index, label in enumerate(target["class_labels"].tolist()):
             if not 0 <= label < num_classes:
                 raise ValueError(
                     f"labels[{image}]['class_labels'][{index}] is {label}, outside 0 .. {num_classes - 1}; map the "
                     "category ids of the data set to the slots of config.id2label"
                 )
-            if not all(abs(value) < float("inf") for value in box):
-                raise ValueError(f"labels[{image}]['boxes'][{index}] is {box}; every number must be finite")
+        for index, box in enumerate(target["boxes"].tolist()):
+            if not all(abs(value) <= 2 for value in box):
+                raise ValueError(
+                    f"labels[{image}]['boxes'][{index}] is {box}; boxes are (cx, cy, w, h), finite fractions of the "
+                    "picture: divide pixels by its width and height"
+                )
+    return targets
+
+
+def _read_field(field: str, target: Mapping[str, Any], where: str) -> Tensor:
+    if field not in target:
+        raise ValueError(
+            f"{where} has no {field!r}, only {sorted(target)}; "
+            "the image processor makes it (masks with return_segmentation_masks=True)"
+        )
+    value = target[field]
+    rule, fine = {
+        "class_labels": ("an integer tensor (T,)", lambda: value.ndim == 1 and (_is_integer(value) or not len(value))),
+        "boxes": ("a float tensor (T, 4)", lambda: value.ndim == 2 and value.shape[1] == 4),
+        "masks": (
+            "a tensor (T, H, W) of bool, or of integers that are 0 outside the object",
+            lambda: (
+                not len(value)
+                or (value.ndim == 3 and 0 not in value.shape and (value.dtype == torch.bool or _is_integer(value)))
+            ),
+        ),
+    }[field]
+    if not isinstance(value, Tensor) or not fine():
+        kind = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{where}[{field!r}] is {kind}; it must be {rule}")
+    if field == "class_labels":
+        return value.long()
+    if field == "boxes":
+        return value.float()
+    return value if len(value) else value.new_zeros((0, 1, 1))
+
+
+def _is_integer(value: Tensor) -> bool:
+    return value.dtype != torch.bool and not value.is_floating_point() and not value.is_complex()
 
 
 def rf_detr_loss(
@@ -364,8 +406,8 @@ def rf_detr_loss(
     Args:
         stages: Predictions by the suffix of their losses: "" is the last decoder layer, "_0", "_1", ... the ones
             before it, "_enc" the first stage.
-        labels: For each image `class_labels` int64 (T,), `boxes` float (T, 4), and for masks `masks` bool (T, H, W),
-            of any size. T may be 0, for one image or for all.
+        labels: For each image `class_labels` int64 (T,), `boxes` float (T, 4), and for masks `masks` (T, H, W), of any
+            size, bool or integers that are 0 outside the object. T may be 0, for one image or for all.
         num_groups: G, the groups that the queries fall into: `group_detr` in training, 1 in evaluation.
         weights: Weights of the costs and losses.
         points: Source of the points at which masks are compared.
@@ -383,17 +425,13 @@ def rf_detr_loss(
         is not finite either.
 
     Raises:
-        ValueError: for labels outside the classes, boxes that are not finite, fields missing or out of step.
+        ValueError: for labels outside the classes, boxes that are no fractions of the picture, fields that are
+            missing, of another kind, or out of step.
     """
     last = stages[""]
-    check_targets(labels, len(last.logits), last.logits.shape[-1], last.masks is not None)
+    targets = read_targets(labels, len(last.logits), last.logits.shape[-1], last.masks is not None)
     device = last.logits.device
     with torch.autocast(device.type, enabled=False):
-        targets = [
-            {name: target[name].float() if name == "boxes" else target[name] for name in ("class_labels", "boxes")}
-            | ({"masks": target["masks"]} if last.masks is not None else {})
-            for target in labels
-        ]
         if num_boxes is None:
             num_boxes = count_boxes(targets, num_groups, device, across_ranks)
         float_stages = [_in_float32(stage) for stage in stages.values()]

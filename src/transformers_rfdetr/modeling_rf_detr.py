@@ -591,6 +591,10 @@ class RfDetrPreTrainedModel(RfDetrCheckpoint):
     _supports_attention_backend = True
     _no_split_modules = ["RfDetrDinov2Layer", "RfDetrDecoderLayer"]  # noqa: RUF012
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # transformers looks for a phrase in the source; `attend` reads the configuration at every call
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Every leaf knows how it starts. torch.nn.init leaves loaded tensors alone while transformers loads a model.

@@ -16,30 +16,33 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration_rf_detr import RfDetrDinov2Config, check_resolution
 
 
-class VitLinear(nn.Linear):
-    """A linear layer that starts as those of a vision transformer: truncated normal weights, zero bias."""
+class VitInitialisation:
+    """Weights that start as those of a vision transformer: truncated normal, with zero bias."""
+
+    std: float
+    weight: Tensor
+    bias: Tensor
+
+    def reset_parameters(self) -> None:
+        """Draw initial weights."""
+        nn.init.trunc_normal_(self.weight, std=self.std)
+        nn.init.zeros_(self.bias)
+
+
+class VitLinear(VitInitialisation, nn.Linear):
+    """A linear layer of the backbone."""
 
     def __init__(self, in_features: int, out_features: int, std: float) -> None:
         self.std = std
         super().__init__(in_features, out_features)
 
-    def reset_parameters(self) -> None:
-        """Draw initial weights."""
-        nn.init.trunc_normal_(self.weight, std=self.std)
-        nn.init.zeros_(self.bias)
 
-
-class VitPatchProjection(nn.Conv2d):
+class VitPatchProjection(VitInitialisation, nn.Conv2d):
     """The patch embedding: one convolution whose kernel is its stride."""
 
     def __init__(self, width: int, patch_size: int, std: float) -> None:
         self.std = std
         super().__init__(3, width, kernel_size=patch_size, stride=patch_size)
-
-    def reset_parameters(self) -> None:
-        """Draw initial weights."""
-        nn.init.trunc_normal_(self.weight, std=self.std)
-        nn.init.zeros_(self.bias)
 
 
 def attend(
@@ -124,8 +127,7 @@ class RfDetrDinov2Embeddings(nn.Module):
         width = config.hidden_size
         height_patches, width_patches = config.position_grid
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        # Nothing reads it; it stands in every checkpoint. A parameter without gradient would stop plain DDP.
-        self.mask_token = nn.Parameter(torch.empty(1, width), requires_grad=False)
+        self.mask_token = nn.Parameter(torch.empty(1, width))  # nothing reads it; it stands in every checkpoint
         self.position_embeddings = nn.Parameter(torch.empty(1, 1 + height_patches * width_patches, width))
         if config.num_register_tokens:
             self.register_tokens = nn.Parameter(torch.empty(1, config.num_register_tokens, width))
@@ -239,13 +241,21 @@ class RfDetrDinov2Backbone(nn.Module):
         layers = [RfDetrDinov2Layer(config, top_config, index) for index in range(config.num_hidden_layers)]
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=1e-6)
-        self.set_trainable(True)
+        self.freeze_unread()
 
     def set_trainable(self, trainable: bool) -> None:
-        """Switch gradients of everything that is read; the mask token and the blocks after the last tap stay frozen."""
-        self.requires_grad_(trainable)
-        self.embeddings.mask_token.requires_grad_(False)
-        self.encoder["layer"][self.config.num_used_layers :].requires_grad_(False)
+        """Switch gradients of everything that is read."""
+        for parameter in self.parameters():
+            if parameter.is_floating_point():  # quantised ones have none
+                parameter.requires_grad_(trainable)
+        self.freeze_unread()
+
+    def freeze_unread(self) -> None:
+        """Freeze the mask token and the blocks after the last tap: without gradients they would stop plain DDP."""
+        unread = [self.embeddings.mask_token]
+        unread += self.encoder["layer"][self.config.num_used_layers :].parameters()
+        for parameter in unread:
+            parameter.requires_grad_(False)
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
         """Pixels (B, 3, height, width) -> a feature map (B, C, H, W) for each tap."""
