@@ -1,6 +1,8 @@
 """The drawn pictures, the drawing of instances, and the command that `make demo` runs."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,8 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
-from transformers_rfdetr import RfDetrImageProcessor
+from transformers_rfdetr import RfDetrConfig, RfDetrForObjectDetection, RfDetrImageProcessor
+from transformers_rfdetr.cli import demo_predict
 from transformers_rfdetr.cli.demo_predict import _save_random_checkpoint, main
 from transformers_rfdetr.demo_data import draw_dataset, draw_scene
 from transformers_rfdetr.visualization import color_of, draw_instances
@@ -184,6 +187,36 @@ def test_colour_indices_give_instances_of_a_class_one_colour():
     assert len({color_of(index) for index in range(100)}) == 100
 
 
+@pytest.mark.parametrize("empty", [True, False])
+def test_pictures_of_16_bits_and_of_floats_are_drawn_on_at_their_own_scale(empty: bool):
+    boxes = [] if empty else [[0, 0, 10, 10]]
+    for picture in (
+        Image.fromarray(np.full((60, 80), 13107, np.uint16)),
+        Image.fromarray(np.full((60, 80), 0.2, np.float32)),
+    ):
+        drawn = draw_instances(picture, boxes=boxes)
+        assert (drawn.mode, drawn.size) == ("RGB", (80, 60))
+        assert drawn.getpixel((40, 30)) == (51, 51, 51)
+
+
+def test_a_picture_with_exif_rotation_is_drawn_upright():
+    picture = Image.new("RGB", (160, 120))
+    picture.getexif()[274] = 6
+    assert draw_instances(picture, np.ones((1, 160, 120), bool)).size == (120, 160)
+
+
+def test_boxes_and_scores_of_half_precision_can_be_drawn():
+    boxes, scores = torch.tensor([[20, 10, 100, 90]]), torch.tensor([0.5])
+    drawn = draw_instances(GREY, boxes=boxes.bfloat16(), scores=scores.bfloat16())
+    assert drawn.tobytes() == draw_instances(GREY, boxes=boxes, scores=scores).tobytes()
+
+
+def test_a_label_of_two_lines_is_written_on_one():
+    boxes = [[20, 40, 100, 90]]
+    written = draw_instances(GREY, boxes=boxes, labels=["traffic\nlight"])
+    assert written.tobytes() == draw_instances(GREY, boxes=boxes, labels=["traffic light"]).tobytes()
+
+
 @pytest.mark.parametrize(
     "empty", [{}, {"masks": np.zeros((0, 120, 160), bool), "boxes": [], "labels": [], "scores": []}]
 )
@@ -262,29 +295,106 @@ def test_a_picture_without_instances_is_written_all_the_same(tmp_path: Path, cap
         assert overlay.tobytes() == draw_scene(seed=0)[0].tobytes()
 
 
+def test_the_demo_shows_a_picture_of_16_bits_as_the_model_sees_it(tmp_path: Path):
+    Image.fromarray(np.full((60, 90), 13107, np.uint16)).save(tmp_path / "deep.png")
+    arguments = ["--image", tmp_path / "deep.png", "--output", tmp_path / "out.png", "--threshold", "1"]
+    assert main(list(map(str, arguments))) == 0
+    with Image.open(tmp_path / "out.png") as overlay:
+        assert overlay.getextrema() == ((51, 51),) * 3
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("name", "loaded"),
     [
-        (["--threshold", "1.5"], "--threshold 1.5 is outside [0, 1]"),
-        (["--threshold", "nan"], "--threshold nan is outside [0, 1]"),
-        (["--image", "missing.png"], "missing.png cannot be opened as an image"),
-        (["--image", "text.png"], "text.png cannot be opened as an image"),
-        (["--image", "http://127.0.0.1:9/picture.png"], "cannot be opened as an image"),
-        (["--model", "./missing/model"], "--model ./missing/model cannot be loaded"),
-        (["--output", "overlay.nothing"], "--output overlay.nothing has no ending"),
+        ("RFDETRSegMedium", "Roboflow/rf-detr-seg-medium"),
+        ("rf-detr-seg-nano", "Roboflow/rf-detr-seg-nano"),
+        ("Somebody/rf-detr-seg-nano", "Somebody/rf-detr-seg-nano"),
+        ("rf-detr-seg-small", "rf-detr-seg-small"),  # a folder
+        ("unknown", "unknown"),
     ],
 )
-def test_wrong_arguments_end_with_one_line_and_code_2(
-    arguments: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_the_model_may_be_any_usual_spelling_of_a_published_one(
+    name: str, loaded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    def load(name: str, **_):
+        asked.append(name)
+        raise OSError("no network here")
+
+    asked: list[str] = []
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.png").write_text("no picture")
-    assert main(arguments) == 2
-    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("demo_predict: ")]
-    assert len(error) == 1
-    assert message in error[0]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["text.png"]
+    Path("rf-detr-seg-small").mkdir()
+    monkeypatch.setattr(demo_predict.AutoModelForInstanceSegmentation, "from_pretrained", load)
+    assert main(["--model", name]) == 2
+    assert asked == [loaded]
+
+
+def test_a_folder_without_a_preprocessor_takes_the_model_s_resolution_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    _save_random_checkpoint(str(tmp_path))
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert main(["--model", str(tmp_path), "--output", str(tmp_path / "out.png"), "--threshold", "0"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{tmp_path} has no preprocessor_config.json" in printed
+    assert "20 instances score above 0" in printed
+
+
+WRONG = {
+    "--threshold 1.5": "--threshold 1.5 is outside [0, 1]",
+    "--threshold nan": "--threshold nan is outside [0, 1]",
+    "--image missing.png": "missing.png cannot be opened as an image: there is no such file",
+    "--image text.png": "text.png cannot be opened as an image",
+    "--image exif.png": "exif.png cannot be opened as an image",
+    "--image http://127.0.0.1:9/picture.png": "cannot be opened as an image",
+    "--model ./missing/model": "--model ./missing/model cannot be loaded",
+    "--model detection": "--model detection lacks",
+    "--model corrupt": "--model corrupt cannot be loaded",
+    "--output overlay.nothing": "--output overlay.nothing has no ending",
+}
+
+
+@pytest.fixture(scope="module")
+def endings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Exit code and lines on stderr of each wrong command, and the files after all of them, in one fresh process."""
+    folder = tmp_path_factory.mktemp("wrong")
+    (folder / "text.png").write_text("no picture")
+    Image.new("RGB", (8, 8)).save(folder / "exif.png", exif=b"garbage")
+    for name in ("detection", "corrupt"):
+        _save_random_checkpoint(str(folder / name))
+    RfDetrForObjectDetection(RfDetrConfig.from_pretrained(folder / "detection")).save_pretrained(folder / "detection")
+    (folder / "corrupt" / "model.safetensors").write_bytes(b"xx" * 100)
+    program = """
+import sys
+from transformers_rfdetr.cli.demo_predict import main
+for line in sys.argv[1:]:
+    print("COMMAND", line, file=sys.stderr)
+    print(main(line.split()), file=sys.stderr)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *WRONG],
+        env=os.environ
+        | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=folder,
+    )
+    _, *commands = done.stderr.split("COMMAND ")
+    lines = [command.splitlines() for command in commands]
+    return {first: rest for first, *rest in lines} | {"files": sorted(path.name for path in folder.iterdir())}
+
+
+@pytest.mark.parametrize("command", WRONG)
+def test_wrong_arguments_end_with_one_line_and_code_2(endings: dict[str, list[str]], command: str):
+    error, code = endings[command]
+    assert code == "2"
+    assert error.startswith("demo_predict: ")
+    assert WRONG[command] in error
+
+
+def test_a_detection_checkpoint_is_refused_by_the_names_of_what_it_lacks(endings: dict[str, list[str]]):
+    assert re.search(r"lacks \d+ weights .*\(segmentation_head\.", endings["--model detection"][0])
+
+
+def test_wrong_arguments_leave_no_files(endings: dict[str, list[str]]):
+    assert endings["files"] == ["corrupt", "detection", "exif.png", "text.png"]

@@ -4,9 +4,13 @@ import base64
 import io
 import json
 import logging
+import re
+import struct
 import threading
+import zlib
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import PIL.Image
@@ -15,8 +19,11 @@ import torch
 import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import logging as transformers_logging
 
 from transformers_rfdetr import RfDetrConfig, RfDetrImageProcessor
+from transformers_rfdetr.demo_data import draw_dataset
+from transformers_rfdetr.image_processing_rf_detr import read_rgb
 
 from small_models import small_config
 
@@ -101,6 +108,13 @@ class TestSettings:
             {"resample": 3},
             {"format": "coco_panoptic"},
             {"image_mean": [0.5]},
+            {"image_mean": 0.5},
+            {"image_mean": [0.5, "0.5", 0.5]},
+            {"image_mean": [0.5, float("nan"), 0.5]},
+            {"image_std": [0.5, 0, 0.5]},
+            {"rescale_factor": 0},
+            {"rescale_factor": -1 / 255},
+            {"rescale_factor": None},
         ],
     )
     def test_that_are_not_supported_raise(self, settings):
@@ -132,6 +146,8 @@ class TestSettings:
         ours = processor(24)
         assert ours(photo(), size=(12, 36)).pixel_values.shape == (1, 3, 12, 36)
         assert "pixel_mask" not in ours(photo(), do_pad=False, size=None)
+        assert ours(photo(), pad_size=30).pixel_values.shape == (1, 3, 30, 30)
+        assert processor(24, image_mean=np.zeros(3))(photo(), do_pad=False).pixel_values.shape == (1, 3, 24, 24)
         assert ours(photo(), do_normalize=False).pixel_values.min() >= 0
         assert ours.size == {"height": 24, "width": 24}
         with pytest.raises(ValueError, match=r"unknown arguments \['do_resise'\]"):
@@ -217,27 +233,33 @@ class TestPixels:
 
 
 class TestPilModes:
-    RGB = PIL.Image.fromarray(photo(8, 9))
+    @pytest.mark.parametrize(
+        ("mode", "color", "rgb"),
+        [
+            ("RGB", (255, 0, 51), (255, 0, 51)),
+            ("1", 1, (255, 255, 255)),
+            ("L", 51, (51, 51, 51)),
+            ("LA", (51, 0), (51, 51, 51)),
+            ("La", (60, 255), (60, 60, 60)),
+            ("RGBA", (255, 0, 51, 0), (255, 0, 51)),
+            ("RGBX", (255, 0, 51, 0), (255, 0, 51)),
+            ("RGBa", (51, 51, 51, 255), (51, 51, 51)),
+            ("CMYK", (255, 0, 0, 0), (0, 255, 255)),
+            ("YCbCr", (51, 128, 128), (51, 51, 51)),
+            ("HSV", (0, 255, 255), (255, 0, 0)),
+        ],
+    )
+    def test_of_8_bits_are_red_green_and_blue_without_alpha(self, mode, color, rgb):
+        pixels = raw(PIL.Image.new(mode, (4, 3), color))
+        assert pixels.shape == (3, 3, 4)
+        assert (pixels[:, 2, 3] * 255).tolist() == pytest.approx(rgb)
 
-    @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "LA", "PA", "CMYK", "YCbCr", "LAB", "HSV", "RGBa"])
-    def test_of_8_bits_are_pil_s_own_rgb(self, mode):
-        through = {"RGBa": "RGBA", "LA": "L", "PA": "P", "LAB": "RGB"}.get(mode, "RGB")
-        if mode == "LAB":
-            image = PIL.Image.fromarray(photo(8, 9), mode="RGB").convert("RGB")
-            image = PIL.Image.merge("LAB", image.split())
-        else:
-            image = self.RGB.convert(through).convert(mode)
-        assert image.mode == mode
-        expected = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 255
-        torch.testing.assert_close(raw(image), expected)
-
-    def test_with_premultiplied_grey_are_read(self):
-        image = PIL.Image.new("La", (4, 3), (60, 255))
-        torch.testing.assert_close(raw(image), torch.full((3, 3, 4), 60 / 255))
-
-    def test_drop_the_alpha_channel(self):
-        image = PIL.Image.new("RGBA", (4, 3), (255, 0, 51, 0))
-        assert raw(image)[:, 0, 0].tolist() == pytest.approx([1, 0, 0.2])
+    @pytest.mark.parametrize("mode", ["P", "PA"])
+    def test_with_a_palette_are_looked_up(self, mode):
+        image = PIL.Image.new("P", (2, 1), 0)
+        image.putpalette([0, 0, 0, 255, 0, 51])
+        image.putpixel((1, 0), 1)
+        assert (raw(image.convert(mode))[:, 0] * 255).T.flatten().tolist() == pytest.approx([0, 0, 0, 255, 0, 51])
 
     @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I;16L"])
     def test_of_16_bits_keep_their_scale(self, mode):
@@ -337,6 +359,7 @@ class TestArrays:
             (np.full((4, 5), 256), r"0\.\.255"),
             (np.full((4, 5), -1), r"0\.\.255"),
             (np.full((4, 5), 1j), "complex"),
+            (torch.zeros((4, 5), dtype=torch.complex64), "complex64 is no image"),
             (np.full((4, 5), None), "object"),
             (None, "NoneType is no image"),
             ([[0, 1], [1, 0]], "list is no image"),
@@ -387,15 +410,72 @@ class TestFilesAndUrls:
         folder, url = site
         expected = processor()(photo()).pixel_values[0]
         encoded = base64.b64encode((folder / "photo.png").read_bytes()).decode()
+        uri = f"data:image/png;base64,{encoded}"
+        lines = base64.encodebytes((folder / "photo.png").read_bytes()).decode()
         sources = [folder / "photo.png", str(folder / "photo.png"), f"{url}/photo.png", f"{url}/moved", encoded]
+        sources += [uri, lines]
         for pixels in processor()(sources).pixel_values:
             assert torch.equal(pixels, expected)
         assert torch.equal(processor()(f"{url}/photo.png").pixel_values[0], expected)
 
     def test_keep_16_bits(self, site):
         folder, url = site
-        for source in (folder / "deep.png", f"{url}/deep.png"):
+        encoded = base64.b64encode((folder / "deep.png").read_bytes()).decode()
+        for source in (folder / "deep.png", f"{url}/deep.png", encoded, f"data:image/png;base64,{encoded}"):
             torch.testing.assert_close(raw(source), torch.full((3, 4, 5), 0.2))
+
+    def test_begin_at_home_with_a_tilde(self, site, monkeypatch):
+        monkeypatch.setenv("HOME", str(site[0]))
+        assert torch.equal(raw("~/photo.png"), raw(photo()))
+
+    @pytest.mark.parametrize(
+        "source", ["missing.png", "photo", "/tmp", "file:///photo.png", "s3://bucket/photo.png", "~/missing.png", ""]
+    )
+    def test_that_do_not_exist_are_said_not_to(self, source):
+        message = f"image 1: {source} cannot be opened as an image: there is no such file; give a path, an http"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            processor()([photo(), source])
+
+    def damaged(self, folder):
+        """A picture whose second chunk of pixels has a wrong name; one that ends early; one with senseless EXIF."""
+        pixels = io.BytesIO()
+        PIL.Image.fromarray(photo(300, 500)).save(pixels, "PNG")
+        data = pixels.getvalue()
+        second = data.index(b"IDAT", data.index(b"IDAT") + 4)
+        (folder / "chunk.png").write_bytes(data[:second] + b"\x19\x8d\x93]" + data[second + 4 :])
+        (folder / "cut.png").write_bytes(data[:200])
+        PIL.Image.fromarray(photo()).save(folder / "exif.png", exif=b"garbage")
+        return [folder / f"{name}.png" for name in ("chunk", "cut", "exif")]
+
+    def test_that_are_damaged_are_named(self, tmp_path):
+        for path in self.damaged(tmp_path):
+            for source in (path, base64.b64encode(path.read_bytes()).decode()):
+                with pytest.raises(ValueError, match=r"image 1: .* cannot be opened as an image: ."):
+                    processor()([photo(), source])
+            with pytest.raises(ValueError, match=f"image 1: {path} "):
+                processor()([photo(), path])
+
+    def test_that_were_opened_by_the_caller_and_are_damaged_are_numbered(self, tmp_path):
+        for path in self.damaged(tmp_path):
+            with PIL.Image.open(path) as image, pytest.raises(ValueError, match=r"image 1: .* cannot be opened"):
+                processor()([photo(), image])
+        image = PIL.Image.fromarray(photo())
+        image.info["exif"] = b"garbage"
+        with pytest.raises(ValueError, match=r"image 1: .* cannot be opened"):
+            processor()([photo(), image])
+
+    @pytest.mark.parametrize(
+        "error", [SyntaxError("x"), EOFError(), struct.error("x"), zlib.error("x"), OverflowError()]
+    )
+    def test_that_break_pillow_in_any_way_are_numbered(self, error, monkeypatch):
+        monkeypatch.setattr(PIL.Image.Image, "convert", Mock(side_effect=error))
+        with pytest.raises(ValueError, match=f"image 0: .* cannot be opened as an image: (x|{type(error).__name__})$"):
+            processor()(PIL.Image.new("L", (8, 8)))
+
+    def test_of_too_many_pixels_are_named(self, site, monkeypatch):
+        monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)
+        with pytest.raises(ValueError, match=r"image 0: .*photo\.png cannot be opened as an image: .* exceeds limit"):
+            processor()(site[0] / "photo.png")
 
     def test_that_fail_are_named(self, site):
         folder, url = site
@@ -405,6 +485,25 @@ class TestFilesAndUrls:
             with pytest.raises(ValueError, match=r"image 0: .* cannot be opened as an image") as raised:
                 processor()(source)
             assert str(source) in str(raised.value)
+
+
+class TestReadRgb:
+    def test_gives_8_bits_with_the_processor_s_scale(self):
+        deep = PIL.Image.fromarray(np.array([[0, 13107, 65535]], np.uint16))
+        floats = PIL.Image.fromarray(np.array([[0, 0.2, 1]], np.float32))
+        integers = PIL.Image.fromarray(np.array([[0, 51, 255]], np.int32))
+        for image in (deep, floats, integers):
+            rgb = read_rgb(image)
+            assert rgb.mode == "RGB"
+            assert np.asarray(rgb).tolist() == [[[0] * 3, [51] * 3, [255] * 3]]
+        assert np.array_equal(read_rgb(PIL.Image.fromarray(photo())), photo())
+        with pytest.raises(ValueError, match=r"\[0, 1\]"):
+            read_rgb(PIL.Image.new("F", (2, 2), 200.0))
+
+    def test_is_upright(self):
+        image = PIL.Image.fromarray(photo(8, 12))
+        image.getexif()[0x0112] = 6
+        assert np.array_equal(read_rgb(image), np.rot90(photo(8, 12), -1))
 
 
 class TestLabels:
@@ -502,6 +601,20 @@ class TestLabels:
     def test_missing_area_without_a_shape_is_the_box_s(self):
         assert labels_of(annotation(area=None, segmentation=None), masks=False)["area"].tolist() == [240 * 4]
 
+    @pytest.mark.parametrize("kind", [np.array, torch.tensor, np.float64, lambda value: np.array([value])])
+    def test_are_the_same_of_numbers_of_numpy_and_torch(self, kind):
+        def whole(value):
+            return kind(value) if kind is not np.float64 else np.int32(value)
+
+        fields = {"id": whole(1), "category_id": whole(2), "area": kind(240.0), "iscrowd": whole(0)}
+        boxes = [[kind(float(side)) for side in (5, 3, 20, 12)], np.array([5, 3, 20, 12], np.float16)]
+        for box in (*boxes, torch.tensor([5, 3, 20, 12])):
+            objects = target(annotation(bbox=box, **fields), image_id=whole(7), height=whole(30), width=whole(50))
+            labels = processor((60, 100))(np.zeros((30, 50, 3), np.uint8), objects, True).labels[0]
+            expected = labels_of(annotation())
+            assert all(torch.equal(labels[name], expected[name]) for name in expected)
+        assert len(labels_of(annotation(iscrowd=whole(1)))["boxes"]) == 0
+
     @pytest.mark.parametrize("image_id", [12, "12", np.int64(12)])
     def test_image_id_is_an_integer(self, image_id):
         inputs = processor()(photo(), target(image_id=image_id))
@@ -551,6 +664,29 @@ class TestObjectsThatLeave:
         assert len(labels_of(annotation(segmentation=bitmap), size=(6, 10))["boxes"]) == 0
         assert len(labels_of(annotation(segmentation=bitmap), size=(30, 50))["boxes"]) == 1
 
+    def test_an_object_that_vanishes_between_others_takes_its_own_area_along(self):
+        speck = np.zeros((30, 50), bool)
+        speck[1, 1] = True
+        corner = {"bbox": [0, 0, 10, 10], "segmentation": [[0, 0, 10, 0, 10, 10, 0, 10]]}
+        labels = labels_of(
+            annotation(category_id=1, area=25),
+            annotation(category_id=2, area=50, segmentation=speck),
+            annotation(category_id=3, area=100, **corner),
+            size=(6, 10),
+        )
+        assert labels["class_labels"].tolist() == [1, 3]
+        assert labels["area"].tolist() == pytest.approx([1, 4])  # a 25th of the pixels
+        assert labels["boxes"][:, 2].tolist() == pytest.approx([0.4, 0.2])
+        assert labels["masks"].flatten(1).sum(1).tolist() == [8, 4]
+
+    def test_the_warning_comes_once_and_each_image_is_named(self, hf_log):
+        type(transformers_logging.get_logger("x")).warning_once.cache_clear()
+        with hf_log.at_level(logging.INFO, logger="transformers_rfdetr.image_processing_rf_detr"):
+            for _ in range(3):
+                labels_of(annotation(segmentation=[]))
+        assert [record.levelname for record in hf_log.records].count("WARNING") == 1
+        assert hf_log.text.count("image 0 (image_id 7): 1 of 1 annotations") == 3
+
     def test_nothing_leaves_in_silence(self, hf_log):
         with hf_log.at_level(logging.INFO, logger="transformers_rfdetr.image_processing_rf_detr"):
             labels_of(annotation(segmentation=[]), annotation())
@@ -582,6 +718,10 @@ class TestWhatCannotBeRead:
             ({"area": "12"}, "area: '12'"),
             ({"area": float("inf")}, "area: inf"),
             ({"iscrowd": 2}, "iscrowd: 2 is not 0 or 1"),
+            ({"iscrowd": np.array([0, 1])}, r"iscrowd: \[0, 1\] is not 0 or 1"),
+            ({"iscrowd": torch.tensor([1, 0])}, r"iscrowd: \[1, 0\] is not 0 or 1"),
+            ({"category_id": torch.tensor([1, 2])}, r"category_id: \[1, 2\]"),
+            ({"bbox": torch.tensor(3.0)}, "bbox: 3.0"),
         ],
     )
     def test_names_image_annotation_and_field(self, fields, message):
@@ -599,6 +739,9 @@ class TestWhatCannotBeRead:
             ({"annotations": []}, "image 0, image_id: None"),
             ({"image_id": 1}, "image 0, annotations"),
             ({"image_id": 1, "annotations": {}}, "image 0, annotations"),
+            ({"image_id": 1, "annotations": np.array({})}, "image 0, annotations"),
+            (target(image_id=torch.tensor([1, 2])), r"image 0, image_id: \[1, 2\]"),
+            (target(height=np.array([30, 30])), r"height: \[30, 30\] is not the picture's 30"),
             ([[annotation()]], "image 0, annotations"),
             (target("square"), "annotation 0: 'square' is not a dict"),
             (target(width=51), r"image 0 \(image_id 7\), width: 51 is not the picture's 50"),
@@ -608,6 +751,58 @@ class TestWhatCannotBeRead:
     def test_names_what_stands_around_the_annotations(self, annotations, message):
         with pytest.raises(ValueError, match=message):
             processor()(photo(30, 50), annotations)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    """Five pictures of houses, the fourth without any, as objects in rows and in columns; in whole pixels."""
+    datasets = pytest.importorskip("datasets")
+    pictures, coco = draw_dataset(5)
+    fields = ("id", "category_id", "bbox", "area", "iscrowd", "segmentation")
+    rows = []
+    for picture, image in zip(pictures, coco["images"], strict=True):
+        found = [item for item in coco["annotations"] if item["image_id"] == image["id"]]
+        found = [item for item in found if isinstance(item["segmentation"], list)]
+        for item in found:
+            item["segmentation"] = [[float(round(side)) for side in polygon] for polygon in item["segmentation"]]
+        columns = {field: [item[field] for item in found] for field in fields}
+        size = {"height": 96, "width": 96}
+        rows.append({"image": picture, "image_id": image["id"], "annotations": found, "objects": columns} | size)
+    return datasets.Dataset.from_list(rows)
+
+
+class TestDatasets:
+    @staticmethod
+    def from_columns(objects):
+        return [dict(zip(objects, values, strict=True)) for values in zip(*objects.values(), strict=True)]
+
+    @pytest.mark.parametrize("layout", ["annotations", "objects"])
+    @pytest.mark.parametrize("form", ["numpy", "torch"])
+    def test_with_a_format_give_the_same_labels(self, dataset, form, layout):
+        for plain, row in zip(dataset, dataset.with_format(form), strict=True):
+            labels = []
+            for item in (plain, row):
+                objects = item[layout] if layout == "annotations" else self.from_columns(item["objects"])
+                objects = {"image_id": item["image_id"], "annotations": objects, "height": item["height"]}
+                labels.append(processor(96)(plain["image"], objects, return_segmentation_masks=True).labels[0])
+            expected, found = labels
+            for name in expected:
+                torch.testing.assert_close(found[name], expected[name], msg=f"{name} of picture {plain['image_id']}")
+
+    def test_with_an_empty_picture_give_every_batch_of_one(self, dataset):
+        def transform(rows):
+            targets = [
+                {"image_id": image_id, "annotations": self.from_columns(objects)}
+                for image_id, objects in zip(rows["image_id"], rows["objects"], strict=True)
+            ]
+            return processor(96)(rows["image"], targets, return_segmentation_masks=True, return_tensors="pt")
+
+        rows = dataset.with_transform(transform)
+        batches = list(torch.utils.data.DataLoader(rows, batch_size=1, collate_fn=lambda batch: batch))
+        counts = [len(batch[0]["labels"]["boxes"]) for batch in batches]
+        assert counts == [len(objects) for objects in dataset["annotations"]]
+        assert len(counts) == 5
+        assert counts[3] == 0
 
 
 def test_every_row_of_the_port_s_crashes_now_trains():

@@ -121,16 +121,64 @@ class TestNestedLists:
         polygons = [[0, 0, 4, 0, 4, 4], [5, 5, 9, 5, 9, 9], [0, 5, 4, 5, 4, 9]]
         assert len(read_segmentation(polygons, SIZE)) == 3
 
-    def test_of_zeros_and_ones_at_another_size_raise(self):
-        with pytest.raises(ValueError, match="5x6 is not of the picture's size 10x12"):
-            read_segmentation([[0, 1, 1, 0, 0, 1]] * 5, SIZE)
+    def test_of_one_or_two_polygons_stay_polygons_at_the_picture_s_size_too(self):
+        assert len(read_segmentation([[0, 0, 4, 0, 4, 2], [1, 0, 5, 0, 5, 2]], (2, 6))) == 2
+
+    @pytest.mark.parametrize("polygons", [[[0.0, 0, 255, 0, 255, 254]] * 3, [[0, 0, 255, 0, 255, 255]] * 2])
+    def test_of_polygons_along_the_edges_of_the_picture_stay_polygons(self, polygons):
+        assert len(read_segmentation(polygons, (255, 255))) == len(polygons)
+
+
+class TestAnotherSizeThanThePicture:
+    LABELS = np.random.default_rng(0).integers(0, 5, (12, 10), dtype=np.uint8)
+
+    @pytest.mark.parametrize(
+        ("bitmap", "size"),
+        [
+            ([[0, 1, 1, 0, 0, 1]] * 5, "5x6"),
+            ([[0, 255, 255, 0, 0, 255]] * 5, "5x6"),
+            ([[False, True] * 3] * 5, "5x6"),
+            (np.ones((12, 10), bool), "12x10"),
+            (np.zeros((12, 10), bool), "12x10"),
+            (np.zeros((12, 10), np.uint8), "12x10"),
+            (np.full((12, 10), 255, np.uint8), "12x10"),
+            (np.full((12, 10), 255), "12x10"),
+            (np.full((2, 6), 255, np.uint8), "2x6"),
+            (torch.full((12, 10), 255, dtype=torch.uint8), "12x10"),
+            (torch.ones(1, 10, dtype=torch.bool), "1x10"),
+            (LABELS, "12x10"),
+            (torch.from_numpy(LABELS), "12x10"),
+            (LABELS.astype(np.int8), "12x10"),
+        ],
+    )
+    def test_makes_a_bitmap_or_a_label_map_an_error(self, bitmap, size):
+        with pytest.raises(ValueError, match=f"{size} is not of the picture's size 10x12"):
+            read_segmentation(bitmap, SIZE)
+
+    def test_such_as_turned_by_a_quarter_makes_a_photograph_s_bitmap_an_error(self):
+        mask = np.zeros((640, 480), np.uint8)
+        mask[100:200, 50:70] = 255
+        for bitmap in (mask, torch.from_numpy(mask), mask.tolist(), mask // 255, (mask // 255).tolist(), mask > 0):
+            with pytest.raises(ValueError, match="640x480 is not of the picture's size 480x640"):
+                read_segmentation(bitmap, (480, 640))
 
 
 class TestNothingEnclosed:
     @pytest.mark.parametrize(
         "segmentation",
         [
-            *(None, [], [[]], [[], []], [[1, 2]], [[1, 2, 3, 4]], [[1, 2], [3, 4]], np.zeros(0), np.zeros(SIZE, bool)),
+            *(
+                None,
+                [],
+                [[]],
+                [[], []],
+                [[1, 2]],
+                [[1, 2, 3, 4]],
+                [[1, 2], [3, 4]],
+                [[1, 2, 3, 4]] * 3,
+                np.zeros(0),
+                np.zeros(SIZE, bool),
+            ),
             *({"size": SIZE, "counts": [120]}, encode(np.zeros(SIZE)), np.zeros(SIZE, int).tolist()),
         ],
     )
@@ -163,6 +211,7 @@ class TestWhatCannotBeRead:
             ([[1, 2], [3, 2], [3, 4]], "flatten them"),
             ("square", "is no shape"),
             (7, "is no shape"),
+            (np.array(7), "is no shape"),
             ({}, "'size' and 'counts'"),
             ({"counts": [120]}, "add what is missing"),
             ({"size": [12, 10], "counts": [120]}, r"size \[12, 10\] is not the picture's \[10, 12\]"),
@@ -170,15 +219,17 @@ class TestWhatCannotBeRead:
             ({"size": SIZE, "counts": []}, "add up to"),
             ({"size": SIZE, "counts": [5, -5, 120]}, "no runs"),
             ({"size": SIZE, "counts": [60.5, 59.5]}, "no runs"),
+            ({"size": SIZE, "counts": [2**62] * 4 + [120]}, "no runs"),  # 120 after 64 bits have wrapped around
+            ({"size": SIZE, "counts": [[60, 60]]}, "no runs"),
             ({"size": SIZE, "counts": None}, "no runs"),
             ({"size": SIZE, "counts": ""}, "no runs"),
             ({"size": SIZE, "counts": "zz"}, "no runs"),
             ({"size": SIZE, "counts": "\xff\xfe"}, "no runs"),
             ({"size": SIZE, "counts": "o" * 40}, "no runs"),
             ({"size": SIZE, "counts": encode(square_mask())["counts"][:3]}, "encode the mask again"),
-            (np.ones((12, 10), bool), "12x10 is not of the picture's size 10x12"),
             (np.arange(120).reshape(SIZE), "0 and 1"),
             (np.full(SIZE, 0.5), "0 and 1"),
+            (square_mask() * 2, "0 and 1"),
             (np.full(SIZE, np.nan), "0 and 1"),
             (np.ones((2, *SIZE)), "flat list of numbers"),
         ],

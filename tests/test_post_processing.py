@@ -1,6 +1,9 @@
 """Outputs to instances. Oracles: hand arithmetic, pycocotools, `F.interpolate`, rfdetr's PostProcess, the port."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,14 +12,10 @@ import torch
 import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 
+from test_image_processing import port
 from transformers_rfdetr import RfDetrImageProcessor
 
 PROCESSOR = RfDetrImageProcessor()
-
-
-def port():
-    pytest.importorskip("torchvision")
-    return pytest.importorskip("transformers.models.rf_detr.image_processing_rf_detr").RfDetrImageProcessor()
 
 
 def random_outputs(batch=2, queries=12, classes=4, size=(20, 24), seed=0):
@@ -117,6 +116,15 @@ class TestDetection:
             (found,) = PROCESSOR.post_process_object_detection(outputs, threshold=threshold, top_k=1)
             assert found["scores"].tolist() == pytest.approx([0.8])
 
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+    def test_boxes_that_are_not_finite_never_survive_nor_take_a_place(self, bad):
+        outputs = one_image([0.9, 0.8], boxes=[[0.5, 0.5, bad, 0.5], [0.5, 0.5, 0.5, 0.5]])
+        for threshold in (-1.0, 0.5):
+            (found,) = PROCESSOR.post_process_object_detection(outputs, threshold=threshold, top_k=1)
+            assert found["scores"].tolist() == pytest.approx([0.8])
+            (result,) = instances(outputs, threshold=threshold, top_k=1)
+            assert [segment["score"] for segment in result["segments_info"]] == pytest.approx([0.8])
+
     def test_ties_keep_the_order_of_queries(self):
         outputs = one_image([0.9] * 40, boxes=[[number / 100, 0.5, 0, 0] for number in range(40)])
         (found,) = PROCESSOR.post_process_object_detection(outputs, top_k=7)
@@ -137,11 +145,19 @@ class TestDetection:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"target_sizes": [(10, 10)]}, "1 target_sizes for 2 images"),
-            ({"target_sizes": torch.ones(3, 2)}, "3 target_sizes for 2 images"),
+            ({"target_sizes": [(10, 10)]}, r"\[\(10, 10\)\] are not a list of 2"),
+            ({"target_sizes": torch.ones(3, 2)}, "are not a list of 2"),
+            ({"target_sizes": 10}, "target_sizes 10 are not a list of 2"),
+            ({"target_sizes": (10, 12)}, "target size 10 is not"),
+            ({"target_sizes": ["10", "12"]}, "target size '10' is not"),
+            ({"target_sizes": [None, None]}, "target size None is not"),
+            ({"target_sizes": [(10.7, 12), (1, 1)]}, r"target size \(10\.7, 12\) is not"),
+            ({"target_sizes": torch.tensor([[float("nan"), 3], [1, 1]])}, r"target size \[nan, 3\.0\] is not"),
+            ({"target_sizes": [(float("inf"), 3), (1, 1)]}, r"target size \(inf, 3\) is not"),
             ({"target_sizes": [(10, 10), (0, 10)]}, r"\(0, 10\)"),
             ({"target_sizes": [(10, 10), (10, 10, 3)]}, r"\(10, 10, 3\)"),
             ({"top_k": 0}, "top_k 0"),
+            ({"top_k": 2.5}, "top_k 2.5"),
         ],
     )
     def test_wrong_arguments_raise(self, settings, message):
@@ -226,7 +242,9 @@ class TestLabelMap:
         assert result["segmentation"].shape == (20, 24)
         assert max(segment["box"][2] for segment in result["segments_info"]) <= 24
 
-    @pytest.mark.parametrize("sizes", [[(16, 24)], [[16, 24]], torch.tensor([[16, 24]]), np.array([[16, 24]])])
+    @pytest.mark.parametrize(
+        "sizes", [[(16, 24)], [[16, 24]], [torch.tensor([16, 24])], torch.tensor([[16.0, 24]]), np.array([[16, 24]])]
+    )
     def test_target_sizes_have_several_forms(self, sizes):
         assert instances(one_image([0.9]), target_sizes=sizes)[0]["segmentation"].shape == (16, 24)
 
@@ -274,6 +292,16 @@ class TestWholeMasks:
         ours = instances(outputs, threshold=0.6, target_sizes=sizes, return_binary_maps=True)
         for their, our in zip(theirs, ours, strict=True):
             assert torch.equal(our["segmentation"], their["segmentation"])
+
+    @pytest.mark.parametrize("part", [-0.1, 1.5, float("nan")])
+    def test_overlap_threshold_is_a_part(self, part):
+        with pytest.raises(ValueError, match=rf"overlap_mask_area_threshold {part} is outside \[0, 1\]"):
+            instances(random_outputs(), overlap_mask_area_threshold=part)
+
+    @pytest.mark.parametrize("mask", [torch.ones(32, 32), torch.ones(1, 32, 32), torch.zeros(2, 32, 32)])
+    def test_pixel_mask_covers_something_of_every_image(self, mask):
+        with pytest.raises(ValueError, match=r"pixel_mask of shape .* is not \(B, H, W\) .* 2 images"):
+            instances(random_outputs(), pixel_mask=mask)
 
     def test_cannot_be_asked_for_in_both_forms(self):
         with pytest.raises(ValueError, match="choose one"):
@@ -327,6 +355,11 @@ class TestNothingFound:
             assert result["boxes"].shape == (0, 4)
             assert result["labels"].dtype == torch.int64
 
+    def test_without_queries(self):
+        outputs = SimpleNamespace(**{name: value[:, :0] for name, value in vars(random_outputs()).items()})
+        assert [result["segments_info"] for result in instances(outputs)] == [[], []]
+        assert len(PROCESSOR.post_process_object_detection(outputs)[0]["boxes"]) == 0
+
     def test_in_an_empty_batch(self):
         assert instances(random_outputs(batch=0)) == []
         assert PROCESSOR.post_process_object_detection(random_outputs(batch=0)) == []
@@ -341,15 +374,36 @@ def test_gradients_are_not_kept():
     assert not PROCESSOR.post_process_object_detection(outputs)[0]["boxes"].requires_grad
 
 
+# Prints by how many MiB the process grew at most in each form; the growth of one form includes that of those before.
+MEASURE = """
+import re, sys
+from pathlib import Path
+import torch
+sys.path.insert(0, sys.argv[1])
+from test_post_processing import instances, one_image
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+rows, columns = torch.meshgrid(torch.arange(27) + 0.5, torch.arange(36) + 0.5, indexing="ij")
+center = torch.rand(100, 2, 1, 1, generator=torch.Generator().manual_seed(0)) * torch.tensor([27, 36])[:, None, None]
+masks = 4 - (rows - center[:, 0]) ** 2 - (columns - center[:, 1]) ** 2
+outputs = one_image(torch.linspace(0.95, 0.55, 100).tolist(), masks)
+before = peak()
+for form in ({}, {"return_coco_annotation": True}, {"return_binary_maps": True}):
+    (result,) = instances(outputs, target_sizes=[(3000, 4000)], **form)
+    assert len(result["segments_info"]) == 100
+    print(peak() - before)
+"""
+
+
 def test_large_pictures_take_little_memory():
-    """100 instances of a 12-megapixel picture as RLE; whole float maps would take 4.8 GB, whole bool maps 1.2 GB."""
-    resource = pytest.importorskip("resource")
-    size = (27, 36)
-    rows, columns = torch.meshgrid(*(torch.arange(side) + 0.5 for side in size), indexing="ij")
-    center = torch.rand(100, 2, 1, 1, generator=torch.Generator().manual_seed(0)) * torch.tensor(size)[:, None, None]
-    masks = 4 - (rows - center[:, 0]) ** 2 - (columns - center[:, 1]) ** 2
-    outputs = one_image(torch.linspace(0.95, 0.55, 100).tolist(), masks)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    (result,) = instances(outputs, target_sizes=[(3000, 4000)], return_coco_annotation=True)
-    assert len(result["segmentation"]) == 100
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 400
+    """100 instances of 12 megapixels, which as floats would take 4.8 GB and as bool 1.2 GB."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs Linux, whose high-water mark starts anew with a program")
+    command = [sys.executable, "-c", MEASURE, str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    label_map, rle, binary_maps = map(float, done.stdout.split())
+    assert label_map < 200
+    assert rle < 300
+    assert binary_maps < 800  # of which the empty parts are never touched

@@ -5,6 +5,7 @@ original picture or of the model's input (which of them, the text says), h w cel
 Sizes are (height, width). Boxes are `boxes_cxcywh` in [0, 1] or `boxes_xyxy` in pixels.
 """
 
+import base64
 import math
 import numbers
 import operator
@@ -12,7 +13,6 @@ import os
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from http.client import HTTPException
 from io import BytesIO
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ import PIL.ImageOps
 import torch
 import torch.nn.functional as F
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, load_image
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import logging
 
 from .configuration_rf_detr import RfDetrConfig
@@ -67,7 +67,7 @@ class RfDetrImageProcessor(BaseImageProcessor):
         format: "coco_detection".
 
     Raises:
-        ValueError: a size, format or resampling filter that is not supported.
+        ValueError: a size, format, resampling filter or number that is not supported.
     """
 
     model_input_names = ["pixel_values", "pixel_mask"]  # noqa: RUF012 (the base class's form)
@@ -95,8 +95,8 @@ class RfDetrImageProcessor(BaseImageProcessor):
         self.do_rescale = do_rescale
         self.rescale_factor = rescale_factor
         self.do_normalize = do_normalize
-        self.image_mean = list(IMAGENET_DEFAULT_MEAN if image_mean is None else image_mean)
-        self.image_std = list(IMAGENET_DEFAULT_STD if image_std is None else image_std)
+        self.image_mean = _plain(list(IMAGENET_DEFAULT_MEAN) if image_mean is None else image_mean)
+        self.image_std = _plain(list(IMAGENET_DEFAULT_STD) if image_std is None else image_std)
         self.do_convert_annotations = do_convert_annotations
         self.do_pad = do_pad
         self.pad_size = None if pad_size is None else _read_size(pad_size, "pad_size")
@@ -107,9 +107,13 @@ class RfDetrImageProcessor(BaseImageProcessor):
             raise ValueError(f"format {self.format!r} is not supported; convert the annotations to 'coco_detection'")
         if self.pad_size is not None and "height" not in self.pad_size:
             raise ValueError(f"pad_size {pad_size} is not exact; give 'height' and 'width'")
-        for name in ("image_mean", "image_std"):
-            if len(getattr(self, name)) != 3:
-                raise ValueError(f"{name} {getattr(self, name)} is not one number for each of the 3 channels")
+        if not _is_number(rescale_factor) or rescale_factor <= 0:
+            raise ValueError(f"rescale_factor {rescale_factor!r} is not a number above 0; 1 / 255 is usual")
+        for name, values in (("image_mean", self.image_mean), ("image_std", self.image_std)):
+            if not _are_numbers(values, 3):
+                raise ValueError(f"{name} {values!r} is not one number for each of the 3 channels; give three")
+        if min(self.image_std) <= 0:
+            raise ValueError(f"image_std {self.image_std} divides the pixels; give three numbers above 0")
 
     @classmethod
     def from_variant(cls, name: str, **overrides: Any) -> "RfDetrImageProcessor":
@@ -179,9 +183,8 @@ class RfDetrImageProcessor(BaseImageProcessor):
         """
         overrides = {name: value for name, value in overrides.items() if value is not None}
         if overrides:
-            settings = self.to_dict()
-            settings.pop("image_processor_type", None)
-            if unknown := sorted(overrides.keys() - settings.keys() - {"pad_size"}):
+            settings = vars(self)
+            if unknown := sorted(overrides.keys() - settings.keys()):
                 raise ValueError(f"unknown arguments {unknown}; the processor's settings are {sorted(settings)}")
             return type(self)(**{**settings, **overrides}).preprocess(
                 images,
@@ -260,17 +263,16 @@ class RfDetrImageProcessor(BaseImageProcessor):
         for position, annotation in enumerate(target["annotations"]):
             here = f"{where}, annotation {position}"
             _require(isinstance(annotation, Mapping), here, "", annotation, "a dict in COCO form")
-            here = f"{here} (id {annotation.get('id')})"
-            label, box, area, crowd = (annotation.get(key) for key in ("category_id", "bbox", "area", "iscrowd"))
+            here = f"{here} (id {_plain(annotation.get('id'))})"
+            fields = ("category_id", "bbox", "area", "iscrowd")
+            label, box, area, crowd = (_plain(annotation.get(field)) for field in fields)
             _require(crowd in (None, 0, 1), here, "iscrowd", crowd, "0 or 1")
             if crowd:
                 continue
             _require(_is_index(label), here, "category_id", label, "a class index, a whole number of at least 0")
             _require(area is None or (_is_number(area) and area >= 0), here, "area", area, "a number of at least 0")
-            if box is not None:
-                box = box.tolist() if isinstance(box, np.ndarray | torch.Tensor) else box
-                fine = isinstance(box, list | tuple) and len(box) == 4 and all(map(_is_number, box))
-                _require(fine, here, "bbox", box, "[x, y, width, height], four finite numbers in pixels")
+            fine = box is None or _are_numbers(box, 4)
+            _require(fine, here, "bbox", box, "[x, y, width, height], four finite numbers in pixels")
             shape = None
             if with_masks or box is None:
                 with _located(f"{here}, segmentation"):
@@ -337,7 +339,8 @@ class RfDetrImageProcessor(BaseImageProcessor):
         """Logits and boxes -> the detections of each image, best first.
 
         A query may appear with several classes: the best `top_k` of all Q x C scores are taken (ties in the order of
-        query and class), then those whose score exceeds `threshold`, as rfdetr does. NaN scores never do.
+        query and class), then those whose score exceeds `threshold`, as rfdetr does. NaN scores never do, nor do
+        queries whose box is not finite.
 
         Args:
             outputs: Has `logits` (B, Q, C) and `pred_boxes` (B, Q, 4), `boxes_cxcywh` in [0, 1].
@@ -350,7 +353,8 @@ class RfDetrImageProcessor(BaseImageProcessor):
             the picture: in its pixels, or in [0, 1] without `target_sizes`.
 
         Raises:
-            ValueError: `target_sizes` is not one positive (height, width) for each image, or `top_k` below 1.
+            ValueError: `target_sizes` is not one positive (height, width) for each image; `top_k` is no whole number
+                of at least 1.
         """
         sizes = _read_target_sizes(target_sizes, len(outputs.logits)) or [(1, 1)] * len(outputs.logits)
         detections = [_select(outputs, i, threshold, size, top_k) for i, size in enumerate(sizes)]
@@ -372,8 +376,8 @@ class RfDetrImageProcessor(BaseImageProcessor):
     ) -> list[dict[str, Any]]:
         """Logits, boxes and mask logits -> the instances of each image, best first.
 
-        Masks are upsampled bilinearly (half-pixel centres) and thresholded, one instance at a time and only where it
-        can be. They are not clipped to the boxes.
+        Detections are those of [`post_process_object_detection`]. Masks are upsampled bilinearly (half-pixel centres)
+        and thresholded, one instance at a time and only where it can be. They are not clipped to the boxes.
 
         Args:
             outputs: Has `logits` (B, Q, C), `pred_boxes` (B, Q, 4) and `pred_masks` (B, Q, h, w), mask logits.
@@ -400,7 +404,8 @@ class RfDetrImageProcessor(BaseImageProcessor):
 
         Raises:
             ValueError: both forms are asked for; there are no masks; `target_sizes` is not one positive
-                (height, width) for each image; `top_k` below 1.
+                (height, width) for each image; `top_k` is no whole number of at least 1;
+                `overlap_mask_area_threshold` lies outside [0, 1]; `pixel_mask` has another shape or covers nothing.
         """
         if return_coco_annotation and return_binary_maps:
             raise ValueError("return_coco_annotation and return_binary_maps are two forms of one result; choose one")
@@ -408,6 +413,17 @@ class RfDetrImageProcessor(BaseImageProcessor):
             raise ValueError(
                 "the outputs hold no pred_masks; take a segmentation model or post_process_object_detection"
             )
+        if not 0 <= overlap_mask_area_threshold <= 1:
+            raise ValueError(
+                f"overlap_mask_area_threshold {overlap_mask_area_threshold} is outside [0, 1]; 0 keeps every instance"
+            )
+        if pixel_mask is not None:
+            pixel_mask = torch.as_tensor(pixel_mask)
+            if pixel_mask.ndim != 3 or len(pixel_mask) != len(outputs.logits) or not pixel_mask.any(2).any(1).all():
+                raise ValueError(
+                    f"pixel_mask of shape {tuple(pixel_mask.shape)} is not (B, H, W) with some of each of"
+                    f" {len(outputs.logits)} images; pass the model's input of that name"
+                )
         mask_size = tuple(outputs.pred_masks.shape[-2:])
         sizes = _read_target_sizes(target_sizes, len(outputs.logits)) or [mask_size] * len(outputs.logits)
         results = []
@@ -502,40 +518,64 @@ def _as_list(images: Any) -> list[Any]:
     return [images]
 
 
-def open_image(source: str) -> PIL.Image.Image:
-    """A path, http(s) URL or base64 string -> the picture in its own mode (`load_image` clips 16 bits to 8)."""
+def read_rgb(image: PIL.Image.Image | str | os.PathLike[str]) -> PIL.Image.Image:
+    """A picture, or its path, URL or base64 -> 8-bit RGB, upright (EXIF), with the values that the processor reads."""
+    pixels = _decode(image)
+    if pixels.dtype != np.uint8:
+        scaled = _read_image(pixels, do_rescale=True, rescale_factor=1 / 255, input_data_format=None)
+        pixels = (scaled * 255).round().byte().permute(1, 2, 0).numpy()
+    return PIL.Image.fromarray(pixels)
+
+
+def _decode(image: PIL.Image.Image | str | os.PathLike[str]) -> np.ndarray:
+    """A picture, or its path, URL or base64 -> upright, (H, W, 3) uint8 or, of 16 or 32 bits a pixel, (H, W)."""
+    source = image
     try:
-        stream: str | BytesIO = source
-        if source.startswith(("http://", "https://")):
-            request = urllib.request.Request(source, headers={"User-Agent": "transformers-rfdetr"})
-            with urllib.request.urlopen(request, timeout=_URL_TIMEOUT_SECONDS) as response:
-                stream = BytesIO(response.read())
-        elif not os.path.isfile(source):
-            return load_image(source)
-        with PIL.Image.open(stream) as image:
-            image.load()
-            return image
-    except (OSError, ValueError, HTTPException, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"{source:.200} cannot be opened as an image: {error}") from error
-
-
-def _read_image(image: Any, do_rescale: bool, rescale_factor: float, input_data_format: str | None) -> torch.Tensor:
-    """Any image -> (3, H, W) float32, scaled to [0, 1] where `do_rescale`."""
-    if isinstance(image, str | os.PathLike):
-        image = open_image(os.fspath(image))
-    if isinstance(image, PIL.Image.Image):
+        if not isinstance(image, PIL.Image.Image):
+            image = _open(os.fspath(image))
         image = PIL.ImageOps.exif_transpose(image)
         if image.mode == "La":
             image = image.convert("LA")
         if not image.mode.startswith("I") and image.mode != "F":
             image = image.convert("RGB")
-        image, input_data_format = np.array(image), "channels_last"
+        return np.array(image)
+    except Exception as error:  # Pillow answers broken files with SyntaxError, struct.error, zlib.error and others
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{source!s:.200} cannot be opened as an image: {reason}") from error
+
+
+def _open(source: str) -> PIL.Image.Image:
+    """A path, http(s) URL or base64 string -> the picture in its own mode (transformers clips 16 bits to 8)."""
+    path = os.path.expanduser(source)
+    stream: str | BytesIO = path
+    if source.startswith(("http://", "https://")):
+        request = urllib.request.Request(source, headers={"User-Agent": "transformers-rfdetr"})
+        with urllib.request.urlopen(request, timeout=_URL_TIMEOUT_SECONDS) as response:
+            stream = BytesIO(response.read())
+    elif not os.path.isfile(path):
+        encoded = source.partition(",")[2] if source.startswith("data:image/") else source
+        try:
+            stream = BytesIO(base64.b64decode("".join(encoded.split()), validate=True))
+            PIL.Image.open(stream)
+        except (ValueError, OSError) as error:
+            raise ValueError("there is no such file; give a path, an http(s) URL or base64") from error
+    with PIL.Image.open(stream) as image:
+        image.load()
+        return image
+
+
+def _read_image(image: Any, do_rescale: bool, rescale_factor: float, input_data_format: str | None) -> torch.Tensor:
+    """Any image -> (3, H, W) float32, scaled to [0, 1] where `do_rescale`."""
+    if isinstance(image, str | os.PathLike | PIL.Image.Image):
+        image, input_data_format = _decode(image), "channels_last"
     if isinstance(image, np.ndarray):
         if image.dtype.kind not in "biuf":
             raise ValueError(f"an array of {image.dtype} is no image; pass numbers")
         image = torch.from_numpy(np.array(image, dtype=image.dtype.newbyteorder("="), order="C"))
     if not isinstance(image, torch.Tensor):
         raise ValueError(f"{type(image).__name__} is no image; pass a PIL image, an array, a tensor, a path or a URL")
+    if image.is_complex():
+        raise ValueError(f"a tensor of {image.dtype} is no image; pass real numbers")
 
     picture = _channels_first(image.detach(), input_data_format)
     if 0 in picture.shape:
@@ -600,8 +640,24 @@ def _require(fine: bool, where: str, field: str, value: Any, rule: str) -> None:
         raise ValueError(f"{where}{', ' * bool(field)}{field}: {value!r:.60} is not {rule}")
 
 
+def _plain(value: Any) -> Any:
+    """Arrays, tensors and numpy's scalars, also in lists -> Python's numbers and lists; one number of any shape is one.
+
+    They stand in the rows of a `datasets.Dataset` with a format.
+    """
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic | torch.Tensor):
+        return value.item() if math.prod(value.shape) == 1 else _plain(value.tolist())
+    return value
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    return isinstance(values, list) and len(values) == count and all(map(_is_number, values))
 
 
 def _is_index(value: Any) -> bool:
@@ -611,15 +667,16 @@ def _is_index(value: Any) -> bool:
 def _read_target_head(target: Any, index: int, orig_size: tuple[int, int]) -> tuple[int, str]:
     """What stands beside the annotations of an image -> its id, and its place for messages."""
     where = f"image {index}"
-    fine = isinstance(target, Mapping) and isinstance(target.get("annotations"), list | tuple)
+    annotations = target.get("annotations") if isinstance(target, Mapping) else None
+    fine = isinstance(annotations, list | tuple) or (isinstance(annotations, np.ndarray) and annotations.ndim == 1)
     _require(fine, where, "annotations", target, "{'image_id': ..., 'annotations': [...]}")
-    image_id = target.get("image_id")
+    image_id = _plain(target.get("image_id"))
     if isinstance(image_id, str) and image_id.isdecimal():
         image_id = int(image_id)
     _require(_is_index(image_id), where, "image_id", image_id, "a whole number of at least 0; number the images")
     where = f"{where} (image_id {image_id})"
     for name, expected in zip(("height", "width"), orig_size, strict=True):
-        given = target.get(name, expected)
+        given = _plain(target.get(name))
         rule = f"the picture's {expected} (EXIF rotation applied); pair the annotations with their own picture"
         _require(given in (None, expected), where, name, given, rule)
     return int(image_id), where
@@ -649,10 +706,13 @@ def _select(outputs: Any, index: int, threshold: float, size: tuple[int, int], t
     Thresholding first leaves the same pairs as taking the best `top_k` first, and little to sort.
     """
     num_queries, num_classes = outputs.logits.shape[1:]
+    if top_k is not None and not (_is_index(top_k) and top_k > 0):
+        raise ValueError(
+            f"top_k {top_k!r} is not a whole number of at least 1; give how many pairs of query and class to look at"
+        )
     top_k = num_queries if top_k is None else top_k
-    if top_k < 1:
-        raise ValueError(f"top_k {top_k} is below 1; give how many pairs of query and class to look at")
-    scores = outputs.logits[index].float().sigmoid().flatten()
+    is_finite = outputs.pred_boxes[index].isfinite().all(dim=-1, keepdim=True)
+    scores = outputs.logits[index].float().sigmoid().masked_fill(~is_finite, math.nan).flatten()
     candidates = (scores > threshold).nonzero()[:, 0]
     best = candidates[scores[candidates].argsort(descending=True, stable=True)[:top_k]]
     queries = best // num_classes
@@ -666,16 +726,16 @@ def _select(outputs: Any, index: int, threshold: float, size: tuple[int, int], t
 def _read_target_sizes(target_sizes: Any, batch_size: int) -> list[tuple[int, int]] | None:
     if target_sizes is None:
         return None
-    pairs = target_sizes.tolist() if isinstance(target_sizes, np.ndarray | torch.Tensor) else list(target_sizes)
-    if len(pairs) != batch_size:
-        raise ValueError(f"{len(pairs)} target_sizes for {batch_size} images; pass one (height, width) for each")
-    sizes = []
+    pairs = target_sizes.tolist() if isinstance(target_sizes, np.ndarray | torch.Tensor) else target_sizes
+    if not isinstance(pairs, list | tuple) or len(pairs) != batch_size:
+        raise ValueError(
+            f"target_sizes {pairs!r:.80} are not a list of {batch_size}; pass one (height, width) for each image"
+        )
     for pair in pairs:
-        size = tuple(int(value) for value in pair)
-        if len(size) != 2 or min(size) < 1:
-            raise ValueError(f"target size {pair!r} is not (height, width) in positive whole pixels")
-        sizes.append(size)
-    return sizes
+        size = _plain(pair)
+        if not _are_numbers(size, 2) or min(size) < 1 or any(side != int(side) for side in size):
+            raise ValueError(f"target size {pair!r} is not (height, width) in positive whole pixels; give such a pair")
+    return [(int(height), int(width)) for height, width in pairs]
 
 
 def _valid_size(pixel_mask: torch.Tensor, mask_size: tuple[int, int]) -> tuple[float, float]:

@@ -30,7 +30,7 @@ def read_segmentation(segmentation: Any, image_size: tuple[int, int]) -> Shape |
               holes included, as COCO does; a polygon of fewer than three points encloses nothing and is left out;
             * an RLE `{"size": [H, W], "counts": str | bytes | list}`;
             * a bitmap of the picture's size, nested lists or an array (H, W), of 0 and 1 (or 0 and 255). Rows of the
-              picture's size that hold nothing else are a bitmap, not polygons.
+              picture's size that hold nothing else are a bitmap, not polygons; so is every 2-D array of 8 bits or bool.
         image_size: (H, W) of the picture.
 
     Returns:
@@ -46,7 +46,7 @@ def read_segmentation(segmentation: Any, image_size: tuple[int, int]) -> Shape |
         segmentation = segmentation.numpy(force=True)
     if isinstance(segmentation, Mapping):
         return _read_rle(segmentation, image_size)
-    if not isinstance(segmentation, list | tuple | np.ndarray):
+    if not _is_row(segmentation):
         kind = type(segmentation).__name__
         raise ValueError(f"{kind} {segmentation!r:.40} is no shape; pass polygons, an RLE dict or a bitmap (H, W)")
     bitmap = _read_bitmap(segmentation, image_size)
@@ -56,27 +56,29 @@ def read_segmentation(segmentation: Any, image_size: tuple[int, int]) -> Shape |
 
 
 def _is_row(value: Any) -> bool:
-    return isinstance(value, list | tuple | np.ndarray)
+    return isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim > 0)
 
 
 def _read_bitmap(segmentation: Any, image_size: tuple[int, int]) -> np.ndarray | None:
     """rows -> (H, W) uint8, or None where the rows are polygons."""
     lengths = {len(row) if _is_row(row) else 0 for row in segmentation}
     size = (len(segmentation), max(lengths, default=0))
+    fits = size == tuple(image_size)
+    # Nobody stores coordinates in 8 bits.
+    must_be = isinstance(segmentation, np.ndarray) and segmentation.dtype.itemsize == 1
     # One or two rows of another length than the picture's are polygons; so are rows of unequal lengths.
-    if len(lengths) != 1 or 0 in lengths or (size[0] <= 2 and size != tuple(image_size)):
+    if len(lengths) != 1 or 0 in lengths or (size[0] <= 2 and not fits and not must_be):
         return None
     values = np.asarray(segmentation)
     if values.ndim != 2 or values.dtype.kind not in "biuf":
         return None
     highest = values.max()
     binary = highest in (0, 1, 255) and bool(((values == 0) | (values == highest)).all())
-    if size == tuple(image_size):
-        if binary:
-            return (values != 0).astype(np.uint8)
-        if size[0] > 2:
-            raise ValueError(f"a bitmap holds 0 and 1 (or 0 and 255), here up to {highest}; pass `array == object_id`")
-    elif binary and (highest == 1 or values.dtype.kind == "b"):
+    if fits and binary:
+        return (values != 0).astype(np.uint8)
+    if fits and (must_be or size[0] > 2):
+        raise ValueError(f"a bitmap holds 0 and 1 (or 0 and 255), here up to {highest}; pass `array == object_id`")
+    if not fits and (must_be or (binary and (highest in (1, 255) or values.dtype.kind == "b"))):
         raise ValueError(
             f"a bitmap of {size[0]}x{size[1]} is not of the picture's size {image_size[0]}x{image_size[1]}"
             " (height x width); draw it at that size"
@@ -125,7 +127,7 @@ def _read_rle(rle: Mapping[str, Any], image_size: tuple[int, int]) -> dict[str, 
         runs is None
         or runs.ndim != 1
         or runs.dtype.kind not in "iu"
-        or (runs < 0).any()
+        or ((runs < 0) | (runs > height * width)).any()  # a sum of larger ones may wrap around
         or runs.sum() != height * width
     ):
         raise ValueError(

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from .image_processing_rf_detr import read_rgb
+
 _OPACITY = 0.45  # of a mask
 _DARK = (20, 20, 20)
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
@@ -48,7 +50,8 @@ def draw_instances(
         (160, 120)
 
     Args:
-        image: The picture, (H, W), in any mode. It stays as it is.
+        image: The picture in any mode, with the scale that the image processor gives it; it stays as it is. (H, W) is
+            its size with the EXIF rotation applied.
         masks: (N, H, W) bool.
         boxes: (N, 4) boxes_xyxy.
         labels: N texts.
@@ -56,7 +59,7 @@ def draw_instances(
         color_indices: N numbers of colours, such as class ids, for a colour a class; 0 to N-1 by default.
 
     Returns:
-        A new RGB picture of the same size.
+        A new RGB picture, (H, W).
 
     Raises:
         ValueError: lengths that differ; masks or boxes of another shape; texts without masks or boxes to put them at.
@@ -67,13 +70,13 @@ def draw_instances(
         raise ValueError(f"different numbers of {lengths}; pass one of each for every instance")
     count = max(lengths.values(), default=0)
     if not count:
-        return image.convert("RGB") if image.mode != "RGB" else image.copy()
+        return read_rgb(image)
     if masks is None and boxes is None:
         raise ValueError(f"{count} instances have neither masks nor boxes; pass one of the two")
 
-    line = max(1, round(min(image.size) / 250))
     colors = [color_of(int(index)) for index in (range(count) if color_indices is None else color_indices)]
-    pixels = np.array(image.convert("RGB"))
+    pixels = np.array(read_rgb(image))
+    line = max(1, round(min(pixels.shape[:2]) / 250))
     places: list[Place | None] = [None] * count
     if masks is not None:
         bitmaps = _to_array(masks)
@@ -103,12 +106,14 @@ def draw_instances(
         words = [] if labels is None else [str(labels[index])]
         words += [] if scores is None else [f"{float(scores[index]):.2f}"]
         if words and place is not None:
-            plates.append(_write(pen, " ".join(words), place, colors[index], plates))
+            plates.append(_write(pen, " ".join(" ".join(words).split()), place, colors[index], plates))
     return drawn
 
 
 def _to_array(values: Any) -> np.ndarray:
-    return values.numpy(force=True) if isinstance(values, torch.Tensor) else np.asarray(values)
+    if isinstance(values, torch.Tensor):
+        values = (values.float() if values.is_floating_point() else values).numpy(force=True)  # numpy has no bfloat16
+    return np.asarray(values)
 
 
 def _extent(mask: np.ndarray) -> Place | None:

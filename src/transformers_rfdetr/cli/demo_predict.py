@@ -4,18 +4,20 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
+from safetensors import SafetensorError
 from transformers import AutoModelForInstanceSegmentation
 
 # From its module: the top level of transformers 5.4 to 5.17 refuses the name where torchvision is missing.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from .. import RfDetrConfig, RfDetrForInstanceSegmentation, RfDetrImageProcessor
+from .. import RfDetrConfig, RfDetrForInstanceSegmentation, RfDetrImageProcessor, resolve_variant
 from ..demo_data import CATEGORIES, draw_scene
-from ..image_processing_rf_detr import open_image
+from ..image_processing_rf_detr import read_rgb
 from ..visualization import draw_instances
 
 _RANDOM_TOP_K = 3
@@ -48,7 +50,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--image", metavar="PATH_OR_URL", help="a picture; without it the package draws one")
     parser.add_argument(
-        "--model", metavar="FOLDER_OR_HUB_ID", help="a checkpoint; without it a small random one is made"
+        "--model",
+        metavar="FOLDER_OR_HUB_ID",
+        help="a checkpoint, or the name of a published one; without it a small random one is made",
     )
     parser.add_argument(
         "--threshold",
@@ -68,7 +72,7 @@ def _predict(source: str | None, model_name: str | None, threshold: float | None
         raise ValueError(f"--threshold {threshold} is outside [0, 1]; give a score such as 0.5")
     if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--output {output} has no ending of a picture's format; give one such as overlay.png")
-    image = draw_scene(seed=0)[0] if source is None else ImageOps.exif_transpose(open_image(source)).convert("RGB")
+    image = draw_scene(seed=0)[0] if source is None else read_rgb(source)
     if model_name is None:
         print("The weights are RANDOM: the masks below mean nothing. Give a trained checkpoint with --model.")
         with tempfile.TemporaryDirectory() as folder:
@@ -132,10 +136,25 @@ def _save_random_checkpoint(folder: str) -> None:
 
 
 def _load(name: str) -> tuple[RfDetrForInstanceSegmentation, RfDetrImageProcessor]:
+    folder = Path(name)
+    if "/" not in name and not folder.is_dir():
+        with suppress(ValueError):
+            name = f"Roboflow/{resolve_variant(name)}"
     try:
-        return AutoModelForInstanceSegmentation.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        model, report = AutoModelForInstanceSegmentation.from_pretrained(name, output_loading_info=True)
+        if folder.is_dir() and not (folder / "preprocessor_config.json").is_file():
+            print(f"{name} has no preprocessor_config.json: pictures are prepared as its config.json asks for.")
+            processor = RfDetrImageProcessor.from_config(model.config)
+        else:
+            processor = AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"--model {name} cannot be loaded; give a folder or a Hub id. {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"--model {name} lacks {len(missing)} weights of a segmentation model ({', '.join(missing[:3])}, ...);"
+            " give a checkpoint of one, such as rf-detr-seg-medium"
+        )
+    return model, processor
 
 
 if __name__ == "__main__":
