@@ -1,6 +1,7 @@
 """Images and annotations to tensors. Oracles: hand arithmetic, torch, rfdetr's `predict`, the port in transformers."""
 
 import base64
+import inspect
 import io
 import json
 import logging
@@ -47,6 +48,12 @@ def port(**settings):
     pytest.importorskip("torchvision")
     module = pytest.importorskip("transformers.models.rf_detr.image_processing_rf_detr")
     return module.RfDetrImageProcessor(**settings)
+
+
+def skip_if_it_antialiases(theirs):
+    """The port of 5.9 to 5.15 resizes with antialiasing, unlike the original: its pixels are no oracle."""
+    if "antialias=False" not in inspect.getsource(type(theirs)):
+        pytest.skip("this version's port antialiases")
 
 
 def annotation(**fields):
@@ -139,6 +146,7 @@ class TestSettings:
         theirs_read = type(theirs).from_pretrained(tmp_path / "ours")
         image = photo()
         expected = theirs(image, return_tensors="pt").pixel_values
+        skip_if_it_antialiases(theirs)
         torch.testing.assert_close(theirs_read(image, return_tensors="pt").pixel_values, expected, atol=0, rtol=0)
         torch.testing.assert_close(ours_read(image).pixel_values, expected, atol=2e-6, rtol=0)
 
@@ -192,6 +200,7 @@ class TestPixels:
     def test_are_the_port_s(self):
         for size in ({"height": 24, "width": 48}, {"shortest_edge": 40, "longest_edge": 66}):
             images = [photo(30, 50), photo(64, 48), photo(50, 30)]
+            skip_if_it_antialiases(port())
             theirs = port(size=size)(images, return_tensors="pt")
             ours = processor(size)(images, return_tensors="pt")
             # The port multiplies by 1 / 255 where rfdetr and we divide by 255.

@@ -8,6 +8,7 @@ import torch
 from transformers_rfdetr import modeling_rf_detr
 from transformers_rfdetr.loss_rf_detr import LossWeights, match
 
+import peer
 from peer import (
     PEER_CLASSES,
     peer_criterion,
@@ -35,9 +36,9 @@ def peer_stages(outputs: dict) -> dict:
 def compare(
     variant: str, config, training: bool, monkeypatch, counts=COUNTS, dtype=torch.float32, tolerance: float = 1e-4
 ) -> None:
-    peer, settings, ours = (part.to(dtype) if hasattr(part, "to") else part for part in twins(variant, config))
+    theirs_model, settings, ours = (part.to(dtype) if hasattr(part, "to") else part for part in twins(variant, config))
     config = ours.config
-    peer.train(training)
+    theirs_model.train(training)
     ours.train(training)
     criterion = peer_criterion(settings).train(training)
     side = config.resolution
@@ -53,7 +54,7 @@ def compare(
 
     choices = []
     with record_choices(choices):
-        expected_outputs = peer(pixels)
+        expected_outputs = theirs_model(pixels)
     theirs = (
         peer_targets(targets) if segments else [{"labels": t["class_labels"], "boxes": t["boxes"]} for t in targets]
     )
@@ -85,16 +86,20 @@ def compare(
         names = ["loss_ce", "loss_bbox", "loss_giou"] + ["loss_mask_ce", "loss_mask_dice"] * segments
         for name in names:
             torch.testing.assert_close(
-                outputs.loss_dict[name + suffix], expected[name + suffix].detach(), rtol=tolerance, atol=1e-7
+                outputs.loss_dict[name + suffix],
+                expected[name + suffix].detach(),
+                rtol=tolerance,
+                atol=1e-7,
+                check_dtype=False,
             )
     for name in ("cardinality_error", "class_error"):
-        torch.testing.assert_close(outputs.loss_dict[name], expected[name].detach().float())
+        torch.testing.assert_close(outputs.loss_dict[name], expected[name].detach(), check_dtype=False)
 
     total = sum(criterion.weight_dict[name] * loss for name, loss in expected.items() if name in criterion.weight_dict)
-    torch.testing.assert_close(outputs.loss, total, rtol=tolerance, atol=1e-7)
+    torch.testing.assert_close(outputs.loss, total, rtol=tolerance, atol=1e-7, check_dtype=False)
     total.backward()
     outputs.loss.backward()
-    gradients = {name: parameter.grad for name, parameter in peer.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in theirs_model.named_parameters()}
     largest = max(gradient.norm() for gradient in gradients.values() if gradient is not None)
     trained = [(name, parameter) for name, parameter in ours.named_parameters() if parameter.requires_grad]
     assert len(trained) > 100
@@ -137,6 +142,9 @@ def test_a_batch_without_objects_costs_the_same(training, monkeypatch):
 def test_losses_and_gradients_of_the_full_size_model_agree(variant, monkeypatch):
     # In float64. The gradient of a sampling location jumps where the location crosses a pixel centre, and among the
     # 100,000 points of a full-size model some lie within float32's rounding of one.
+    # Anchors stay float32, in both alike.
     to_float32 = torch.Tensor.float
-    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else to_float32(x))
+    wide = (torch.float64, torch.bool)
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x.double() if x.dtype in wide else to_float32(x))
+    monkeypatch.setattr(peer, "_TABLE", peer._TABLE.double())
     compare(variant, None, True, monkeypatch, counts=[3], dtype=torch.float64)
