@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from transformers_rfdetr import RfDetrConfig, RfDetrForInstanceSegmentation, RfDetrForObjectDetection, RfDetrModel
@@ -404,6 +405,12 @@ def test_the_matcher_looks_at_as_many_points_whatever_the_batch():
         labels = targets(*[2] * batch)
         match([stages[""]], labels, num_groups=1, weights=LossWeights(), points=points, mask_point_sample_ratio=16)
     assert asked == [(1, 9), (1, 9)]  # 12 x 12 mask pixels / 16
+
+
+def test_torchs_flop_counter_runs_under_no_grad(kind):
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        small_model(kind)(pixels())
+    assert counter.get_total_flops() > 0
 
 
 def test_more_queries_than_patches_is_no_error(kind):

@@ -698,7 +698,8 @@ class RfDetrModel(RfDetrPreTrainedModel):
         learned = self.refpoint_embed.weight[:rows].float().expand(batch, -1, -1)
         references = apply_deltas(learned[:, : proposals.shape[1]], proposals)
         references = torch.cat([references, learned[:, proposals.shape[1] :]], dim=1)
-        return self.query_feat.weight[:rows].expand(batch, -1, -1), references
+        # A copy: of a view of a parameter, taken under no_grad, torch's FLOP counter expects a gradient function.
+        return self.query_feat.weight[:rows].repeat(batch, 1, 1), references
 
     @can_return_tuple
     def forward(
