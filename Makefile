@@ -10,7 +10,9 @@ PIP = $(VENV)/bin/python -m pip install --quiet
 .PHONY: demo demo-predict test test-long test-versions lint clean
 
 # IMAGE=photo.jpg and MODEL=folder-or-hub-id take yours; without them a drawn picture and random weights.
-demo demo-predict: $(VENV)/.core
+demo: demo-predict
+
+demo-predict: $(VENV)/.core
 	$(VENV)/bin/python -m transformers_rfdetr.cli.demo_predict $(if $(IMAGE),--image '$(IMAGE)') $(if $(MODEL),--model '$(MODEL)')
 
 test: $(VENV)/.dev

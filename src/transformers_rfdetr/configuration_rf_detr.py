@@ -222,9 +222,9 @@ class RfDetrDinov2Config(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         _take_fixed(kwargs, self._FIXED)
-        for name, given in (("_out_indices", out_indices), ("_out_features", out_features)):
-            kwargs[name] = kwargs.get(name) if given is None else given
-        out_indices, out_features = kwargs.pop("_out_indices"), kwargs.pop("_out_features")
+        private_indices, private_features = kwargs.pop("_out_indices", None), kwargs.pop("_out_features", None)
+        out_indices = private_indices if out_indices is None else out_indices
+        out_features = private_features if out_features is None else out_features
         if out_indices is None:
             names = out_features or [f"stage{num_hidden_layers}"]
             out_indices = [0 if name == "stem" else int(name.removeprefix("stage")) for name in names]
@@ -240,11 +240,12 @@ class RfDetrDinov2Config(PreTrainedConfig):
         self.layerscale_value = layerscale_value
         self.initializer_range = initializer_range
         self._check()
-        derived = {"out_features": self.out_features, "stage_names": self.stage_names}
-        _take_fixed(kwargs | {"out_features": out_features}, derived)
-        kwargs.pop("stage_names", None)
-        _take_fixed(kwargs, {"window_block_indexes": self.window_block_indexes})
+        kwargs["out_features"] = out_features
+        _take_fixed(kwargs, self._derived())
         super().__init__(**kwargs)
+
+    def _derived(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("stage_names", "out_features", "window_block_indexes")}
 
     def _check(self) -> None:
         _check_counts(self, "hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_windows")
@@ -296,8 +297,7 @@ class RfDetrDinov2Config(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON fields, with the derived and the fixed ones that transformers' own reader wants."""
-        derived = {name: getattr(self, name) for name in ("stage_names", "out_features", "window_block_indexes")}
-        return super().to_dict() | self._FIXED | derived
+        return super().to_dict() | self._FIXED | self._derived()
 
 
 class RfDetrConfig(PreTrainedConfig):

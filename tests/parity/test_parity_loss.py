@@ -25,7 +25,9 @@ COUNTS = [4, 0, 9]  # more objects than queries in one image, none in another
 
 
 def peer_targets(targets: list[dict]) -> list[dict]:
-    return [{"labels": t["class_labels"], "boxes": t["boxes"], "masks": t["masks"]} for t in targets]
+    return [
+        {"labels" if name == "class_labels" else name: value for name, value in target.items()} for target in targets
+    ]
 
 
 def peer_stages(outputs: dict) -> dict:
@@ -55,9 +57,7 @@ def compare(
     choices = []
     with record_choices(choices):
         expected_outputs = theirs_model(pixels)
-    theirs = (
-        peer_targets(targets) if segments else [{"labels": t["class_labels"], "boxes": t["boxes"]} for t in targets]
-    )
+    theirs = peer_targets(targets)
     with replay_choices(choices):
         base = ours.run(pixels, None, None, None)
     stages = ours.stages(base, (side, side))
