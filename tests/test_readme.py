@@ -1,27 +1,33 @@
-"""The README's Python blocks run, with what a machine without network and time replaces, listed here."""
+"""The README's Python blocks run, with what a machine without network and time replaces, listed here; and its table."""
 
+import dataclasses
+import inspect
 import re
 from pathlib import Path
+from typing import Any
 
-from transformers_rfdetr import RfDetrImageProcessor
+import pytest
+import torch
+from transformers import AutoModelForInstanceSegmentation
+
+from transformers_rfdetr import RfDetrImageProcessor, load_instance_dataset
+from transformers_rfdetr.data import InstanceDatasets
 from transformers_rfdetr.demo_data import draw_scene
+from transformers_rfdetr.trainer import RfDetrTrainer, RfDetrTrainingArguments
 
-from small_models import small_config, small_model
+from small_models import SHARED, small_model
+from training_run import QUICK, drawn
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def run(block: str, substitutions: dict[str, str], **names) -> dict:
+def run(block: str, substitutions: dict[str, str], **names: Any) -> dict[str, Any]:
     for written, replacement in substitutions.items():
-        assert written in block
+        assert written in block, written
         block = block.replace(written, replacement)
     exec(compile(block, "README.md", "exec"), names)
     return names
-
-
-def test_there_are_two_blocks():
-    assert len(BLOCKS) == 2
 
 
 def test_the_prediction_block_prints_instances(tmp_path, monkeypatch, capsys):
@@ -38,17 +44,81 @@ def test_the_prediction_block_prints_instances(tmp_path, monkeypatch, capsys):
     assert len(capsys.readouterr().out.splitlines()) == len(result["segments_info"]) == 6
 
 
-def test_the_training_block_trains(tmp_path):
-    scenes = [draw_scene(seed, size=(96, 96), metres_per_pixel=0.6) for seed in range(4)]
-    dataset = [
-        (image, {"image_id": index, "annotations": [annotation | {"category_id": 0} for annotation in annotations]})
-        for index, (image, annotations) in enumerate(scenes)
-    ]
+def test_the_fine_tuning_streaming_and_metrics_blocks_run_one_after_the_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small_model().save_pretrained("checkpoint")
+    drawn_data = InstanceDatasets({"train": drawn(4), "validation": drawn(3, 100), "test": drawn(3, 200)})
+    quick = "**(QUICK | {'num_train_epochs': 1})"
+    names = run(
+        BLOCKS[1],
+        {
+            'load_instance_dataset("merve/satellite-building-segmentation")': "drawn_data",
+            "Roboflow/rf-detr-seg-medium": "checkpoint",
+            "num_train_epochs=10": quick,
+        },
+        drawn_data=drawn_data,
+        QUICK=QUICK,
+    )
+    assert float(capsys.readouterr().out.splitlines()[-1]) >= 0
+    saved = AutoModelForInstanceSegmentation.from_pretrained("buildings")
+    state = names["model"].state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in saved.state_dict().items())
+    assert saved.config.id2label == {0: "building"}
+
+    rows = [{"image": sample["image"], "objects": {"bbox": [], "category": []}} for sample in drawn_data["train"]]
+    stream = pytest.importorskip("datasets").Dataset.from_list(rows).to_iterable_dataset()
     substitutions = {
-        'RfDetrConfig.from_variant("rf-detr-seg-nano", id2label={0: "building"})': "small_config(num_labels=1)",
-        'TrainingArguments("runs/buildings",': f'TrainingArguments({str(tmp_path)!r}, max_steps=2, report_to="none", '
-        "use_cpu=True,",
+        'load_instance_dataset("merve/satellite-building-segmentation", ': 'load_instance_dataset({"train": stream}, ',
+        "max_steps=10_000": "max_steps=2, " + quick.replace("epochs': 1", "epochs': 1, 'eval_strategy': 'steps'"),
+        ', eval_strategy="steps"': "",
     }
-    trainer = run(BLOCKS[1], substitutions, train_dataset=dataset, small_config=small_config)["trainer"]
-    assert trainer.state.global_step == 2
-    assert 0 < trainer.state.log_history[-1]["train_loss"] < 1000
+    names = run(BLOCKS[2], substitutions, **(names | {"stream": stream}))
+    assert names["trainer"].state.global_step == 2
+
+    names = run(BLOCKS[3], {}, **names)
+    assert names["numbers"]["segm_AP"] >= 0
+    assert float(capsys.readouterr().out.splitlines()[-1]) == 0
+    assert len(BLOCKS) == 4
+
+
+def rows_of_the_recipe() -> dict[str, tuple[str, str]]:
+    """rfdetr's argument -> (what is ours, its default), from the table."""
+    [table] = re.findall(r"\| rfdetr's `train\(\)` .*?\n\|[-|]+\n(.*?)\n\n", README, flags=re.DOTALL)
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()]
+    return {row[0].strip("| `"): (row[1], row[2].strip("| ") if len(row) > 2 else "") for row in rows}
+
+
+def test_the_table_names_every_argument_of_rfdetrs_guide():
+    guide = SHARED.parent / "guides" / "rfdetr_training.md"
+    if not guide.is_file():
+        pytest.skip(f"needs {guide}, which does not come with the repository")
+    wanted = set(re.findall(r"<td><code>(\w+)</code></td>", guide.read_text(encoding="utf-8")))
+    assert len(wanted) >= 20
+    assert rows_of_the_recipe().keys() == wanted
+
+
+def test_what_the_table_calls_ours_exists_and_has_the_default_that_it_says():
+    fields = {field.name: field for field in dataclasses.fields(RfDetrTrainingArguments)}
+    calls = {
+        "load_instance_dataset": load_instance_dataset,
+        "train": RfDetrTrainer.train,
+    }
+    checked = 0
+    for ours, default in rows_of_the_recipe().values():
+        names = re.findall(r"`([^`]+)`", ours)
+        assert names
+        defaults = default.split(", ") if re.fullmatch(r"[\w.,\- ]+", default) else []
+        numbers = [name for name in names if re.fullmatch(r"[a-z_]+", name)]
+        for name in names:
+            if call := re.fullmatch(r"(\w+)\((\w+)=\.\.\.\)", name):
+                function = calls.get(call[1])
+                assert function is None or call[2] in inspect.signature(function).parameters
+            elif name.startswith("activation_") or name.isupper() or "WANDB" in name:
+                continue
+            else:
+                assert name.partition("=")[0] in fields, name
+        for name, value in zip(numbers, defaults, strict=False):
+            if value in ("True", "False") or re.fullmatch(r"[\d.e-]+", value):
+                assert (fields[name].default or 0) == (value == "True" if value[0] in "TF" else float(value)), name
+                checked += 1
+    assert checked >= 16

@@ -1,6 +1,8 @@
 """Imports point one way, and the files that can be pushed with a model import their neighbours in the plain form."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,9 +20,15 @@ ORDER = [
     "modeling_rf_detr",
     "image_processing_rf_detr",
     "registration",
-    "__init__",
     "visualization",
     "demo_data",
+    "augmentation",
+    "data",
+    "metrics",
+    "torch_metric",
+    "optimization",
+    "trainer",
+    "__init__",
 ]
 PUSHED_WITH_A_MODEL = [name for name in ORDER if "_rf_detr" in name] + ["masks", "checkpoint_layouts"]
 
@@ -42,6 +50,25 @@ def test_a_file_imports_earlier_ones_only(name):
 
 def test_every_file_of_the_package_has_its_place():
     assert {path.stem for path in PACKAGE.glob("*.py")} == set(ORDER)
+
+
+def test_importing_the_package_imports_nothing_that_only_training_needs():
+    later = ["accelerate", "datasets", "evaluate", "torchmetrics"]
+    code = f"""
+import sys
+for name in {later}:
+    sys.modules[name] = None
+import transformers_rfdetr
+assert "transformers_rfdetr.trainer" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_public_name_is_there():
+    for name in transformers_rfdetr.__all__:
+        assert getattr(transformers_rfdetr, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = transformers_rfdetr.nonsense
 
 
 @pytest.mark.parametrize("name", sorted(set(PUSHED_WITH_A_MODEL)))

@@ -605,6 +605,10 @@ class RfDetrPreTrainedModel(RfDetrCheckpoint):
         """Stop training DINOv2; the projector goes on."""
         self.backbone[0].encoder["encoder"].set_trainable(False)
 
+    def set_drop_path(self, rate: float) -> None:
+        """Set the stochastic depth of DINOv2: from 0 at the first block, evenly, to `rate` at the last."""
+        self.backbone[0].encoder["encoder"].set_drop_path(rate)
+
     def unfreeze_backbone(self) -> None:
         """Train DINOv2 again, but for the mask token and blocks after the last tap, which nothing reads."""
         self.backbone[0].encoder["encoder"].set_trainable(True)
@@ -766,10 +770,14 @@ class RfDetrForObjectDetection(RfDetrModel):
         return stages
 
     def loss(
-        self, stages: dict[str, StagePrediction], labels: list[dict[str, Tensor]]
+        self,
+        stages: dict[str, StagePrediction],
+        labels: list[dict[str, Tensor]],
+        num_objects: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The training objective: all groups and fresh points in training, one group and fixed points otherwise."""
         config = self.config
+        num_boxes = None if num_objects is None else (num_objects * self.num_groups).clamp(min=1.0)
         weights = LossWeights(
             class_cost=config.class_cost,
             bbox_cost=config.bbox_cost,
@@ -788,6 +796,7 @@ class RfDetrForObjectDetection(RfDetrModel):
             weights=weights,
             points=random_points if self.training else fixed_points,
             mask_point_sample_ratio=config.mask_point_sample_ratio,
+            num_boxes=num_boxes,
             across_ranks=self.training,
         )
 
@@ -799,6 +808,7 @@ class RfDetrForObjectDetection(RfDetrModel):
         labels: list[dict[str, Tensor]] | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        num_objects: Tensor | None = None,
     ) -> RfDetrOutput:
         """Pixels to detections or instances, and with labels to the loss; with `return_dict=False` as a tuple.
 
@@ -809,6 +819,8 @@ class RfDetrForObjectDetection(RfDetrModel):
                 [`rf_detr_loss`].
             output_attentions: Return the attention weights, which needs the eager attention formula.
             output_hidden_states: Return the decoder's states.
+            num_objects: Scalar that the losses are divided by, besides the number of groups; for batches that are
+                parts of a larger one. By default the objects of the batch, in training their mean over all processes.
 
         Returns:
             Masks of the last layer only are multiplied out, and none in a training step. With labels the other layers
@@ -824,7 +836,7 @@ class RfDetrForObjectDetection(RfDetrModel):
             last = self.last_stage(base, image_size)
         else:
             stages = self.stages(base, image_size)
-            loss, loss_dict = self.loss(stages, labels)
+            loss, loss_dict = self.loss(stages, labels, num_objects)
             last = stages[""]
         factored = last.masks is None or (self.training and labels is not None)
         return RfDetrOutput(

@@ -208,7 +208,7 @@ class RfDetrDinov2Layer(GradientCheckpointingLayer):
         width, std = config.hidden_size, config.initializer_range
         self.attends_globally = index not in config.window_block_indexes
         self.windows_per_image = config.num_windows**2
-        self.drop_path_rate = config.drop_path_rate * index / max(config.num_hidden_layers - 1, 1)
+        self.drop_path_rate = 0.0
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attention = RfDetrDinov2Attention(config, top_config)
         self.layer_scale1 = RfDetrDinov2LayerScale(width, config.layerscale_value)
@@ -241,7 +241,14 @@ class RfDetrDinov2Backbone(nn.Module):
         layers = [RfDetrDinov2Layer(config, top_config, index) for index in range(config.num_hidden_layers)]
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=1e-6)
+        self.set_drop_path(config.drop_path_rate)
         self.freeze_unread()
+
+    def set_drop_path(self, rate: float) -> None:
+        """Set the stochastic depth: from 0 at the first block, evenly, to `rate` at the last."""
+        layers = self.encoder["layer"]
+        for index, layer in enumerate(layers):
+            layer.drop_path_rate = rate * index / max(len(layers) - 1, 1)
 
     def set_trainable(self, trainable: bool) -> None:
         """Switch gradients of everything that is read."""

@@ -1,0 +1,1308 @@
+"""Annotated pictures from where people keep them, to batches of the model's inputs and labels.
+
+Sizes are (H, W), boxes COCO's [x, y, width, height] in pixels of the upright picture (EXIF rotation applied). A
+*category id* is the number that the data use; a *label* is the class index of the model, from 0 without gaps.
+"""
+
+import json
+import os
+import re
+from array import array
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.distributed
+import torch.nn.functional as F
+import torch.utils.data
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from .augmentation import as_augmentation
+from .image_processing_rf_detr import RfDetrImageProcessor, _are_numbers, _is_index, _located, _plain, read_rgb
+from .masks import measure, read_segmentation
+
+# What data sets on the Hub call the columns of a row, and the fields of its objects.
+_ALIASES = {
+    "image": ("image", "img", "picture"),
+    "image_id": ("image_id", "id", "img_id"),
+    "width": ("width", "image_width"),
+    "height": ("height", "image_height"),
+    "objects": ("objects", "annotations", "annotation", "instances"),
+    "id": ("id", "bbox_id", "annotation_id"),
+    "category_id": (
+        *("category", "category_id", "categories", "category_ids", "label", "labels"),
+        *("class", "classes", "class_id", "class_label"),
+    ),
+    "bbox": ("bbox", "bboxes", "box", "boxes"),
+    "segmentation": ("segmentation", "segmentations", "segments", "polygons", "polygon", "rle", "mask", "masks"),
+    "area": ("area", "areas"),
+    "iscrowd": ("iscrowd", "is_crowd", "crowd"),
+}
+_COLUMNS = ("image", "image_id", "width", "height", "objects")
+_FIELDS = ("id", "category_id", "bbox", "segmentation", "area", "iscrowd")
+_SPLITS = {"valid": "validation", "val": "validation", "dev": "validation"}
+_PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+_ORIENTATION = 0x0112  # the EXIF tag; from 5 on width and height are exchanged
+_SCAN_ROWS = 500  # that are translated at a time
+_FORMS = (
+    "a data set id on the Hub, a data set of the library datasets, a folder that it reads, a COCO JSON or a mapping of"
+    " splits to such files, a folder with train/_annotations.coco.json or annotations/instances_*.json, or a data.yaml"
+    " of YOLO"
+)
+
+
+class ClassCount(NamedTuple):
+    """What a split holds of one class."""
+
+    objects: int  # without crowds
+    crowds: int
+    images: int  # with at least one object
+
+
+class _Labelled:
+    """Has the label map of `_classes`, which are names by category id, in the order of the ids."""
+
+    _classes: dict[int, str]
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Label -> name, as a model's configuration has it."""
+        return dict(enumerate(self._classes.values()))
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        """Name -> label."""
+        return {name: label for label, name in self.id2label.items()}
+
+    @property
+    def category_ids(self) -> list[int]:
+        """Category id of each label."""
+        return list(self._classes)
+
+
+class InstanceDataset(_Labelled, torch.utils.data.Dataset):
+    """Pictures with their objects, read one at a time; the annotations stay compressed, as they were given.
+
+    `dataset[i]` is a dict of `image` (PIL, RGB, upright), `image_id`, `width`, `height`, `file_name` where there is
+    one, and `annotations`: COCO's dicts with `category_id` the label, and `id`, `image_id`, `bbox`, `area` and
+    `iscrowd` also where the data leave them out (bbox and area as far as there is a shape or a box to take them from).
+
+    Image ids that are no whole numbers are replaced by the row's number, and ids of annotations, unless they all differ
+    and are at least 1, by running numbers from 1.
+
+    Example:
+        >>> from transformers_rfdetr.data import InstanceDataset
+        >>> from transformers_rfdetr.demo_data import draw_dataset
+        >>> pictures, coco = draw_dataset(4)
+        >>> dataset = InstanceDataset(coco, pictures)
+        >>> len(dataset), dataset.id2label, dataset.category_ids
+        (4, {0: 'building'}, [1])
+        >>> {annotation["category_id"] for annotation in dataset[0]["annotations"]}
+        {0}
+
+    Args:
+        coco: `images`, `annotations` and `categories` as COCO's JSON has them.
+        pictures: The folder of the `file_name`s; or PIL pictures or paths, in the order of `images` or in a mapping
+            from image id or file name.
+        label_map: Category id -> name of the classes; by default those of `categories`.
+
+    Raises:
+        ValueError: a file that is not there, a category that is not defined, an annotation of an unknown image, ids
+            that are not unique, a box that is not four numbers.
+    """
+
+    def __init__(
+        self,
+        coco: Mapping[str, Any],
+        pictures: str | os.PathLike[str] | Sequence[Any] | Mapping[Any, Any],
+        *,
+        label_map: Mapping[int, str] | None = None,
+    ) -> None:
+        self._tally = _Tally(_checked_classes(label_map or _coco_categories(coco)))
+        self._rows: _PackedRows | _ArrowRows = _PackedRows(self._tally.watch(_coco_records(coco)), pictures)
+
+    @classmethod
+    def _of_rows(cls, tally: "_Tally", rows: "_PackedRows | _ArrowRows") -> "InstanceDataset":
+        dataset = cls.__new__(cls)
+        dataset._tally, dataset._rows = tally, rows
+        return dataset
+
+    @property
+    def _classes(self) -> dict[int, str]:  # type: ignore[override]
+        return self._tally.classes
+
+    def __len__(self) -> int:
+        return len(self._tally.first) - 1
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} is outside the {len(self)} images of the data set")
+        index = int(index) % len(self)
+        record = self._rows.record(index)
+        with _located(_place(record, index)):
+            return _read_sample(record, self._rows.picture(index, record), self._tally.label_of, *self._ids(index))
+
+    def _ids(self, index: int) -> tuple[int | None, int | None]:
+        """The image id and the id of the first annotation of an image, where its record's are not to be used."""
+        image_id = None if self._tally.keeps_image_ids else index
+        return image_id, None if self._tally.keeps_ids else self._tally.first[index] + 1
+
+    def coco(self) -> dict[str, Any]:
+        """`images`, `annotations` and `categories` as COCO's JSON has them, with the data's own category ids.
+
+        Crowds are there, and the size of every image, from the files' headers where the data do not give it.
+        """
+        images, annotations = [], []
+        for index in logging.tqdm(range(len(self)), desc="Annotations", delay=2):
+            record = self._rows.record(index)
+            with _located(_place(record, index)):
+                size = (record.get("height"), record.get("width"))
+                if not all(size):
+                    size = _upright_size(self._rows.encoded(index, record))
+                head, objects = _complete(record, size, *self._ids(index))
+            images.append({"id": head.pop("image_id"), **head})
+            annotations += objects
+        categories = [{"id": category, "name": name} for category, name in self._classes.items()]
+        return {"images": images, "annotations": annotations, "categories": categories}
+
+    def counts(self) -> dict[int, ClassCount]:
+        """Label -> how many objects, crowds and images with objects there are."""
+        labels, is_crowd, image = self._tally.labels(), self._tally.crowds(), self._tally.images()
+        result = {}
+        for label in self.id2label:
+            objects = (labels == label) & ~is_crowd
+            crowds = int(((labels == label) & is_crowd).sum())
+            result[label] = ClassCount(int(objects.sum()), crowds, len(np.unique(image[objects])))
+        return result
+
+    def crowded(self, num_queries: int) -> list[tuple[str | int, int]]:
+        """The images that hold more objects than a model has queries, with their numbers of objects.
+
+        Of such an image the model can find `num_queries` objects at most, and in training the rest go unmatched.
+
+        Args:
+            num_queries: As in the model's configuration.
+
+        Returns:
+            (file name, or image id where there is none; objects without crowds), in the order of the data.
+        """
+        counts = self._tally.objects_per_image()
+        found = []
+        for index in np.flatnonzero(counts > num_queries).tolist():
+            record = self._rows.record(index)
+            name = record.get("file_name") or record.get("image_id")
+            found.append((index if name is None else name, int(counts[index])))
+        return found
+
+    def with_processor(
+        self,
+        processor: RfDetrImageProcessor,
+        *,
+        augmentation: Any = None,
+        seed: int = 0,
+        masks: bool = True,
+    ) -> "PreparedDataset":
+        """The same data as the model's inputs and labels; see [`PreparedDataset`] for the arguments."""
+        return PreparedDataset(self, processor, augmentation=augmentation, seed=seed, masks=masks)
+
+    def _summary(self) -> str:
+        counts = self._tally.objects_per_image()
+        masked = self._tally.masked()
+        parts = [
+            f"{len(self)} images, {int((counts == 0).sum())} of them without objects",
+            f"{int(counts.sum())} objects, {int((~masked & ~self._tally.crowds()).sum())} of them without a mask",
+            f"at most {int(counts.max(initial=0))} in one image",
+        ]
+        return "; ".join(parts)
+
+
+class InstanceDatasets(dict[str, Any], _Labelled):
+    """Splits by name, [`InstanceDataset`] or [`InstanceStream`], with one label map; `str` of it is a table.
+
+    Raises:
+        ValueError: the splits' label maps differ.
+    """
+
+    def __init__(self, splits: Mapping[str, "InstanceDataset | InstanceStream"]) -> None:
+        super().__init__(splits)
+        if not splits:
+            raise ValueError("there is no split; give at least one")
+        self._classes = _one_label_map({name: split._classes for name, split in splits.items()})
+        for name, split in splits.items():
+            if split._classes != self._classes:
+                raise ValueError(
+                    f"split {name!r} has the classes {split._classes}, another the classes {self._classes};"
+                    " pass the same label_map to all of them"
+                )
+
+    def __str__(self) -> str:
+        counted = {name: split for name, split in self.items() if isinstance(split, InstanceDataset)}
+        header = ["label", "name", "category id"]
+        rows = [[str(label), self.id2label[label], str(category)] for label, category in enumerate(self.category_ids)]
+        for name, split in counted.items():
+            header += [f"{name} objects", "crowds", "images"]
+            for row, count in zip(rows, split.counts().values(), strict=True):
+                row += map(str, count)
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) if i == 1 else cell.rjust(width) for i, (cell, width) in enumerate(cells))
+            for cells in (list(zip(row, widths, strict=True)) for row in [header, *rows])
+        ]
+        lines += [
+            f"{name}: {split._summary() if name in counted else 'streamed, not counted'}"
+            for name, split in self.items()
+        ]
+        return "\n".join(lines)
+
+
+# Records: {"image_id", "annotations", and where known "file_name", "width", "height"}, with the data's category ids
+
+
+def _place(record: Mapping[str, Any], index: int) -> str:
+    names = [repr(record[name]) for name in ("file_name", "image_id") if record.get(name) is not None]
+    return f"image {index} ({', '.join(names)})" if names else f"image {index}"
+
+
+def _read_sample(
+    record: Mapping[str, Any],
+    image: Any,
+    label_of: Mapping[int, int],
+    image_id: int | None,
+    first_id: int | None,
+) -> dict[str, Any]:
+    """A record and its picture, PIL or a path -> what `InstanceDataset` gives; the ids as in [`_complete`]."""
+    picture = read_rgb(image)
+    size = (picture.height, picture.width)
+    given = tuple(record.get(name) or side for name, side in zip(("height", "width"), size, strict=True))
+    if given != size:
+        raise ValueError(
+            f"height and width are said to be {given}, but the picture's are {size} (EXIF rotation applied);"
+            " correct the annotations' sizes, or pair them with their own pictures"
+        )
+    head, annotations = _complete(record, size, image_id, first_id)
+    for annotation in annotations:
+        annotation["category_id"] = label_of[annotation["category_id"]]
+    return {"image": picture, **head, "annotations": annotations}
+
+
+def _complete(
+    record: Mapping[str, Any], size: tuple[int, int], image_id: int | None, first_id: int | None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What is said about an image, and its annotations with every field.
+
+    `image_id`, and running ids of annotations from `first_id` on, stand in for the record's unless they are None.
+    """
+    name = record.get("file_name") or (record.get("image_id") if image_id is not None else None)
+    head = {
+        "image_id": record["image_id"] if image_id is None else image_id,
+        **({} if name is None else {"file_name": str(name)}),
+        "width": size[1],
+        "height": size[0],
+    }
+    annotations = []
+    for position, given in enumerate(record["annotations"]):
+        with _located(f"annotation {position} (id {given.get('id')})"):
+            annotation = _with_box_and_area(given, size)
+        if first_id is not None:
+            annotation["id"] = first_id + position
+        annotation["iscrowd"] = int(annotation.get("iscrowd") or 0)
+        annotations.append({**annotation, "image_id": head["image_id"]})
+    return head, annotations
+
+
+def _with_box_and_area(annotation: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    """The annotation with `bbox` and `area`, from its shape where they are missing, the area otherwise from its box."""
+    complete = dict(annotation)
+    box, area = annotation.get("bbox"), annotation.get("area")
+    if box is None or area is None:
+        shape = read_segmentation(annotation.get("segmentation"), size)
+        if shape is not None:
+            shape_box, shape_area = measure(shape, size)
+            complete |= {"bbox": shape_box if box is None else box, "area": shape_area if area is None else area}
+        elif box is not None:
+            complete["area"] = box[2] * box[3]
+    return complete
+
+
+def _has_shape(segmentation: Any) -> bool:
+    """Whether there is an RLE, a bitmap or a polygon; whether it encloses a pixel is not looked at."""
+    if segmentation is None or isinstance(segmentation, Mapping):
+        return segmentation is not None
+    return any(not isinstance(part, Sequence | np.ndarray) or len(part) for part in segmentation)
+
+
+def _check_annotations(annotations: Sequence[Mapping[str, Any]], classes: Mapping[int, str]) -> None:
+    for position, annotation in enumerate(annotations):
+        category, box = annotation.get("category_id"), annotation.get("bbox")
+        if category not in classes:
+            raise ValueError(
+                f"annotation {position} (id {annotation.get('id')}): category_id {category!r} is none of the classes"
+                f" {_shown(classes)}; define it in the data's categories, or correct the annotation"
+            )
+        if box is not None and not _are_numbers(_plain(box), 4):
+            raise ValueError(
+                f"annotation {position} (id {annotation.get('id')}): bbox {box!r:.60} is not [x, y, width, height],"
+                " four finite numbers in pixels; correct it, or leave it out where there is a segmentation"
+            )
+
+
+class _Tally:
+    """Checks records on their way and counts what they hold, in a few bytes an object."""
+
+    def __init__(self, classes: dict[int, str]) -> None:
+        self.classes = classes
+        self.label_of = {category: label for label, category in enumerate(classes)}
+        self.first = array("q", [0])  # number of annotations before each image, and of all
+        self.keeps_ids = self.keeps_image_ids = True
+        self._label, self._flags = array("i"), array("b")
+
+    def watch(self, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Yields the records on; the counts are there when it ends."""
+        ids, image_ids = array("q"), array("q")
+        for index, record in enumerate(records):
+            image_id = record.get("image_id")
+            image_ids.append(image_id if _is_index(image_id) else -1)
+            with _located(_place(record, index)):
+                _check_annotations(record["annotations"], self.classes)
+            for annotation in record["annotations"]:
+                ids.append(annotation["id"] if _is_index(annotation.get("id")) else 0)
+                self._label.append(self.label_of[annotation["category_id"]])
+                self._flags.append(bool(annotation.get("iscrowd")) + 2 * _has_shape(annotation.get("segmentation")))
+            self.first.append(len(ids))
+            yield record
+        self.keeps_ids = min(ids, default=1) > 0 and len(np.unique(ids)) == len(ids)
+        self.keeps_image_ids = min(image_ids, default=0) >= 0
+        values, repeats = np.unique(image_ids, return_counts=True)
+        if self.keeps_image_ids and (repeats > 1).any():
+            raise ValueError(
+                f"image id {values[repeats > 1][0]} stands for {repeats[repeats > 1][0]} images; number the images, or"
+                " leave their ids out"
+            )
+
+    def labels(self) -> np.ndarray:
+        """Label of each annotation."""
+        return np.array(self._label, np.int32)
+
+    def crowds(self) -> np.ndarray:
+        """Whether each annotation is a crowd."""
+        return (np.array(self._flags, np.int8) & 1) > 0
+
+    def masked(self) -> np.ndarray:
+        """Whether each annotation has a segmentation."""
+        return (np.array(self._flags, np.int8) & 2) > 0
+
+    def images(self) -> np.ndarray:
+        """Number of the image of each annotation."""
+        return np.repeat(np.arange(len(self.first) - 1), np.diff(self.first))
+
+    def objects_per_image(self) -> np.ndarray:
+        """Number of annotations of each image that are no crowds."""
+        return np.bincount(self.images()[~self.crowds()], minlength=len(self.first) - 1)
+
+
+def _shown(classes: Mapping[Any, str], most: int = 12) -> str:
+    """The classes for a message, the first of them where they are many."""
+    listed = ", ".join(f"{key}: {name!r}" for key, name in list(classes.items())[:most])
+    return f"{{{listed}{f', ... ({len(classes)} in all)' * (len(classes) > most)}}}"
+
+
+class _PackedRows:
+    """Records as JSON, one after the other in one buffer.
+
+    A Python object for each annotation would be 10 times as large, and its reference count, which every reader writes,
+    would make each forked worker copy it.
+    """
+
+    def __init__(self, records: Iterable[dict[str, Any]], pictures: Any) -> None:
+        self.pictures = os.fspath(pictures) if isinstance(pictures, str | os.PathLike) else pictures
+        buffer, ends, missing = bytearray(), array("q", [0]), []
+        for record in logging.tqdm(records, desc="Reading annotations", unit=" images", delay=2):
+            buffer += json.dumps(record, separators=(",", ":"), default=_as_json).encode()
+            ends.append(len(buffer))
+            if not self._is_there(record, len(ends) - 2):
+                missing.append(record.get("file_name") or record.get("image_id"))
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(ends) - 1} pictures are not in {_kind(self.pictures)}, among them"
+                f" {', '.join(map(repr, missing[:3]))}; give their folder, as image_folder or pictures"
+            )
+        if isinstance(pictures, Sequence) and not isinstance(pictures, str) and len(pictures) != len(ends) - 1:
+            raise ValueError(f"{len(pictures)} pictures for {len(ends) - 1} images; give one for each, in their order")
+        self.buffer, self.ends = np.frombuffer(buffer, np.uint8), np.array(ends)
+
+    def _is_there(self, record: dict[str, Any], index: int) -> bool:
+        if isinstance(self.pictures, str):
+            return bool(record.get("file_name")) and os.path.isfile(os.path.join(self.pictures, record["file_name"]))
+        if isinstance(self.pictures, Mapping):
+            return record.get("image_id") in self.pictures or record.get("file_name") in self.pictures
+        return index < len(self.pictures)
+
+    def record(self, index: int) -> dict[str, Any]:
+        """Record number `index`."""
+        return json.loads(self.buffer[self.ends[index] : self.ends[index + 1]].tobytes())
+
+    def picture(self, index: int, record: Mapping[str, Any]) -> Any:
+        """The picture of the record, as a path or a PIL picture."""
+        if isinstance(self.pictures, str):
+            return os.path.join(self.pictures, record["file_name"])
+        if isinstance(self.pictures, Mapping):
+            key = record["image_id"] if record.get("image_id") in self.pictures else record["file_name"]
+            return self.pictures[key]
+        return self.pictures[index]
+
+    encoded = picture
+
+
+def _kind(pictures: Any) -> str:
+    return repr(pictures) if isinstance(pictures, str) else f"the {type(pictures).__name__} of {len(pictures)} pictures"
+
+
+def _as_json(value: Any) -> Any:
+    """What json cannot write: numpy's numbers and arrays, and the bytes of an RLE."""
+    if isinstance(value, bytes):
+        return value.decode("ascii")
+    if isinstance(value, np.ndarray) and value.ndim == 2 and value.dtype.itemsize == 1:  # a bitmap
+        return read_segmentation(value, value.shape)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise ValueError(f"an annotation holds {value!r:.60}; give numbers, lists, an RLE or an array")
+
+
+def _upright_size(picture: Any) -> tuple[int, int]:
+    """A path, the bytes of a file or a PIL picture -> (H, W) with the EXIF rotation applied, from the header."""
+    if not isinstance(picture, PIL.Image.Image):
+        try:
+            with PIL.Image.open(BytesIO(picture) if isinstance(picture, bytes) else picture) as opened:
+                return _upright_size(opened)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise ValueError(f"{picture!r:.200} cannot be opened as an image: {error}") from error
+    # A PNG's own `getexif` decodes the whole file first, in case there is EXIF behind the pixels.
+    turned = (PIL.Image.Image.getexif(picture).get(_ORIENTATION) or 1) >= 5
+    width, height = picture.size
+    return (width, height) if turned else (height, width)
+
+
+# COCO
+
+
+def _coco_categories(coco: Mapping[str, Any]) -> dict[int, str]:
+    """Category id -> name."""
+    if not {"images", "categories"} <= coco.keys():
+        raise ValueError(
+            f"the keys are {sorted(map(str, coco))[:8]}, not those of COCO's instances JSON: 'images', 'annotations'"
+            " and 'categories'; convert the annotations to it"
+        )
+    classes: dict[int, str] = {}
+    for category in coco["categories"]:
+        number = category.get("id")
+        if number in classes:
+            raise ValueError(f"category id {number!r} is defined twice; remove one of the two definitions")
+        classes[number] = str(category.get("name", number))
+    return classes
+
+
+def _used_categories(coco: Mapping[str, Any]) -> set[int]:
+    return {annotation.get("category_id") for annotation in coco.get("annotations") or []}
+
+
+def _coco_records(coco: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The images of a COCO dictionary, each with its annotations."""
+    by_image: dict[Any, list[Mapping[str, Any]]] = {}
+    for image in coco["images"]:
+        number = image.get("id")
+        if number is None or number in by_image:
+            raise ValueError(f"image id {number!r} is missing or stands for two images; number the images")
+        by_image[number] = []
+    for annotation in coco.get("annotations") or []:
+        if annotation.get("image_id") not in by_image:
+            raise ValueError(
+                f"annotation {annotation.get('id')!r} belongs to image {annotation.get('image_id')!r}, which is none"
+                f" of the {len(by_image)} images; add the image or remove the annotation"
+            )
+        by_image[annotation["image_id"]].append(annotation)
+    for image in coco["images"]:
+        given = {name: image[name] for name in ("file_name", "width", "height") if image.get(name) is not None}
+        objects = [
+            {field: annotation[field] for field in _FIELDS if annotation.get(field) is not None}
+            for annotation in by_image[image["id"]]
+        ]
+        yield {"image_id": image["id"], **given, "annotations": objects}
+
+
+# Label maps
+
+
+def _checked_classes(classes: Mapping[int, str]) -> dict[int, str]:
+    """Names by category id, in the order of the ids."""
+    wrong = [category for category in classes if not _is_index(category)]
+    if wrong:
+        raise ValueError(f"category id {wrong[0]!r} is not a whole number of at least 0; number the categories")
+    ordered = {int(category): str(classes[category]) for category in sorted(classes)}
+    if not ordered:
+        raise ValueError("the data define no category; give their names (`categories`, class_names or label_map)")
+    by_name: dict[str, int] = {}
+    for category, name in ordered.items():
+        if by_name.setdefault(name, category) != category:
+            raise ValueError(
+                f"the categories {by_name[name]} and {category} are both called {name!r}; names must differ:"
+                " rename one, or give both annotations one id"
+            )
+    return ordered
+
+
+def _one_label_map(
+    classes: Mapping[str, Mapping[int, str]], used: Mapping[str, Iterable[int]] | None = None
+) -> dict[int, str]:
+    """The classes that each split defines, and those that it uses (all, by default) -> the classes of all splits.
+
+    They are those of "train", or of the first split where there is none.
+    """
+    first = "train" if "train" in classes else next(iter(classes))
+    ours = classes[first]
+    for split, theirs in classes.items():
+        needed = sorted(theirs if used is None else used[split])
+        if unknown := {category: theirs.get(category, "?") for category in needed if category not in ours}:
+            raise ValueError(
+                f"split {split!r} has the categories {_shown(unknown)}, which split {first!r} does not define: it has"
+                f" {_shown(ours)}; define them there, or correct split {split!r}"
+            )
+        if renamed := {category: name for category, name in theirs.items() if ours.get(category, name) != name}:
+            before = {category: ours[category] for category in renamed}
+            raise ValueError(
+                f"split {split!r} has the categories {_shown(renamed)}, which split {first!r} calls {_shown(before)};"
+                " one id must have one name in all splits: correct one of them"
+            )
+    return _checked_classes(ours)
+
+
+def _read_class_names(class_names: Sequence[str] | Mapping[int, str]) -> dict[int, str]:
+    if isinstance(class_names, str):
+        raise ValueError(f"class_names {class_names!r} is one text; give a list of names, or {{id: name}}")
+    return dict(class_names) if isinstance(class_names, Mapping) else dict(enumerate(class_names))
+
+
+def _refuse_other_names(classes: Mapping[int, str], class_names: Any) -> None:
+    if class_names is not None and _read_class_names(class_names) != dict(classes):
+        raise ValueError(
+            f"class_names {class_names!r:.200} are not what the data call their classes, {_shown(classes)};"
+            " leave class_names out"
+        )
+
+
+# Inputs and labels
+
+
+class PreparedDataset(torch.utils.data.Dataset):
+    """An [`InstanceDataset`] as the model's inputs and labels, augmented anew in each epoch.
+
+    `prepared[i]` is a dict of `pixel_values` (3, H, W), `labels` (the processor's dict of tensors for one image) and,
+    unless the processor makes every picture the same size, `pixel_mask` (H, W). [`collate_fn`] makes batches of them.
+
+    What is drawn depends on seed, epoch and index alone, not on workers, order or the global generators. `set_epoch`
+    reaches persistent workers too. accelerate, and with it the stock Trainer, tells the epoch to the sampler and not
+    to the data set: pass `callbacks=[FollowEpoch()]` to it, or each epoch has the same draws.
+
+    Args:
+        dataset: The annotated pictures; `prepared.dataset`.
+        processor: The model's image processor.
+        augmentation: [`FlipAndCrop`][transformers_rfdetr.augmentation.FlipAndCrop] or any other callable (picture,
+            annotations, rng) -> (picture, annotations), or a pipeline of `torchvision.transforms.v2`.
+        seed: 0 or more.
+        masks: Whether labels hold masks, which instance segmentation needs.
+    """
+
+    def __init__(
+        self,
+        dataset: InstanceDataset,
+        processor: RfDetrImageProcessor,
+        *,
+        augmentation: Any = None,
+        seed: int = 0,
+        masks: bool = True,
+    ) -> None:
+        self.dataset = dataset
+        self._prepare = _Preparation(processor, augmentation, seed, masks)
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        """From now on the draws are those of this epoch, in running workers too, but for what they have prepared."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = self.dataset[index]
+        return self._prepare(sample, int(self._epoch), int(index) % len(self))
+
+
+class _Preparation:
+    """Augmentation and processor, one after the other, for one sample."""
+
+    def __init__(self, processor: RfDetrImageProcessor, augmentation: Any, seed: int, masks: bool) -> None:
+        if not _is_index(seed):
+            raise ValueError(f"seed {seed!r} is not a whole number of at least 0; 0 is usual")
+        self.processor, self.augmentation = processor, as_augmentation(augmentation)
+        self.seed, self.masks = int(seed), masks
+        self.is_exact = processor.do_resize and "height" in processor.size and processor.pad_size is None
+
+    def __call__(self, sample: Mapping[str, Any], *key: int) -> dict[str, Any]:
+        """A sample of an [`InstanceDataset`] -> the model's inputs and labels, with the draws of `key`."""
+        picture, annotations = sample["image"], sample["annotations"]
+        with _located(f"{sample.get('file_name', 'picture')!s}, image_id {sample['image_id']}"):
+            if self.augmentation is not None:
+                picture, annotations = self.augmentation(picture, annotations, np.random.default_rng([self.seed, *key]))
+            target = {"image_id": sample["image_id"], "annotations": annotations}
+            inputs = self.processor(picture, target, return_segmentation_masks=self.masks, return_tensors="pt")
+        prepared = {"pixel_values": inputs["pixel_values"][0], "labels": dict(inputs["labels"][0])}
+        if "pixel_mask" in inputs and not self.is_exact:
+            prepared["pixel_mask"] = inputs["pixel_mask"][0]
+        return prepared
+
+
+class FollowEpoch(TrainerCallback):
+    """Tells the training data which epoch begins, for the stock Trainer; see [`PreparedDataset`]."""
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Passes the epoch on."""
+        dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
+        if isinstance(dataset, PreparedDataset):
+            dataset.set_epoch(int(state.epoch or 0))
+
+
+def collate_fn(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Samples of a [`PreparedDataset`] or [`PreparedStream`] -> one batch of the model's inputs and labels.
+
+    Where sizes differ, pictures and masks are padded at the bottom and right to the largest height and width, and
+    `pixel_mask` tells the picture from the padding; boxes are relative to the picture and stay.
+
+    Args:
+        samples: Dicts of `pixel_values` (3, H, W), `labels` and possibly `pixel_mask` (H, W).
+
+    Returns:
+        `pixel_values` (B, 3, H, W); `labels`, a list of B dicts; and, where sizes differ or samples have one,
+        `pixel_mask` (B, H, W) int64.
+    """
+    sizes = [tuple(sample["pixel_values"].shape[-2:]) for sample in samples]
+    largest = (max(height for height, _ in sizes), max(width for _, width in sizes))
+    pixels, masks, labels = [], [], []
+    for sample, size in zip(samples, sizes, strict=True):
+        padding = (0, largest[1] - size[1], 0, largest[0] - size[0])
+        label = dict(sample["labels"])
+        if size != largest:
+            label["size"] = torch.tensor(largest)
+            if "masks" in label:
+                label["masks"] = F.pad(label["masks"], padding)
+        labels.append(label)
+        pixels.append(F.pad(sample["pixel_values"], padding))
+        mask = sample.get("pixel_mask")
+        masks.append(F.pad(torch.ones(size, dtype=torch.int64) if mask is None else mask, padding))
+    batch = {"pixel_values": torch.stack(pixels), "labels": labels}
+    if len(set(sizes)) > 1 or any("pixel_mask" in sample for sample in samples):
+        batch["pixel_mask"] = torch.stack(masks)
+    return batch
+
+
+# Loading
+
+
+def load_instance_dataset(
+    source: Any,
+    *,
+    image_folder: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None = None,
+    class_names: Sequence[str] | Mapping[int, str] | None = None,
+    streaming: bool = False,
+    **load_dataset_arguments: Any,
+) -> InstanceDatasets:
+    """Read annotated pictures in any of the usual forms, with one label map for all splits.
+
+    Labels are 0 to N-1, in the order of the data's category ids; `print` the result for a table of them.
+
+    Example:
+        >>> import json, tempfile
+        >>> from pathlib import Path
+        >>> from transformers_rfdetr.data import load_instance_dataset
+        >>> from transformers_rfdetr.demo_data import draw_dataset
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> pictures, coco = draw_dataset(4)
+        >>> for picture, image in zip(pictures, coco["images"]):
+        ...     picture.save(folder / image["file_name"])
+        >>> _ = (folder / "train.json").write_text(json.dumps(coco))
+        >>> data = load_instance_dataset(folder / "train.json")
+        >>> data["train"][3]["annotations"], data.id2label
+        ([], {0: 'building'})
+
+    Args:
+        source: One of
+            * the id of a data set on the Hub, a folder that `datasets.load_dataset` or `load_from_disk` reads, or a
+              `Dataset`, `DatasetDict`, `IterableDataset` or `IterableDatasetDict`. A row has an image and `objects`, a
+              dict of lists or a list of dicts with `category` (a ClassLabel, text or a number), `bbox` and
+              `segmentation`, and possibly `id`, `area` and `iscrowd`; other usual names of these are understood;
+            * a COCO JSON, or a mapping of splits to such files; or a folder with annotations/instances_<split>.json;
+            * a folder with train/_annotations.coco.json, valid/ and test/, as Roboflow exports it. A class that is
+              only the parent of others and has no objects gets no label;
+            * a data.yaml of YOLO, or a folder with one. Label files hold polygons, or boxes: objects without a mask.
+            "valid" and "val" become "validation".
+        image_folder: The pictures of a COCO JSON; or a mapping of splits to folders. By default the folder of the JSON
+            or `images` in it.
+        class_names: A list, or a mapping from category id, for data that number their classes without naming them;
+            for classes that are texts it gives their order. Without it numbers are their own names, and texts are
+            sorted.
+        streaming: Whether rows are read from the Hub as they are needed. Then nothing is counted and the classes must
+            have names in the data or here.
+        **load_dataset_arguments: For `datasets.load_dataset`: `split`, `revision`, `data_files`, ...
+
+    Raises:
+        ValueError: what cannot be read; pictures that are not there; categories that are not defined, or not the same
+            in all splits.
+        ImportError: the library datasets is needed and not installed.
+    """
+    if _is_hub_split(source):
+        source = {str(getattr(source, "split", None) or "train"): source}
+    is_mapping = isinstance(source, Mapping) and source
+    if is_mapping and all(map(_is_hub_split, source.values())):
+        return _load_hub(source, class_names)
+    if not is_mapping and not isinstance(source, str | os.PathLike):
+        raise ValueError(f"{source!r:.200} is no source of data; give {_FORMS}")
+    path = None if is_mapping else Path(source).expanduser()
+    files = _coco_files(source if path is None else path)
+    yaml_file = None if files or path is None else _yolo_file(path)
+    if not files and yaml_file is None:
+        return _load_hub(_load_rows(source, streaming, load_dataset_arguments), class_names)
+    if streaming or load_dataset_arguments:
+        given = [*(["streaming"] if streaming else []), *load_dataset_arguments]
+        raise ValueError(f"{given} are for rows that `datasets.load_dataset` reads, not for {source!s}; leave them out")
+    return _load_yolo(yaml_file, class_names) if yaml_file else _load_coco(files, image_folder, class_names)
+
+
+def _split_name(name: str) -> str:
+    return _SPLITS.get(name, name)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; give an existing text file") from error
+
+
+# COCO files
+
+
+def _coco_files(source: Path | Mapping[str, Any]) -> dict[str, tuple[Path, list[Path]]]:
+    """Split -> JSON and the folders that its pictures may lie in; empty where the source is of another form."""
+    if isinstance(source, Mapping):
+        paths = {_split_name(split): Path(path).expanduser() for split, path in source.items()}
+        return {split: (path, [path.parent, path.parent / "images"]) for split, path in paths.items()}
+    if source.suffix.lower() == ".json":
+        return {"train": (source, [source.parent, source.parent / "images"])}
+    exported = [source / split / "_annotations.coco.json" for split in ("train", "valid", "test")]
+    if files := {_split_name(path.parent.name): (path, [path.parent]) for path in exported if path.is_file()}:
+        return files
+    if (source / "_annotations.coco.json").is_file():
+        return {"train": (source / "_annotations.coco.json", [source])}
+    official = {}
+    for path in sorted(source.glob("annotations/instances_*.json")):
+        name = path.stem.removeprefix("instances_")  # train2017
+        folders = [source / name, source / "images" / name, source / "images"]
+        official[_split_name(re.sub(r"\d+$", "", name))] = (path, folders)
+    return {split: official[split] for split in sorted(official, key=lambda split: (split != "train", split))}
+
+
+def _read_coco(path: Path) -> dict[str, Any]:
+    text = _read_text(path)
+    try:
+        coco = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}; export it again") from error
+    if not isinstance(coco, dict):
+        raise ValueError(f"{path} holds a {type(coco).__name__}, not a dict of COCO's form; export it again")
+    return coco
+
+
+def _load_coco(files: Mapping[str, tuple[Path, list[Path]]], image_folder: Any, class_names: Any) -> InstanceDatasets:
+    read = {}
+    for split, (path, _) in files.items():
+        with _located(str(path)):
+            read[split] = _read_coco(path)
+            _coco_categories(read[split])
+    used = {split: _used_categories(coco) for split, coco in read.items()}
+    parents = _parents(read.values()) - set().union(*used.values())
+    classes = {
+        split: {key: name for key, name in _coco_categories(coco).items() if key not in parents}
+        for split, coco in read.items()
+    }
+    for split, ids in used.items():  # before the splits are compared: the more precise message
+        if ids - classes[split].keys():
+            with _located(str(files[split][0])):
+                deque(_Tally(_checked_classes(classes[split])).watch(_coco_records(read[split])), maxlen=0)
+    label_map = _one_label_map(classes, used)
+    _refuse_other_names(label_map, class_names)
+    splits = {}
+    for split, (path, folders) in files.items():
+        coco = read.pop(split)
+        given = image_folder.get(split) if isinstance(image_folder, Mapping) else image_folder
+        with _located(str(path)):
+            folder = _picture_folder(coco, folders if given is None else [Path(given).expanduser()])
+            splits[split] = InstanceDataset(coco, folder, label_map=label_map)
+    return InstanceDatasets(splits)
+
+
+def _parents(cocos: Iterable[Mapping[str, Any]]) -> set[int]:
+    """Ids of the categories that are listed only to group others, as Roboflow's exports do."""
+    categories = [category for coco in cocos for category in coco["categories"]]
+    groups = {category.get("supercategory") for category in categories}
+    return {
+        category["id"]
+        for category in categories
+        if category.get("supercategory") == "none" and category.get("name") in groups
+    }
+
+
+def _picture_folder(coco: Mapping[str, Any], folders: Sequence[Path]) -> Path:
+    """The folder that has the first picture, or else the first folder."""
+    name = next((image.get("file_name") for image in coco["images"]), None) or ""
+    return next((folder for folder in folders if (folder / name).is_file()), folders[0])
+
+
+# YOLO
+
+
+def _yolo_file(path: Path) -> Path | None:
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return path
+    found = [path / name for name in ("data.yaml", "data.yml", "dataset.yaml") if (path / name).is_file()]
+    return found[0] if found else None
+
+
+def _load_yolo(path: Path, class_names: Any) -> InstanceDatasets:
+    import yaml  # transformers needs it
+
+    try:
+        description = yaml.safe_load(_read_text(path))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}; export it again") from error
+    if not isinstance(description, dict):
+        raise ValueError(f"{path} holds no keys; it needs 'names' and 'train'")
+    with _located(str(path)):
+        if names := description.get("names"):
+            classes = _checked_classes(_read_class_names(names))
+            _refuse_other_names(classes, class_names)
+        else:
+            numbered = [str(number) for number in range(int(description.get("nc") or 0))]
+            classes = _checked_classes(_read_class_names(class_names or numbered))
+        root = path.parent / str(description.get("path") or "")
+        root = root if root.is_dir() else path.parent
+        splits = {}
+        for key in ("train", "val", "valid", "test"):
+            if description.get(key):
+                tally = _Tally(classes)
+                records = _yolo_records(_yolo_pictures(root, description[key], key), root, classes)
+                splits[_split_name(key)] = InstanceDataset._of_rows(tally, _PackedRows(tally.watch(records), root))
+        if not splits:
+            raise ValueError(f"the keys are {list(description)}; give 'train', 'val' or 'test' with pictures")
+    return InstanceDatasets(splits)
+
+
+def _yolo_pictures(root: Path, places: Any, key: str) -> list[Path]:
+    """What a data.yaml says of one split -> its pictures, in the order of their names or of the list."""
+    found: list[Path] = []
+    for place in places if isinstance(places, list) else [places]:
+        # Roboflow's exports say ../train/images where train/images is meant.
+        options = [root / place, root / str(place).removeprefix("../")]
+        path = next((option for option in options if option.exists()), None)
+        if path is None:
+            raise ValueError(f"{key}: {options[0]} is not there; correct {key!r}, or 'path', which is {root}")
+        if path.is_dir():
+            found += sorted(item for item in path.rglob("*") if item.suffix.lower() in _PICTURE_SUFFIXES)
+        else:
+            lines = (line.strip() for line in _read_text(path).splitlines())
+            found += [path.parent / line for line in lines if line]
+    if not found:
+        raise ValueError(f"{key}: there are no pictures in {places!r} of {root}; correct {key!r}")
+    missing = [path for path in found if not path.is_file()]
+    if missing:
+        shown = ", ".join(map(str, missing[:3]))
+        raise ValueError(f"{key}: {len(missing)} of {len(found)} pictures are not there: correct {shown}; correct it")
+    return found
+
+
+def _yolo_records(pictures: Sequence[Path], root: Path, classes: Mapping[int, str]) -> Iterator[dict[str, Any]]:
+    for number, path in enumerate(pictures):
+        size = _upright_size(path)
+        annotations = []
+        labels = _yolo_label_file(path)
+        lines = _read_text(labels).splitlines() if labels.is_file() else []
+        for line_number, line in enumerate(lines, start=1):
+            if line.strip():
+                with _located(f"{labels}, line {line_number}"):
+                    annotations.append(_read_yolo_line(line.split(), size, classes))
+        name = os.path.relpath(path, root) if path.is_relative_to(root) else str(path)
+        head = {"image_id": number, "file_name": name, "width": size[1], "height": size[0]}
+        yield {**head, "annotations": annotations}
+
+
+def _yolo_label_file(picture: Path) -> Path:
+    """.../images/a/1.jpg -> .../labels/a/1.txt; beside the picture where no folder is called images."""
+    parts = list(picture.parts)
+    folders = [i for i, part in enumerate(parts[:-1]) if part == "images"]
+    if folders:
+        parts[folders[-1]] = "labels"
+    return Path(*parts).with_suffix(".txt")
+
+
+def _read_yolo_line(words: Sequence[str], size: tuple[int, int], classes: Mapping[int, str]) -> dict[str, Any]:
+    """`class x0 y0 x1 y1 x2 y2 ...` or `class cx cy w h`, in fractions of the picture -> an annotation in pixels."""
+    rule = "a line is 'class x0 y0 x1 y1 x2 y2 ...', three points or more, or 'class cx cy w h'"
+    try:
+        category, values = int(words[0]), np.array(words[1:], np.float64)
+    except ValueError as error:
+        raise ValueError(f"{' '.join(words)!r:.80} does not hold numbers; {rule}") from error
+    if category not in classes:
+        raise ValueError(f"class {category} is none of {_shown(classes)}; add its name, or correct the line")
+    if len(values) % 2 or len(values) < 4:
+        raise ValueError(f"{len(values)} numbers follow the class; {rule}")
+    if not ((values > -0.01) & (values < 1.01)).all():
+        raise ValueError(
+            f"{values[(values <= -0.01) | (values >= 1.01) | np.isnan(values)][0]:g} lies outside [0, 1];"
+            " coordinates are fractions of the picture's width and height: divide by them"
+        )
+    pixels = (values.reshape(-1, 2) * size[::-1]).ravel().round(3).tolist()
+    if len(pixels) > 4:
+        return {"category_id": category, "segmentation": [pixels]}
+    center_x, center_y, width, height = pixels
+    return {"category_id": category, "bbox": [center_x - width / 2, center_y - height / 2, width, height]}
+
+
+# Rows of the library datasets
+
+
+def _is_hub_split(source: Any) -> bool:
+    """Whether it is a Dataset or an IterableDataset."""
+    return hasattr(source, "features") and hasattr(source, "select_columns")
+
+
+def _import_datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            'rows of the Hub need the library datasets: pip install "transformers-rfdetr[train]"; COCO and YOLO files'
+            " are read without it"
+        ) from error
+    return datasets
+
+
+def _load_rows(source: Any, streaming: bool, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A Hub id or a folder -> splits."""
+    name, path = str(source), Path(source).expanduser()
+    if not path.is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise ValueError(f"{name!r} is neither a folder nor a data set id; give {_FORMS}")
+    datasets = _import_datasets()
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        loaded = datasets.load_from_disk(str(path))
+    else:
+        try:
+            loaded = datasets.load_dataset(str(path) if path.is_dir() else name, streaming=streaming, **arguments)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name!r} cannot be loaded: {error}; give {_FORMS}") from error
+    if _is_hub_split(loaded):
+        return {str(getattr(loaded, "split", None) or "train"): loaded}
+    return dict(loaded)
+
+
+def _load_hub(splits: Mapping[str, Any], class_names: Any) -> InstanceDatasets:
+    read = {_split_name(name): split for name, split in splits.items()}
+    readers = {}
+    for name, split in read.items():
+        with _located(f"split {name!r}"):
+            readers[name] = _RowReader.of(split)
+    streams = [name for name, split in read.items() if not hasattr(split, "num_rows")]
+    classes = _hub_classes(readers, read, class_names, bool(streams))
+    result: dict[str, InstanceDataset | InstanceStream] = {}
+    for name, split in read.items():
+        reader = readers[name]
+        if reader.category_kind == "string":
+            reader = reader._replace(id_of={text: category for category, text in classes.items()})
+        if name in streams:
+            needed = split.with_format(None).select_columns([*reader.columns.values()])
+            result[name] = InstanceStream(needed, reader, classes)
+            continue
+        tally, rows = _Tally(classes), _ArrowRows(split, reader)
+        with _located(f"split {name!r}"):
+            deque(tally.watch(rows.scan(f"Annotations of {name}")), maxlen=0)
+        result[name] = InstanceDataset._of_rows(tally, rows)
+    return InstanceDatasets(result)
+
+
+def _hub_classes(
+    readers: Mapping[str, "_RowReader"], splits: Mapping[str, Any], class_names: Any, is_stream: bool
+) -> dict[int, str]:
+    """The classes of all splits: those that the features name, or `class_names`, or what the rows hold."""
+    kinds = {reader.category_kind for reader in readers.values()}
+    if len(kinds) > 1:
+        shown = {name: reader.category_kind for name, reader in readers.items()}
+        raise ValueError(f"categories are {shown}; give them one type in all splits, with `cast_column`")
+    if kinds == {"names"}:
+        classes = _one_label_map({name: reader.classes for name, reader in readers.items()})
+        _refuse_other_names(classes, class_names)
+        return classes
+    if class_names is not None:
+        return _checked_classes(_read_class_names(class_names))
+    if is_stream:
+        raise ValueError(
+            "the data do not name their classes, and a stream cannot be searched for them; give class_names, a list"
+            " of names or {id: name}"
+        )
+    found: set[Any] = set()
+    for name, split in splits.items():
+        for index, record in enumerate(_ArrowRows(split, readers[name]).scan(f"Classes of {name}")):
+            ids = {annotation.get("category_id") for annotation in record["annotations"]}
+            if None in ids:
+                raise ValueError(f"split {name!r}, {_place(record, index)}: an object has no category; give it one")
+            found |= ids
+    if kinds == {"string"}:
+        return _checked_classes(dict(enumerate(sorted(found))))
+    return _checked_classes({category: str(category) for category in found})
+
+
+class _RowReader(NamedTuple):
+    """How the rows of a data set become records."""
+
+    columns: dict[str, str]  # our name -> theirs
+    fields: dict[str, str]  # the same of an object
+    category_kind: str  # "names" (of a ClassLabel), "string" or "number"
+    classes: dict[int, str]  # of a ClassLabel
+    id_of: Mapping[str, int] | None = None  # category id of a text
+
+    @classmethod
+    def of(cls, split: Any) -> "_RowReader":
+        """The reader for a Dataset or IterableDataset."""
+        features = split.features
+        if features is None:  # of a stream that declares none
+            features = _import_datasets().Dataset.from_list([next(iter(split))]).features
+        columns = _find(features, _COLUMNS, ("image", "objects"), "row", "rename_column")
+        objects = _element(features[columns["objects"]])
+        if not isinstance(objects, Mapping):
+            raise ValueError(
+                f"column {columns['objects']!r} holds {objects!r:.80}, not objects; give a dict of lists or a list of"
+                " dicts, with category, bbox and segmentation"
+            )
+        fields = _find(objects, _FIELDS, ("category_id",), "object", "map")
+        category = objects[fields["category_id"]]
+        while not hasattr(category, "names") and category is not _element(category):
+            category = _element(category)
+        names = getattr(category, "names", None)
+        is_text = "string" in str(getattr(category, "dtype", ""))
+        kind = "names" if names else "string" if is_text else "number"
+        return cls(columns, fields, kind, dict(enumerate(names or [])))
+
+    def record(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row without its image -> a record."""
+        given = {name: row[theirs] for name, theirs in self.columns.items() if row.get(theirs) is not None}
+        annotations = []
+        for item in _transposed(given.pop("objects", [])):
+            annotation = {name: item[theirs] for name, theirs in self.fields.items() if item.get(theirs) is not None}
+            shape = annotation.get("segmentation")
+            if isinstance(shape, Mapping) and None in shape.values():  # what Arrow makes of a missing RLE
+                del annotation["segmentation"]
+            if self.id_of is not None:
+                text = annotation.get("category_id")
+                annotation["category_id"] = self.id_of.get(text, text)
+            annotations.append(annotation)
+        given.pop("image", None)
+        return {**given, "annotations": annotations}
+
+
+def _element(feature: Any) -> Any:
+    """What a list of `datasets.Features` is a list of; anything else as it is."""
+    if isinstance(feature, list):
+        return feature[0]
+    return getattr(feature, "feature", feature)
+
+
+def _find(
+    available: Mapping[str, Any], names: Sequence[str], required: Sequence[str], what: str, remedy: str
+) -> dict[str, str]:
+    """Our names -> what they are called among the available ones."""
+    found = {}
+    for name in names:
+        called = next((alias for alias in _ALIASES[name] if alias in available), None)
+        if called is not None:
+            found[name] = called
+        elif name in required:
+            raise ValueError(
+                f"a {what} has {sorted(available)} and none of {list(_ALIASES[name])}; name it so, with `{remedy}`"
+            )
+    return found
+
+
+def _transposed(value: Any) -> Any:
+    """A dict of equally long lists -> the list of dicts; what is a list already stays."""
+    if not isinstance(value, Mapping):
+        return value
+    columns = {name: _transposed(column) for name, column in value.items() if column is not None}
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"the lists of the objects have the lengths {lengths}; give each object one entry in each")
+    return [dict(zip(columns, entries, strict=True)) for entries in zip(*columns.values(), strict=True)]
+
+
+class _ArrowRows:
+    """Records that are translated from Arrow when they are read; no picture is decoded for them."""
+
+    def __init__(self, split: Any, reader: _RowReader) -> None:
+        self.reader = reader
+        image = reader.columns["image"]
+        split = split.with_format(None)
+        self.pictures = split.select_columns([image])
+        self.annotations = split.select_columns([name for key, name in reader.columns.items() if key != "image"])
+        self.files = self.pictures
+        if type(split.features[image]).__name__ == "Image":
+            self.files = self.pictures.cast_column(image, _import_datasets().Image(decode=False))
+
+    def scan(self, title: str) -> Iterator[dict[str, Any]]:
+        """All records, one after the other."""
+        batches = self.annotations.with_format("arrow").iter(_SCAN_ROWS)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for index, row in enumerate(logging.tqdm(rows, total=len(self.annotations), desc=title, delay=2)):
+            with _located(f"row {index}"):
+                record = self.reader.record(row)
+            yield record
+
+    def record(self, index: int) -> dict[str, Any]:
+        """Record number `index`."""
+        return self.reader.record(self.annotations[index])
+
+    def picture(self, index: int, record: Mapping[str, Any]) -> Any:
+        """The picture of the record, as a path or a PIL picture."""
+        return _opened(self.pictures[index][self.reader.columns["image"]])
+
+    def encoded(self, index: int, record: Mapping[str, Any]) -> Any:
+        """The picture of the record, as a path, the bytes of a file or a PIL picture."""
+        value = self.files[index][self.reader.columns["image"]]
+        return (value.get("bytes") or value.get("path")) if isinstance(value, Mapping) else value
+
+
+def _opened(value: Any) -> Any:
+    """What a row holds as its picture -> a PIL picture or a path."""
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    return PIL.Image.open(BytesIO(value)) if isinstance(value, bytes) else value
+
+
+# Streams
+
+
+class InstanceStream(_Labelled):
+    """A split that is read from front to back and never as a whole: `with_processor` makes a training set of it.
+
+    Args:
+        rows: A `datasets.IterableDataset`.
+        reader: How its rows become records.
+        classes: Names by category id.
+    """
+
+    def __init__(self, rows: Any, reader: _RowReader, classes: dict[int, str]) -> None:
+        self.rows, self._reader, self._classes = rows, reader, classes
+
+    def with_processor(
+        self,
+        processor: RfDetrImageProcessor,
+        *,
+        augmentation: Any = None,
+        seed: int = 0,
+        masks: bool = True,
+        repeat: bool = True,
+        buffer_size: int = 256,
+        process: tuple[int, int] | None = None,
+    ) -> "PreparedStream":
+        """The same data as the model's inputs and labels; see [`PreparedStream`] for the arguments."""
+        preparation = _Preparation(processor, augmentation, seed, masks)
+        return PreparedStream(self, preparation, repeat=repeat, buffer_size=buffer_size, process=process)
+
+    def samples(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Rows -> what `InstanceDataset` gives for an image; `image_id` is the position where rows have no number."""
+        label_of = {category: label for label, category in enumerate(self._classes)}
+        for position, row in enumerate(rows):
+            image = row[self._reader.columns["image"]]
+            with _located(f"row {position}"):
+                record = self._reader.record(row)
+                _check_annotations(record["annotations"], self._classes)
+                image_id = None if _is_index(record.get("image_id")) else position
+                sample = _read_sample(record, _opened(image), label_of, image_id, first_id=1)
+            yield sample
+
+
+class PreparedStream(torch.utils.data.IterableDataset):
+    """An [`InstanceStream`] as the model's inputs and labels; samples as those of a [`PreparedDataset`].
+
+    Each process and each worker reads its own part, so that together they read every row once in an epoch. There can be
+    no more workers at work than the stream has shards (files). What is drawn depends on seed, epoch, process, worker
+    and position alone.
+
+    Args:
+        stream: The annotated pictures.
+        preparation: Processor, augmentation, seed and whether there are masks.
+        repeat: Whether epoch follows epoch without an end, each in an order of its own, as training wants it; otherwise
+            there is one pass in the stream's order.
+        buffer_size: With `repeat`, the rows, still encoded, among which the next one is drawn.
+        process: (rank, number of processes) of this process. By default what torch.distributed says when the reading
+            starts, else the environment variables RANK and WORLD_SIZE, else (0, 1). Give (0, 1) where something else
+            hands the samples out to the processes, as accelerate's dispatcher does.
+    """
+
+    def __init__(
+        self,
+        stream: InstanceStream,
+        preparation: _Preparation,
+        *,
+        repeat: bool = True,
+        buffer_size: int = 256,
+        process: tuple[int, int] | None = None,
+    ) -> None:
+        self.stream, self._prepare = stream, preparation
+        self.repeat, self.buffer_size, self.process = repeat, buffer_size, process
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next reading starts with this epoch."""
+        self._epoch.fill_(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        rank, world_size = self.process or _process()
+        worker = torch.utils.data.get_worker_info()
+        epoch = int(self._epoch)
+        while True:
+            position = -1
+            for position, sample in enumerate(self.stream.samples(self._rows(epoch, rank, world_size))):
+                yield self._prepare(sample, epoch, rank, worker.id if worker else 0, position)
+            # A worker without a shard would wait for its first sample for ever.
+            if not self.repeat or position < 0:
+                return
+            epoch += 1
+
+    def _rows(self, epoch: int, rank: int, world_size: int) -> Iterable[Mapping[str, Any]]:
+        """This process's rows of an epoch; datasets itself shares them out among the workers."""
+        from datasets.distributed import split_dataset_by_node
+
+        rows = self.stream.rows
+        if self.repeat:
+            rows = rows.shuffle(seed=self._prepare.seed, buffer_size=self.buffer_size)
+        rows = split_dataset_by_node(rows, rank=rank, world_size=world_size)
+        if self.repeat:
+            rows.set_epoch(epoch)
+        return rows
+
+
+def _process() -> tuple[int, int]:
+    """(rank, number of processes)."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

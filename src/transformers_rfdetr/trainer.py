@@ -1,0 +1,828 @@
+"""Fine-tuning: transformers' Trainer with RF-DETR's recipe, and an evaluation that streams.
+
+What the stock Trainer does not do: it divides the losses by the objects of the whole accumulation window over all
+processes, averages the weights and evaluates the average, draws a scale for each step, keeps compact results instead
+of masks in evaluation, and resumes to the same numbers as a run that was not interrupted.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
+    IntervalStrategy,
+    SchedulerType,
+    TrainOutput,
+)
+from transformers.utils import logging
+
+from .augmentation import FlipAndCrop
+from .configuration_rf_detr import RfDetrConfig
+from .data import (
+    FollowEpoch,
+    InstanceDataset,
+    InstanceDatasets,
+    InstanceStream,
+    PreparedDataset,
+    PreparedStream,
+    collate_fn,
+    load_instance_dataset,
+)
+from .image_processing_rf_detr import RfDetrImageProcessor
+from .metrics import InstanceSegmentationEvaluator, category_of_labels, detect, with_categories
+from .optimization import (
+    WeightAverage,
+    copy_whole,
+    parameter_groups,
+    resize_batch,
+    step_schedule,
+    training_sizes,
+    whole,
+)
+
+logger = logging.get_logger(__name__)
+
+_STATE_NAME = "rf_detr_state.json"
+_WEIGHTS_NAME = "rf_detr_training_weights.safetensors"
+_RECIPE = FlipAndCrop()
+# Terms of the last layer, which are logged beside the loss.
+_TERMS = {"loss_ce", "loss_bbox", "loss_giou", "loss_mask_ce", "loss_mask_dice"}
+_THRESHOLD_NOTE = (
+    "Detections up to a score of {} (`eval_score_threshold`) are not evaluated: the AP is not COCO's, which has no"
+    " threshold."
+)
+
+
+@dataclass
+class RfDetrTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with what instance segmentation needs, and RF-DETR's recipe as fields.
+
+    Everything of `TrainingArguments` can be set. Fields of it with another default here: batches of 4 x 4 accumulated
+    pictures, 100 epochs, AdamW at 1e-4 with weight decay 1e-4, gradients clipped at a norm of 0.1, bf16 (else fp16) on
+    a GPU, evaluation and checkpoint once an epoch, the two newest checkpoints and the best one kept, the best one by
+    mask AP (box AP for detection) loaded at the end, a log entry every 10 steps, nothing removed from the samples.
+
+    Args:
+        learning_rate_encoder: Learning rate of DINOv2 after its last block, before the decays.
+        layer_decay: Factor from one block of DINOv2 to the one before it, in (0, 1].
+        component_decay: Factor of the decoder's learning rate, and twice of DINOv2's, in (0, 1].
+        lr_scheduler_type: "step", which is "constant_with_warmup" and one drop; or another one of transformers, such
+            as "cosine". `warmup_steps` is linear warm-up.
+        lr_drop_epochs: Epochs after which "constant_with_warmup" drops to a tenth.
+        ema: Whether to average the weights. The average is what is evaluated, saved in every checkpoint and left in
+            the model after training.
+        ema_decay: Decay of the average after many updates, in [0, 1).
+        ema_tau: Updates after which the decay has reached 63 % of `ema_decay`.
+        eval_base_model: Whether to evaluate the weights themselves too, as `eval_base_*`.
+        eval_score_threshold: Score that a detection must exceed to be evaluated. COCO's metrics are defined without
+            one; any other value than 0 is named in the log and in the model card.
+        early_stopping: Whether to stop when the metric stays.
+        early_stopping_patience: Evaluations without an improvement after which training stops.
+        early_stopping_min_delta: What an improvement must exceed.
+        early_stopping_use_ema: Whether only the average counts, also with `eval_base_model`; otherwise the better one.
+        multi_scale: Whether each training step draws its resolution around the model's: up to 5 blocks (patch size x
+            windows) more or less.
+        drop_path: Stochastic depth of DINOv2's last block, in [0, 1); the configuration's by default.
+        freeze_backbone: Whether DINOv2 stays as it is.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    per_device_train_batch_size: int = 4
+    gradient_accumulation_steps: int = 4
+    num_train_epochs: float = 100
+    learning_rate: float = 1e-4
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 0.1
+    lr_scheduler_type: str = "step"  # type: ignore[assignment]
+    bf16: bool | None = None  # type: ignore[assignment]
+    eval_strategy: str = "epoch"  # type: ignore[assignment]
+    save_strategy: str = "epoch"  # type: ignore[assignment]
+    save_total_limit: int | None = 2
+    load_best_model_at_end: bool | None = None  # type: ignore[assignment]
+    metric_for_best_model: str | None = None
+    logging_steps: float = 10
+    logging_nan_inf_filter: bool = False
+    remove_unused_columns: bool = False
+    eval_do_concat_batches: bool = False
+    dataloader_num_workers: int = 2
+    ddp_find_unused_parameters: bool | None = False
+
+    learning_rate_encoder: float = 1.5e-4
+    layer_decay: float = 0.8
+    component_decay: float = 0.7
+    lr_drop_epochs: float = 100
+    ema: bool = True
+    ema_decay: float = 0.993
+    ema_tau: float = 100.0
+    eval_base_model: bool = False
+    eval_score_threshold: float = 0.0
+    early_stopping: bool = False
+    early_stopping_patience: int = 10
+    early_stopping_min_delta: float = 0.001
+    early_stopping_use_ema: bool = False
+    multi_scale: bool = True
+    drop_path: float | None = None
+    freeze_backbone: bool = False
+
+    def __post_init__(self) -> None:
+        for name, fine, rule in (
+            ("learning_rate_encoder", self.learning_rate_encoder >= 0, "at least 0"),
+            ("layer_decay", 0 < self.layer_decay <= 1, "in (0, 1]; 1 decays nothing"),
+            ("component_decay", 0 < self.component_decay <= 1, "in (0, 1]; 1 decays nothing"),
+            ("lr_drop_epochs", self.lr_drop_epochs > 0, "above 0"),
+            ("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1); 0.993 is the recipe's"),
+            ("ema_tau", self.ema_tau >= 0, "at least 0"),
+            ("eval_score_threshold", 0 <= self.eval_score_threshold < 1, "in [0, 1); 0 evaluates every detection"),
+            ("early_stopping_patience", self.early_stopping_patience >= 1, "at least 1"),
+            ("early_stopping_min_delta", self.early_stopping_min_delta >= 0, "at least 0"),
+            ("drop_path", self.drop_path is None or 0 <= self.drop_path < 1, "in [0, 1)"),
+        ):
+            if not fine:
+                raise ValueError(f"{name} {getattr(self, name)} must be {rule}")
+        if self.bf16 is None:
+            on_gpu = torch.cuda.is_available() and not self.use_cpu
+            self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)
+            self.fp16 = self.fp16 or (on_gpu and not self.bf16)
+        if self.load_best_model_at_end is None:
+            self.load_best_model_at_end = "no" != self.eval_strategy == self.save_strategy
+        if self.metric_for_best_model is None:
+            self.metric_for_best_model = "segm_AP"
+        if self.data_seed is None:
+            self.data_seed = self.seed  # the order of the pictures must not depend on draws before the run
+        # An early stop must find its count again when the run resumes.
+        self.restore_callback_states_from_checkpoint |= self.early_stopping
+        if self.lr_scheduler_type == "step":
+            self.lr_scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP
+        super().__post_init__()
+
+
+class RfDetrTrainer(Trainer):
+    """Trains RF-DETR by its recipe, and evaluates it as COCO does.
+
+    Example:
+        >>> from transformers import AutoImageProcessor, AutoModelForInstanceSegmentation
+        >>> from transformers_rfdetr import RfDetrTrainer, RfDetrTrainingArguments, load_instance_dataset
+        >>> data = load_instance_dataset("merve/satellite-building-segmentation")  # doctest: +SKIP
+        >>> model = AutoModelForInstanceSegmentation.from_pretrained(  # doctest: +SKIP
+        ...     "Roboflow/rf-detr-seg-medium", id2label=data.id2label, ignore_mismatched_sizes=True
+        ... )
+        >>> trainer = RfDetrTrainer(  # doctest: +SKIP
+        ...     model,
+        ...     RfDetrTrainingArguments("runs/buildings", num_train_epochs=10),
+        ...     train_dataset=data["train"],
+        ...     eval_dataset=data["validation"],
+        ... )
+        >>> trainer.train()  # doctest: +SKIP
+
+    Evaluation reports the numbers of [`InstanceSegmentationEvaluator`] as `eval_segm_AP`, ..., and `eval_loss`, the
+    loss divided by the objects of the whole data set. They are the same for every batch size and number of processes.
+    The output folder gets `best_ema/` and, with `eval_base_model`, `best_regular/`, and `best_total/`, the better of
+    them: folders for `from_pretrained`. So is every checkpoint: its model is the average that was evaluated. (What
+    resuming needs besides lies in files of its own.)
+
+    Args:
+        model: An RF-DETR model of this package.
+        args: The recipe.
+        data_collator: [`collate_fn`] by default.
+        train_dataset: An [`InstanceDataset`] or [`InstanceStream`], which the trainer prepares and augments; or a data
+            set of samples that the processor has prepared.
+        eval_dataset: An [`InstanceDataset`]; a `datasets.Dataset` with an objects column and a transform that
+            prepares it; or, with `eval_annotations`, any data set of prepared samples. Or a dictionary of these.
+        processing_class: The image processor; the model's own by default.
+        augmentation: Of training samples, see `augmentation.py`, or a torchvision.transforms.v2 pipeline; the original
+            recipe by default, None for none.
+        eval_annotations: A COCO dictionary, the ground truth of prepared samples: `image_id` in their labels tells
+            which, and class indices are category ids.
+        **kwargs: As of `Trainer`. `compute_metrics` would need all masks in memory and is refused.
+
+    Raises:
+        ValueError: several GPUs without a process for each; classes of the data set that are not the model's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: RfDetrTrainingArguments | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: RfDetrImageProcessor | None = None,
+        *,
+        augmentation: Any = _RECIPE,
+        eval_annotations: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = RfDetrTrainingArguments("runs") if args is None else args
+        if not isinstance(args, RfDetrTrainingArguments):
+            raise ValueError(f"args is a {type(args).__name__}; RfDetrTrainer takes RfDetrTrainingArguments")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process, which would split batches of labels wrongly; start one "
+                f"process for each, `torchrun --nproc_per_node={args.n_gpu} script.py`, or show one GPU, "
+                "`CUDA_VISIBLE_DEVICES=0 python script.py`"
+            )
+        for refused in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
+            if kwargs.get(refused) is not None:
+                raise ValueError(
+                    f"RfDetrTrainer takes no {refused}: it computes the losses and COCO's metrics itself, without"
+                    " keeping masks; leave it out or take transformers.Trainer"
+                )
+        if eval_dataset is None and args.eval_strategy != "no":
+            if train_dataset is not None:
+                logger.warning("There is no eval_dataset: nothing is evaluated, and the last model is kept.")
+            args.eval_strategy = IntervalStrategy.NO
+            args.load_best_model_at_end = args.early_stopping = False
+        self.augmentation = augmentation
+        self.eval_annotations = eval_annotations
+        self._average: WeightAverage | None = None
+        self._num_objects: Tensor | None = None  # of the accumulation window that is running
+        self._sums: dict[str, Tensor] = {}  # of the terms of the loss since the last log entry
+        self._step_loss: Tensor | None = None  # transformers' sum of the loss since then
+        self._terms: dict[str, float] = {}  # of the log entry that is being written
+        self._best: dict[str, float] = {}  # by kind of weights
+        self._resumed: dict[str, Any] | None = None  # what a checkpoint holds that is not taken up yet
+        self._evaluation: _Evaluation | None = None
+        super().__init__(
+            model,
+            args,
+            data_collator=data_collator or collate_fn,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        if not hasattr(self.model, "set_drop_path"):
+            raise ValueError(
+                f"{type(self.model).__module__}.{type(self.model).__name__} is no model of transformers_rfdetr;"
+                " `import transformers_rfdetr` before from_pretrained loads it"
+            )
+        if self.processing_class is None:
+            self.processing_class = RfDetrImageProcessor.from_config(self.model.config)
+        if not self._has_masks and args.metric_for_best_model == "segm_AP":
+            args.metric_for_best_model = "bbox_AP"
+        if args.freeze_backbone:
+            self.model.freeze_backbone()
+        if args.drop_path is not None:
+            self.model.set_drop_path(args.drop_path)
+        if args.eval_score_threshold:
+            logger.warning(_THRESHOLD_NOTE.format(args.eval_score_threshold))
+        self._sizes = self._training_sizes() if args.multi_scale else []
+        self.train_dataset = self._prepare_training(self.train_dataset)
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {name: self._prepare_evaluation(part) for name, part in self.eval_dataset.items()}
+        else:
+            self.eval_dataset = self._prepare_evaluation(self.eval_dataset)
+        self.add_callback(_Recipe(self))
+        self.add_callback(FollowEpoch)
+        if args.early_stopping:
+            self.add_callback(_EarlyStopping(args.early_stopping_patience, args.early_stopping_min_delta))
+
+    @property
+    def _has_masks(self) -> bool:
+        return hasattr(self.model, "segmentation_head")
+
+    @property
+    def _averages(self) -> bool:
+        return self._average is not None and self.is_in_train
+
+    # -- data --------------------------------------------------------------------------------------------------------
+
+    def _training_sizes(self) -> list[tuple[int, int]]:
+        size, backbone = self.processing_class.size, self.model.config.backbone_config
+        if "height" not in size:
+            raise ValueError(
+                f"multi_scale draws sizes around one exact size, and the processor's is {size}; give it height and "
+                "width, or pass multi_scale=False"
+            )
+        return training_sizes((size["height"], size["width"]), backbone.patch_size * backbone.num_windows)
+
+    def _prepare_training(self, dataset: Any) -> Any:
+        if not isinstance(dataset, InstanceDataset | InstanceStream):
+            return dataset
+        adopt_classes(self.model.config, dataset)
+        processor = self.processing_class
+        if self._sizes:  # batches shrink on the device, so pictures come at the largest size
+            size = dict(zip(("height", "width"), self._sizes[-1], strict=True))
+            processor = type(processor)(**{**vars(processor), "size": size})
+        augmentation, seed = self.augmentation, self.args.seed
+        return dataset.with_processor(processor, augmentation=augmentation, seed=seed, masks=self._has_masks)
+
+    def _prepare_evaluation(self, dataset: Any) -> Any:
+        if not isinstance(dataset, InstanceDataset):
+            return dataset
+        adopt_classes(self.model.config, dataset)
+        return dataset.with_processor(self.processing_class, masks=self._has_masks)
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """Batches of prepared training samples."""
+        if not isinstance(self.train_dataset, PreparedStream):
+            return super().get_train_dataloader()
+        # Each process reads its own part, which accelerate would divide again.
+        return torch.utils.data.DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
+        """Batches of prepared samples to evaluate."""
+        return super().get_eval_dataloader(self._prepare_evaluation(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> torch.utils.data.DataLoader:
+        """Batches of prepared samples to predict."""
+        return super().get_test_dataloader(self._prepare_evaluation(test_dataset))
+
+    # -- optimisation ------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, after a look at the data: a table of the classes, and pictures with more objects than queries.
+
+        Args:
+            resume_from_checkpoint: A checkpoint folder, or True for the newest whole one of the output folder; a run
+                that was killed while it wrote one goes on from the one before.
+            *args: As of `Trainer.train`.
+            **kwargs: As of `Trainer.train`.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
+        if self.is_world_process_zero():
+            self._describe_data()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _describe_data(self) -> None:
+        parts = {"train": self.train_dataset, "validation": self.eval_dataset}
+        known = {name: part.dataset for name, part in parts.items() if isinstance(part, PreparedDataset)}
+        if known:
+            print(InstanceDatasets(known), flush=True)
+        queries = self.model.config.num_queries
+        for name, dataset in known.items():
+            crowded = dataset.crowded(queries)
+            if crowded:
+                some = ", ".join(f"{picture} ({count})" for picture, count in crowded[:5])
+                logger.warning(
+                    f"{len(crowded)} pictures of {name} hold more objects than the model has queries ({queries}), so "
+                    f"some objects cannot be found: {some}{', ...' if len(crowded) > 5 else ''}. "
+                    "Pass num_queries to from_pretrained to have more."
+                )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW (or another `optim`) over [`parameter_groups`]."""
+        if self.optimizer is None:
+            args = self.args
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, self.model)
+            groups = parameter_groups(
+                self.model if model is None else model,
+                learning_rate=args.learning_rate,
+                learning_rate_encoder=args.learning_rate_encoder,
+                layer_decay=args.layer_decay,
+                component_decay=args.component_decay,
+                weight_decay=args.weight_decay,
+            )
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The schedule of `lr_scheduler_type`."""
+        if self.lr_scheduler is None and self.args.lr_scheduler_type == SchedulerType.CONSTANT_WITH_WARMUP:
+            drop = float("inf")
+            if not isinstance(self.train_dataset, torch.utils.data.IterableDataset):
+                batches = math.ceil(len(self.train_dataset) / (self._train_batch_size * self.args.world_size))
+                drop = self.args.lr_drop_epochs * math.ceil(batches / self.args.gradient_accumulation_steps)
+            factor = step_schedule(self.args.get_warmup_steps(num_training_steps), drop)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], None]:
+        """The micro-batches of one update, whose objects are counted over all processes."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        count = sum(len(target["class_labels"]) for batch in batches for target in batch["labels"])
+        total = torch.tensor(float(count), device=self.args.device)
+        self._num_objects = self.accelerator.reduce(total, reduction="sum")
+        return batches, None
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward of one micro-batch at the size drawn for the step -> its loss, for the log."""
+        resumed = self._resume_log()
+        inputs = self._prepare_inputs(inputs)
+        if self._sizes:
+            draw = np.random.default_rng([self.args.seed, self.state.global_step]).integers(len(self._sizes))
+            inputs = resize_batch(inputs, self._sizes[draw])
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        return loss if resumed is None else resumed.to(loss.device) + loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The losses of a micro-batch, divided by the objects x groups of the whole update.
+
+        Gradients are averaged over processes by DDP, and over micro-batches by the Trainer; both are undone here, so
+        that their sum is what one large batch on one process would give.
+        """
+        outputs = model(**inputs, num_objects=self._num_objects)
+        loss = outputs["loss"] * (self.accelerator.num_processes * self.current_gradient_accumulation_steps)
+        for name in _TERMS & outputs["loss_dict"].keys():
+            self._sums[name] = self._sums.get(name, 0) + outputs["loss_dict"][name]
+        return (loss, outputs) if return_outputs else loss
+
+    # -- log ---------------------------------------------------------------------------------------------------------
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        self._step_loss = tr_loss
+        num_steps = self.state.global_step - self._globalstep_last_logged
+        if self.control.should_log and num_steps and self._sums:
+            sums = {name: self.accelerator.reduce(value, reduction="sum") for name, value in sorted(self._sums.items())}
+            self._terms = {name: value.item() / num_steps for name, value in sums.items()}
+            self._sums = {}
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Log numbers: beside the loss its terms of the last layer, and of each class its AP."""
+        flat: dict[str, Any] = {}
+        kind = "segm_AP" if self._has_masks else "bbox_AP"
+        for name, value in logs.items():
+            if name.endswith("_per_class"):
+                prefix = name.removesuffix("per_class") + kind
+                if len(value) > 1:
+                    flat |= {f"{prefix}/{category}": numbers[kind] for category, numbers in value.items()}
+            else:
+                flat[name] = value
+        if "loss" in logs:
+            flat |= self._terms
+        super().log(flat, *args, **kwargs)
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+
+    def _evaluated_weights(self) -> AbstractContextManager[None]:
+        """Inside, the model holds what evaluation and checkpoints are about: during training the average."""
+        return self._average.in_model() if self._averages else nullcontext()
+
+    def evaluation_loop(
+        self,
+        dataloader: torch.utils.data.DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate the average during training, and with `eval_base_model` the weights too."""
+        arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        with self._evaluated_weights():
+            output = self._stream(*arguments)
+        if self._averages and self.args.eval_base_model:
+            output.metrics.update({_base(key): value for key, value in self._stream(*arguments).metrics.items()})
+        return output
+
+    def _stream(self, dataloader: Any, description: str, *args: Any) -> EvalLoopOutput:
+        """One pass over the data: `prediction_step` feeds the evaluator, and nothing else is kept."""
+        prefix = args[-1]
+        self._evaluation = evaluation = self._evaluation_of(dataloader.dataset)
+        output = super().evaluation_loop(dataloader, description, *args)
+        results = self._gather(evaluation)
+        output.metrics.update({f"{prefix}_{name}": value for name, value in results.items()})
+        if description == "Prediction":
+            output = output._replace(predictions=list(evaluation.evaluator.predictions()))
+        return output
+
+    def _evaluation_of(self, dataset: Any) -> "_Evaluation":
+        """An empty evaluation against the ground truth of a data set."""
+        if isinstance(dataset, PreparedDataset):
+            truth, category_of = dataset.dataset.coco(), category_of_labels(self.model.config, dataset.dataset)
+        elif self.eval_annotations is not None:
+            truth = self.eval_annotations
+            category_of = {category["id"]: category["id"] for category in truth["categories"]}
+        elif hasattr(dataset, "column_names"):  # a datasets.Dataset whose transform prepares the samples
+            rows = load_instance_dataset(dataset.with_format(None))["train"]
+            truth, category_of = rows.coco(), {number: number for number in rows.category_ids}
+        else:
+            raise ValueError(
+                f"the ground truth of a {type(dataset).__name__} is not known; evaluate an InstanceDataset (from"
+                " load_instance_dataset), or pass eval_annotations, a COCO dictionary"
+            )
+        return _Evaluation(InstanceSegmentationEvaluator(truth), category_of)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, None, None]:
+        """Evaluate one batch. Everything that is kept of it is in the evaluator.
+
+        Without a compute_metrics `Trainer.evaluate` always asks for the loss only, so the arguments decide about it.
+        """
+        inputs = self._prepare_inputs(inputs)
+        num_new = self._count_new(len(inputs["pixel_values"]))
+        # Sharded models must run in step, so a batch of repeated pictures only still runs one of them.
+        inputs = {name: value[: max(1, num_new)] for name, value in inputs.items()}
+        labels = inputs["labels"]
+        missing = {"image_id", "orig_size"} - labels[0].keys()
+        if missing:
+            raise ValueError(
+                f"labels without {sorted(missing)} cannot be evaluated; keep what the image processor returns"
+            )
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs, num_objects=torch.ones((), device=self.args.device))
+        if num_new == 0:
+            return None, None, None
+        evaluation = self._evaluation
+        evaluation.loss += outputs["loss"].item()
+        evaluation.num_objects += sum(len(target["class_labels"]) for target in labels)
+        if not self.args.prediction_loss_only:
+            found = detect(
+                outputs,
+                [target["orig_size"].tolist() for target in labels],
+                score_threshold=self.args.eval_score_threshold or None,
+                pixel_mask=inputs.get("pixel_mask"),
+            )
+            for target, detections in zip(labels, found, strict=True):
+                kept = with_categories(detections, evaluation.category_of)
+                evaluation.evaluator.update(target["image_id"].item(), **kept)
+        return None, None, None
+
+    def _count_new(self, batch_size: int) -> int:
+        """Pictures of this process's batch that are not repetitions, with which accelerate fills up the last ones."""
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return batch_size
+        return min(max(state.remainder - self.args.process_index * self.args.eval_batch_size, 0), batch_size)
+
+    def _gather(self, evaluation: "_Evaluation") -> dict[str, Any]:
+        """The numbers of all processes' results, computed by the first one, on all of them."""
+        results: list[Any] = [None]
+        parts = [(evaluation.evaluator.state(), evaluation.loss, evaluation.num_objects)]
+        if self.args.world_size > 1:
+            is_first = self.args.process_index == 0
+            gathered = [None] * self.args.world_size if is_first else None
+            torch.distributed.gather_object(parts[0], gathered)
+            parts = gathered or []
+        if self.args.process_index == 0:
+            try:
+                for state, _, _ in parts[1:]:
+                    evaluation.evaluator.merge(state)
+                loss = sum(part[1] for part in parts) / max(1, sum(part[2] for part in parts))
+                results = [{"loss": loss, **(evaluation.evaluator.compute() if len(evaluation.evaluator) else {})}]
+            except Exception as error:  # the others wait for an answer
+                results = [error]
+        if self.args.world_size > 1:
+            torch.distributed.broadcast_object_list(results)
+        if isinstance(results[0], Exception):
+            raise results[0]
+        return results[0]
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Write the model, its configuration and the processor: during training with the averaged weights."""
+        with self._evaluated_weights():
+            super().save_model(*args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the model card; a score threshold of the evaluation is named in it."""
+        super().create_model_card(*args, **kwargs)
+        card = Path(self.args.output_dir, "README.md")
+        if self.args.eval_score_threshold and card.is_file():
+            note = _THRESHOLD_NOTE.format(self.args.eval_score_threshold)
+            card.write_text(f"{card.read_text(encoding='utf-8')}\n{note}\n", encoding="utf-8")
+
+    def _determine_best_metric(self, metrics: dict[str, Any], trial: Any) -> bool:
+        """Keep the best weights of each kind, and of all."""
+        key = _best_key(self.args)
+        if key in metrics:
+            self._keep_best("ema" if self._averages else "regular", metrics[key], trial)
+        if _base(key) in metrics:
+            self._keep_best("regular", metrics[_base(key)], trial)
+        return super()._determine_best_metric(deciding(self.args, metrics), trial)
+
+    def _keep_best(self, kind: str, value: float, trial: Any) -> None:
+        """Write `best_<kind>` if `value` is the best of its kind so far, and `best_total` if it is the best of all."""
+        sign = 1 if self.args.greater_is_better else -1
+        better = {other: sign * value > sign * self._best[other] for other in (kind, "total") if other in self._best}
+        if not better.get(kind, True):
+            return
+        root = Path(self._get_output_dir(trial))
+        with self._average.in_model() if kind == "ema" else nullcontext():
+            super().save_model(str(root / f".best_{kind}"), _internal_call=True)
+        for other in [kind] + ["total"] * better.get("total", True):
+            self._best[other] = value
+            if self.args.should_save:
+                replace_folder(root / f".best_{kind}", root / f"best_{other}")
+        if self.args.should_save:
+            shutil.rmtree(root / f".best_{kind}")
+
+    def _load_best_model(self) -> None:
+        """Load the best of all weights, which with `eval_base_model` need not be the ones of the best checkpoint."""
+        checkpoint, best = self.state.best_model_checkpoint, Path(self.args.output_dir, "best_total")
+        if best.is_dir() and not self.is_fsdp_enabled:
+            self.state.best_model_checkpoint = str(best)
+        super()._load_best_model()
+        self.state.best_model_checkpoint = checkpoint
+        self._average = None  # the model is not to be averaged over
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint: first what transformers does not know, last its state, which marks it as whole."""
+        folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        folder.mkdir(parents=True, exist_ok=True)
+        if not self.args.save_only_model:
+            self._save_recipe(folder)
+        super()._save_checkpoint(model, trial)
+
+    def _save_recipe(self, folder: Path) -> None:
+        gather = self.accelerator.gather
+        sums = {"loss": self._step_loss, **self._sums}
+        sums = {name: gather(value.detach().float().reshape(1)).tolist() for name, value in sorted(sums.items())}
+        tensors: dict[str, Tensor] = {}
+        if self._average is not None:
+            tensors = {f"average.{name}": tensor for name, tensor in self._average.state_dict().items()}
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    tensors[f"weights.{name}"] = whole(parameter)
+        if not self.args.should_save:
+            return
+        if tensors:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / _WEIGHTS_NAME)
+        state = {
+            "num_updates": self._average.num_updates if self._average is not None else 0,
+            "best": self._best,
+            "sums_since_log": sums,
+            "last_logged_step": self._globalstep_last_logged,
+            "total_loss": self._total_loss_scalar,
+        }
+        (folder / _STATE_NAME).write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the weights that training goes on with; the model file of a checkpoint holds their average."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        folder = Path(resume_from_checkpoint)
+        self._resumed = None
+        if not (folder / _STATE_NAME).is_file():
+            return
+        self._resumed = json.loads((folder / _STATE_NAME).read_text(encoding="utf-8"))
+        self._best = dict(self._resumed["best"])
+        if (folder / _WEIGHTS_NAME).is_file():
+            tensors = load_file(folder / _WEIGHTS_NAME)
+            for name, parameter in (model or self.model).named_parameters():
+                if f"weights.{name}" in tensors:
+                    copy_whole(parameter, tensors[f"weights.{name}"])
+            self._resumed["average"] = {
+                name.removeprefix("average."): tensor for name, tensor in tensors.items() if name.startswith("average.")
+            }
+
+    def _start_average(self) -> None:
+        """Begin the average with the weights as they are, or continue a checkpoint's."""
+        if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 1:
+            raise ValueError(
+                "the weights cannot be averaged in the flat form of FSDP version 1; pass "
+                'fsdp_config={"version": 2}, or ema=False'
+            )
+        self._average = WeightAverage(self.model, self.args.ema_decay, self.args.ema_tau)
+        if self._resumed and "average" in self._resumed:
+            self._average.load_state_dict(self._resumed.pop("average"), self._resumed["num_updates"])
+
+    def _resume_log(self) -> Tensor | None:
+        """Once, before the first step of a resumed run: the sums since the last log entry; the loss's is returned."""
+        if self._resumed is None:
+            return None
+        resumed, self._resumed = self._resumed, None
+        rank = self.args.process_index
+        sums = {
+            name: torch.tensor(values[rank] if rank < len(values) else 0.0, device=self.args.device)
+            for name, values in resumed["sums_since_log"].items()
+        }
+        self._globalstep_last_logged = resumed["last_logged_step"]
+        self._total_loss_scalar = resumed["total_loss"]
+        if hasattr(self, "_initial_global_step"):  # newer transformers averages over the steps of this call only
+            self._initial_global_step = 0
+        loss = sums.pop("loss")
+        self._sums = sums
+        return loss
+
+
+@dataclass
+class _Evaluation:
+    """What one pass over a data set adds up."""
+
+    evaluator: InstanceSegmentationEvaluator
+    category_of: dict[int, int]  # class index -> category id; classes without one are not evaluated
+    loss: float = 0.0  # summed over objects
+    num_objects: int = 0
+
+
+class _Recipe(TrainerCallback):
+    """Calls the trainer where transformers has no method to override."""
+
+    def __init__(self, trainer: RfDetrTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if args.ema:
+            self.trainer._start_average()
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self.trainer._average is not None:
+            self.trainer._average.update()
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self.trainer._average is not None:
+            self.trainer._average.copy_to_model()
+            self.trainer._average = None
+
+
+class _EarlyStopping(EarlyStoppingCallback):
+    """Stops when the metric stays that [`deciding`] names."""
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: dict[str, Any], **kwargs: Any) -> None:
+        super().on_evaluate(args, state, control, deciding(args, metrics), **kwargs)
+
+
+def _best_key(args: RfDetrTrainingArguments) -> str:
+    return "eval_" + args.metric_for_best_model.removeprefix("eval_")
+
+
+def _base(key: str) -> str:
+    """The name of a metric of the weights themselves."""
+    return key.replace("eval_", "eval_base_", 1)
+
+
+def deciding(args: RfDetrTrainingArguments, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics in which the one for the best model is the better of average and weights, if both may decide."""
+    key = _best_key(args)
+    if _base(key) not in metrics or args.early_stopping_use_ema:
+        return metrics
+    return {**metrics, key: (max if args.greater_is_better else min)(metrics[key], metrics[_base(key)])}
+
+
+def adopt_classes(config: RfDetrConfig, dataset: InstanceDataset | InstanceStream) -> None:
+    """Check that the model's classes are the data's, and note the data's category ids in the configuration.
+
+    A model whose classes have no names yet takes them over.
+
+    Raises:
+        ValueError: the number or the names of the classes differ.
+    """
+    names, wanted = dict(config.id2label), dict(dataset.id2label)
+    if names != wanted and len(names) == len(wanted) and all(name.startswith("LABEL_") for name in names.values()):
+        config.id2label, config.label2id = wanted, {name: label for label, name in wanted.items()}
+        names = wanted
+    # The heads of rfdetr's fine-tuned checkpoints have one row more.
+    if {label: name for label, name in names.items() if name != "__background__"} != wanted:
+        raise ValueError(
+            f"the model's {len(names)} classes {_shorten(names)} are not the data's {len(wanted)} {_shorten(wanted)}; "
+            "load it with from_pretrained(..., id2label=data.id2label, ignore_mismatched_sizes=True)"
+        )
+    config.category_ids = list(dataset.category_ids)
+
+
+def _shorten(names: Mapping[int, str]) -> str:
+    text = ", ".join(f"{label}: {name}" for label, name in list(names.items())[:4])
+    return f"{{{text}{', ...' if len(names) > 4 else ''}}}"
+
+
+def newest_checkpoint(output_dir: str) -> str:
+    """The newest checkpoint of a folder whose state, written last, can be read.
+
+    Raises:
+        ValueError: there is none.
+    """
+    checkpoints = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    numbered = [path for path in checkpoints if path.name.rpartition("-")[2].isdigit()]
+    for path in sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        try:
+            TrainerState.load_from_json(str(path / "trainer_state.json"))
+            return str(path)
+        except (OSError, ValueError, TypeError):
+            logger.warning(f"{path} is not a whole checkpoint; looking for an older one")
+    raise ValueError(f"no whole checkpoint in {output_dir}; train without resume_from_checkpoint first")
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Copy the weights, configuration and processor in `source` to `target`, which is whole at every moment."""
+    fresh, old = target.with_name(f".new_{target.name}"), target.with_name(f".old_{target.name}")
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.copytree(source, fresh, ignore=shutil.ignore_patterns("training_args.bin"))
+    if target.exists():
+        os.replace(target, old)
+    os.replace(fresh, target)
+    shutil.rmtree(old, ignore_errors=True)
