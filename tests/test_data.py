@@ -6,6 +6,7 @@ import json
 import pickle
 import random
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from transformers_rfdetr import RfDetrImageProcessor
 from transformers_rfdetr.augmentation import FlipAndCrop
@@ -181,6 +182,13 @@ def test_a_roboflow_export_without_its_parent_category(tmp_path):
     assert data.category_ids == [3, 7]
     check_samples(data["test"])
     assert data["test"].coco()["categories"] == [{"id": 3, "name": "roof"}, {"id": 7, "name": "tree"}]
+
+
+def test_a_category_of_its_own_group_keeps_its_label_without_objects(tmp_path):
+    person = {"id": 1, "name": "person", "supercategory": "person"}  # as in COCO
+    save_pictures(tmp_path)
+    path = save_coco(tmp_path / "a.json", coco(categories=[person, *CATEGORIES]))
+    assert load_instance_dataset(path).id2label == {0: "person", 1: "roof", 2: "tree"}
 
 
 def test_a_parent_that_has_objects_in_any_split_keeps_its_label(tmp_path):
@@ -389,11 +397,12 @@ def test_counts_by_hand():
 
 def test_the_table_shows_classes_and_splits(tmp_path):
     content = coco()
-    content["annotations"].append({"id": 15, "image_id": 101, "category_id": 3, "bbox": [0, 0, 4, 4]})
+    box = {"image_id": 101, "category_id": 3, "bbox": [0, 0, 4, 4]}
+    content["annotations"] += [{**box, "id": 15}, {**box, "id": 16, "iscrowd": 1}]
     data = load_instance_dataset(split_files(tmp_path, train=content, validation=coco()))
     lines = str(data).splitlines()
     assert [line.split() for line in lines[1:3]] == [
-        ["0", "roof", "3", "2", "0", "2", "1", "0", "1"],
+        ["0", "roof", "3", "2", "1", "2", "1", "0", "1"],
         ["1", "tree", "7", "2", "1", "2", "2", "1", "2"],
     ]
     assert lines[3:] == [
@@ -628,12 +637,13 @@ def test_other_usual_names_and_missing_fields():
 
 
 @pytest.mark.parametrize("as_columns", [True, False])
-def test_rle_in_rows(as_columns):
+@pytest.mark.parametrize("missing", [None, {"size": None, "counts": None}])
+def test_rle_in_rows(as_columns, missing):
     mask = np.zeros((40, 60), np.uint8)
     mask[3:9, 7:30] = 1
     rle = coco_mask.encode(np.asfortranarray(mask))
     rle["counts"] = rle["counts"].decode()
-    listed = [{"category": "roof", "mask": rle}, {"category": "roof", "mask": None, "bbox": [1.0, 2.0, 3.0, 4.0]}]
+    listed = [{"category": "roof", "mask": rle}, {"category": "roof", "mask": missing, "bbox": [1.0, 2.0, 3.0, 4.0]}]
     for item in listed:
         item.setdefault("bbox", None)
     content = {key: [item[key] for item in listed] for key in listed[0]} if as_columns else listed
@@ -703,6 +713,23 @@ def test_annotations_are_read_without_decoding_pictures():
     assert [(image["height"], image["width"]) for image in data["train"].coco()["images"]] == SIZES
     with pytest.raises(ValueError, match="cannot"):
         data["train"][0]
+
+
+def test_sizes_of_rows_come_from_the_headers_of_the_files():
+    file = BytesIO()
+    pictures()[0].save(file, "PNG")
+    cut_off = {"bytes": file.getvalue()[:100], "path": None}
+    content = [{"image": cut_off, "objects": [{"category": 3, "bbox": [1.0, 2.0, 3.0, 4.0]}]}]
+    item = {"category": datasets.Value("int64"), "bbox": datasets.Sequence(datasets.Value("float32"))}
+    plain = datasets.Features({"image": datasets.Image(), "objects": [item]})
+    truth = load_instance_dataset(datasets.Dataset.from_list(content, features=plain))["train"].coco()
+    assert truth["images"] == [{"id": 0, "height": 40, "width": 60}]
+
+
+def test_splits_whose_categories_are_of_two_kinds_are_refused():
+    tables = [datasets.Dataset.from_list(rows(category)) for category in (ID_TO_NAME.get, lambda number: number)]
+    with pytest.raises(ValueError, match=r"\{'train': 'string', 'test': 'number'\}; give them one type"):
+        load_instance_dataset({"train": tables[0], "test": tables[1]})
 
 
 def test_rows_that_were_selected_or_formatted_read_alike():
@@ -870,6 +897,14 @@ def test_draws_follow_from_seed_epoch_and_index_alone():
     assert before[2] == random.getstate()
 
 
+def test_each_index_has_draws_of_its_own():
+    [image], content = draw_dataset(1)
+    content["images"] = [{**content["images"][0], "id": number} for number in range(6)]
+    content["annotations"] = []
+    prepared = InstanceDataset(content, [image] * 6).with_processor(processor(), augmentation=FlipAndCrop())
+    assert len({prepared[index]["pixel_values"].numpy().tobytes() for index in range(6)}) > 1
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_workers_and_order_change_nothing(num_workers):
     prepared = drawn().with_processor(processor(), augmentation=FlipAndCrop(), seed=5)
@@ -898,7 +933,19 @@ def test_prepared_data_can_be_pickled():
     assert same(pickle.loads(pickle.dumps(prepared))[1], prepared[1])
 
 
-def test_the_stock_trainer_tells_the_epoch_through_a_callback(tmp_path):
+def test_the_callback_tells_the_epoch_that_begins():
+    prepared = drawn(2).with_processor(processor(), augmentation=FlipAndCrop())
+    prepared.set_epoch(2)
+    expected = [prepared[0], prepared[1]]
+    prepared.set_epoch(0)
+    assert not same([prepared[0], prepared[1]], expected)
+    state = TrainerState(epoch=2.0)
+    FollowEpoch().on_epoch_begin(None, state, None, train_dataloader=loader(prepared))
+    assert same([prepared[0], prepared[1]], expected)
+    FollowEpoch().on_epoch_begin(None, state, None, train_dataloader=loader([1, 2]))  # of no concern to it
+
+
+def test_the_stock_trainer_draws_anew_in_each_epoch(tmp_path):
     class Recorder(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -1036,6 +1083,17 @@ def test_draws_of_a_stream_follow_from_seed_epoch_and_place():
     assert not same(samples(), samples(seed=1))
     assert same(epoch(0), samples())
     assert not same(epoch(0), epoch(1))
+
+
+def test_each_process_and_each_worker_has_draws_of_its_own():
+    # All rows hold the same box; 2 shards of 6 rows.
+    arguments = {"augmentation": FlipAndCrop(crop=1.0, crop_sides=(200, 500)), "repeat": False}
+    processes = [[sample["labels"]["boxes"] for sample in stream(2, process=(rank, 2), **arguments)] for rank in (0, 1)]
+    assert len(processes[0]) == len(processes[1]) == 6
+    assert not same(*processes)
+    batches = [batch["labels"][0]["boxes"] for batch in loader(stream(2, **arguments), num_workers=2, batch_size=1)]
+    assert len(batches) == 12
+    assert not same(batches[::2], batches[1::2])
 
 
 def test_a_worker_without_a_shard_ends_instead_of_waiting():

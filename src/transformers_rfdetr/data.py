@@ -605,8 +605,9 @@ class PreparedDataset(torch.utils.data.Dataset):
     unless the processor makes every picture the same size, `pixel_mask` (H, W). [`collate_fn`] makes batches of them.
 
     What is drawn depends on seed, epoch and index alone, not on workers, order or the global generators. `set_epoch`
-    reaches persistent workers too. accelerate, and with it the stock Trainer, tells the epoch to the sampler and not
-    to the data set: pass `callbacks=[FollowEpoch()]` to it, or each epoch has the same draws.
+    reaches persistent workers too. accelerate, and with it the stock Trainer, tells the epoch to the sampler instead of
+    the data set where there are several processes: pass `callbacks=[FollowEpoch()]` to it, or each epoch has the same
+    draws.
 
     Args:
         dataset: The annotated pictures; `prepared.dataset`.
@@ -951,7 +952,7 @@ def _yolo_records(pictures: Sequence[Path], root: Path, classes: Mapping[int, st
 def _yolo_label_file(picture: Path) -> Path:
     """.../images/a/1.jpg -> .../labels/a/1.txt; beside the picture where no folder is called images."""
     parts = list(picture.parts)
-    folders = [i for i, part in enumerate(parts[:-1]) if part == "images"]
+    folders = [i for i, part in enumerate(parts) if part == "images"]
     if folders:
         parts[folders[-1]] = "labels"
     return Path(*parts).with_suffix(".txt")

@@ -250,9 +250,10 @@ def mask_losses(
     """Cross-entropy (mean over points) and Dice loss of the matched masks, each summed over the N pairs."""
     height, width = masks.pixels.shape[-2:]
     num_points = max(height, height * width // ratio)
+    # unbind, because the gradient of an index is a tensor of the whole batch for each of its images.
     matched = [
-        torch.einsum("nd,dhw->nhw", masks.queries[image, queries], masks.pixels[image])
-        for image, (queries, _) in enumerate(pairs)
+        torch.einsum("nd,dhw->nhw", of_image[queries], pixels)
+        for of_image, pixels, (queries, _) in zip(masks.queries.unbind(), masks.pixels.unbind(), pairs, strict=True)
     ]
     logits = torch.cat(matched) + masks.bias
     with torch.no_grad():

@@ -720,7 +720,7 @@ def detect(
         masks = None
         if mask_logits is not None:
             valid_size = None if pixel_mask is None else _valid_size(pixel_mask[index], mask_logits.shape[-2:])
-            regions = upsample_masks(mask_logits[index, queries[best]], size, 0.0, valid_size)
+            regions = upsample_masks(mask_logits[index, torch.from_numpy(queries[best])], size, 0.0, valid_size)
             masks = [region_to_rle(region, top, left, size) for region, top, left in regions]
         results.append({"scores": scores[best], "labels": labels[best], "boxes": boxes[best], "masks": masks})
     return results

@@ -109,12 +109,15 @@ class RfDetrTrainingArguments(TrainingArguments):
     learning_rate: float = 1e-4
     weight_decay: float = 1e-4
     max_grad_norm: float = 0.1
-    lr_scheduler_type: str = "step"  # type: ignore[assignment]
-    bf16: bool | None = None  # type: ignore[assignment]
-    eval_strategy: str = "epoch"  # type: ignore[assignment]
-    save_strategy: str = "epoch"  # type: ignore[assignment]
+    lr_scheduler_type: str = "step"
+    bf16: bool | None = None
+    fp16: bool = False
+    data_seed: int | None = None
+    dataloader_pin_memory: bool = True
+    eval_strategy: str = "epoch"
+    save_strategy: str = "epoch"
     save_total_limit: int | None = 2
-    load_best_model_at_end: bool | None = None  # type: ignore[assignment]
+    load_best_model_at_end: bool | None = None
     metric_for_best_model: str | None = None
     logging_steps: float = 10
     logging_nan_inf_filter: bool = False
@@ -159,6 +162,7 @@ class RfDetrTrainingArguments(TrainingArguments):
             on_gpu = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)
             self.fp16 = self.fp16 or (on_gpu and not self.bf16)
+        self.dataloader_pin_memory &= torch.cuda.is_available() and not self.use_cpu
         if self.load_best_model_at_end is None:
             self.load_best_model_at_end = "no" != self.eval_strategy == self.save_strategy
         if self.metric_for_best_model is None:
@@ -214,6 +218,13 @@ class RfDetrTrainer(Trainer):
     Raises:
         ValueError: several GPUs without a process for each; classes of the data set that are not the model's.
     """
+
+    # Set by Trainer.
+    train_dataset: Any
+    eval_dataset: Any
+    processing_class: Any
+    optimizer: Any
+    lr_scheduler: Any
 
     def __init__(
         self,
@@ -506,6 +517,7 @@ class RfDetrTrainer(Trainer):
 
     def _evaluation_of(self, dataset: Any) -> "_Evaluation":
         """An empty evaluation against the ground truth of a data set."""
+        truth: Mapping[str, Any]
         if isinstance(dataset, PreparedDataset):
             truth, category_of = dataset.dataset.coco(), category_of_labels(self.model.config, dataset.dataset)
         elif self.eval_annotations is not None:
@@ -571,7 +583,7 @@ class RfDetrTrainer(Trainer):
     def _gather(self, evaluation: "_Evaluation") -> dict[str, Any]:
         """The numbers of all processes' results, computed by the first one, on all of them."""
         results: list[Any] = [None]
-        parts = [(evaluation.evaluator.state(), evaluation.loss, evaluation.num_objects)]
+        parts: list[Any] = [(evaluation.evaluator.state(), evaluation.loss, evaluation.num_objects)]
         if self.args.world_size > 1:
             is_first = self.args.process_index == 0
             gathered = [None] * self.args.world_size if is_first else None

@@ -15,6 +15,7 @@ from transformers import AutoModelForInstanceSegmentation
 from transformers.utils import logging
 
 from .. import (
+    FlipAndCrop,
     InstanceDataset,
     RfDetrConfig,
     RfDetrForInstanceSegmentation,
@@ -25,6 +26,7 @@ from .. import (
     load_instance_dataset,
 )
 from ..demo_data import draw_scene
+from ..masks import rasterize, read_segmentation
 from ..visualization import draw_instances
 
 _SIZE = 96
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _recipe(options.output / "run", options.steps, options.seed, options.train),
         train_dataset=data["train"],
         eval_dataset=data["validation"],
-        augmentation=turn_and_flip,
+        augmentation=FlipAndCrop(crop=0.0),
     )
     trainer.train()
     saved = options.output / "model"
@@ -100,7 +102,8 @@ def _draw_data(folder: Path, counts: dict[str, int]) -> Any:
     for split, count in counts.items():
         (folder / split).mkdir(parents=True, exist_ok=True)
         first = _VALIDATION_SEED if split == "valid" else 0
-        images, annotations = [], []
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         for seed in logging.tqdm(range(first, first + count), desc=f"Drawing {split}"):
             picture, objects = draw_scene(seed, (_SIZE, _SIZE), metres_per_pixel=0.6)
             name = f"{seed:07d}.png"
@@ -189,7 +192,8 @@ def _draw_predictions(
         [found] = processor.post_process_instance_segmentation(
             outputs, _THRESHOLD, target_sizes=[image.size[::-1]], return_binary_maps=True
         )
-        truth = _truth(sample)
+        shapes = [read_segmentation(item["segmentation"], (_SIZE, _SIZE)) for item in sample["annotations"]]
+        truth = rasterize(shapes, (_SIZE, _SIZE), (_SIZE, _SIZE))
         scores = [segment["score"] for segment in found["segments_info"]]
         for column, (masks, values) in enumerate([(None, None), (truth, None), (found["segmentation"], scores)]):
             large = image.resize((tile, tile), Image.Resampling.BICUBIC)
@@ -198,3 +202,7 @@ def _draw_predictions(
                 large = draw_instances(large, wide, scores=values)
             sheet.paste(large, (column * (tile + gap), row * (tile + gap)))
     return sheet
+
+
+if __name__ == "__main__":
+    sys.exit(main())
