@@ -9,9 +9,11 @@ PIP = $(VENV)/bin/python -m pip install --quiet
 
 .PHONY: demo demo-predict test test-long test-versions lint clean
 
-# IMAGE=photo.jpg and MODEL=folder-or-hub-id take yours; without them a drawn picture and random weights.
-demo: demo-predict
+# Trains from scratch on drawn pictures, at most 6 minutes on 2 cores; everything it writes is in demo/.
+demo: $(VENV)/.train
+	$(VENV)/bin/python -m transformers_rfdetr.cli.demo
 
+# IMAGE=photo.jpg and MODEL=folder-or-hub-id take yours; without them a drawn picture and random weights.
 demo-predict: $(VENV)/.core
 	$(VENV)/bin/python -m transformers_rfdetr.cli.demo_predict $(if $(IMAGE),--image '$(IMAGE)') $(if $(MODEL),--model '$(MODEL)')
 
@@ -42,6 +44,10 @@ $(VENV)/bin/python:
 
 $(VENV)/.core: pyproject.toml | $(VENV)/bin/python
 	$(PIP) -e .
+	touch $@
+
+$(VENV)/.train: $(VENV)/.core
+	$(PIP) -e ".[train]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.core

@@ -1,4 +1,4 @@
-"""The drawn pictures, the drawing of instances, and the command that `make demo` runs."""
+"""The drawn pictures, the drawing of instances, and the command that `make demo-predict` runs."""
 
 import json
 import os

@@ -52,7 +52,7 @@ class FlipAndCrop:
         >>> picture, annotations = draw_scene(seed=0)
         >>> picture, annotations = FlipAndCrop(crop=1.0)(picture, annotations, np.random.default_rng(0))
         >>> picture.size
-        (384, 384)
+        (339, 339)
 
     Args:
         flip: Probability that the picture is mirrored, left to right.

@@ -1,0 +1,93 @@
+"""Training learns: two pictures by heart, and the command that `make demo` runs."""
+
+import contextlib
+import copy
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from transformers_rfdetr import RfDetrForInstanceSegmentation
+from transformers_rfdetr.cli import demo
+from transformers_rfdetr.data import InstanceDataset
+from transformers_rfdetr.demo_data import draw_dataset
+from transformers_rfdetr.trainer import RfDetrTrainer, RfDetrTrainingArguments
+
+from small_models import small_config
+from training_run import QUICK
+
+
+def test_two_pictures_are_learned_by_heart_to_a_mask_ap_of_0_9(tmp_path):
+    pictures, coco = draw_dataset(2, (96, 96), metres_per_pixel=0.3)
+    data = InstanceDataset(coco, pictures)
+    backbone = {"hidden_size": 64, "image_size": 96, "patch_size": 8}
+    config = small_config(
+        backbone_config=backbone, d_model=64, decoder_ffn_dim=128, num_queries=8, mask_downsample_ratio=2, num_labels=1
+    )
+    torch.manual_seed(0)
+    model = RfDetrForInstanceSegmentation(config)
+    settings = QUICK | {
+        "num_train_epochs": 250,
+        "learning_rate": 2e-3,
+        "learning_rate_encoder": 2e-3,
+        "layer_decay": 1.0,
+        "component_decay": 1.0,
+        "max_grad_norm": 1.0,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 10,
+        "ema_decay": 0.95,
+        "multi_scale": False,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "logging_steps": 50,
+    }
+    arguments = RfDetrTrainingArguments(str(tmp_path), **settings)
+    trainer = RfDetrTrainer(model, arguments, train_dataset=data, eval_dataset=None, augmentation=None)
+    trainer.train()
+    metrics = trainer.evaluate(data)
+    assert metrics["eval_segm_AP"] >= 0.9
+    assert metrics["eval_mean_iou"] >= 0.9
+
+    # pycocotools by itself, on what the trainer predicts.
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = copy.deepcopy(coco)
+        truth.createIndex()
+        evaluation = COCOeval(truth, truth.loadRes(trainer.predict(data).predictions), "segm")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    assert metrics["eval_segm_AP"] == pytest.approx(evaluation.stats[0], abs=1e-9)
+    assert metrics["eval_segm_AP75"] == pytest.approx(evaluation.stats[2], abs=1e-9)
+    assert metrics["eval_segm_AR_1"] == pytest.approx(evaluation.stats[6], abs=1e-9)
+
+
+def test_the_demo_trains_saves_loads_back_and_draws(tmp_path, capsys):
+    options = ["--output", str(tmp_path), "--steps", "2", "--train", "16", "--validation", "8"]
+    assert demo.main(options) == 0
+    printed = capsys.readouterr().out
+    assert "building" in printed
+    numbers = json.loads((tmp_path / "metrics.json").read_text())
+    assert f"{numbers['segm_AP50']:10.3f}" in printed
+    assert "mean IoU" in printed
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    sheet = np.asarray(Image.open(tmp_path / "predictions.png"))
+    assert sheet.shape == (6 * 3 * 96 + 5 * 6, 3 * 3 * 96 + 2 * 6, 3)
+    truth = sheet[: 3 * 96, 3 * 96 + 6 : 2 * 3 * 96 + 6]
+    assert not np.array_equal(truth, sheet[: 3 * 96, : 3 * 96])  # the ground truth is drawn over the picture
+    files = {path.name for path in (tmp_path / "data" / "valid").iterdir()}
+    assert len(files) == 9
+    assert "_annotations.coco.json" in files
+
+
+@pytest.mark.parametrize("option", ["--steps", "--train", "--validation"])
+def test_the_demo_refuses_numbers_that_make_no_run(option, capsys):
+    with pytest.raises(SystemExit) as ended:
+        demo.main([option, "0"])
+    assert ended.value.code == 2
+    assert f"{option} 0 must be at least" in capsys.readouterr().err
