@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--output", default="runs/nuclei")
-    parser.add_argument("--epochs", type=float, default=100)
+    parser.add_argument("--epochs", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     started = time.perf_counter()
@@ -36,7 +36,7 @@ def main() -> None:
             "hidden_size": 128,
             "num_hidden_layers": 6,
             "num_attention_heads": 4,
-            "image_size": 256,
+            "image_size": 192,
             "patch_size": 8,
             "num_windows": 2,
             "out_indices": [2, 3, 5, 6],
@@ -57,8 +57,8 @@ def main() -> None:
         num_train_epochs=options.epochs,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=1,
-        learning_rate=6e-4,
-        learning_rate_encoder=6e-4,
+        learning_rate=1e-3,
+        learning_rate_encoder=1e-3,
         layer_decay=1.0,
         component_decay=1.0,
         max_grad_norm=1.0,
@@ -75,7 +75,11 @@ def main() -> None:
     )
     model = RfDetrForInstanceSegmentation(config)
     trainer = RfDetrTrainer(
-        model, arguments, train_dataset=data["train"], eval_dataset=data["validation"], augmentation=FlipAndCrop()
+        model,
+        arguments,
+        train_dataset=data["train"],
+        eval_dataset=data["validation"],
+        augmentation=FlipAndCrop(turn=0.75),
     )
     trainer.train()
     numbers = trainer.evaluate()

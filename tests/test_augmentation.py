@@ -140,12 +140,13 @@ def test_a_cut_box_is_clipped_and_its_area_is_that_of_what_is_left():
     annotations = [
         annotated(bbox=[2.0, 2.0, 6.0, 6.0], area=36.0, segmentation=SQUARE),
         annotated(bbox=[0.0, 0.0, 8.0, 6.0], area=24.0),  # half of its box
+        annotated(bbox=[2.0, 2.0, 9.0, 6.0], area=36.0, segmentation=SQUARE),  # a box that is larger than its shape
         annotated(bbox=[0.0, 0.0, 4.0, 10.0], area=40.0),  # outside
         annotated(bbox=[2.0, 2.0, 6.0, 6.0], area=12.0, segmentation=[[2, 2, 4, 2, 4, 8, 2, 8]]),  # only its box
     ]
     _, changed = FixedSquare(4, 0, 10)(blank(10, 20), annotations, rng())
-    assert [item["bbox"] for item in changed] == [[0.0, 2.0, 4.0, 6.0], [0.0, 0.0, 4.0, 6.0]]
-    assert [item["area"] for item in changed] == [24.0, 12.0]
+    assert [item["bbox"] for item in changed] == [[0.0, 2.0, 4.0, 6.0], [0.0, 0.0, 4.0, 6.0], [0.0, 2.0, 7.0, 6.0]]
+    assert [item["area"] for item in changed] == [24.0, 12.0, 24.0]
     assert annotations[0]["bbox"] == [2.0, 2.0, 6.0, 6.0]  # the given ones stay
     assert annotations[0]["segmentation"] is SQUARE
 
@@ -198,10 +199,13 @@ def test_squares_are_as_large_as_the_recipe_says_and_lie_anywhere_inside():
     assert abs(((lefts + sides / 2) / 1200).mean() - 0.5) < 0.02
 
 
+@pytest.mark.parametrize("crop_sides", [(384, 600), (1, 10)])
 @pytest.mark.parametrize("size", [(1, 1), (3, 50), (2, 1)])
-def test_small_pictures_work(size):
+def test_small_pictures_work(size, crop_sides):
     for seed in range(8):
-        picture, _ = FlipAndCrop(crop=1.0)(blank(*size), [annotated(bbox=[0, 0, 1, 1], area=1)], rng(seed))
+        picture, _ = FlipAndCrop(crop=1.0, crop_sides=crop_sides)(
+            blank(*size), [annotated(bbox=[0, 0, 1, 1], area=1)], rng(seed)
+        )
         assert 1 <= picture.width == picture.height <= min(size)
 
 
@@ -303,10 +307,12 @@ def test_large_pictures_are_scaled_down_before_masks_are_drawn(v2):
             return inpt
 
     annotations = [annotated(segmentation=[[20, 20, 80, 20, 80, 80, 20, 80]], bbox=[20, 20, 60, 60], area=3600)]
-    picture, [changed] = TorchvisionTransform(Look(), max_size=50)(blank(100, 200), annotations, rng())
-    assert sorted(seen) == [(1, 4), (1, 25, 50), (3, 25, 50)]
+    annotations.append(annotated(bbox=[40, 8, 80, 16], area=1280))
+    picture, [changed, box] = TorchvisionTransform(Look(), max_size=50)(blank(100, 200), annotations, rng())
+    assert sorted(seen) == [(2, 4), (2, 25, 50), (3, 25, 50)]
     assert picture.size == (50, 25)
     assert changed["bbox"] == [5.0, 5.0, 15.0, 15.0]
+    assert (box["bbox"], box["area"]) == ([10.0, 2.0, 20.0, 4.0], 80.0)
     assert read_segmentation(changed["segmentation"], (25, 50)) is not None
 
 
@@ -335,3 +341,26 @@ def test_without_torchvision_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ImportError, match="pip install torchvision"):
         as_augmentation(torch.nn.Identity())(blank(8, 8), [], rng())
+
+
+@pytest.mark.parametrize("quarters", [1, 2, 3])
+@pytest.mark.parametrize("seed", [0, 6])
+def test_turned_scenes_are_turned_as_their_pixels_are(quarters, seed):
+    picture, annotations = draw_scene(seed, (96, 128), metres_per_pixel=0.5)
+    generator = np.random.default_rng(0)
+    stub = type("Turns", (), {"random": generator.random, "integers": lambda self, low, high: quarters})()
+    turned_picture, turned = FlipAndCrop(flip=0.0, crop=0.0, turn=1.0)(picture, annotations, stub)
+    np.testing.assert_array_equal(np.asarray(turned_picture), np.rot90(np.asarray(picture), quarters))
+    assert len(turned) == len(annotations)
+    for before, after in zip(annotations, turned, strict=True):
+        expected = np.rot90(bitmap(before, (96, 128)), quarters)
+        mask = bitmap(after, expected.shape)
+        if isinstance(before["segmentation"], dict):
+            np.testing.assert_array_equal(mask, expected)
+        assert iou(mask, expected) > 0.9  # pycocotools draws a turned polygon up to 0.2 pixels off
+        x, y, width, height = after["bbox"]
+        rows, columns = np.nonzero(expected)
+        assert [x, y, x + width, y + height] == pytest.approx(
+            [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], abs=1.5
+        )
+        assert after["area"] == before["area"]

@@ -60,6 +60,8 @@ class FlipAndCrop:
         short_sides: Short sides in pixels that the picture is thought to be resized to.
         crop_sides: Smallest and largest side in pixels of the square in that resized picture; it is never larger than
             the picture's short side.
+        turn: Probability that the picture is turned by one, two or three quarters: for pictures without an up and a
+            down, such as those from above or from a microscope. The original recipe has none.
 
     Raises:
         ValueError: a probability outside [0, 1], a side below 1 pixel, or a smallest side above the largest.
@@ -71,21 +73,22 @@ class FlipAndCrop:
         crop: float = 0.5,
         short_sides: Sequence[int] = (400, 500, 600),
         crop_sides: tuple[int, int] = (384, 600),
+        turn: float = 0.0,
     ) -> None:
-        for name, value in (("flip", flip), ("crop", crop)):
+        for name, value in (("flip", flip), ("crop", crop), ("turn", turn)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} {value} is outside [0, 1]; it is a probability")
         if not short_sides or min(short_sides) < 1:
             raise ValueError(f"short_sides {short_sides!r} are not sides of at least 1 pixel; rfdetr's: 400, 500, 600")
         if len(crop_sides) != 2 or not 1 <= crop_sides[0] <= crop_sides[1]:
             raise ValueError(f"crop_sides {crop_sides!r} are not (smallest, largest) in pixels; rfdetr's: (384, 600)")
-        self.flip, self.crop = flip, crop
+        self.flip, self.crop, self.turn = flip, crop, turn
         self.short_sides, self.crop_sides = tuple(short_sides), tuple(crop_sides)
 
     def __call__(
         self, picture: Image.Image, annotations: Annotations, rng: np.random.Generator
     ) -> tuple[Image.Image, Annotations]:
-        """The picture, cut and mirrored as `rng` says, with what is left of its annotations."""
+        """The picture, cut, mirrored and turned as `rng` says, with what is left of its annotations."""
         if rng.random() < self.crop:
             left, top, side = self._draw_square(picture.size, rng)
             size = (picture.height, picture.width)
@@ -96,6 +99,11 @@ class FlipAndCrop:
             size = (picture.height, picture.width)
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             annotations = [_mirror(annotation, size) for annotation in annotations]
+        if self.turn and rng.random() < self.turn:
+            for _ in range(rng.integers(1, 4)):
+                size = (picture.height, picture.width)
+                picture = picture.transpose(Image.Transpose.ROTATE_90)
+                annotations = [_turn(annotation, size) for annotation in annotations]
         return picture, annotations
 
     def _draw_square(self, size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int, int]:
@@ -133,19 +141,49 @@ def _crop(annotation: dict[str, Any], size: tuple[int, int], left: int, top: int
 
 def _mirror(annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
     """The annotation of the picture of `size` mirrored left to right: x -> W - x."""
+    # A pixel lies between two whole numbers, so that the last column's right edge, W, becomes 0.
     width = size[1]
-    mirrored = dict(annotation)
-    if (box := annotation.get("bbox")) is not None:
-        mirrored["bbox"] = [width - box[0] - box[2], *box[1:]]
+    return _moved(
+        annotation,
+        size,
+        box=lambda x, y, w, h: [width - x - w, y, w, h],
+        points=lambda xy: xy * [-1, 1] + [width, 0],
+        pixels=np.fliplr,
+    )
+
+
+def _turn(annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    """The annotation of the picture of `size` turned by a quarter, counterclockwise: (x, y) -> (y, W - x)."""
+    width = size[1]
+    return _moved(
+        annotation,
+        size,
+        box=lambda x, y, w, h: [y, width - x - w, h, w],
+        points=lambda xy: xy[:, ::-1] * [1, -1] + [0, width],
+        pixels=np.rot90,
+    )
+
+
+def _moved(
+    annotation: dict[str, Any],
+    size: tuple[int, int],
+    *,
+    box: Callable[..., list[float]],
+    points: Callable[[np.ndarray], np.ndarray],
+    pixels: Callable[[np.ndarray], np.ndarray],
+) -> dict[str, Any]:
+    """The annotation with its box, the points (P, 2) of its polygons or the pixels (H, W) of its RLE moved."""
+    moved = dict(annotation)
+    if annotation.get("bbox") is not None:
+        moved["bbox"] = box(*annotation["bbox"])
     shape = read_segmentation(annotation.get("segmentation"), size)
     if isinstance(shape, dict):
-        shape = coco_mask.encode(np.asfortranarray(coco_mask.decode(shape)[:, ::-1]))
+        shape = coco_mask.encode(np.asfortranarray(pixels(coco_mask.decode(shape))))
     elif shape is not None:
-        # A pixel lies between two whole numbers, so that the last column's right edge, W, becomes 0.
-        shape = [polygon * np.resize([-1, 1], polygon.size) + np.resize([width, 0], polygon.size) for polygon in shape]
+        shape = [points(polygon.reshape(-1, 2)).ravel() for polygon in shape]
     if shape is not None:
-        mirrored["segmentation"] = _as_coco(shape)
-    return mirrored
+        moved["segmentation"] = _as_coco(shape)
+    return moved
 
 
 def _as_coco(shape: Shape) -> Any:
