@@ -18,7 +18,7 @@ from pycocotools.coco import COCO
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments
 
-from transformers_rfdetr import RfDetrImageProcessor
+from transformers_rfdetr import RfDetrImageProcessor, load_instance_dataset
 from transformers_rfdetr.augmentation import FlipAndCrop
 from transformers_rfdetr.data import (
     ClassCount,
@@ -28,7 +28,6 @@ from transformers_rfdetr.data import (
     InstanceStream,
     PreparedDataset,
     collate_fn,
-    load_instance_dataset,
 )
 from transformers_rfdetr.demo_data import draw_dataset
 

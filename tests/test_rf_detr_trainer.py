@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForInstanceSegmentation, TrainerCallback, TrainingArguments
 
 from transformers_rfdetr import RfDetrConfig, RfDetrForObjectDetection, RfDetrImageProcessor, modeling_rf_detr
-from transformers_rfdetr.data import InstanceDataset, collate_fn, load_instance_dataset
+from transformers_rfdetr.data import InstanceDataset, collate_fn
+from transformers_rfdetr.data_sources import load_instance_dataset
 from transformers_rfdetr.demo_data import draw_dataset
 from transformers_rfdetr.loss_rf_detr import fixed_points
 from transformers_rfdetr.metrics import evaluate_instance_segmentation

@@ -24,6 +24,7 @@ ORDER = [
     "demo_data",
     "augmentation",
     "data",
+    "data_sources",
     "metrics",
     "torch_metric",
     "optimization",

@@ -14,7 +14,8 @@ from .registration import register
 
 if TYPE_CHECKING:
     from .augmentation import FlipAndCrop
-    from .data import FollowEpoch, InstanceDataset, collate_fn, load_instance_dataset
+    from .data import FollowEpoch, InstanceDataset, collate_fn
+    from .data_sources import load_instance_dataset
     from .metrics import InstanceSegmentationEvaluator, evaluate_instance_segmentation
     from .torch_metric import InstanceSegmentationMetric
     from .trainer import RfDetrTrainer, RfDetrTrainingArguments
@@ -44,7 +45,7 @@ _LATER = {
     "FollowEpoch": "data",
     "InstanceDataset": "data",
     "collate_fn": "data",
-    "load_instance_dataset": "data",
+    "load_instance_dataset": "data_sources",
     "InstanceSegmentationEvaluator": "metrics",
     "evaluate_instance_segmentation": "metrics",
     "InstanceSegmentationMetric": "torch_metric",

@@ -95,8 +95,8 @@ class RfDetrImageProcessor(BaseImageProcessor):
         self.do_rescale = do_rescale
         self.rescale_factor = rescale_factor
         self.do_normalize = do_normalize
-        self.image_mean = _plain(list(IMAGENET_DEFAULT_MEAN) if image_mean is None else image_mean)
-        self.image_std = _plain(list(IMAGENET_DEFAULT_STD) if image_std is None else image_std)
+        self.image_mean = plain(list(IMAGENET_DEFAULT_MEAN) if image_mean is None else image_mean)
+        self.image_std = plain(list(IMAGENET_DEFAULT_STD) if image_std is None else image_std)
         self.do_convert_annotations = do_convert_annotations
         self.do_pad = do_pad
         self.pad_size = None if pad_size is None else _read_size(pad_size, "pad_size")
@@ -110,7 +110,7 @@ class RfDetrImageProcessor(BaseImageProcessor):
         if not _is_number(rescale_factor) or rescale_factor <= 0:
             raise ValueError(f"rescale_factor {rescale_factor!r} is not a number above 0; 1 / 255 is usual")
         for name, values in (("image_mean", self.image_mean), ("image_std", self.image_std)):
-            if not _are_numbers(values, 3):
+            if not are_numbers(values, 3):
                 raise ValueError(f"{name} {values!r} is not one number for each of the 3 channels; give three")
         if min(self.image_std) <= 0:
             raise ValueError(f"image_std {self.image_std} divides the pixels; give three numbers above 0")
@@ -203,7 +203,7 @@ class RfDetrImageProcessor(BaseImageProcessor):
 
         pixels, orig_sizes = [], []
         for index, image in enumerate(images):
-            with _located(f"image {index}"):
+            with located(f"image {index}"):
                 picture = _read_image(image, self.do_rescale, self.rescale_factor, input_data_format)
             orig_sizes.append((picture.shape[1], picture.shape[2]))
             pixels.append(self._resize_and_normalize(picture))
@@ -263,19 +263,19 @@ class RfDetrImageProcessor(BaseImageProcessor):
         for position, annotation in enumerate(target["annotations"]):
             here = f"{where}, annotation {position}"
             _require(isinstance(annotation, Mapping), here, "", annotation, "a dict in COCO form")
-            here = f"{here} (id {_plain(annotation.get('id'))})"
+            here = f"{here} (id {plain(annotation.get('id'))})"
             fields = ("category_id", "bbox", "area", "iscrowd")
-            label, box, area, crowd = (_plain(annotation.get(field)) for field in fields)
+            label, box, area, crowd = (plain(annotation.get(field)) for field in fields)
             _require(crowd in (None, 0, 1), here, "iscrowd", crowd, "0 or 1")
             if crowd:
                 continue
-            _require(_is_index(label), here, "category_id", label, "a class index, a whole number of at least 0")
+            _require(is_index(label), here, "category_id", label, "a class index, a whole number of at least 0")
             _require(area is None or (_is_number(area) and area >= 0), here, "area", area, "a number of at least 0")
-            fine = box is None or _are_numbers(box, 4)
+            fine = box is None or are_numbers(box, 4)
             _require(fine, here, "bbox", box, "[x, y, width, height], four finite numbers in pixels")
             shape = None
             if with_masks or box is None:
-                with _located(f"{here}, segmentation"):
+                with located(f"{here}, segmentation"):
                     shape = read_segmentation(annotation.get("segmentation"), orig_size)
             if shape is not None and (box is None or area is None):
                 shape_box, shape_area = measure(shape, orig_size)
@@ -356,8 +356,8 @@ class RfDetrImageProcessor(BaseImageProcessor):
             ValueError: `target_sizes` is not one positive (height, width) for each image; `top_k` is no whole number
                 of at least 1.
         """
-        sizes = _read_target_sizes(target_sizes, len(outputs.logits)) or [(1, 1)] * len(outputs.logits)
-        detections = [_select(outputs, i, threshold, size, top_k) for i, size in enumerate(sizes)]
+        sizes = read_target_sizes(target_sizes, len(outputs.logits)) or [(1, 1)] * len(outputs.logits)
+        detections = [select_detections(outputs, i, threshold, size, top_k) for i, size in enumerate(sizes)]
         return [{"scores": found.scores, "labels": found.labels, "boxes": found.boxes_xyxy} for found in detections]
 
     @torch.no_grad()
@@ -425,18 +425,18 @@ class RfDetrImageProcessor(BaseImageProcessor):
                     f" {len(outputs.logits)} images; pass the model's input of that name"
                 )
         mask_size = tuple(outputs.pred_masks.shape[-2:])
-        sizes = _read_target_sizes(target_sizes, len(outputs.logits)) or [mask_size] * len(outputs.logits)
+        sizes = read_target_sizes(target_sizes, len(outputs.logits)) or [mask_size] * len(outputs.logits)
         results = []
         for index, size in enumerate(sizes):
-            found = _select(outputs, index, threshold, size, top_k)
+            found = select_detections(outputs, index, threshold, size, top_k)
             mask_logits = outputs.pred_masks[index, found.queries]
-            valid_size = None if pixel_mask is None else _valid_size(pixel_mask[index], mask_size)
+            covered = None if pixel_mask is None else valid_size(pixel_mask[index], mask_size)
             label_map: np.ndarray = np.full(size, -1, np.int32)
             binary_maps: np.ndarray = np.zeros((len(mask_logits) if return_binary_maps else 0, *size), bool)
             rles: list[dict[str, Any]] = []
             segments: list[dict[str, Any]] = []
             instances = zip(
-                upsample_masks(mask_logits, size, mask_threshold, valid_size),
+                upsample_masks(mask_logits, size, mask_threshold, covered),
                 found.scores.tolist(),
                 found.labels.tolist(),
                 found.boxes_xyxy.tolist(),
@@ -462,7 +462,7 @@ class RfDetrImageProcessor(BaseImageProcessor):
 
 
 @contextmanager
-def _located(where: str) -> Iterator[None]:
+def located(where: str) -> Iterator[None]:
     """Puts the place in front of the message of an error."""
     try:
         yield
@@ -640,15 +640,15 @@ def _require(fine: bool, where: str, field: str, value: Any, rule: str) -> None:
         raise ValueError(f"{where}{', ' * bool(field)}{field}: {value!r:.60} is not {rule}")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Arrays, tensors and numpy's scalars, also in lists -> Python's numbers and lists; one number of any shape is one.
 
     They stand in the rows of a `datasets.Dataset` with a format.
     """
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, np.ndarray | np.generic | torch.Tensor):
-        return value.item() if math.prod(value.shape) == 1 else _plain(value.tolist())
+        return value.item() if math.prod(value.shape) == 1 else plain(value.tolist())
     return value
 
 
@@ -656,11 +656,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _are_numbers(values: Any, count: int) -> bool:
+def are_numbers(values: Any, count: int) -> bool:
+    """Whether it is a list of `count` finite numbers."""
     return isinstance(values, list) and len(values) == count and all(map(_is_number, values))
 
 
-def _is_index(value: Any) -> bool:
+def is_index(value: Any) -> bool:
+    """Whether it is a whole number of at least 0 that fits into 64 bits."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and 0 <= int(value) < 1 << 63
 
 
@@ -670,13 +672,13 @@ def _read_target_head(target: Any, index: int, orig_size: tuple[int, int]) -> tu
     annotations = target.get("annotations") if isinstance(target, Mapping) else None
     fine = isinstance(annotations, list | tuple) or (isinstance(annotations, np.ndarray) and annotations.ndim == 1)
     _require(fine, where, "annotations", target, "{'image_id': ..., 'annotations': [...]}")
-    image_id = _plain(target.get("image_id"))
+    image_id = plain(target.get("image_id"))
     if isinstance(image_id, str) and image_id.isdecimal():
         image_id = int(image_id)
-    _require(_is_index(image_id), where, "image_id", image_id, "a whole number of at least 0; number the images")
+    _require(is_index(image_id), where, "image_id", image_id, "a whole number of at least 0; number the images")
     where = f"{where} (image_id {image_id})"
     for name, expected in zip(("height", "width"), orig_size, strict=True):
-        given = _plain(target.get(name))
+        given = plain(target.get(name))
         rule = f"the picture's {expected} (EXIF rotation applied); pair the annotations with their own picture"
         _require(given in (None, expected), where, name, given, rule)
     return int(image_id), where
@@ -700,13 +702,15 @@ class _Detections(NamedTuple):
     boxes_xyxy: torch.Tensor  # (K, 4) float32, clamped to the picture
 
 
-def _select(outputs: Any, index: int, threshold: float, size: tuple[int, int], top_k: int | None) -> _Detections:
+def select_detections(
+    outputs: Any, index: int, threshold: float, size: tuple[int, int], top_k: int | None
+) -> _Detections:
     """The detections of image number `index`, in a picture of `size`.
 
     Thresholding first leaves the same pairs as taking the best `top_k` first, and little to sort.
     """
     num_queries, num_classes = outputs.logits.shape[1:]
-    if top_k is not None and not (_is_index(top_k) and top_k > 0):
+    if top_k is not None and not (is_index(top_k) and top_k > 0):
         raise ValueError(
             f"top_k {top_k!r} is not a whole number of at least 1; give how many pairs of query and class to look at"
         )
@@ -723,7 +727,8 @@ def _select(outputs: Any, index: int, threshold: float, size: tuple[int, int], t
     return _Detections(scores[best], best % num_classes, queries, boxes_xyxy)
 
 
-def _read_target_sizes(target_sizes: Any, batch_size: int) -> list[tuple[int, int]] | None:
+def read_target_sizes(target_sizes: Any, batch_size: int) -> list[tuple[int, int]] | None:
+    """A list, array or tensor of `batch_size` pairs -> (H, W) of each image; ValueError for anything else but None."""
     if target_sizes is None:
         return None
     pairs = target_sizes.tolist() if isinstance(target_sizes, np.ndarray | torch.Tensor) else target_sizes
@@ -732,13 +737,13 @@ def _read_target_sizes(target_sizes: Any, batch_size: int) -> list[tuple[int, in
             f"target_sizes {pairs!r:.80} are not a list of {batch_size}; pass one (height, width) for each image"
         )
     for pair in pairs:
-        size = _plain(pair)
-        if not _are_numbers(size, 2) or min(size) < 1 or any(side != int(side) for side in size):
+        size = plain(pair)
+        if not are_numbers(size, 2) or min(size) < 1 or any(side != int(side) for side in size):
             raise ValueError(f"target size {pair!r} is not (height, width) in positive whole pixels; give such a pair")
     return [(int(height), int(width)) for height, width in pairs]
 
 
-def _valid_size(pixel_mask: torch.Tensor, mask_size: tuple[int, int]) -> tuple[float, float]:
+def valid_size(pixel_mask: torch.Tensor, mask_size: tuple[int, int]) -> tuple[float, float]:
     """Pixel mask (H, W) -> rows and columns of the mask head's (h, w) that the picture covers."""
     rows, columns = pixel_mask.any(1).sum().item(), pixel_mask.any(0).sum().item()
     return rows / pixel_mask.shape[0] * mask_size[0], columns / pixel_mask.shape[1] * mask_size[1]

@@ -19,7 +19,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from transformers.utils import logging
 
-from .image_processing_rf_detr import _are_numbers, _located, _plain, _read_target_sizes, _select, _valid_size
+from .image_processing_rf_detr import are_numbers, located, plain, read_target_sizes, select_detections, valid_size
 from .masks import measure, read_segmentation, region_to_rle, upsample_masks
 
 logger = logging.get_logger(__name__)
@@ -166,7 +166,7 @@ class InstanceSegmentationEvaluator:
                 logger.warning(f"image {image_id} has come before and is left out; so are others, without a warning")
             self._has_warned = True
             return
-        with _located(f"image {image_id}"):
+        with located(f"image {image_id}"):
             self._add(image_id, pack_detections(scores, labels, masks, boxes, self._sizes[image_id]))
 
     def state(self) -> dict[int, Detections]:
@@ -185,7 +185,7 @@ class InstanceSegmentationEvaluator:
             image_id = self._known_image(image_id)
             if image_id in self._detections:
                 found = min(found, self._detections[image_id], key=_bytes_of)
-            with _located(f"image {image_id}"):
+            with located(f"image {image_id}"):
                 self._add(image_id, found)
 
     def predictions(self) -> Iterator[dict[str, Any]]:
@@ -285,10 +285,10 @@ class InstanceSegmentationEvaluator:
         grouped: dict[int, list[Mapping[str, Any]]] = {}
         lost: dict[str, list[Any]] = {"image_id": [], "category_id": []}
         for annotation in annotations:
-            ids = {field: _plain(annotation.get(field)) for field in lost}
+            ids = {field: plain(annotation.get(field)) for field in lost}
             for field, known in (("image_id", self._sizes), ("category_id", self.category_names)):
                 if ids[field] not in known:
-                    lost[field].append((_plain(annotation.get("id")), ids[field]))
+                    lost[field].append((plain(annotation.get("id")), ids[field]))
             grouped.setdefault(ids["image_id"], []).append(annotation)
         for field, pairs in lost.items():
             if pairs:
@@ -321,11 +321,11 @@ class InstanceSegmentationEvaluator:
 
     def _read_object(self, image_id: int, annotation: Mapping[str, Any]) -> tuple[Any, ...] | None:
         """Category, crowd, area, box and RLE (or None) of an annotation, or None where there is no shape."""
-        with _located(f"image {image_id}, annotation {_plain(annotation.get('id'))}"):
-            box, area = (_plain(annotation.get(field)) for field in ("bbox", "area"))
-            if box is not None and not _are_numbers(box, 4):
+        with located(f"image {image_id}, annotation {plain(annotation.get('id'))}"):
+            box, area = (plain(annotation.get(field)) for field in ("bbox", "area"))
+            if box is not None and not are_numbers(box, 4):
                 raise ValueError(f"bbox {box!r:.60} is not [x, y, width, height], four finite numbers; correct it")
-            if area is not None and not (_are_numbers([area], 1) and area >= 0):
+            if area is not None and not (are_numbers([area], 1) and area >= 0):
                 raise ValueError(f"area {area!r:.60} is not a number of at least 0; correct it or leave it out")
             rle = self._read_mask(image_id, annotation.get("segmentation"))
         if box is None or min(box[2:]) <= 0:
@@ -334,12 +334,12 @@ class InstanceSegmentationEvaluator:
             return None
         if area is None:
             area = float(coco_mask.area(rle)) if rle else box[2] * box[3]
-        return _plain(annotation["category_id"]), bool(_plain(annotation.get("iscrowd"))), area, box, rle
+        return plain(annotation["category_id"]), bool(plain(annotation.get("iscrowd"))), area, box, rle
 
     def _read_mask(self, image_id: int, segmentation: Any) -> dict[str, Any] | None:
         """Any segmentation -> RLE, or None."""
         if self._sizes[image_id] is None and isinstance(segmentation, Mapping) and "size" in segmentation:
-            height, width = _plain(segmentation["size"])
+            height, width = plain(segmentation["size"])
             self._sizes[image_id] = (int(height), int(width))
         size = self._sizes[image_id]
         if size is None and segmentation is not None and len(segmentation):
@@ -350,7 +350,7 @@ class InstanceSegmentationEvaluator:
     # Detections
 
     def _known_image(self, image_id: Any) -> int:
-        known = _plain(image_id)
+        known = plain(image_id)
         if known not in self._sizes:
             raise ValueError(
                 f"image id {known!r} is none of the {len(self._sizes)} of the ground truth; pass an id of its images"
@@ -498,7 +498,7 @@ def pack_detections(scores: Any, labels: Any, masks: Any, boxes: Any, image_size
     if masks is not None:
         rles = []
         for index in best.tolist():
-            with _located(f"mask {index}"):
+            with located(f"mask {index}"):
                 rles.append(_read_detected_mask(masks[index], image_size))
             image_size = (rles[0]["size"][0], rles[0]["size"][1])
         packed = PackedMasks.pack(rles, image_size)
@@ -533,8 +533,8 @@ def _read_detected_mask(mask: Any, image_size: tuple[int, int] | None) -> dict[s
         mask = np.asarray(mask)
         if mask.ndim != 2 or mask.dtype.itemsize != 1:
             raise ValueError(f"{mask.dtype} of shape {mask.shape} is no mask; pass RLE, or bool of (height, width)")
-    given = _plain(mask.get("size")) if isinstance(mask, Mapping) else list(mask.shape)
-    if image_size is None and _are_numbers(given, 2):
+    given = plain(mask.get("size")) if isinstance(mask, Mapping) else list(mask.shape)
+    if image_size is None and are_numbers(given, 2):
         image_size = (int(given[0]), int(given[1]))
     rle = read_segmentation(mask, image_size or (0, 0))
     return rle if isinstance(rle, dict) else _empty_rle(image_size)
@@ -560,7 +560,7 @@ def _bytes_of(found: Detections) -> tuple[bytes, ...]:
 
 def _read_categories(categories: Iterable[Mapping[str, Any]]) -> dict[int, str]:
     """Ids -> names, no two the same."""
-    pairs = [(_plain(category["id"]), str(category.get("name", category["id"]))) for category in categories]
+    pairs = [(plain(category["id"]), str(category.get("name", category["id"]))) for category in categories]
     _check_distinct("category", [category for category, _ in pairs])
     times = Counter(name for _, name in pairs)
     return {category: name if times[name] == 1 else f"{name} (id {category})" for category, name in pairs}
@@ -568,7 +568,7 @@ def _read_categories(categories: Iterable[Mapping[str, Any]]) -> dict[int, str]:
 
 def _read_images(images: Iterable[Mapping[str, Any]]) -> dict[int, tuple[int, int] | None]:
     """Ids -> (H, W), or None where they are not given."""
-    entries = [[_plain(image.get(field)) for field in ("id", "height", "width")] for image in images]
+    entries = [[plain(image.get(field)) for field in ("id", "height", "width")] for image in images]
     _check_distinct("image", [image_id for image_id, _, _ in entries])
     return {image_id: (int(height), int(width)) if height and width else None for image_id, height, width in entries}
 
@@ -710,17 +710,17 @@ def detect(
     Raises:
         ValueError: `target_sizes` is not one positive (height, width) for each image.
     """
-    sizes = _read_target_sizes(target_sizes if target_sizes is not None else [], len(outputs.logits))
+    sizes = read_target_sizes(target_sizes if target_sizes is not None else [], len(outputs.logits))
     mask_logits = getattr(outputs, "pred_masks", None)
     results = []
     for index, size in enumerate(sizes):
-        found = _select(outputs, index, -1.0 if score_threshold is None else score_threshold, size, None)
+        found = select_detections(outputs, index, -1.0 if score_threshold is None else score_threshold, size, None)
         scores, labels, queries, boxes = (part.numpy(force=True) for part in found)
         best = best_of_each_class(scores, labels)
         masks = None
         if mask_logits is not None:
-            valid_size = None if pixel_mask is None else _valid_size(pixel_mask[index], mask_logits.shape[-2:])
-            regions = upsample_masks(mask_logits[index, torch.from_numpy(queries[best])], size, 0.0, valid_size)
+            covered = None if pixel_mask is None else valid_size(pixel_mask[index], mask_logits.shape[-2:])
+            regions = upsample_masks(mask_logits[index, torch.from_numpy(queries[best])], size, 0.0, covered)
             masks = [region_to_rle(region, top, left, size) for region, top, left in regions]
         results.append({"scores": scores[best], "labels": labels[best], "boxes": boxes[best], "masks": masks})
     return results

@@ -40,8 +40,8 @@ from .data import (
     PreparedDataset,
     PreparedStream,
     collate_fn,
-    load_instance_dataset,
 )
+from .data_sources import load_instance_dataset
 from .image_processing_rf_detr import RfDetrImageProcessor
 from .metrics import InstanceSegmentationEvaluator, category_of_labels, detect, with_categories
 from .optimization import (

@@ -1,0 +1,555 @@
+"""From the forms in which people keep annotated pictures, to data sets: COCO, YOLO and rows of the library datasets."""
+
+import json
+import os
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+from transformers.utils import logging
+
+from .data import (
+    InstanceDataset,
+    InstanceDatasets,
+    InstanceStream,
+    PackedRows,
+    Tally,
+    checked_classes,
+    coco_categories,
+    coco_records,
+    one_label_map,
+    place_of,
+    shown_classes,
+    upright_size,
+)
+from .image_processing_rf_detr import located
+
+# What data sets on the Hub call the columns of a row, and the fields of its objects.
+_COLUMNS = {
+    "image": ("image", "img", "picture"),
+    "image_id": ("image_id", "id", "img_id"),
+    "width": ("width", "image_width"),
+    "height": ("height", "image_height"),
+    "objects": ("objects", "annotations", "annotation", "instances"),
+}
+_FIELDS = {
+    "id": ("id", "bbox_id", "annotation_id"),
+    "category_id": (
+        *("category", "category_id", "categories", "category_ids", "label", "labels"),
+        *("class", "classes", "class_id", "class_label"),
+    ),
+    "bbox": ("bbox", "bboxes", "box", "boxes"),
+    "segmentation": ("segmentation", "segmentations", "segments", "polygons", "polygon", "rle", "mask", "masks"),
+    "area": ("area", "areas"),
+    "iscrowd": ("iscrowd", "is_crowd", "crowd"),
+}
+_SPLITS = {"valid": "validation", "val": "validation", "dev": "validation"}
+_PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+_SCAN_ROWS = 500  # that are translated at a time
+_FORMS = (
+    "a data set id on the Hub, a data set of the library datasets, a folder that it reads, a COCO JSON or a mapping of"
+    " splits to such files, a folder with train/_annotations.coco.json or annotations/instances_*.json, or a data.yaml"
+    " of YOLO"
+)
+
+
+def load_instance_dataset(
+    source: Any,
+    *,
+    image_folder: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None = None,
+    class_names: Sequence[str] | Mapping[int, str] | None = None,
+    streaming: bool = False,
+    **load_dataset_arguments: Any,
+) -> InstanceDatasets:
+    """Read annotated pictures in any of the usual forms, with one label map for all splits.
+
+    Labels are 0 to N-1, in the order of the data's category ids; `print` the result for a table of them.
+
+    Example:
+        >>> import json, tempfile
+        >>> from pathlib import Path
+        >>> from transformers_rfdetr import load_instance_dataset
+        >>> from transformers_rfdetr.demo_data import draw_dataset
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> pictures, coco = draw_dataset(4)
+        >>> for picture, image in zip(pictures, coco["images"]):
+        ...     picture.save(folder / image["file_name"])
+        >>> _ = (folder / "train.json").write_text(json.dumps(coco))
+        >>> data = load_instance_dataset(folder / "train.json")
+        >>> data["train"][3]["annotations"], data.id2label
+        ([], {0: 'building'})
+
+    Args:
+        source: One of
+            * the id of a data set on the Hub, a folder that `datasets.load_dataset` or `load_from_disk` reads, or a
+              `Dataset`, `DatasetDict`, `IterableDataset` or `IterableDatasetDict`. A row has an image and `objects`, a
+              dict of lists or a list of dicts with `category` (a ClassLabel, text or a number), `bbox` and
+              `segmentation`, and possibly `id`, `area` and `iscrowd`; other usual names of these are understood;
+            * a COCO JSON, or a mapping of splits to such files; or a folder with annotations/instances_<split>.json;
+            * a folder with train/_annotations.coco.json, valid/ and test/, as Roboflow exports it. A class that is
+              only the parent of others and has no objects gets no label;
+            * a data.yaml of YOLO, or a folder with one. Label files hold polygons, or boxes: objects without a mask.
+            "valid" and "val" become "validation".
+        image_folder: The pictures of a COCO JSON; or a mapping of splits to folders. By default the folder of the JSON
+            or `images` in it.
+        class_names: A list, or a mapping from category id, for data that number their classes without naming them;
+            for classes that are texts it gives their order. Without it numbers are their own names, and texts are
+            sorted.
+        streaming: Whether rows are read from the Hub as they are needed. Then nothing is counted and the classes must
+            have names in the data or here.
+        **load_dataset_arguments: For `datasets.load_dataset`: `split`, `revision`, `data_files`, ...
+
+    Raises:
+        ValueError: what cannot be read; pictures that are not there; categories that are not defined, or not the same
+            in all splits.
+        ImportError: the library datasets is needed and not installed.
+    """
+    is_mapping = isinstance(source, Mapping) and source
+    if _is_hub_split(source) or (is_mapping and all(map(_is_hub_split, source.values()))):
+        return _load_hub(source, class_names)
+    if not is_mapping and not isinstance(source, str | os.PathLike):
+        raise ValueError(f"{source!r:.200} is no source of data; give {_FORMS}")
+    path = None if is_mapping else Path(source).expanduser()
+    files = _coco_files(source if path is None else path)
+    yaml_file = None if files or path is None else _yolo_file(path)
+    if not files and yaml_file is None:
+        return _load_hub(_load_rows(source, streaming, load_dataset_arguments), class_names)
+    if streaming or load_dataset_arguments:
+        given = [*(["streaming"] if streaming else []), *load_dataset_arguments]
+        raise ValueError(f"{given} are for rows that `datasets.load_dataset` reads, not for {source!s}; leave them out")
+    return _load_yolo(yaml_file, class_names) if yaml_file else _load_coco(files, image_folder, class_names)
+
+
+def _split_name(name: str) -> str:
+    return _SPLITS.get(name, name)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; give an existing text file") from error
+
+
+def _read_class_names(class_names: Sequence[str] | Mapping[int, str]) -> dict[int, str]:
+    if isinstance(class_names, str):
+        raise ValueError(f"class_names {class_names!r} is one text; give a list of names, or {{id: name}}")
+    return dict(class_names) if isinstance(class_names, Mapping) else dict(enumerate(class_names))
+
+
+def _refuse_other_names(classes: Mapping[int, str], class_names: Any) -> None:
+    if class_names is not None and _read_class_names(class_names) != dict(classes):
+        raise ValueError(
+            f"class_names {class_names!r:.200} are not what the data call their classes, {shown_classes(classes)};"
+            " leave class_names out"
+        )
+
+
+# COCO files
+
+
+def _coco_files(source: Path | Mapping[str, Any]) -> dict[str, tuple[Path, list[Path]]]:
+    """Split -> JSON and the folders that its pictures may lie in; empty where the source is of another form."""
+    if isinstance(source, Mapping):
+        paths = {_split_name(split): Path(path).expanduser() for split, path in source.items()}
+        return {split: (path, [path.parent, path.parent / "images"]) for split, path in paths.items()}
+    if source.suffix.lower() == ".json":
+        return {"train": (source, [source.parent, source.parent / "images"])}
+    exported = [source / split / "_annotations.coco.json" for split in ("train", "valid", "test")]
+    if files := {_split_name(path.parent.name): (path, [path.parent]) for path in exported if path.is_file()}:
+        return files
+    if (source / "_annotations.coco.json").is_file():
+        return {"train": (source / "_annotations.coco.json", [source])}
+    official = {}
+    for path in sorted(source.glob("annotations/instances_*.json")):
+        name = path.stem.removeprefix("instances_")  # train2017
+        folders = [source / name, source / "images" / name, source / "images"]
+        official[_split_name(re.sub(r"\d+$", "", name))] = (path, folders)
+    return {split: official[split] for split in sorted(official, key=lambda split: (split != "train", split))}
+
+
+def _read_coco(path: Path) -> dict[str, Any]:
+    text = _read_text(path)
+    try:
+        coco = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}; export it again") from error
+    if not isinstance(coco, dict):
+        raise ValueError(f"{path} holds a {type(coco).__name__}, not a dict of COCO's form; export it again")
+    return coco
+
+
+def _load_coco(files: Mapping[str, tuple[Path, list[Path]]], image_folder: Any, class_names: Any) -> InstanceDatasets:
+    read, classes = {}, {}
+    for split, (path, _) in files.items():
+        with located(str(path)):
+            read[split] = _read_coco(path)
+            classes[split] = coco_categories(read[split])
+    used = {
+        split: {annotation.get("category_id") for annotation in coco.get("annotations") or []}
+        for split, coco in read.items()
+    }
+    for parent in _parents(read.values()) - set().union(*used.values()):
+        for named in classes.values():
+            named.pop(parent, None)
+    for split, ids in used.items():  # before the splits are compared: the more precise message
+        if ids - classes[split].keys():
+            with located(str(files[split][0])):
+                deque(Tally(checked_classes(classes[split])).watch(coco_records(read[split])), maxlen=0)
+    label_map = one_label_map(classes, used)
+    _refuse_other_names(label_map, class_names)
+    splits = {}
+    for split, (path, folders) in files.items():
+        coco = read.pop(split)
+        given = image_folder.get(split) if isinstance(image_folder, Mapping) else image_folder
+        with located(str(path)):
+            folder = _picture_folder(coco, folders if given is None else [Path(given).expanduser()])
+            splits[split] = InstanceDataset(coco, folder, label_map=label_map)
+    return InstanceDatasets(splits)
+
+
+def _parents(cocos: Iterable[Mapping[str, Any]]) -> set[int]:
+    """Ids of the categories that are listed only to group others, as Roboflow's exports do."""
+    categories = [category for coco in cocos for category in coco["categories"]]
+    groups = {category.get("supercategory") for category in categories}
+    return {
+        category["id"]
+        for category in categories
+        if category.get("supercategory") == "none" and category.get("name") in groups
+    }
+
+
+def _picture_folder(coco: Mapping[str, Any], folders: Sequence[Path]) -> Path:
+    """The folder that has the first picture, or else the first folder."""
+    name = next((image.get("file_name") for image in coco["images"]), None) or ""
+    return next((folder for folder in folders if (folder / name).is_file()), folders[0])
+
+
+# YOLO
+
+
+def _yolo_file(path: Path) -> Path | None:
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return path
+    found = [path / name for name in ("data.yaml", "data.yml", "dataset.yaml") if (path / name).is_file()]
+    return found[0] if found else None
+
+
+def _load_yolo(path: Path, class_names: Any) -> InstanceDatasets:
+    import yaml  # transformers needs it
+
+    try:
+        description = yaml.safe_load(_read_text(path))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}; export it again") from error
+    if not isinstance(description, dict):
+        raise ValueError(f"{path} holds no keys; it needs 'names' and 'train'")
+    with located(str(path)):
+        names = description.get("names")
+        given = names or class_names or [str(number) for number in range(int(description.get("nc") or 0))]
+        classes = checked_classes(_read_class_names(given))
+        if names:
+            _refuse_other_names(classes, class_names)
+        root = path.parent / str(description.get("path") or "")
+        root = root if root.is_dir() else path.parent
+        splits = {}
+        for key in ("train", "val", "valid", "test"):
+            if description.get(key):
+                tally = Tally(classes)
+                records = _yolo_records(_yolo_pictures(root, description[key], key), root, classes)
+                splits[_split_name(key)] = InstanceDataset.of_rows(tally, PackedRows(tally.watch(records), root))
+        if not splits:
+            raise ValueError(f"the keys are {list(description)}; give 'train', 'val' or 'test' with pictures")
+    return InstanceDatasets(splits)
+
+
+def _yolo_pictures(root: Path, places: Any, key: str) -> list[Path]:
+    """What a data.yaml says of one split -> its pictures, in the order of their names or of the list."""
+    found: list[Path] = []
+    for place in places if isinstance(places, list) else [places]:
+        # Roboflow's exports say ../train/images where train/images is meant.
+        options = [root / place, root / str(place).removeprefix("../")]
+        path = next((option for option in options if option.exists()), None)
+        if path is None:
+            raise ValueError(f"{key}: {options[0]} is not there; correct {key!r}, or 'path', which is {root}")
+        if path.is_dir():
+            found += sorted(item for item in path.rglob("*") if item.suffix.lower() in _PICTURE_SUFFIXES)
+        else:
+            lines = (line.strip() for line in _read_text(path).splitlines())
+            found += [path.parent / line for line in lines if line]
+    if not found:
+        raise ValueError(f"{key}: there are no pictures in {places!r} of {root}; correct {key!r}")
+    missing = [path for path in found if not path.is_file()]
+    if missing:
+        shown = ", ".join(map(str, missing[:3]))
+        raise ValueError(f"{key}: {len(missing)} of {len(found)} pictures are not there: {shown}; correct {key!r}")
+    return found
+
+
+def _yolo_records(pictures: Sequence[Path], root: Path, classes: Mapping[int, str]) -> Iterator[dict[str, Any]]:
+    for number, path in enumerate(pictures):
+        size = upright_size(path)
+        annotations = []
+        labels = _yolo_label_file(path)
+        lines = _read_text(labels).splitlines() if labels.is_file() else []
+        for line_number, line in enumerate(lines, start=1):
+            if line.strip():
+                with located(f"{labels}, line {line_number}"):
+                    annotations.append(_read_yolo_line(line.split(), size, classes))
+        name = os.path.relpath(path, root) if path.is_relative_to(root) else str(path)
+        head = {"image_id": number, "file_name": name, "width": size[1], "height": size[0]}
+        yield {**head, "annotations": annotations}
+
+
+def _yolo_label_file(picture: Path) -> Path:
+    """.../images/a/1.jpg -> .../labels/a/1.txt; beside the picture where no folder is called images."""
+    parts = list(picture.parts)
+    folders = [i for i, part in enumerate(parts) if part == "images"]
+    if folders:
+        parts[folders[-1]] = "labels"
+    return Path(*parts).with_suffix(".txt")
+
+
+def _read_yolo_line(words: Sequence[str], size: tuple[int, int], classes: Mapping[int, str]) -> dict[str, Any]:
+    """`class x0 y0 x1 y1 x2 y2 ...` or `class cx cy w h`, in fractions of the picture -> an annotation in pixels."""
+    rule = "a line is 'class x0 y0 x1 y1 x2 y2 ...', three points or more, or 'class cx cy w h'"
+    try:
+        category, values = int(words[0]), np.array(words[1:], np.float64)
+    except ValueError as error:
+        raise ValueError(f"{' '.join(words)!r:.80} does not hold numbers; {rule}") from error
+    if category not in classes:
+        raise ValueError(f"class {category} is none of {shown_classes(classes)}; add its name, or correct the line")
+    if len(values) % 2 or len(values) < 4:
+        raise ValueError(f"{len(values)} numbers follow the class; {rule}")
+    if not ((values > -0.01) & (values < 1.01)).all():
+        raise ValueError(
+            f"{values[(values <= -0.01) | (values >= 1.01) | np.isnan(values)][0]:g} lies outside [0, 1];"
+            " coordinates are fractions of the picture's width and height: divide by them"
+        )
+    pixels = (values.reshape(-1, 2) * size[::-1]).ravel().round(3).tolist()
+    if len(pixels) > 4:
+        return {"category_id": category, "segmentation": [pixels]}
+    center_x, center_y, width, height = pixels
+    return {"category_id": category, "bbox": [center_x - width / 2, center_y - height / 2, width, height]}
+
+
+# Rows of the library datasets
+
+
+def _is_hub_split(source: Any) -> bool:
+    """Whether it is a Dataset or an IterableDataset."""
+    return hasattr(source, "features") and hasattr(source, "select_columns")
+
+
+def _import_datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            'rows of the Hub need the library datasets: pip install "transformers-rfdetr[train]"; COCO and YOLO files'
+            " are read without it"
+        ) from error
+    return datasets
+
+
+def _load_rows(source: Any, streaming: bool, arguments: Mapping[str, Any]) -> Any:
+    """A Hub id or a folder -> one split, or a mapping of them."""
+    name, path = str(source), Path(source).expanduser()
+    if not path.is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise ValueError(f"{name!r} is neither a folder nor a data set id; give {_FORMS}")
+    datasets = _import_datasets()
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return datasets.load_from_disk(str(path))
+    try:
+        return datasets.load_dataset(str(path) if path.is_dir() else name, streaming=streaming, **arguments)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name!r} cannot be loaded: {error}; give {_FORMS}") from error
+
+
+def _load_hub(source: Any, class_names: Any) -> InstanceDatasets:
+    """A Dataset or IterableDataset, or a mapping of splits to them."""
+    splits = {str(getattr(source, "split", None) or "train"): source} if _is_hub_split(source) else source
+    read = {_split_name(name): split for name, split in splits.items()}
+    readers = {}
+    for name, split in read.items():
+        with located(f"split {name!r}"):
+            readers[name] = _RowReader.of(split)
+    streams = [name for name, split in read.items() if not hasattr(split, "num_rows")]
+    classes = _hub_classes(readers, read, class_names, bool(streams))
+    result: dict[str, InstanceDataset | InstanceStream] = {}
+    for name, split in read.items():
+        reader = readers[name]
+        if reader.category_kind == "string":
+            reader = reader._replace(id_of={text: category for category, text in classes.items()})
+        if name in streams:
+            needed = split.with_format(None).select_columns([*reader.columns.values()])
+            result[name] = InstanceStream(needed, reader, classes)
+            continue
+        tally, rows = Tally(classes), _ArrowRows(split, reader)
+        with located(f"split {name!r}"):
+            deque(tally.watch(rows.scan(f"Annotations of {name}")), maxlen=0)
+        result[name] = InstanceDataset.of_rows(tally, rows)
+    return InstanceDatasets(result)
+
+
+def _hub_classes(
+    readers: Mapping[str, "_RowReader"], splits: Mapping[str, Any], class_names: Any, is_stream: bool
+) -> dict[int, str]:
+    """The classes of all splits: those that the features name, or `class_names`, or what the rows hold."""
+    kinds = {reader.category_kind for reader in readers.values()}
+    if len(kinds) > 1:
+        shown = {name: reader.category_kind for name, reader in readers.items()}
+        raise ValueError(f"categories are {shown}; give them one type in all splits, with `cast_column`")
+    if kinds == {"names"}:
+        classes = one_label_map({name: reader.classes for name, reader in readers.items()})
+        _refuse_other_names(classes, class_names)
+        return classes
+    if class_names is not None:
+        return checked_classes(_read_class_names(class_names))
+    if is_stream:
+        raise ValueError(
+            "the data do not name their classes, and a stream cannot be searched for them; give class_names, a list"
+            " of names or {id: name}"
+        )
+    found: set[Any] = set()
+    for name, split in splits.items():
+        for index, record in enumerate(_ArrowRows(split, readers[name]).scan(f"Classes of {name}")):
+            ids = {annotation.get("category_id") for annotation in record["annotations"]}
+            if None in ids:
+                raise ValueError(f"split {name!r}, {place_of(record, index)}: an object has no category; give it one")
+            found |= ids
+    if kinds == {"string"}:
+        return checked_classes(dict(enumerate(sorted(found))))
+    return checked_classes({category: str(category) for category in found})
+
+
+class _RowReader(NamedTuple):
+    """How the rows of a data set become records."""
+
+    columns: dict[str, str]  # our name -> theirs
+    fields: dict[str, str]  # the same of an object
+    category_kind: str  # "names" (of a ClassLabel), "string" or "number"
+    classes: dict[int, str]  # of a ClassLabel
+    id_of: Mapping[str, int] | None = None  # category id of a text
+
+    @classmethod
+    def of(cls, split: Any) -> "_RowReader":
+        """The reader for a Dataset or IterableDataset."""
+        features = split.features
+        if features is None:  # of a stream that declares none
+            features = _import_datasets().Dataset.from_list([next(iter(split))]).features
+        columns = _find(features, _COLUMNS, ("image", "objects"), "row", "rename_column")
+        objects = _element(features[columns["objects"]])
+        if not isinstance(objects, Mapping):
+            raise ValueError(
+                f"column {columns['objects']!r} holds {objects!r:.80}, not objects; give a dict of lists or a list of"
+                " dicts, with category, bbox and segmentation"
+            )
+        fields = _find(objects, _FIELDS, ("category_id",), "object", "map")
+        category = objects[fields["category_id"]]
+        while not hasattr(category, "names") and category is not _element(category):
+            category = _element(category)
+        names = getattr(category, "names", None)
+        is_text = "string" in str(getattr(category, "dtype", ""))
+        kind = "names" if names else "string" if is_text else "number"
+        return cls(columns, fields, kind, dict(enumerate(names or [])))
+
+    def record(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row without its image -> a record."""
+        given = {name: row[theirs] for name, theirs in self.columns.items() if row.get(theirs) is not None}
+        annotations = []
+        for item in _transposed(given.pop("objects", [])):
+            annotation = {name: item[theirs] for name, theirs in self.fields.items() if item.get(theirs) is not None}
+            shape = annotation.get("segmentation")
+            if isinstance(shape, Mapping) and None in shape.values():  # what Arrow makes of a missing RLE
+                del annotation["segmentation"]
+            if self.id_of is not None:
+                text = annotation.get("category_id")
+                annotation["category_id"] = self.id_of.get(text, text)
+            annotations.append(annotation)
+        given.pop("image", None)
+        return {**given, "annotations": annotations}
+
+    def encoded(self, row: Mapping[str, Any]) -> Any:
+        """The picture of a row, as a path, the bytes of a file or a PIL picture."""
+        value = row[self.columns["image"]]
+        return (value.get("bytes") or value.get("path")) if isinstance(value, Mapping) else value
+
+    def picture(self, row: Mapping[str, Any]) -> Any:
+        """The picture of a row, as a path or a PIL picture."""
+        value = self.encoded(row)
+        return PIL.Image.open(BytesIO(value)) if isinstance(value, bytes) else value
+
+
+def _element(feature: Any) -> Any:
+    """What a list of `datasets.Features` is a list of; anything else as it is."""
+    if isinstance(feature, list):
+        return feature[0]
+    return getattr(feature, "feature", feature)
+
+
+def _find(
+    available: Mapping[str, Any], usual: Mapping[str, Sequence[str]], required: Sequence[str], what: str, remedy: str
+) -> dict[str, str]:
+    """Our names -> what they are called among the available ones."""
+    found = {}
+    for name, aliases in usual.items():
+        called = next((alias for alias in aliases if alias in available), None)
+        if called is not None:
+            found[name] = called
+        elif name in required:
+            raise ValueError(
+                f"a {what} has {sorted(available)} and none of {list(aliases)}; name it so, with `{remedy}`"
+            )
+    return found
+
+
+def _transposed(value: Any) -> Any:
+    """A dict of equally long lists -> the list of dicts; what is a list already stays."""
+    if not isinstance(value, Mapping):
+        return value
+    columns = {name: _transposed(column) for name, column in value.items() if column is not None}
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"the lists of the objects have the lengths {lengths}; give each object one entry in each")
+    return [dict(zip(columns, entries, strict=True)) for entries in zip(*columns.values(), strict=True)]
+
+
+class _ArrowRows:
+    """Records that are translated from Arrow when they are read; no picture is decoded for them."""
+
+    def __init__(self, split: Any, reader: _RowReader) -> None:
+        self.reader = reader
+        image = reader.columns["image"]
+        split = split.with_format(None)
+        self.pictures = split.select_columns([image])
+        self.annotations = split.select_columns([name for key, name in reader.columns.items() if key != "image"])
+        self.files = self.pictures
+        if type(split.features[image]).__name__ == "Image":
+            self.files = self.pictures.cast_column(image, _import_datasets().Image(decode=False))
+
+    def scan(self, title: str) -> Iterator[dict[str, Any]]:
+        """All records, one after the other."""
+        batches = self.annotations.with_format("arrow").iter(_SCAN_ROWS)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for index, row in enumerate(logging.tqdm(rows, total=len(self.annotations), desc=title, delay=2)):
+            with located(f"row {index}"):
+                record = self.reader.record(row)
+            yield record
+
+    def record(self, index: int) -> dict[str, Any]:
+        """Record number `index`."""
+        return self.reader.record(self.annotations[index])
+
+    def picture(self, index: int, record: Mapping[str, Any]) -> Any:
+        """The picture of the record, as a path or a PIL picture."""
+        return self.reader.picture(self.pictures[index])
+
+    def encoded(self, index: int, record: Mapping[str, Any]) -> Any:
+        """The picture of the record, as a path, the bytes of a file or a PIL picture."""
+        return self.reader.encoded(self.files[index])
