@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--output", default="runs/nuclei")
-    parser.add_argument("--epochs", type=float, default=60)
+    parser.add_argument("--epochs", type=float, default=36)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     started = time.perf_counter()
@@ -49,6 +49,7 @@ def main() -> None:
         decoder_cross_attention_heads=8,
         num_queries=100,
         group_detr=3,
+        mask_point_sample_ratio=4,  # objects are small: of few points hardly one would lie on them
         id2label=data.id2label,
     )
     torch.manual_seed(options.seed)
@@ -57,8 +58,8 @@ def main() -> None:
         num_train_epochs=options.epochs,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=1,
-        learning_rate=1e-3,
-        learning_rate_encoder=1e-3,
+        learning_rate=5e-4,
+        learning_rate_encoder=5e-4,
         layer_decay=1.0,
         component_decay=1.0,
         max_grad_norm=1.0,
@@ -67,8 +68,8 @@ def main() -> None:
         multi_scale=False,
         eval_strategy="steps",
         save_strategy="steps",
-        eval_steps=0.2,
-        save_steps=0.2,
+        eval_steps=0.5,
+        save_steps=0.5,
         dataloader_num_workers=0,
         report_to="none",
         seed=options.seed,

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from transformers_rfdetr import RfDetrForInstanceSegmentation
 from transformers_rfdetr.cli import demo
 from transformers_rfdetr.data import InstanceDataset
 from transformers_rfdetr.demo_data import draw_dataset
+from transformers_rfdetr.metrics import evaluate_instance_segmentation
 from transformers_rfdetr.trainer import RfDetrTrainer, RfDetrTrainingArguments
 
 from small_models import small_config
-from training_run import QUICK
+from training_run import QUICK, on_two_processes
 
 
 def test_two_pictures_are_learned_by_heart_to_a_mask_ap_of_0_9(tmp_path):
@@ -65,6 +67,34 @@ def test_two_pictures_are_learned_by_heart_to_a_mask_ap_of_0_9(tmp_path):
     assert metrics["eval_segm_AP"] == pytest.approx(evaluation.stats[0], abs=1e-9)
     assert metrics["eval_segm_AP75"] == pytest.approx(evaluation.stats[2], abs=1e-9)
     assert metrics["eval_segm_AR_1"] == pytest.approx(evaluation.stats[6], abs=1e-9)
+
+    # Seven pictures, two of them known: the same numbers for every batch size, outside training and on two processes.
+    model.save_pretrained(tmp_path / "model")
+    expected = trainer_of(str(tmp_path)).evaluate()
+    assert 0.05 < expected["eval_segm_AP"] < 0.9
+    others = [trainer_of(str(tmp_path), per_device_eval_batch_size=size).evaluate() for size in (1, 7)]
+    others += on_two_processes(tmp_path, evaluate_of_one_rank)
+    outside = evaluate_instance_segmentation(model, trainer.processing_class, seven_pictures(), progress=False)
+    others.append({f"eval_{key}": value for key, value in outside.items()} | {"eval_loss": expected["eval_loss"]})
+    for metrics in others:
+        for key, value in expected.items():
+            if any(part in key for part in ("_AP", "_AR", "mean_iou", "loss")):
+                assert metrics[key] == pytest.approx(value, rel=1e-5), key
+
+
+def seven_pictures() -> InstanceDataset:
+    pictures, coco = draw_dataset(7, (96, 96), metres_per_pixel=0.3)
+    return InstanceDataset(coco, pictures)
+
+
+def trainer_of(folder: str, **settings: Any) -> RfDetrTrainer:
+    model = RfDetrForInstanceSegmentation.from_pretrained(f"{folder}/model")
+    arguments = RfDetrTrainingArguments(folder, **(QUICK | settings))
+    return RfDetrTrainer(model, arguments, eval_dataset=seven_pictures())
+
+
+def evaluate_of_one_rank(folder: str) -> dict[str, Any]:
+    return trainer_of(folder).evaluate()
 
 
 def test_the_demo_trains_saves_loads_back_and_draws(tmp_path, capsys):

@@ -69,11 +69,12 @@ def test_the_fine_tuning_streaming_and_metrics_blocks_run_one_after_the_other(tm
     stream = pytest.importorskip("datasets").Dataset.from_list(rows).to_iterable_dataset()
     substitutions = {
         'load_instance_dataset("merve/satellite-building-segmentation", ': 'load_instance_dataset({"train": stream}, ',
-        "max_steps=10_000": "max_steps=2, " + quick.replace("epochs': 1", "epochs': 1, 'eval_strategy': 'steps'"),
-        ', eval_strategy="steps"': "",
+        "max_steps=10_000, save_strategy": f"max_steps=2, {quick}, save_strategy",
+        "save_steps=1_000": "save_steps=1",
     }
     names = run(BLOCKS[2], substitutions, **(names | {"stream": stream}))
     assert names["trainer"].state.global_step == 2
+    assert [entry["step"] for entry in names["trainer"].state.log_history if "eval_loss" in entry] == [1, 2]
 
     names = run(BLOCKS[3], {}, **names)
     assert names["numbers"]["segm_AP"] >= 0
@@ -122,3 +123,7 @@ def test_what_the_table_calls_ours_exists_and_has_the_default_that_it_says():
                 assert (fields[name].default or 0) == (value == "True" if value[0] in "TF" else float(value)), name
                 checked += 1
     assert checked >= 16
+    [besides] = re.findall(r"^Besides: (.*?)\n\n", README, flags=re.DOTALL | re.MULTILINE)
+    named = {name for name in re.findall(r"`([^`]+)`", besides) if re.fullmatch(r"[a-z_]+", name)}
+    assert len(named) == 8
+    assert named <= fields.keys()

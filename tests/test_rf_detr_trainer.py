@@ -13,12 +13,11 @@ import datasets
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing
 from safetensors.torch import load_file
 from transformers import AutoModelForInstanceSegmentation, TrainerCallback, TrainingArguments
 
 from transformers_rfdetr import RfDetrConfig, RfDetrForObjectDetection, RfDetrImageProcessor, modeling_rf_detr
-from transformers_rfdetr.data import InstanceDataset, collate_fn
+from transformers_rfdetr.data import InstanceDataset, InstanceDatasets, collate_fn
 from transformers_rfdetr.data_sources import load_instance_dataset
 from transformers_rfdetr.demo_data import draw_dataset
 from transformers_rfdetr.loss_rf_detr import fixed_points
@@ -28,7 +27,7 @@ from transformers_rfdetr.trainer import RfDetrTrainer, RfDetrTrainingArguments, 
 
 import training_run
 from small_models import pixels, small_config, small_model, targets
-from training_run import QUICK, build_trainer, drawn
+from training_run import QUICK, build_trainer, drawn, on_two_processes
 
 TIMING = ("runtime", "per_second", "preparation_time")
 
@@ -148,6 +147,25 @@ def test_other_classes_than_the_models_are_refused_and_nameless_ones_are_adopted
     assert RfDetrConfig.from_pretrained(tmp_path / "saved").category_ids == [1]
 
 
+def test_what_is_no_split_is_refused_before_the_first_step(tmp_path):
+    data = InstanceDatasets({"train": drawn(1), "validation": drawn(1)})
+    with pytest.raises(ValueError, match=r"data\['validation'\]"):
+        build_trainer(tmp_path, trainer={"eval_dataset": data})
+    with pytest.raises(ValueError, match=r"data\['train'\]"):
+        build_trainer(tmp_path, trainer={"train_dataset": data})
+    with pytest.raises(ValueError, match=r"rows of \['image'\].*load_instance_dataset"):
+        build_trainer(tmp_path, trainer={"train_dataset": datasets.Dataset.from_dict({"image": [1]})})
+
+
+def test_an_evaluation_set_of_other_ids_leaves_those_of_training_in_the_configuration(tmp_path):
+    pictures, coco = draw_dataset(1, (96, 96))
+    coco["categories"] = [{"id": 77, "name": "building"}]
+    coco["annotations"] = [item | {"category_id": 77} for item in coco["annotations"]]
+    trainer = build_trainer(tmp_path)
+    assert trainer.evaluate(InstanceDataset(coco, pictures))["eval_per_class"]["building"]["num_objects"] > 0
+    assert trainer.model.config.category_ids == [1]
+
+
 def test_a_model_of_transformers_itself_is_refused(tmp_path):
     args = RfDetrTrainingArguments(str(tmp_path), **QUICK)
     with pytest.raises(ValueError, match="import transformers_rfdetr"):
@@ -192,7 +210,11 @@ def test_prepared_samples_are_evaluated_against_the_annotations_given(tmp_path):
     samples = [data.with_processor(trainer.processing_class)[i] for i in range(4)]
     with pytest.raises(ValueError, match="eval_annotations"):
         trainer.evaluate(samples)
-    truth = data.coco()  # prepared samples have category ids as class indices
+    with pytest.raises(ValueError, match="eval_annotations"):
+        build_trainer(tmp_path, trainer={"eval_dataset": samples})
+    truth = data.coco()  # prepared samples have class indices as category ids
+    with pytest.raises(ValueError, match=r"category ids \[1\] must be the model's class indices 0 .. 0"):
+        build_trainer(tmp_path, trainer={"eval_annotations": truth}).evaluate(samples)
     truth["categories"] = [{"id": 0, "name": "building"}]
     truth["annotations"] = [annotation | {"category_id": 0} for annotation in truth["annotations"]]
     trainer = build_trainer(tmp_path, trainer={"eval_annotations": truth})
@@ -205,7 +227,8 @@ def test_a_detection_model_reports_boxes(tmp_path):
     args = RfDetrTrainingArguments(str(tmp_path), **(QUICK | {"num_train_epochs": 1}))
     trainer = RfDetrTrainer(model, args, train_dataset=drawn(4), eval_dataset=drawn(4, 100))
     trainer.train()
-    assert args.metric_for_best_model == "bbox_AP"
+    assert trainer.args.metric_for_best_model == "bbox_AP"
+    assert args.metric_for_best_model == "segm_AP"  # another trainer may take the same arguments
     assert not any("segm" in key for entry in trainer.state.log_history for key in entry)
 
 
@@ -273,6 +296,43 @@ def test_with_eval_base_model_the_folder_holds_the_best_of_both_and_the_better_o
     assert all(torch.equal(total[name], tensor) for name, tensor in trainer.model.state_dict().items())
 
 
+def test_several_sets_are_evaluated_and_the_first_decides(tmp_path):
+    sets = {"near": drawn(3, 100), "far": drawn(3, 200)}
+    trainer = build_trainer(tmp_path, trainer={"eval_dataset": sets}, metric_for_best_model="loss", num_train_epochs=1)
+    trainer.train()
+    [near] = [entry["eval_near_loss"] for entry in trainer.state.log_history if "eval_near_loss" in entry]
+    assert trainer.state.best_metric == near
+    assert any("eval_far_segm_AP" in entry for entry in trainer.state.log_history)
+
+
+def test_a_second_run_of_a_trainer_forgets_the_first(tmp_path):
+    trainer = build_trainer(tmp_path, **(BY_LOSS | {"num_train_epochs": 1}))
+    trainer.train()
+    trainer.args.learning_rate = 0.0  # nothing after this is as good as what follows from other weights
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    trainer.optimizer = None
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-5)
+
+
+def test_a_metric_that_is_not_finite_is_never_the_best(tmp_path):
+    trainer = build_trainer(tmp_path, metric_for_best_model="loss")
+    for value, kept in [(math.nan, {}), (2.0, {"ema": 2.0, "total": 2.0}), (math.inf, {"ema": 2.0, "total": 2.0})]:
+        trainer._keep_best("ema" if trainer._average else "regular", value, None)
+        assert trainer._best == {("regular" if key == "ema" else key): best for key, best in kept.items()}
+
+
+def test_the_numbers_can_be_printed_and_saved_by_transformers_helpers(tmp_path, capsys):
+    trainer = build_trainer(tmp_path)
+    metrics = trainer.evaluate()
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+    assert "eval_segm_AP50" in capsys.readouterr().out
+    assert json.loads((tmp_path / "eval_results.json").read_text())["eval_per_class"] == metrics["eval_per_class"]
+
+
 def test_after_a_run_without_evaluation_the_model_holds_the_average(tmp_path):
     trainer = build_trainer(tmp_path, eval_strategy="no", save_strategy="epoch")
     trainer.train()
@@ -286,7 +346,7 @@ def test_after_a_run_without_evaluation_the_model_holds_the_average(tmp_path):
 
 @pytest.mark.parametrize("use_ema", [False, True])
 def test_training_stops_early_when_the_deciding_metric_stays(use_ema, tmp_path, monkeypatch):
-    base = iter([0.1, 0.1, 0.1, 0.9, 0.9, 0.9])
+    base = iter([0.1, 0.3, 0.4, 0.4, 0.4, 0.4])
     average = iter([0.2, 0.2, 0.2, 0.2, 0.2, 0.2])
     original = RfDetrTrainer.evaluate
 
@@ -315,10 +375,9 @@ def test_training_stops_early_when_the_deciding_metric_stays(use_ema, tmp_path, 
         early_stopping_use_ema=use_ema,
     )
     trainer.train()
-    # The average stays from the second epoch on; the weights improve in the fourth, when it is too late or not looked
-    # at: both stop after the third.
-    assert trainer.state.epoch == 3
-    assert trainer.state.best_metric == 0.2
+    # The average stays after the first epoch, the weights after the third; two more without an improvement end it.
+    assert trainer.state.epoch == (3 if use_ema else 5)
+    assert trainer.state.best_metric == 0.4
 
 
 # -- steps -----------------------------------------------------------------------------------------------------------
@@ -399,50 +458,18 @@ def training_size(side: int, step: int, seed: int = 42) -> int:
     return sizes[np.random.default_rng([seed, step]).integers(len(sizes))]
 
 
-def on_rank(rank: int, folder: str, job: str) -> None:
-    """What one of two processes does, as torchrun starts it."""
-    port = Path(folder, "port").read_text()
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": "2"}
-    torch.set_num_threads(1)
-    if job == "update":
-        modeling_rf_detr.random_points = fixed_points
-        found = one_update(folder, 1, 2)
-        torch.save({"found": found.found, "log": found.log}, f"{folder}/{rank}.pt")
-    elif job == "evaluate":
-        metrics = build_trainer(folder).evaluate()
-        torch.save(metrics, f"{folder}/{rank}.pt")
-    elif job == "shard":
-        torch.distributed.init_process_group("gloo")
-        torch.save(average_of_shards(), f"{folder}/{rank}.pt")
-    elif job == "stream":
-        torch.save(train_on_a_stream(folder), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def on_two_processes(folder: Path, job: str) -> list[Any]:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        (folder / "port").write_text(str(free.getsockname()[1]))
-    torch.multiprocessing.spawn(on_rank, (str(folder), job), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+def update_of_one_rank(folder: str) -> dict[str, Any]:
+    modeling_rf_detr.random_points = fixed_points
+    found = one_update(folder, 1, 2)
+    return {"found": found.found, "log": found.log}
 
 
 def test_an_update_is_the_same_on_two_processes(same_points, tmp_path):
     expected = one_update(tmp_path, 4, 1)
-    for found in on_two_processes(tmp_path, "update"):
+    for found in on_two_processes(tmp_path, update_of_one_rank):
         gradients = Gradients()
         gradients.found, gradients.log = found["found"], found["log"] or expected.log
         check_equal(gradients, expected)
-
-
-def test_the_evaluation_is_the_same_on_two_processes_though_seven_pictures_do_not_divide(tmp_path):
-    expected = build_trainer(tmp_path).evaluate()
-    for metrics in on_two_processes(tmp_path, "evaluate"):
-        same_numbers(metrics, expected, "eval_", "eval_")
-        assert metrics["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
 
 
 def train_on_a_stream(folder: str) -> dict[str, Any]:
@@ -479,7 +506,7 @@ def train_on_a_stream(folder: str) -> dict[str, Any]:
 
 
 def test_a_stream_is_divided_among_two_processes(tmp_path):
-    first, second = on_two_processes(tmp_path, "stream")
+    first, second = on_two_processes(tmp_path, train_on_a_stream)
     assert sorted(first["seen"] + second["seen"]) == list(range(12))
     assert len(first["seen"]) == len(second["seen"]) == 6
     assert all(torch.equal(tensor, second["state"][name]) for name, tensor in first["state"].items())
@@ -487,10 +514,11 @@ def test_a_stream_is_divided_among_two_processes(tmp_path):
     assert all(math.isfinite(loss) for loss in first["losses"])
 
 
-def average_of_shards() -> dict[str, Any]:
+def average_of_shards(folder: str) -> dict[str, Any]:
     """The average of a model that FSDP has sharded, and of one that is whole, over the same steps."""
     from torch.distributed.fsdp import fully_shard
 
+    torch.distributed.init_process_group("gloo")
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
     torch.manual_seed(0)
     model = torch.nn.Linear(5, 3)
@@ -515,7 +543,7 @@ def average_of_shards() -> dict[str, Any]:
 
 
 def test_the_average_of_sharded_weights_is_that_of_whole_ones(tmp_path):
-    for found in on_two_processes(tmp_path, "shard"):
+    for found in on_two_processes(tmp_path, average_of_shards):
         sharded, expected, again = found["states"]
         assert expected["weight"].shape == (3, 5)
         assert all(torch.equal(sharded[name], expected[name]) for name in expected)
@@ -627,8 +655,8 @@ def test_a_run_killed_in_the_middle_of_an_epoch_resumes_bit_for_bit(workers, tmp
         tmp_path / "whole" / last / "rf_detr_state.json"
     ).read_text()
     for file in ("optimizer.pt", "scheduler.pt"):
-        states = [torch.load(folder / last / file) for folder in (killed, tmp_path / "whole")]
-        assert str(states[0]) == str(states[1])
+        ours, theirs = (torch.load(folder / last / file) for folder in (killed, tmp_path / "whole"))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 def test_without_data_to_evaluate_training_goes_on_with_a_warning(tmp_path, hf_log):

@@ -3,11 +3,15 @@
 import json
 import os
 import signal
+import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
+import torch.multiprocessing
 from transformers import TrainerCallback
 
 from transformers_rfdetr import RfDetrForInstanceSegmentation
@@ -58,6 +62,24 @@ class Die(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _rank(rank: int, folder: str, job: Callable[[str], Any]) -> None:
+    port = Path(folder, "port").read_text()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    torch.save(job(folder), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def on_two_processes(folder: Path, job: Callable[[str], Any]) -> list[Any]:
+    """What `job(folder)` returns on each of two processes, started as torchrun does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (folder / "port").write_text(str(free.getsockname()[1]))
+    torch.multiprocessing.spawn(_rank, (str(folder), job), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 if __name__ == "__main__":

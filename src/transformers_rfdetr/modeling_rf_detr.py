@@ -595,6 +595,9 @@ class RfDetrPreTrainedModel(RfDetrCheckpoint):
     def _can_set_attn_implementation(cls) -> bool:
         return True  # transformers looks for a phrase in the source; `attend` reads the configuration at every call
 
+    def get_input_embeddings(self) -> None:
+        """None: there is no table of tokens, which accelerate asks for before it shards a model."""
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Every leaf knows how it starts. torch.nn.init leaves loaded tensors alone while transformers loads a model.

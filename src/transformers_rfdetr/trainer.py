@@ -5,6 +5,7 @@ processes, averages the weights and evaluates the average, draws a scale for eac
 of masks in evaluation, and resumes to the same numbers as a run that was not interrupted.
 """
 
+import copy
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     EvalLoopOutput,
     IntervalStrategy,
+    SaveStrategy,
     SchedulerType,
     TrainOutput,
 )
@@ -73,8 +75,9 @@ class RfDetrTrainingArguments(TrainingArguments):
 
     Everything of `TrainingArguments` can be set. Fields of it with another default here: batches of 4 x 4 accumulated
     pictures, 100 epochs, AdamW at 1e-4 with weight decay 1e-4, gradients clipped at a norm of 0.1, bf16 (else fp16) on
-    a GPU, evaluation and checkpoint once an epoch, the two newest checkpoints and the best one kept, the best one by
-    mask AP (box AP for detection) loaded at the end, a log entry every 10 steps, nothing removed from the samples.
+    a GPU, evaluation and checkpoint once an epoch, the newest checkpoint and the best one kept, the best one by mask AP
+    (box AP for detection) loaded at the end, a log entry every 10 steps, nothing removed from the samples. With other
+    strategies than "epoch" for both, `load_best_model_at_end` is False unless it is set.
 
     Args:
         learning_rate_encoder: Learning rate of DINOv2 after its last block, before the decays.
@@ -93,7 +96,7 @@ class RfDetrTrainingArguments(TrainingArguments):
         early_stopping: Whether to stop when the metric stays.
         early_stopping_patience: Evaluations without an improvement after which training stops.
         early_stopping_min_delta: What an improvement must exceed.
-        early_stopping_use_ema: Whether only the average counts, also with `eval_base_model`; otherwise the better one.
+        early_stopping_use_ema: Whether only the average counts for it; otherwise the better of both.
         multi_scale: Whether each training step draws its resolution around the model's: up to 5 blocks (patch size x
             windows) more or less.
         drop_path: Stochastic depth of DINOv2's last block, in [0, 1); the configuration's by default.
@@ -119,6 +122,7 @@ class RfDetrTrainingArguments(TrainingArguments):
     save_total_limit: int | None = 2
     load_best_model_at_end: bool | None = None
     metric_for_best_model: str | None = None
+    eval_steps: float | None = None
     logging_steps: float = 10
     logging_nan_inf_filter: bool = False
     remove_unused_columns: bool = False
@@ -155,6 +159,8 @@ class RfDetrTrainingArguments(TrainingArguments):
             ("early_stopping_patience", self.early_stopping_patience >= 1, "at least 1"),
             ("early_stopping_min_delta", self.early_stopping_min_delta >= 0, "at least 0"),
             ("drop_path", self.drop_path is None or 0 <= self.drop_path < 1, "in [0, 1)"),
+            ("early_stopping", not self.early_stopping or self.eval_strategy != "no", "False without eval_strategy"),
+            ("deepspeed", not self.deepspeed, "left out: the average of the weights is not sharded; take FSDP"),
         ):
             if not fine:
                 raise ValueError(f"{name} {getattr(self, name)} must be {rule}")
@@ -164,9 +170,16 @@ class RfDetrTrainingArguments(TrainingArguments):
             self.fp16 = self.fp16 or (on_gpu and not self.bf16)
         self.dataloader_pin_memory &= torch.cuda.is_available() and not self.use_cpu
         if self.load_best_model_at_end is None:
-            self.load_best_model_at_end = "no" != self.eval_strategy == self.save_strategy
+            self.load_best_model_at_end = "epoch" == self.eval_strategy == self.save_strategy
+        if self.eval_strategy == "steps" and self.eval_steps is None:
+            self.eval_steps = self.save_steps  # transformers' own choice, logging_steps, is too often for mask AP
         if self.metric_for_best_model is None:
-            self.metric_for_best_model = "segm_AP"
+            self.metric_for_best_model = "loss" if self.prediction_loss_only else "segm_AP"
+        if self.metric_for_best_model.removeprefix("eval_").startswith("base_"):
+            raise ValueError(
+                f"metric_for_best_model {self.metric_for_best_model!r} is of the weights only; name the metric itself, "
+                "eval_base_model=True compares both"
+            )
         if self.data_seed is None:
             self.data_seed = self.seed  # the order of the pictures must not depend on draws before the run
         # An early stop must find its count again when the run resumes.
@@ -254,11 +267,19 @@ class RfDetrTrainer(Trainer):
                     f"RfDetrTrainer takes no {refused}: it computes the losses and COCO's metrics itself, without"
                     " keeping masks; leave it out or take transformers.Trainer"
                 )
+        args = copy.copy(args)  # what follows from model and data must not reach another trainer
         if eval_dataset is None and args.eval_strategy != "no":
             if train_dataset is not None:
                 logger.warning("There is no eval_dataset: nothing is evaluated, and the last model is kept.")
             args.eval_strategy = IntervalStrategy.NO
             args.load_best_model_at_end = args.early_stopping = False
+        _check_training_data(train_dataset)
+        if isinstance(eval_dataset, InstanceDatasets):
+            raise ValueError(f"eval_dataset is all splits {list(eval_dataset)}; pass one, such as data['validation']")
+        if isinstance(eval_dataset, dict):
+            metric = args.metric_for_best_model.removeprefix("eval_")
+            if not any(metric.startswith(f"{name}_") for name in eval_dataset):
+                args.metric_for_best_model = f"{next(iter(eval_dataset))}_{metric}"
         self.augmentation = augmentation
         self.eval_annotations = eval_annotations
         self._average: WeightAverage | None = None
@@ -269,6 +290,8 @@ class RfDetrTrainer(Trainer):
         self._best: dict[str, float] = {}  # by kind of weights
         self._resumed: dict[str, Any] | None = None  # what a checkpoint holds that is not taken up yet
         self._evaluation: _Evaluation | None = None
+        self._evaluated: Any = object()  # the data set whose ground truth the evaluator holds
+        self._per_class: dict[str, Any] = {}
         super().__init__(
             model,
             args,
@@ -285,12 +308,8 @@ class RfDetrTrainer(Trainer):
             )
         if self.processing_class is None:
             self.processing_class = RfDetrImageProcessor.from_config(self.model.config)
-        if not self._has_masks and args.metric_for_best_model == "segm_AP":
-            args.metric_for_best_model = "bbox_AP"
-        if args.freeze_backbone:
-            self.model.freeze_backbone()
-        if args.drop_path is not None:
-            self.model.set_drop_path(args.drop_path)
+        if not self._has_masks:
+            args.metric_for_best_model = args.metric_for_best_model.replace("segm_", "bbox_")
         if args.eval_score_threshold:
             logger.warning(_THRESHOLD_NOTE.format(args.eval_score_threshold))
         self._sizes = self._training_sizes() if args.multi_scale else []
@@ -299,10 +318,28 @@ class RfDetrTrainer(Trainer):
             self.eval_dataset = {name: self._prepare_evaluation(part) for name, part in self.eval_dataset.items()}
         else:
             self.eval_dataset = self._prepare_evaluation(self.eval_dataset)
+        self._set_up_model()
         self.add_callback(_Recipe(self))
         self.add_callback(FollowEpoch)
         if args.early_stopping:
             self.add_callback(_EarlyStopping(args.early_stopping_patience, args.early_stopping_min_delta))
+
+    def _set_up_model(self) -> None:
+        """What the arguments and the data say about the model, before it trains."""
+        if isinstance(self.train_dataset, PreparedDataset | PreparedStream):
+            adopt_classes(self.model.config, _raw(self.train_dataset), keep_ids=True)
+        if self.args.freeze_backbone:
+            self.model.freeze_backbone()
+        if self.args.drop_path is not None:
+            self.model.set_drop_path(self.args.drop_path)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A new model of `model_init`, set up as the first one."""
+        model = super().call_model_init(trial)
+        if hasattr(self, "_sizes"):
+            self.model = model
+            self._set_up_model()
+        return model
 
     @property
     def _has_masks(self) -> bool:
@@ -327,18 +364,28 @@ class RfDetrTrainer(Trainer):
         if not isinstance(dataset, InstanceDataset | InstanceStream):
             return dataset
         adopt_classes(self.model.config, dataset)
-        processor = self.processing_class
+        processor = copy.copy(self.processing_class)
         if self._sizes:  # batches shrink on the device, so pictures come at the largest size
-            size = dict(zip(("height", "width"), self._sizes[-1], strict=True))
-            processor = type(processor)(**{**vars(processor), "size": size})
+            processor.size = dict(zip(("height", "width"), self._sizes[-1], strict=True))
+        if isinstance(dataset, InstanceStream) and self.args.save_strategy == SaveStrategy.EPOCH:
+            logger.warning(
+                "A stream has no epochs: with save_strategy='epoch' there is one checkpoint, after max_steps; pass"
+                " save_strategy='steps'."
+            )
         augmentation, seed = self.augmentation, self.args.seed
         return dataset.with_processor(processor, augmentation=augmentation, seed=seed, masks=self._has_masks)
 
     def _prepare_evaluation(self, dataset: Any) -> Any:
-        if not isinstance(dataset, InstanceDataset):
-            return dataset
-        adopt_classes(self.model.config, dataset)
-        return dataset.with_processor(self.processing_class, masks=self._has_masks)
+        if isinstance(dataset, InstanceDataset):
+            adopt_classes(self.model.config, dataset)
+            return dataset.with_processor(self.processing_class, masks=self._has_masks)
+        known = dataset is None or isinstance(dataset, str | PreparedDataset) or self.eval_annotations is not None
+        if not known and not hasattr(dataset, "column_names"):
+            raise ValueError(
+                f"the ground truth of a {type(dataset).__name__} is not known; evaluate an InstanceDataset (from"
+                " load_instance_dataset), or pass eval_annotations, a COCO dictionary"
+            )
+        return dataset
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """Batches of prepared training samples."""
@@ -374,6 +421,8 @@ class RfDetrTrainer(Trainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
+        # Nothing of a run before this one is left; a checkpoint brings its own.
+        self._best, self._sums, self._resumed, self._average = {}, {}, None, None
         if self.is_world_process_zero():
             self._describe_data()
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -398,7 +447,9 @@ class RfDetrTrainer(Trainer):
         """AdamW (or another `optim`) over [`parameter_groups`]."""
         if self.optimizer is None:
             args = self.args
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, self.model)
+            optimizer_class, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+                args, self.model
+            )
             groups = parameter_groups(
                 self.model if model is None else model,
                 learning_rate=args.learning_rate,
@@ -417,7 +468,8 @@ class RfDetrTrainer(Trainer):
         if self.lr_scheduler is None and self.args.lr_scheduler_type == SchedulerType.CONSTANT_WITH_WARMUP:
             drop = float("inf")
             if not isinstance(self.train_dataset, torch.utils.data.IterableDataset):
-                batches = math.ceil(len(self.train_dataset) / (self._train_batch_size * self.args.world_size))
+                batches = len(self.train_dataset) / (self._train_batch_size * self.args.world_size)
+                batches = math.floor(batches) if self.args.dataloader_drop_last else math.ceil(batches)
                 drop = self.args.lr_drop_epochs * math.ceil(batches / self.args.gradient_accumulation_steps)
             factor = step_schedule(self.args.get_warmup_steps(num_training_steps), drop)
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
@@ -468,25 +520,25 @@ class RfDetrTrainer(Trainer):
         super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Log numbers: beside the loss its terms of the last layer, and of each class its AP."""
-        flat: dict[str, Any] = {}
-        kind = "segm_AP" if self._has_masks else "bbox_AP"
-        for name, value in logs.items():
-            if name.endswith("_per_class"):
-                prefix = name.removesuffix("per_class") + kind
-                if len(value) > 1:
-                    flat |= {f"{prefix}/{category}": numbers[kind] for category, numbers in value.items()}
-            else:
-                flat[name] = value
+        """Log numbers, beside the loss its terms of the last layer."""
         if "loss" in logs:
-            flat |= self._terms
-        super().log(flat, *args, **kwargs)
+            logs = {**logs, **self._terms}
+        super().log(logs, *args, **kwargs)
+
+    def log_metrics(self, split: str, metrics: dict[str, Any]) -> None:
+        """Print the numbers of a split, all but the dictionary of each class."""
+        super().log_metrics(split, {name: value for name, value in metrics.items() if not isinstance(value, dict)})
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
     def _evaluated_weights(self) -> AbstractContextManager[None]:
         """Inside, the model holds what evaluation and checkpoints are about: during training the average."""
         return self._average.in_model() if self._averages else nullcontext()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The numbers of a data set; `eval_per_class` is a dictionary, of which the log gets one number a class."""
+        metrics = super().evaluate(*args, **kwargs)
+        return metrics | self._per_class
 
     def evaluation_loop(
         self,
@@ -498,10 +550,12 @@ class RfDetrTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Evaluate the average during training, and with `eval_base_model` the weights too."""
         arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        base: dict[str, Any] = {}
+        if self._averages and self.args.eval_base_model:
+            base = {_base(key): value for key, value in self._stream(*arguments).metrics.items()}
         with self._evaluated_weights():
             output = self._stream(*arguments)
-        if self._averages and self.args.eval_base_model:
-            output.metrics.update({_base(key): value for key, value in self._stream(*arguments).metrics.items()})
+        output.metrics.update(base)
         return output
 
     def _stream(self, dataloader: Any, description: str, *args: Any) -> EvalLoopOutput:
@@ -510,6 +564,11 @@ class RfDetrTrainer(Trainer):
         self._evaluation = evaluation = self._evaluation_of(dataloader.dataset)
         output = super().evaluation_loop(dataloader, description, *args)
         results = self._gather(evaluation)
+        per_class = results.pop("per_class", {})
+        self._per_class = {f"{prefix}_per_class": per_class}
+        kind = "segm_AP" if self._has_masks else "bbox_AP"
+        if len(per_class) > 1:  # for the log, which takes numbers only
+            results |= {f"{kind}/{category}": numbers[kind] for category, numbers in per_class.items()}
         output.metrics.update({f"{prefix}_{name}": value for name, value in results.items()})
         if description == "Prediction":
             output = output._replace(predictions=list(evaluation.evaluator.predictions()))
@@ -517,21 +576,26 @@ class RfDetrTrainer(Trainer):
 
     def _evaluation_of(self, dataset: Any) -> "_Evaluation":
         """An empty evaluation against the ground truth of a data set."""
-        truth: Mapping[str, Any]
-        if isinstance(dataset, PreparedDataset):
-            truth, category_of = dataset.dataset.coco(), category_of_labels(self.model.config, dataset.dataset)
-        elif self.eval_annotations is not None:
-            truth = self.eval_annotations
-            category_of = {category["id"]: category["id"] for category in truth["categories"]}
-        elif hasattr(dataset, "column_names"):  # a datasets.Dataset whose transform prepares the samples
-            rows = load_instance_dataset(dataset.with_format(None))["train"]
-            truth, category_of = rows.coco(), {number: number for number in rows.category_ids}
-        else:
-            raise ValueError(
-                f"the ground truth of a {type(dataset).__name__} is not known; evaluate an InstanceDataset (from"
-                " load_instance_dataset), or pass eval_annotations, a COCO dictionary"
-            )
-        return _Evaluation(InstanceSegmentationEvaluator(truth), category_of)
+        raw = _raw(dataset)
+        if raw is not self._evaluated:
+            truth: Mapping[str, Any]
+            if isinstance(raw, InstanceDataset):
+                truth, self._category_of = raw.coco(), category_of_labels(self.model.config, raw)
+            else:
+                truth = self.eval_annotations
+                if truth is None:  # a datasets.Dataset whose transform prepares the samples
+                    truth = load_instance_dataset(dataset.with_format(None))["train"].coco()
+                ids, num_labels = [category["id"] for category in truth["categories"]], self.model.config.num_labels
+                if not set(ids) <= set(range(num_labels)):
+                    raise ValueError(
+                        f"the samples are prepared already, so that category ids {ids} must be the model's class "
+                        f"indices 0 .. {num_labels - 1}; pass load_instance_dataset(...) as eval_dataset, which maps"
+                        " them, or eval_annotations with class indices as ids"
+                    )
+                self._category_of = {number: number for number in ids}
+            self._evaluated, self._evaluator = raw, InstanceSegmentationEvaluator(truth)
+        self._evaluator.reset()
+        return _Evaluation(self._evaluator, self._category_of)
 
     def prediction_step(
         self,
@@ -605,14 +669,25 @@ class RfDetrTrainer(Trainer):
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model, its configuration and the processor: during training with the averaged weights."""
         with self._evaluated_weights():
-            super().save_model(*args, **kwargs)
+            self._write_model(output_dir, _internal_call)
+
+    def _write_model(self, output_dir: str | None, _internal_call: bool = True) -> None:
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        # transformers writes shards, or nothing, by FSDP's kind of state; a model folder holds whole tensors.
+        state = {name: whole(tensor).cpu() for name, tensor in self.model.state_dict().items()}
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the model card; a score threshold of the evaluation is named in it."""
         super().create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero():
+            return
         card = Path(self.args.output_dir, "README.md")
         if self.args.eval_score_threshold and card.is_file():
             note = _THRESHOLD_NOTE.format(self.args.eval_score_threshold)
@@ -629,13 +704,15 @@ class RfDetrTrainer(Trainer):
 
     def _keep_best(self, kind: str, value: float, trial: Any) -> None:
         """Write `best_<kind>` if `value` is the best of its kind so far, and `best_total` if it is the best of all."""
+        if not math.isfinite(value):
+            return
         sign = 1 if self.args.greater_is_better else -1
         better = {other: sign * value > sign * self._best[other] for other in (kind, "total") if other in self._best}
         if not better.get(kind, True):
             return
         root = Path(self._get_output_dir(trial))
         with self._average.in_model() if kind == "ema" else nullcontext():
-            super().save_model(str(root / f".best_{kind}"), _internal_call=True)
+            self._write_model(str(root / f".best_{kind}"))
         for other in [kind] + ["total"] * better.get("total", True):
             self._best[other] = value
             if self.args.should_save:
@@ -645,27 +722,33 @@ class RfDetrTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         """Load the best of all weights, which with `eval_base_model` need not be the ones of the best checkpoint."""
-        checkpoint, best = self.state.best_model_checkpoint, Path(self.args.output_dir, "best_total")
-        if best.is_dir() and not self.is_fsdp_enabled:
-            self.state.best_model_checkpoint = str(best)
-        super()._load_best_model()
-        self.state.best_model_checkpoint = checkpoint
+        best = Path(self.args.output_dir, "best_total")
+        if "total" not in self._best or not best.is_dir():  # resumed in another folder
+            super()._load_best_model()
+        elif (best / "model.safetensors").is_file():
+            weights = load_file(best / "model.safetensors")
+            for name, parameter in self.model.named_parameters():
+                copy_whole(parameter, weights[name])
+        else:  # an adapter, or several files
+            checkpoint, self.state.best_model_checkpoint = self.state.best_model_checkpoint, str(best)
+            super()._load_best_model()
+            self.state.best_model_checkpoint = checkpoint
         self._average = None  # the model is not to be averaged over
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint: first what transformers does not know, last its state, which marks it as whole."""
         folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         folder.mkdir(parents=True, exist_ok=True)
-        if not self.args.save_only_model:
-            self._save_recipe(folder)
+        self._save_recipe(folder)
         super()._save_checkpoint(model, trial)
 
     def _save_recipe(self, folder: Path) -> None:
         gather = self.accelerator.gather
-        sums = {"loss": self._step_loss, **self._sums}
+        nothing = torch.zeros((), device=self.args.device)
+        sums = {"loss": nothing if self._step_loss is None else self._step_loss, **self._sums}
         sums = {name: gather(value.detach().float().reshape(1)).tolist() for name, value in sorted(sums.items())}
         tensors: dict[str, Tensor] = {}
-        if self._average is not None:
+        if self._average is not None and not self.args.save_only_model:
             tensors = {f"average.{name}": tensor for name, tensor in self._average.state_dict().items()}
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
@@ -700,6 +783,8 @@ class RfDetrTrainer(Trainer):
             self._resumed["average"] = {
                 name.removeprefix("average."): tensor for name, tensor in tensors.items() if name.startswith("average.")
             }
+        elif self._resumed["num_updates"]:
+            logger.warning(f"{folder} holds averaged weights only (save_only_model); training goes on from them")
 
     def _start_average(self) -> None:
         """Begin the average with the weights as they are, or continue a checkpoint's."""
@@ -710,7 +795,7 @@ class RfDetrTrainer(Trainer):
             )
         self._average = WeightAverage(self.model, self.args.ema_decay, self.args.ema_tau)
         if self._resumed and "average" in self._resumed:
-            self._average.load_state_dict(self._resumed.pop("average"), self._resumed["num_updates"])
+            self._average.load_state_dict(self._resumed["average"], self._resumed["num_updates"])
 
     def _resume_log(self) -> Tensor | None:
         """Once, before the first step of a resumed run: the sums since the last log entry; the loss's is returned."""
@@ -748,11 +833,12 @@ class _Recipe(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.trainer._sums = {}
         if args.ema:
             self.trainer._start_average()
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if self.trainer._average is not None:
+        if self.trainer._average is not None and not self.trainer.accelerator.optimizer_step_was_skipped:
             self.trainer._average.update()
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -762,10 +848,27 @@ class _Recipe(TrainerCallback):
 
 
 class _EarlyStopping(EarlyStoppingCallback):
-    """Stops when the metric stays that [`deciding`] names."""
+    """Stops when the metric for the best model stays: the better of average and weights, or only the average's."""
+
+    def __init__(self, early_stopping_patience: int = 1, early_stopping_threshold: float = 0.0) -> None:
+        super().__init__(early_stopping_patience, early_stopping_threshold)
+        self.best: float | None = None
+
+    def check_metric_value(self, args: Any, state: TrainerState, control: Any, metric_value: float) -> None:
+        sign = 1 if args.greater_is_better else -1
+        if self.best is None or sign * (metric_value - self.best) > self.early_stopping_threshold:
+            self.best, self.early_stopping_patience_counter = metric_value, 0
+        else:
+            self.early_stopping_patience_counter += 1
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: dict[str, Any], **kwargs: Any) -> None:
-        super().on_evaluate(args, state, control, deciding(args, metrics), **kwargs)
+        metrics = metrics if args.early_stopping_use_ema else deciding(args, metrics)
+        super().on_evaluate(args, state, control, metrics, **kwargs)
+
+    def state(self) -> dict[str, Any]:
+        state = super().state()
+        state["attributes"]["best"] = self.best
+        return state
 
 
 def _best_key(args: RfDetrTrainingArguments) -> str:
@@ -778,17 +881,35 @@ def _base(key: str) -> str:
 
 
 def deciding(args: RfDetrTrainingArguments, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Metrics in which the one for the best model is the better of average and weights, if both may decide."""
+    """Metrics in which the one for the best model is the better of average and weights, where both are evaluated."""
     key = _best_key(args)
-    if _base(key) not in metrics or args.early_stopping_use_ema:
+    if _base(key) not in metrics:
         return metrics
     return {**metrics, key: (max if args.greater_is_better else min)(metrics[key], metrics[_base(key)])}
 
 
-def adopt_classes(config: RfDetrConfig, dataset: InstanceDataset | InstanceStream) -> None:
-    """Check that the model's classes are the data's, and note the data's category ids in the configuration.
+def _raw(dataset: Any) -> Any:
+    """The data set that a prepared one is made of."""
+    if isinstance(dataset, PreparedDataset):
+        return dataset.dataset
+    return dataset.stream if isinstance(dataset, PreparedStream) else dataset
 
-    A model whose classes have no names yet takes them over.
+
+def _check_training_data(dataset: Any) -> None:
+    """Raise for what is no data set of prepared or preparable samples."""
+    columns = getattr(dataset, "column_names", None)
+    is_raw = columns and "pixel_values" not in columns and getattr(dataset, "format", {}).get("type") != "custom"
+    if isinstance(dataset, dict) or is_raw:
+        raise ValueError(
+            f"train_dataset is {'a dictionary' if isinstance(dataset, dict) else f'rows of {columns}'}, whose samples "
+            "are not prepared; pass one split of load_instance_dataset(...), such as data['train']"
+        )
+
+
+def adopt_classes(config: RfDetrConfig, dataset: InstanceDataset | InstanceStream, keep_ids: bool = False) -> None:
+    """Check that the model's classes are the data's; a model whose classes have no names yet takes them over.
+
+    With `keep_ids` the data's own category ids are noted in the configuration, as `category_ids`.
 
     Raises:
         ValueError: the number or the names of the classes differ.
@@ -803,7 +924,8 @@ def adopt_classes(config: RfDetrConfig, dataset: InstanceDataset | InstanceStrea
             f"the model's {len(names)} classes {_shorten(names)} are not the data's {len(wanted)} {_shorten(wanted)}; "
             "load it with from_pretrained(..., id2label=data.id2label, ignore_mismatched_sizes=True)"
         )
-    config.category_ids = list(dataset.category_ids)
+    if keep_ids:
+        config.category_ids = list(dataset.category_ids)
 
 
 def _shorten(names: Mapping[int, str]) -> str:
@@ -829,7 +951,7 @@ def newest_checkpoint(output_dir: str) -> str:
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Copy the weights, configuration and processor in `source` to `target`, which is whole at every moment."""
+    """Copy the weights, configuration and processor in `source` to `target`, which is never there in part."""
     fresh, old = target.with_name(f".new_{target.name}"), target.with_name(f".old_{target.name}")
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
