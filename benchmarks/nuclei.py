@@ -12,12 +12,12 @@ import torch
 
 from transformers_rfdetr import (
     FlipAndCrop,
-    RfDetrConfig,
     RfDetrForInstanceSegmentation,
     RfDetrTrainer,
     RfDetrTrainingArguments,
     load_instance_dataset,
 )
+from transformers_rfdetr.cli.demo import FROM_SCRATCH, small_config
 
 
 def main() -> None:
@@ -31,22 +31,14 @@ def main() -> None:
     started = time.perf_counter()
     files = {"train": options.folder / "train.json", "validation": options.folder / "val.json"}
     data = load_instance_dataset(files, image_folder=options.folder / "images")
-    config = RfDetrConfig(
-        backbone_config={
-            "hidden_size": 128,
-            "num_hidden_layers": 6,
+    config = small_config(
+        {
             "num_attention_heads": 4,
             "image_size": 192,
             "patch_size": 8,
             "num_windows": 2,
             "out_indices": [2, 3, 5, 6],
-            "layerscale_value": 1.0,
         },
-        d_model=128,
-        decoder_layers=2,
-        decoder_ffn_dim=256,
-        decoder_self_attention_heads=4,
-        decoder_cross_attention_heads=8,
         num_queries=100,
         group_detr=3,
         # Objects are small: of few points hardly one would lie on them, and empty masks would be good enough.
@@ -60,22 +52,13 @@ def main() -> None:
         options.output,
         num_train_epochs=options.epochs,
         per_device_train_batch_size=4,
-        gradient_accumulation_steps=1,
         learning_rate=5e-4,
         learning_rate_encoder=5e-4,
-        layer_decay=1.0,
-        component_decay=1.0,
-        max_grad_norm=1.0,
-        lr_scheduler_type="cosine",
         warmup_steps=0.05,
-        multi_scale=False,
-        eval_strategy="steps",
-        save_strategy="steps",
         eval_steps=0.5,
         save_steps=0.5,
-        dataloader_num_workers=0,
-        report_to="none",
         seed=options.seed,
+        **FROM_SCRATCH,
     )
     model = RfDetrForInstanceSegmentation(config)
     trainer = RfDetrTrainer(

@@ -289,8 +289,7 @@ class RfDetrTrainer(Trainer):
         self._terms: dict[str, float] = {}  # of the log entry that is being written
         self._best: dict[str, float] = {}  # by kind of weights
         self._resumed: dict[str, Any] | None = None  # what a checkpoint holds that is not taken up yet
-        self._evaluation: _Evaluation | None = None
-        self._evaluated: Any = object()  # the data set whose ground truth the evaluator holds
+        self._evaluation: _Evaluation | None = None  # the last one, whose ground truth may serve again
         self._per_class: dict[str, Any] = {}
         super().__init__(
             model,
@@ -314,11 +313,11 @@ class RfDetrTrainer(Trainer):
             logger.warning(_THRESHOLD_NOTE.format(args.eval_score_threshold))
         self._sizes = self._training_sizes() if args.multi_scale else []
         self.train_dataset = self._prepare_training(self.train_dataset)
+        self._set_up_model()
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {name: self._prepare_evaluation(part) for name, part in self.eval_dataset.items()}
         else:
             self.eval_dataset = self._prepare_evaluation(self.eval_dataset)
-        self._set_up_model()
         self.add_callback(_Recipe(self))
         self.add_callback(FollowEpoch)
         if args.early_stopping:
@@ -363,7 +362,6 @@ class RfDetrTrainer(Trainer):
     def _prepare_training(self, dataset: Any) -> Any:
         if not isinstance(dataset, InstanceDataset | InstanceStream):
             return dataset
-        adopt_classes(self.model.config, dataset)
         processor = copy.copy(self.processing_class)
         if self._sizes:  # batches shrink on the device, so pictures come at the largest size
             processor.size = dict(zip(("height", "width"), self._sizes[-1], strict=True))
@@ -422,7 +420,7 @@ class RfDetrTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
         # Nothing of a run before this one is left; a checkpoint brings its own.
-        self._best, self._sums, self._resumed, self._average = {}, {}, None, None
+        self._best, self._resumed, self._average = {}, None, None
         if self.is_world_process_zero():
             self._describe_data()
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -576,26 +574,24 @@ class RfDetrTrainer(Trainer):
 
     def _evaluation_of(self, dataset: Any) -> "_Evaluation":
         """An empty evaluation against the ground truth of a data set."""
-        raw = _raw(dataset)
-        if raw is not self._evaluated:
-            truth: Mapping[str, Any]
-            if isinstance(raw, InstanceDataset):
-                truth, self._category_of = raw.coco(), category_of_labels(self.model.config, raw)
-            else:
-                truth = self.eval_annotations
-                if truth is None:  # a datasets.Dataset whose transform prepares the samples
-                    truth = load_instance_dataset(dataset.with_format(None))["train"].coco()
-                ids, num_labels = [category["id"] for category in truth["categories"]], self.model.config.num_labels
-                if not set(ids) <= set(range(num_labels)):
-                    raise ValueError(
-                        f"the samples are prepared already, so that category ids {ids} must be the model's class "
-                        f"indices 0 .. {num_labels - 1}; pass load_instance_dataset(...) as eval_dataset, which maps"
-                        " them, or eval_annotations with class indices as ids"
-                    )
-                self._category_of = {number: number for number in ids}
-            self._evaluated, self._evaluator = raw, InstanceSegmentationEvaluator(truth)
-        self._evaluator.reset()
-        return _Evaluation(self._evaluator, self._category_of)
+        raw, last = _raw(dataset), self._evaluation
+        if last is not None and last.dataset is raw:
+            last.evaluator.reset()
+            return _Evaluation(raw, last.evaluator, last.category_of)
+        if isinstance(raw, InstanceDataset):
+            category_of = category_of_labels(self.model.config, raw)
+            return _Evaluation(raw, InstanceSegmentationEvaluator(raw.coco()), category_of)
+        truth = self.eval_annotations
+        if truth is None:  # a datasets.Dataset whose transform prepares the samples
+            truth = load_instance_dataset(dataset.with_format(None))["train"].coco()
+        ids, num_labels = [category["id"] for category in truth["categories"]], self.model.config.num_labels
+        if not set(ids) <= set(range(num_labels)):
+            raise ValueError(
+                f"the samples are prepared already, so that category ids {ids} must be the model's class "
+                f"indices 0 .. {num_labels - 1}; pass load_instance_dataset(...) as eval_dataset, which maps"
+                " them, or eval_annotations with class indices as ids"
+            )
+        return _Evaluation(raw, InstanceSegmentationEvaluator(truth), {number: number for number in ids})
 
     def prediction_step(
         self,
@@ -820,6 +816,7 @@ class RfDetrTrainer(Trainer):
 class _Evaluation:
     """What one pass over a data set adds up."""
 
+    dataset: Any  # not prepared
     evaluator: InstanceSegmentationEvaluator
     category_of: dict[int, int]  # class index -> category id; classes without one are not evaluated
     loss: float = 0.0  # summed over objects
