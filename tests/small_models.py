@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from transformers_rfdetr import RfDetrConfig, RfDetrForInstanceSegmentation
+from transformers_rfdetr.configuration_rf_detr import VARIANTS
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -33,6 +34,30 @@ def small_config(**overrides: Any) -> RfDetrConfig:
         "num_labels": 4,
     }
     return RfDetrConfig(backbone_config=backbone, **(decoder | overrides))
+
+
+# A stand-in keeps a variant's branches (windows, taps, levels, points, layers) and shrinks its widths.
+STAND_IN_BACKBONE = {"hidden_size": 32, "num_attention_heads": 2}
+STAND_IN_DECODER = {
+    "d_model": 32,
+    "decoder_self_attention_heads": 2,
+    "decoder_cross_attention_heads": 4,
+    "num_queries": 7,
+    "group_detr": 3,
+    "num_labels": 5,
+}
+
+
+def stand_in_config(variant: str, grid: int | None = None, **overrides: Any) -> RfDetrConfig:
+    """A small configuration with the branches of `variant`, its position table of `grid` x `grid` patches."""
+    row = VARIANTS[variant]
+    grid = grid or 2 * row.num_windows
+    backbone = {"image_size": grid * row.patch_size, **STAND_IN_BACKBONE, **overrides.pop("backbone_config", {})}
+    block = row.patch_size * row.num_windows
+    resolution = overrides.pop("resolution", grid * row.patch_size // block * block)
+    return RfDetrConfig.from_variant(
+        variant, resolution=resolution, backbone_config=backbone, **(STAND_IN_DECODER | overrides)
+    )
 
 
 def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

@@ -229,7 +229,7 @@ def test_positions_are_interpolated_to_another_size_and_reported(tmp_path, hf_lo
     backbone = small_config(backbone_config={"image_size": 96}).backbone_config
     larger, report = load(tmp_path, backbone_config=backbone.to_dict(), resolution=96)
     assert clean(report)
-    assert "position table interpolated from 4x4 to 8x8 patches" in hf_log.text
+    assert "position table: 4x4 patches -> 8x8 patches" in hf_log.text
     assert larger.backbone[0].encoder["encoder"].embeddings.position_embeddings.shape == (1, 65, 32)
     # The same table is interpolated in the forward of the model that keeps its own.
     torch.testing.assert_close(larger(pixels(1, 96, 96)).logits, model(pixels(1, 96, 96)).logits, atol=1e-4, rtol=1e-4)
@@ -240,7 +240,7 @@ def test_fewer_queries_are_the_first_of_each_group(kind, tmp_path, hf_log):
     model.save_pretrained(tmp_path)
     fewer, report = load(tmp_path, kind, num_queries=4, group_detr=2)
     assert clean(report)
-    assert "query_feat.weight from 3 x 6 rows to 2 x 4" in hf_log.text
+    assert "query_feat.weight: 3 x 6 rows -> 2 x 4" in hf_log.text
     table = model.query_feat.weight.reshape(3, 6, 32)
     assert torch.equal(fewer.query_feat.weight.reshape(2, 4, 32), table[:2, :4])
     assert torch.equal(fewer.transformer.enc_output[1].weight, model.transformer.enc_output[1].weight)
@@ -251,7 +251,7 @@ def test_more_queries_and_groups_repeat_the_stored_ones(tmp_path, hf_log):
     model.save_pretrained(tmp_path)
     more, report = load(tmp_path, num_queries=8, group_detr=4)
     assert clean(report)
-    assert "first-stage heads from 3 groups to 4" in hf_log.text
+    assert "first-stage heads: 3 groups -> 4" in hf_log.text
     table, stored = more.query_feat.weight.reshape(4, 8, 32), model.query_feat.weight.reshape(3, 6, 32)
     assert torch.equal(table[3, 6:], stored[0, :2])
     assert torch.equal(more.transformer.enc_out_class_embed[3].bias, model.transformer.enc_out_class_embed[0].bias)

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -74,6 +74,17 @@ _QUIET = {"_raise_exceptions_for_missing_entries": False}
 _LOADING_ARGUMENTS = ("dtype", "torch_dtype", "attn_implementation", "name_or_path")
 
 
+class Change(NamedTuple):
+    """One thing that loading or converting a checkpoint does not take over as it is."""
+
+    what: str  # a tensor, a kind of tensors, or an argument
+    stored: str
+    result: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.stored} -> {self.result}"
+
+
 def original_key(key: str) -> str:
     """The original name of a tensor in any layout. The port's separate q, k, v of the decoder keep theirs."""
     for pattern, replacement in _RULES:
@@ -109,7 +120,7 @@ def to_original_layout(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _num_groups(keys: Iterable[str]) -> int:
+def num_query_groups(keys: Iterable[str]) -> int:
     """Query groups in a file: each has first-stage heads of its own."""
     return 1 + max((int(match[2]) for key in keys if (match := _GROUP_HEAD.match(key))), default=-1)
 
@@ -119,7 +130,7 @@ def _tables_fit(shapes: Mapping[str, Any], stored: RfDetrConfig, config: RfDetrC
     rows = config.group_detr * config.num_queries
     height, width = grid = config.backbone_config.position_grid
     return (
-        _num_groups(shapes) in (0, config.group_detr)
+        num_query_groups(shapes) in (0, config.group_detr)
         and all(name not in shapes or shapes[name][0] == rows for name in _QUERY_TABLES)
         and (_POSITIONS not in shapes or shapes[_POSITIONS][1] == 1 + height * width)
         and stored.backbone_config.position_grid == grid
@@ -128,7 +139,7 @@ def _tables_fit(shapes: Mapping[str, Any], stored: RfDetrConfig, config: RfDetrC
 
 def fit_tables(
     state_dict: dict[str, Tensor], stored: RfDetrConfig, config: RfDetrConfig
-) -> tuple[dict[str, Tensor], list[str]]:
+) -> tuple[dict[str, Tensor], list[Change]]:
     """Fit the tables of a state dict in the original layout to a configuration of other sizes.
 
     Positions are interpolated. Of the queries the first of each group are kept; wanted ones beyond the stored repeat
@@ -140,7 +151,7 @@ def fit_tables(
         config: The configuration wanted.
 
     Returns:
-        The fitted state dict, and a sentence for each change.
+        The fitted state dict, and each change.
 
     Raises:
         ValueError: if the query rows do not fall into as many groups as there are first-stage heads.
@@ -153,8 +164,9 @@ def fit_tables(
             old = (round((table.shape[1] - 1) ** 0.5),) * 2
         if old != new:
             fitted[_POSITIONS] = resize_position_table(table, old, new)
-            changes.append(f"position table interpolated from {old[0]}x{old[1]} to {new[0]}x{new[1]} patches")
-    groups = _num_groups(fitted) or config.group_detr
+            sizes = (f"{height}x{width} patches" for height, width in (old, new))
+            changes.append(Change("position table", *sizes))
+    groups = num_query_groups(fitted) or config.group_detr
     for name in _QUERY_TABLES:
         if name not in fitted:
             continue
@@ -167,18 +179,18 @@ def fit_tables(
         table = fitted[name].unflatten(0, (groups, queries))
         table = table[torch.arange(config.group_detr) % groups][:, torch.arange(config.num_queries) % queries]
         fitted[name] = table.flatten(0, 1)
-        changes.append(f"{name} from {groups} x {queries} rows to {config.group_detr} x {config.num_queries}")
+        changes.append(Change(name, f"{groups} x {queries} rows", f"{config.group_detr} x {config.num_queries}"))
     heads = {match[0]: match for key in fitted if (match := _GROUP_HEAD.match(key))}
     if heads and groups != config.group_detr:
         tensors = {(match[1], int(match[2]), match[3]): fitted.pop(key) for key, match in heads.items()}
         for head, rest in {(head, rest) for head, _, rest in tensors}:
             for group in range(config.group_detr):
                 fitted[f"{head}.{group}.{rest}"] = tensors[head, group % groups, rest]
-        changes.append(f"first-stage heads from {groups} groups to {config.group_detr}")
+        changes.append(Change("first-stage heads", f"{groups} groups", str(config.group_detr)))
     return fitted, changes
 
 
-def _weight_files(path: str, variant: str | None, use_safetensors: bool | None, hub: dict[str, Any]) -> list[str]:
+def weight_files(path: str, variant: str | None, use_safetensors: bool | None, hub: dict[str, Any]) -> list[str]:
     """The weight files of a model folder or Hub repository, sharded or not; none if there are none."""
     infix = "" if variant is None else f".{variant}"
     kinds = [("model", "safetensors")] * (use_safetensors is not False)
@@ -202,7 +214,8 @@ def _read_shapes(files: Sequence[str]) -> dict[str, list[int]]:
     return shapes
 
 
-def _read_tensors(files: Sequence[str]) -> dict[str, Tensor]:
+def read_tensors(files: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors of safetensors files, or of pickles of weights, which are not run."""
     tensors: dict[str, Tensor] = {}
     for name in files:
         is_pickle = name.endswith(".bin")
@@ -248,11 +261,11 @@ class RfDetrCheckpoint(PreTrainedModel):
                 stored = RfDetrConfig.from_pretrained(path, **hub)
 
         if state_dict is None and path is not None:
-            files = _weight_files(str(path), kwargs.get("variant"), kwargs.get("use_safetensors"), hub)
+            files = weight_files(str(path), kwargs.get("variant"), kwargs.get("use_safetensors"), hub)
             shapes = _read_shapes([name for name in files if name.endswith(".safetensors")])
             if not files or (shapes and is_original_layout(shapes) and _tables_fit(shapes, stored, config)):
                 return cls._loaded(super().from_pretrained(path, *model_args, config=config, **kwargs))
-            state_dict = _read_tensors(files)
+            state_dict = read_tensors(files)
         if state_dict is not None:
             state_dict, changes = fit_tables(to_original_layout(state_dict), stored, config)
             for change in changes:

@@ -86,7 +86,7 @@ def resolve_variant(name: str) -> str:
 
 
 # fmt: off
-_COCO_NAMES = {
+COCO_NAMES = {
     1: "person", 2: "bicycle", 3: "car", 4: "motorcycle", 5: "airplane", 6: "bus", 7: "train", 8: "truck", 9: "boat",
     10: "traffic light", 11: "fire hydrant", 13: "stop sign", 14: "parking meter", 15: "bench", 16: "bird", 17: "cat",
     18: "dog", 19: "horse", 20: "sheep", 21: "cow", 22: "elephant", 23: "bear", 24: "zebra", 25: "giraffe",
@@ -101,7 +101,10 @@ _COCO_NAMES = {
 }
 # fmt: on
 # The published heads have one slot per COCO category id, 0 to 90; eleven of the ids name nothing.
-COCO_ID2LABEL = {slot: _COCO_NAMES.get(slot, f"unused {slot}") for slot in range(91)}
+COCO_ID2LABEL = {slot: COCO_NAMES.get(slot, f"unused {slot}") for slot in range(91)}
+# Rows of the class heads that rfdetr's fine-tuned checkpoints have besides their classes: one after them, and in those
+# of before 1.6 one before them, for Roboflow's category 0. Neither is ever an object's, so neither is reported.
+BACKGROUND, PARENT = "__background__", "__parent__"
 
 
 def as_pair(size: Any) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .checkpoint_layouts import RfDetrCheckpoint
-from .configuration_rf_detr import PROJECTOR_SCALES, RfDetrConfig
+from .configuration_rf_detr import BACKGROUND, PARENT, PROJECTOR_SCALES, RfDetrConfig
 from .loss_rf_detr import (
     LossWeights,
     MaskFactors,
@@ -803,6 +803,15 @@ class RfDetrForObjectDetection(RfDetrModel):
             across_ranks=self.training,
         )
 
+    def _without_no_objects(self, logits: Tensor) -> Tensor:
+        """Minus infinity where rfdetr's fine-tuned heads have a row that is no class, so that no result reports it."""
+        labels = [label for label, name in self.config.id2label.items() if name in (BACKGROUND, PARENT)]
+        if labels:
+            logits = logits.clone()
+            for label in labels:
+                logits[..., label] = -math.inf
+        return logits
+
     @can_return_tuple
     def forward(
         self,
@@ -826,6 +835,9 @@ class RfDetrForObjectDetection(RfDetrModel):
                 parts of a larger one. By default the objects of the batch, in training their mean over all processes.
 
         Returns:
+            Outside training the logits of the labels `__background__` and `__parent__` are minus infinity; heads from
+            rfdetr's fine-tuned checkpoints have these rows, which are no classes.
+
             Masks of the last layer only are multiplied out, and none in a training step. With labels the other layers
             and the first stage stay factored; without labels their masks are not computed.
 
@@ -845,7 +857,7 @@ class RfDetrForObjectDetection(RfDetrModel):
         return RfDetrOutput(
             loss=loss,
             loss_dict=loss_dict,
-            logits=last.logits,
+            logits=last.logits if self.training else self._without_no_objects(last.logits),
             pred_boxes=last.boxes,
             pred_masks=None if factored else last.masks.logits(),
             **base,

@@ -10,7 +10,6 @@ from rfdetr.models.backbone import dinov2 as rfdetr_dinov2
 from rfdetr.models.lwdetr import build_criterion_from_config, build_model_from_config
 
 from transformers_rfdetr import RfDetrConfig, RfDetrForInstanceSegmentation, RfDetrForObjectDetection
-from transformers_rfdetr.configuration_rf_detr import VARIANTS
 
 PEER_CLASSES = {
     "rf-detr-nano": "RFDETRNanoConfig",
@@ -27,28 +26,6 @@ PEER_CLASSES = {
     "rf-detr-seg-xlarge": "RFDETRSegXLargeConfig",
     "rf-detr-seg-2xlarge": "RFDETRSeg2XLargeConfig",
 }
-# A stand-in keeps a variant's branches (windows, taps, levels, points, layers) and shrinks its widths.
-STAND_IN_BACKBONE = {"hidden_size": 32, "num_attention_heads": 2}
-STAND_IN_DECODER = {
-    "d_model": 32,
-    "decoder_self_attention_heads": 2,
-    "decoder_cross_attention_heads": 4,
-    "num_queries": 7,
-    "group_detr": 3,
-    "num_labels": 5,
-}
-
-
-def stand_in_config(variant: str, grid: int | None = None, **overrides: Any) -> RfDetrConfig:
-    """A small configuration with the branches of `variant`, its position table of `grid` x `grid` patches."""
-    row = VARIANTS[variant]
-    grid = grid or 2 * row.num_windows
-    backbone = {"image_size": grid * row.patch_size, **STAND_IN_BACKBONE, **overrides.pop("backbone_config", {})}
-    block = row.patch_size * row.num_windows
-    resolution = overrides.pop("resolution", grid * row.patch_size // block * block)
-    return RfDetrConfig.from_variant(
-        variant, resolution=resolution, backbone_config=backbone, **(STAND_IN_DECODER | overrides)
-    )
 
 
 @contextmanager

@@ -6,7 +6,8 @@ from safetensors.torch import load_file, save_file
 
 from transformers_rfdetr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection
 
-from peer import PEER_CLASSES, record_choices, replay_choices, stand_in_config, twins
+from peer import PEER_CLASSES, record_choices, replay_choices, twins
+from small_models import stand_in_config
 
 
 @pytest.mark.parametrize("variant", PEER_CLASSES)

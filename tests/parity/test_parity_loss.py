@@ -15,11 +15,11 @@ from peer import (
     random_targets,
     record_choices,
     replay_choices,
-    stand_in_config,
     table_points,
     table_rand,
     twins,
 )
+from small_models import stand_in_config
 
 COUNTS = [4, 0, 9]  # more objects than queries in one image, none in another
 

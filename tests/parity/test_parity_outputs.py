@@ -4,7 +4,8 @@ import pytest
 import torch
 from rfdetr.utilities.tensors import NestedTensor
 
-from peer import PEER_CLASSES, record_choices, replay_choices, stand_in_config, twins
+from peer import PEER_CLASSES, record_choices, replay_choices, twins
+from small_models import stand_in_config
 
 SEGMENTATION = [name for name in PEER_CLASSES if "-seg-" in name]
 BRANCHES = {

@@ -14,7 +14,8 @@ from transformers_rfdetr import RfDetrConfig
 from transformers_rfdetr.configuration_rf_detr import VARIANTS
 from transformers_rfdetr.optimization import WeightAverage, parameter_groups, step_schedule, training_sizes
 
-from peer import stand_in_config, twins
+from peer import twins
+from small_models import stand_in_config
 
 RATES = {
     "learning_rate": 1e-4,

@@ -1,0 +1,12 @@
+"""A checkpoint of rfdetr, or a published name, to a folder that from_pretrained loads; the same as
+`transformers-rfdetr convert`.
+
+    python conversion_scripts/convert_rfdetr_to_hf.py rf-detr-seg-nano seg-nano
+"""
+
+import typer
+
+from transformers_rfdetr.cli.convert import convert
+
+if __name__ == "__main__":
+    typer.run(convert)

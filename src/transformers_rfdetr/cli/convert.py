@@ -1,0 +1,80 @@
+"""`transformers-rfdetr convert` and `convert-back`: checkpoints of rfdetr to folders of transformers, and back."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..configuration_rf_detr import BACKGROUND, PARENT
+from ..conversion import Conversion, convert_to_rfdetr, convert_to_transformers, format_changes
+from .errors import one_line_errors
+
+TO_HF_EXAMPLE = """examples:
+
+transformers-rfdetr convert rf-detr-seg-nano seg-nano
+
+transformers-rfdetr convert output/checkpoint_best_total.pth my-model --push-to-hub me/my-model
+"""
+TO_RFDETR_EXAMPLE = "example: transformers-rfdetr convert-back my-model my-model.pth"
+
+
+@one_line_errors
+def convert(
+    source: Annotated[str, typer.Argument(help="a checkpoint file of rfdetr, or the name of a published one")],
+    output: Annotated[Path, typer.Argument(help="the folder to make")],
+    variant: Annotated[
+        str | None, typer.Option(help="the published variant that the model is of, where the file does not tell")
+    ] = None,
+    class_names: Annotated[
+        str | None, typer.Option(help="'cat,dog,...' or a text file with a name a line, instead of the stored names")
+    ] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="take the averaged weights that the file holds besides")] = False,
+    trust_checkpoint: Annotated[
+        bool, typer.Option("--trust-checkpoint", help="run code that the file holds; it can do anything that you can")
+    ] = False,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="USER/NAME", help="upload the folder there")] = None,
+    private: Annotated[bool, typer.Option("--private", help="create that repository as a private one")] = False,
+) -> None:
+    """Convert a checkpoint of rfdetr (.pth, .pt, .ckpt) to a folder that from_pretrained loads."""
+    conversion = convert_to_transformers(
+        source,
+        output,
+        variant=variant,
+        class_names=None if class_names is None else _names(class_names),
+        ema=ema,
+        trust_checkpoint=trust_checkpoint,
+        push_to_hub=push_to_hub,
+        private=private,
+    )
+    _report(conversion)
+    auto = conversion.config.architectures[0].replace("RfDetr", "AutoModel")
+    typer.echo(f'Load it with {auto}.from_pretrained("{push_to_hub or output}").')
+
+
+@one_line_errors
+def convert_back(
+    source: Annotated[str, typer.Argument(help="a folder or Hub id, of this package or of transformers' port")],
+    output: Annotated[Path, typer.Argument(help="the file to make, such as model.pth")],
+) -> None:
+    """Convert a folder of transformers to a checkpoint file that rfdetr loads."""
+    conversion = convert_to_rfdetr(source, output)
+    _report(conversion)
+    typer.echo(f'Load it with rfdetr.RFDETR.from_checkpoint("{output}").')
+
+
+def _names(given: str) -> list[str]:
+    path = Path(given)
+    names = path.read_text(encoding="utf-8").splitlines() if path.is_file() else given.split(",")
+    return [name.strip() for name in names if name.strip()]
+
+
+def _report(conversion: Conversion) -> None:
+    config = conversion.config
+    names = [name for name in config.id2label.values() if name not in (BACKGROUND, PARENT)]
+    shown = f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+    kind = "Instance segmentation" if "Segmentation" in config.architectures[0] else "Detection"
+    typer.echo(
+        f"{kind} at {config.resolution} x {config.resolution}, {config.num_queries} queries,"
+        f" {len(names)} classes ({shown}): {conversion.output}"
+    )
+    typer.echo(format_changes(conversion.changes) if conversion.changes else "Everything was taken over as it was.")

@@ -1,0 +1,574 @@
+"""Checkpoints of rfdetr to folders of transformers, and back.
+
+The tensors keep their names and bits: our module tree is the original one. What a conversion has to find out is the
+architecture and the classes. Shapes say most of the architecture and the stored arguments the rest; where both speak,
+they must agree. What a file does not say is taken from the published variant that has its shapes.
+"""
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .checkpoint_layouts import (
+    Change,
+    fit_tables,
+    num_query_groups,
+    read_tensors,
+    to_original_layout,
+    weight_files,
+)
+from .configuration_rf_detr import (
+    BACKGROUND,
+    COCO_ID2LABEL,
+    COCO_NAMES,
+    PARENT,
+    VARIANTS,
+    RfDetrConfig,
+    RfDetrDinov2Config,
+    as_pair,
+    resolve_variant,
+)
+from .image_processing_rf_detr import RfDetrImageProcessor, located
+from .modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection
+from .published_weights import PUBLISHED, download_weights, md5_of, published_file
+from .rfdetr_files import read_rfdetr_file, shape_of, write_rfdetr_file
+
+# rfdetr's encoders: width, heads, registers.
+ENCODERS = {
+    "dinov2_windowed_small": (384, 6, 0),
+    "dinov2_windowed_base": (768, 12, 0),
+    "dinov2_registers_windowed_small": (384, 6, 4),
+}
+# What another value of would be another network than RF-DETR.
+_FIXED = {
+    "two_stage": True,
+    "bbox_reparam": True,
+    "lite_refpoint_refine": True,
+    "layer_norm": True,
+    "decoder_norm": "LN",
+    "num_decoder_registers": 0,
+    "num_channels": 3,
+}
+_EMBEDDINGS = "backbone.0.encoder.encoder.embeddings."
+_DECODER_LAYER = re.compile(r"transformer\.decoder\.layers\.(\d+)\.")
+_CLASS_HEADS = re.compile(r"^(?:class_embed|transformer\.enc_out_class_embed\.\d+)\.(weight|bias)$")
+# The logit of a row that is no class: sigmoid(-100) is 0 in half precision too.
+_NEVER = -100.0
+
+
+class Conversion(NamedTuple):
+    """What a conversion made, and all that it did not take over as it was."""
+
+    output: Path
+    config: RfDetrConfig
+    changes: list[Change]
+
+
+def convert_to_transformers(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    variant: str | None = None,
+    class_names: Sequence[str] | None = None,
+    ema: bool = False,
+    trust_checkpoint: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = False,
+) -> Conversion:
+    """Convert a checkpoint of rfdetr to a folder that `from_pretrained` loads, ours and that of transformers' port.
+
+    Example:
+        >>> from transformers_rfdetr.conversion import convert_to_transformers
+        >>> convert_to_transformers("rf-detr-seg-nano", "seg-nano")  # doctest: +SKIP
+
+    Args:
+        source: A published name in any spelling, which is downloaded or found in rfdetr's cache; or a file: a published
+            one, `checkpoint_best_*.pth`, Lightning's `.ckpt`, Roboflow's `weights.pt`.
+        output: The folder, not there yet. It appears when all in it is written.
+        variant: The published variant that the model is of, for a file whose shapes and arguments do not tell.
+        class_names: Names of the classes in the order of their labels, instead of the stored ones.
+        ema: Take the averaged weights that the file holds beside its weights.
+        trust_checkpoint: Run a pickle that holds more than tensors and plain containers; see [`read_rfdetr_file`].
+        push_to_hub: Hub repository to upload the folder to; created if it is not there.
+        private: Whether it is created as a private one.
+
+    Raises:
+        ValueError: the file cannot be read, is no detection or segmentation model, lacks tensors, or says two
+            different things of its architecture or classes; the message has both.
+    """
+    output = Path(output)
+    _check_is_new(output)
+    path = Path(source)
+    published = PUBLISHED.get(path.name) if path.is_file() else published_file(os.fspath(source))
+    with located(os.fspath(source)):
+        if published is not None and published.variant not in VARIANTS:
+            _refuse_keypoints()
+    if published is not None and not path.is_file():
+        path = download_weights(published)
+    state_dict, arguments, changes = read_rfdetr_file(path, ema=ema, trust_checkpoint=trust_checkpoint)
+    with located(str(path)):
+        if arguments.get("use_grouppose_keypoints") or any("keypoint" in name for name in state_dict):
+            _refuse_keypoints()
+        is_published = published is not None and md5_of(path) == published.md5
+        if is_published:  # these run as rfdetr's class of the variant says, whatever was set when they were trained
+            arguments = {}
+        claimed = variant or (published and published.variant)
+        config = _read_config(state_dict, arguments, claimed and resolve_variant(claimed), changes)
+        config.id2label = _read_classes(config.num_labels, arguments, class_names, changes)
+        config.label2id = {name: label for label, name in config.id2label.items()}
+        state_dict, fitted = fit_tables(state_dict, config, config)
+        changes += fitted
+        state_dict = _check_tensors(state_dict, config, changes)
+        config.architectures = [_model_class(state_dict).__name__]
+        config.dtype = state_dict["class_embed.bias"].dtype
+
+    with _new_folder(output) as folder:
+        config.save_pretrained(folder)
+        RfDetrImageProcessor.from_config(config).save_pretrained(folder)
+        save_file(_unshared(state_dict), folder / "model.safetensors", {"format": "pt"})
+        card = _model_card(push_to_hub or output.name, path.name, config, changes, is_published)
+        card.save(folder / "README.md")
+    if push_to_hub is not None:
+        api = HfApi()
+        repository = api.create_repo(push_to_hub, private=private, exist_ok=True).repo_id
+        api.upload_folder(repo_id=repository, folder_path=output, commit_message=f"Converted from {path.name}")
+    return Conversion(output, config, changes)
+
+
+def convert_to_rfdetr(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> Conversion:
+    """Convert a folder or Hub repository, ours or of transformers' port, to a file that rfdetr 1.11.2 loads.
+
+    Args:
+        source: Folder or Hub id of a detection or segmentation model, in any of the four key layouts.
+        output: The file, such as `model.pth`, not there yet. `RFDETR.from_checkpoint` loads it, and the variant's class
+            takes it as `pretrain_weights`.
+
+    Raises:
+        ValueError: rfdetr cannot build the model (rectangular input, other widths of the encoder, ...), or it lacks
+            tensors.
+    """
+    output, source = Path(output), os.fspath(source)
+    if output.exists():
+        raise ValueError(f"{output} is there already; give another name, or remove it")
+    with located(source):
+        config = RfDetrConfig.from_pretrained(source)
+        files = weight_files(source, None, None, {})
+        if not files:
+            raise ValueError("holds no weights: neither model.safetensors nor pytorch_model.bin")
+        changes: list[Change] = []
+        state_dict, fitted = fit_tables(to_original_layout(read_tensors(files)), config, config)
+        changes += fitted
+        state_dict = _check_tensors(state_dict, config, changes)
+        class_names = _write_classes(state_dict, config, changes)
+        arguments = _rfdetr_arguments(state_dict, config)
+    variant = _nearest_variant(arguments)
+    state_dict["_kp_active_mask"] = torch.zeros(0, 0, dtype=torch.bool)  # no key points; rfdetr's own files have it
+    write_rfdetr_file(output, state_dict, _rfdetr_class(variant), arguments, class_names)
+    return Conversion(output, config, changes)
+
+
+def format_changes(changes: Sequence[Change]) -> str:
+    """The changes as a table for people, a line each."""
+    rows = [("what", "in the source", "in the result"), *changes]
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    return "\n".join(f"{what:<{widths[0]}}  {stored:<{widths[1]}}  {result}" for what, stored, result in rows)
+
+
+def _refuse_keypoints() -> None:
+    raise ValueError(
+        "this is an RF-DETR keypoint model, and there is no class for it here: this package detects objects and"
+        " segments instances. Roboflow's rfdetr runs it, as RFDETRKeypointPreview"
+    )
+
+
+# The architecture
+
+
+def _read_shapes(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the shapes of the weights say, by the names of rfdetr's arguments."""
+    needed = {
+        "patches": f"{_EMBEDDINGS}patch_embeddings.projection.weight",
+        "positions": f"{_EMBEDDINGS}position_embeddings",
+        "queries": "query_feat.weight",
+        "classes": "class_embed.bias",
+        "ffn": "transformer.decoder.layers.0.linear1.weight",
+    }
+    if missing := [name for name in needed.values() if name not in state_dict]:
+        raise ValueError(f"lacks {', '.join(missing)}, so its weights are not of an RF-DETR model")
+    shapes = {what: state_dict[name].shape for what, name in needed.items()}
+    registers = state_dict.get(f"{_EMBEDDINGS}register_tokens")
+    width, num_registers = shapes["patches"][0], 0 if registers is None else registers.shape[1]
+    encoders = {(sizes[0], sizes[2]): name for name, sizes in ENCODERS.items()}
+    groups = max(num_query_groups(state_dict), 1)
+    in_layer = [_DECODER_LAYER.match(name) for name in state_dict]
+    return {
+        "segmentation_head": any(name.startswith("segmentation_head.") for name in state_dict),
+        "encoder": encoders.get((width, num_registers), f"{width} wide with {num_registers} registers"),
+        "patch_size": shapes["patches"][-1],
+        "hidden_dim": shapes["queries"][1],
+        "dec_layers": len({match[1] for match in in_layer if match}),
+        "dim_feedforward": shapes["ffn"][0],
+        "positional_encoding_size": math.isqrt(shapes["positions"][1] - 1),
+        "group_detr": groups,
+        "num_queries": shapes["queries"][0] // groups,
+        "num_classes": shapes["classes"][0] - 1,
+    }
+
+
+def _variant_arguments(variant: str) -> dict[str, Any]:
+    """The arguments of rfdetr's class of a published variant."""
+    config, row = RfDetrConfig.from_variant(variant), VARIANTS[variant]
+    return {
+        "segmentation_head": "-seg-" in variant,
+        "encoder": {384: "dinov2_windowed_small", 768: "dinov2_windowed_base"}[row.hidden_size],
+        "patch_size": row.patch_size,
+        "hidden_dim": config.d_model,
+        "dec_layers": row.decoder_layers,
+        "positional_encoding_size": row.position_grid,
+        "num_queries": row.num_queries,
+        "resolution": row.resolution,
+        "num_windows": row.num_windows,
+        "out_feature_indexes": list(row.out_indices),
+        "projector_scale": config.projector_scale,
+        "sa_nheads": config.decoder_self_attention_heads,
+        "ca_nheads": config.decoder_cross_attention_heads,
+        "dec_n_points": config.decoder_n_points,
+    }
+
+
+# Sizes that a model may have otherwise and still be of its variant.
+_FREE = {"resolution", "positional_encoding_size", "num_queries"}
+# What no shape tells.
+_UNSEEN = {
+    "num_windows",
+    "out_feature_indexes",
+    "projector_scale",
+    "sa_nheads",
+    "ca_nheads",
+    "dec_n_points",
+    "resolution",
+}
+
+
+def _agree(first: Mapping[str, Any], says: str, second: Mapping[str, Any], says_too: str, remedy: str) -> None:
+    """Raise ValueError, with both values, for an argument of which two sources say different things."""
+    for name in sorted(set(first) & set(second) - _FREE - {"num_classes"}):
+        if first[name] != second[name]:
+            raise ValueError(f"{says} {name} {first[name]!r}, and {says_too} {second[name]!r}; {remedy}")
+
+
+def _find_variant(shapes: Mapping[str, Any], missing: Sequence[str]) -> str:
+    """The published variant with these shapes, whose arguments stand in for those that a file does not hold."""
+    names = ("segmentation_head", "encoder", "patch_size", "hidden_dim", "dec_layers")
+    rows = {variant: _variant_arguments(variant) for variant in VARIANTS}
+    similar = [variant for variant, row in rows.items() if all(row[name] == shapes[name] for name in names)]
+    grid = shapes["positional_encoding_size"]
+    for variant in similar:
+        if VARIANTS[variant].position_grid == grid:
+            return variant
+    sizes = ", ".join(f"{name} {shapes[name]!r}" for name in names)
+    raise ValueError(
+        f"the file does not hold {', '.join(missing)}, and no published variant has {sizes} and {grid} x {grid}"
+        f" positions; say with --variant of which it is: {' or '.join(similar or VARIANTS)}"
+    )
+
+
+def _read_config(
+    state_dict: Mapping[str, Tensor], arguments: Mapping[str, Any], claimed: str | None, changes: list[Change]
+) -> RfDetrConfig:
+    """The configuration that the shapes, the stored arguments and the claimed variant agree on."""
+    shapes, stored = _read_shapes(state_dict), dict(arguments)
+    if isinstance(stored.get("projector_scale"), str):
+        stored["projector_scale"] = [stored["projector_scale"]]
+    for name, value in _FIXED.items():
+        if stored.get(name, value) != value:
+            raise ValueError(f"the stored arguments have {name} {stored[name]!r}, and every RF-DETR has {value!r}")
+    whole = "the file was changed, or put together from two"
+    _agree(shapes, "the weights have", stored, "the stored arguments have", whole)
+    missing = sorted(_UNSEEN - set(stored))
+    variant = claimed or (_find_variant(shapes, missing) if missing else None)
+    known = _variant_arguments(variant) if variant else {}
+    other = f"if it is no {variant}, rename the file or give another --variant"
+    _agree(shapes, "the weights have", known, f"{variant} has", other)
+    _agree(stored, "the stored arguments have", known, f"{variant} has", other)
+
+    grid = stored.get("positional_encoding_size", shapes["positional_encoding_size"])
+    fits = grid == known.get("positional_encoding_size")
+    queries = stored.get("num_queries", min(shapes["num_queries"], known.get("num_queries", math.inf)))
+    if queries > shapes["num_queries"]:
+        raise ValueError(
+            f"the weights have num_queries {shapes['num_queries']}, and the stored arguments have {queries}; {whole}"
+        )
+    said = {"resolution": known["resolution"] if fits else grid * shapes["patch_size"]} if known else {}
+    said = known | said | stored
+    if stored.get("num_classes", shapes["num_classes"]) != shapes["num_classes"]:
+        changes.append(
+            Change(
+                "num_classes", f"{stored['num_classes']} in the arguments", f"{shapes['num_classes']}, as the head has"
+            )
+        )
+    if stored.get("num_select", queries) != queries:
+        changes.append(Change("num_select", str(stored["num_select"]), f"top_k={stored['num_select']} when called"))
+    if shapes["encoder"] not in ENCODERS:
+        raise ValueError(f"the encoder is {shapes['encoder']}, and none of RF-DETR's: {', '.join(ENCODERS)}")
+    hidden_size, heads, registers = ENCODERS[shapes["encoder"]]
+    return RfDetrConfig(
+        backbone_config={
+            "hidden_size": hidden_size,
+            "num_hidden_layers": 12,
+            "num_attention_heads": heads,
+            "image_size": grid * shapes["patch_size"],
+            "patch_size": shapes["patch_size"],
+            "num_windows": said["num_windows"],
+            "num_register_tokens": registers,
+            "out_indices": list(said["out_feature_indexes"]),
+        },
+        projector_scale=list(said["projector_scale"]),
+        d_model=shapes["hidden_dim"],
+        num_queries=queries,
+        group_detr=shapes["group_detr"],
+        decoder_layers=shapes["dec_layers"],
+        decoder_ffn_dim=shapes["dim_feedforward"],
+        decoder_self_attention_heads=said["sa_nheads"],
+        decoder_cross_attention_heads=said["ca_nheads"],
+        decoder_n_points=said["dec_n_points"],
+        mask_downsample_ratio=stored.get("mask_downsample_ratio", 4),
+        resolution=said["resolution"],
+        num_labels=shapes["num_classes"] + 1,
+    )
+
+
+def _rfdetr_arguments(state_dict: Mapping[str, Tensor], config: RfDetrConfig) -> dict[str, Any]:
+    """The arguments with which rfdetr builds the model of a configuration."""
+    backbone: RfDetrDinov2Config = config.backbone_config
+    sizes = (backbone.hidden_size, backbone.num_attention_heads, backbone.num_register_tokens)
+    encoder = next((name for name, known in ENCODERS.items() if known == sizes), None)
+    grid, resolution = set(backbone.position_grid), set(as_pair(config.resolution))
+    rules = {
+        "encoder (width, heads, registers)": (sizes, list(ENCODERS.values()), encoder is not None),
+        "number of encoder layers": (backbone.num_hidden_layers, 12, backbone.num_hidden_layers == 12),
+        "decoder_ffn_dim": (config.decoder_ffn_dim, 2048, config.decoder_ffn_dim == 2048),
+        "resolution": (config.resolution, "a square", len(resolution) == 1),
+        "position table": (backbone.position_grid, "a square", len(grid) == 1),
+    }
+    for what, (value, rule, holds) in rules.items():
+        if not holds:
+            raise ValueError(f"rfdetr cannot build this model: {what} is {value}, and has to be {rule} there")
+    return {
+        "encoder": encoder,
+        "out_feature_indexes": list(backbone.out_indices),
+        "patch_size": backbone.patch_size,
+        "num_windows": backbone.num_windows,
+        "positional_encoding_size": grid.pop(),
+        "resolution": resolution.pop(),
+        "projector_scale": list(config.projector_scale),
+        "hidden_dim": config.d_model,
+        "dec_layers": config.decoder_layers,
+        "sa_nheads": config.decoder_self_attention_heads,
+        "ca_nheads": config.decoder_cross_attention_heads,
+        "dec_n_points": config.decoder_n_points,
+        "num_queries": config.num_queries,
+        "num_select": config.num_queries,
+        "group_detr": config.group_detr,
+        "num_classes": len(state_dict["class_embed.bias"]) - 1,
+        "segmentation_head": _model_class(state_dict) is RfDetrForInstanceSegmentation,
+        "mask_downsample_ratio": config.mask_downsample_ratio,
+    }
+
+
+def _nearest_variant(arguments: Mapping[str, Any]) -> str:
+    """The published variant whose class rfdetr is to build, given the arguments in which the model differs from it."""
+
+    def distance(variant: str) -> tuple[int, int]:
+        known = _variant_arguments(variant)
+        different = [name for name in set(known) - _FREE if known[name] != arguments[name]]
+        return len(different), abs(known["resolution"] - arguments["resolution"])
+
+    alike = [name for name in VARIANTS if ("-seg-" in name) == arguments["segmentation_head"]]
+    return min(alike, key=distance)
+
+
+def _rfdetr_class(variant: str) -> str:
+    """rfdetr's class of a published variant: RFDETRSeg2XLarge."""
+    parts = variant.removeprefix("rf-detr-").split("-")
+    return "RFDETR" + "".join({"xlarge": "XLarge", "2xlarge": "2XLarge"}.get(part, part.capitalize()) for part in parts)
+
+
+# The classes
+
+
+def _read_classes(
+    rows: int, arguments: Mapping[str, Any], class_names: Sequence[str] | None, changes: list[Change]
+) -> dict[int, str]:
+    """The name of each row of a class head with `rows` rows.
+
+    The published heads have a row for each category id of COCO. Fine-tuned ones have one more than classes, which is
+    no object's; those of rfdetr before 1.6 on Roboflow's data another one in front, for category 0, which is the
+    parent of the others and never annotated.
+    """
+    stored = arguments.get("class_names") if class_names is None else class_names
+    stored = stored.values() if isinstance(stored, Mapping) else stored or []  # before 1.6: COCO's, by their ids
+    names = [stored] if isinstance(stored, str) else list(map(str, stored))
+    if rows == len(COCO_ID2LABEL) and names in ([], list(COCO_NAMES.values())):
+        return dict(COCO_ID2LABEL)
+    if not names:
+        names = [f"class {label}" for label in range(rows - 1)]
+        changes.append(Change("class names", "none", f"class 0 to class {rows - 2}; give them with --class-names"))
+    extra = {1: [], 2: [PARENT]}.get(rows - len(names))
+    if extra is None:
+        raise ValueError(
+            f"the class head has {rows} rows, and there are {len(names)} class names ({', '.join(names[:4])}"
+            f"{', ...' if len(names) > 4 else ''}); a head has one row more than classes: give the names of {rows - 1}"
+            " classes with --class-names"
+        )
+    if extra:
+        changes.append(
+            Change("class head", f"{rows} rows for {len(names)} classes", "row 0 is the data's parent category")
+        )
+    return dict(enumerate([*extra, *names, BACKGROUND]))
+
+
+def _write_classes(state_dict: dict[str, Tensor], config: RfDetrConfig, changes: list[Change]) -> list[str] | None:
+    """The class names as rfdetr stores them; heads without a row for no object get one, which rfdetr never reports."""
+    names = [config.id2label[label] for label in range(len(config.id2label))]
+    rows = len(state_dict["class_embed.bias"])
+    if rows == len(COCO_ID2LABEL) and all(names[slot] == name for slot, name in COCO_NAMES.items()):
+        return list(COCO_NAMES.values())
+    if names[-1] != BACKGROUND:
+        for name in filter(_CLASS_HEADS.match, list(state_dict)):
+            row = torch.zeros_like(state_dict[name][:1])
+            state_dict[name] = torch.cat([state_dict[name], row if row.ndim == 2 else row + _NEVER])
+        changes.append(Change("class heads", f"{rows} rows", f"{rows + 1}: rfdetr takes the last one for no object's"))
+        names.append(BACKGROUND)
+    return names[:-1]
+
+
+# The files
+
+
+def _model_class(state_dict: Mapping[str, Tensor]) -> type[RfDetrForObjectDetection]:
+    has_masks = any(name.startswith("segmentation_head.") for name in state_dict)
+    return RfDetrForInstanceSegmentation if has_masks else RfDetrForObjectDetection
+
+
+def _check_tensors(state_dict: Mapping[str, Tensor], config: RfDetrConfig, changes: list[Change]) -> dict[str, Tensor]:
+    """The tensors of the model in its order; ValueError for those that are missing or of another shape."""
+    with torch.device("meta"):
+        model = _model_class(state_dict)(config).state_dict()
+    if missing := [name for name in model if name not in state_dict]:
+        names = f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
+        raise ValueError(f"lacks {len(missing)} of the model's {len(model)} tensors: {names}")
+    for name, tensor in model.items():
+        if tensor.shape != state_dict[name].shape:
+            raise ValueError(
+                f"{name} is {shape_of(state_dict[name])}, and in the model of the arguments {shape_of(tensor)}"
+            )
+    for name in state_dict:
+        if name not in model:
+            reason = "left out: empty, for key points" if name == "_kp_active_mask" else "left out: not of the model"
+            changes.append(Change(name, shape_of(state_dict[name]), reason))
+    return {name: state_dict[name] for name in model}
+
+
+def _unshared(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as a safetensors file holds them: contiguous, each with memory of its own."""
+    seen: set[int] = set()
+    unshared = {}
+    for name, tensor in state_dict.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        unshared[name] = tensor.clone(memory_format=torch.contiguous_format) if pointer in seen else tensor.contiguous()
+        seen.add(pointer)
+    return unshared
+
+
+def _check_is_new(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already; give another name, or remove it")
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill that takes its name when all is written, and goes when anything fails."""
+    folder = folder.resolve()
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if folder.exists():
+            folder.rmdir()
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+_CARD = """
+# {title}
+
+An RF-DETR model for {task} ({resolution} x {resolution} pixels, {queries} queries, {labels} classes), converted from
+{source} of [rfdetr](https://github.com/roboflow/rf-detr) with transformers-rfdetr
+(`pip install transformers-rfdetr`).
+
+```python
+from PIL import Image
+from transformers import AutoImageProcessor, {auto}
+
+import transformers_rfdetr
+
+model = {auto}.from_pretrained("{name}").eval()
+processor = AutoImageProcessor.from_pretrained("{name}")
+image = Image.open("picture.jpg")
+outputs = model(**processor(image, return_tensors="pt"))
+results = processor.{post_process}(outputs, threshold=0.5, target_sizes=[image.size[::-1]])
+```
+
+| label | class |
+|---|---|
+{classes}
+
+| not taken over as it was | in the source | here |
+|---|---|---|
+{changes}
+"""
+
+
+def _model_card(
+    name: str, source: str, config: RfDetrConfig, changes: Sequence[Change], is_published: bool
+) -> ModelCard:
+    masks = config.architectures == [RfDetrForInstanceSegmentation.__name__]
+    names = {label: name for label, name in config.id2label.items() if name not in (BACKGROUND, PARENT)}
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-segmentation" if masks else "object-detection",
+        license="apache-2.0" if is_published else None,
+        tags=["rf-detr", "instance-segmentation" if masks else "object-detection"],
+    )
+    text = _CARD.format(
+        title=_plain(Path(name).name),
+        name=name,
+        source=_plain(source),
+        task="instance segmentation" if masks else "object detection",
+        auto="AutoModelForInstanceSegmentation" if masks else "AutoModelForObjectDetection",
+        post_process="post_process_instance_segmentation" if masks else "post_process_object_detection",
+        resolution=config.resolution,
+        queries=config.num_queries,
+        labels=len(names),
+        classes="\n".join(f"| {label} | {_plain(name)} |" for label, name in names.items()),
+        changes="\n".join(f"| {' | '.join(map(_plain, change))} |" for change in changes) or "| nothing | | |",
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is, whatever it holds."""
+    return re.sub(r"([\\`*_{}\[\]<>#|&~!])", r"\\\1", " ".join(text.split()))

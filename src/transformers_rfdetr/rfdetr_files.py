@@ -1,0 +1,266 @@
+"""Roboflow's checkpoint files: read without running what they hold, and written so that rfdetr loads them.
+
+Three forms circulate (https://github.com/roboflow/rf-detr):
+
+* `{"model", "args"}`: the published files, those trained with rfdetr before 1.6, and Roboflow's `weights.pt`. The
+  arguments are a namespace, and `ema_model` may hold averaged weights.
+* `{"model", "state_dict", "args", "model_name", "model_config", ...}`: `checkpoint_best_*.pth` of later versions.
+* `{"state_dict", "hyper_parameters", ...}`: Lightning's `.ckpt`, names behind `model.`; a callback's state holds the
+  averaged weights.
+"""
+
+import argparse
+import os
+import pickle
+import pickletools
+import re
+import types
+import zipfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from .checkpoint_layouts import Change
+
+logger = logging.get_logger(__name__)
+
+
+class RfdetrFile(NamedTuple):
+    """What one of Roboflow's files holds, whatever its form."""
+
+    state_dict: dict[
+        str, Tensor
+    ]  # original names without the prefixes of wrappers; tensors may be mapped from the disk
+    arguments: dict[str, Any]  # architecture, class names and training arguments as rfdetr stored them
+    changes: list[Change]
+
+
+# What a namespace of arguments is stored as; both only hold attributes.
+_ALLOWED = [argparse.Namespace, types.SimpleNamespace]
+_PLAIN = {"collections.OrderedDict", "argparse.Namespace", "types.SimpleNamespace"}
+# DistributedDataParallel and AveragedModel, Lightning's module, torch.compile.
+_WRAPPED = re.compile(r"^(?:(?:module|model|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
+_IN_MODULE = re.compile(r"(?:module\.)?model\.")
+_PEFT_PREFIX = "base_model.model."
+_ADAPTER = re.compile(r"^(.+)\.(lora_A|lora_B|lora_magnitude_vector)\.[^.]+(?:\.weight)?$")
+_LORA_ALPHA = 16  # rfdetr's, which its files do not store
+
+
+def read_rfdetr_file(path: str | os.PathLike[str], *, ema: bool = False, trust_checkpoint: bool = False) -> RfdetrFile:
+    """Read a checkpoint of rfdetr in any of the three forms.
+
+    Args:
+        path: The file.
+        ema: Take the averaged weights that the file holds beside the others.
+        trust_checkpoint: Run the file's pickle where it holds more than tensors, plain containers and namespaces. It
+            can do anything that you can.
+
+    Raises:
+        ValueError: the file is no such checkpoint, cannot be read whole, or would have to be trusted; the message
+            names the file and the reason.
+    """
+    path = Path(path)
+    content = _unpickle(path, trust_checkpoint)
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path} holds a {type(content).__name__}, not the dictionary of an RF-DETR checkpoint")
+    weights = _averaged_weights(path, content) if ema else _weights(path, content)
+    state_dict, changes = _bare_names(path, weights)
+    merged = _merge_lora(path, state_dict, changes)
+    return RfdetrFile(merged, _arguments(content), changes)
+
+
+def _unpickle(path: Path, trust_checkpoint: bool) -> Any:
+    is_zip = _check_kind(path)
+    try:
+        with torch.serialization.safe_globals(_ALLOWED):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        found = _foreign_names(path, is_zip)
+        if not found:
+            raise ValueError(f"{path} cannot be read as a PyTorch checkpoint: {_first_line(error)}") from error
+        if not trust_checkpoint:
+            raise ValueError(
+                f"{path} holds {', '.join(found)} besides tensors, plain containers and namespaces; to load it would be"
+                " to run code from the file. If you know who made it, pass --trust-checkpoint (trust_checkpoint=True)"
+            ) from error
+        logger.warning(f"{path}: running the file's pickle, with {', '.join(found)}, as trust_checkpoint asks for")
+    except OSError:
+        raise
+    except Exception as error:  # torch raises half a dozen kinds for bytes that are no checkpoint
+        raise ValueError(f"{path} cannot be read as a PyTorch checkpoint: {_first_line(error)}") from error
+    return torch.load(path, map_location="cpu", weights_only=False, mmap=is_zip)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _foreign_names(path: Path, is_zip: bool) -> list[str]:
+    """What a file's pickle would call besides tensors, plain containers and namespaces; it is read, not run."""
+    if is_zip:
+        with torch.serialization.safe_globals(_ALLOWED):
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    names, strings = set(), ["", ""]
+    with open(path, "rb") as file, suppress(ValueError):  # of what is no pickle any more
+        for _ in range(4):  # before torch 1.6 the fourth pickle of a file is its content
+            for operation, argument, _ in pickletools.genops(file):
+                if operation.name == "GLOBAL":
+                    names.add(argument.replace(" ", "."))
+                elif operation.name == "STACK_GLOBAL":
+                    names.add(".".join(strings[-2:]))
+                elif isinstance(argument, str):
+                    strings.append(argument)
+    return sorted(name for name in names if not name.startswith("torch.") and name not in _PLAIN)
+
+
+def _check_kind(path: Path) -> bool:
+    """Whether a PyTorch file is a zip archive, as it is since torch 1.6; ValueError for what is no PyTorch file."""
+    if not path.is_file():
+        kind = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"{path} {kind}; give a checkpoint file of rfdetr, such as checkpoint_best_total.pth")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(16)
+    if not head:
+        raise ValueError(f"{path} is empty; download or copy it again")
+    if head.startswith(b"PK\x03\x04"):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = [name.rsplit("/", 1)[-1] for name in archive.namelist()]
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{path} is cut off after {size} bytes; download or copy it again") from error
+        if "constants.pkl" in members:
+            raise ValueError(f"{path} is a TorchScript module; give the checkpoint that it was exported from")
+        if "data.pkl" not in members:
+            raise ValueError(f"{path} is a zip archive without data.pkl, so no PyTorch checkpoint")
+        return True
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
+        raise ValueError(f"{path} is a safetensors file; from_pretrained loads its folder as it is")
+    if head.startswith(b"version https://"):
+        raise ValueError(f"{path} is a Git LFS pointer instead of the weights; run `git lfs pull`")
+    if not head.startswith(b"\x80"):
+        raise ValueError(f"{path} starts with {head[:8]!r}, so it is no PyTorch checkpoint")
+    return False
+
+
+def _is_state_dict(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(tensor, Tensor) for tensor in value.values())
+
+
+def _weights(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
+    for candidate in (content.get("model"), content.get("state_dict"), content):
+        if _is_state_dict(candidate):
+            return candidate
+    keys = ", ".join(map(str, list(content)[:6]))
+    raise ValueError(f"{path} holds {keys}: no RF-DETR checkpoint, which has its weights as 'model' or 'state_dict'")
+
+
+def _averaged_weights(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
+    callbacks = content.get("callbacks")
+    states = callbacks.values() if isinstance(callbacks, dict) else []
+    averages = [state.get("average_model_state_dict") for state in states if isinstance(state, dict)]
+    for candidate in (content.get("ema_model"), content.get("legacy_ema_state_dict"), *averages):
+        if _is_state_dict(candidate):
+            # AveragedModel counts its updates beside the weights.
+            return {name: tensor for name, tensor in candidate.items() if name != "n_averaged"}
+    hint = " (its weights are the averaged ones already)" if content.get("best_total_source") == "ema" else ""
+    raise ValueError(f"{path} holds no averaged weights besides its own{hint}; leave --ema (ema=True) away")
+
+
+def _bare_names(path: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[Change]]:
+    """The weights under the names of rfdetr's model, without the prefixes of what it was wrapped in."""
+    # Lightning's file also holds what its module has besides the model.
+    is_lightning = any(_IN_MODULE.match(name) for name in weights)
+    bare: dict[str, Tensor] = {}
+    changes = []
+    prefixes: set[str] = set()
+    for name, tensor in weights.items():
+        if is_lightning and not _IN_MODULE.match(name):
+            changes.append(Change(name, shape_of(tensor), "left out: not of the model"))
+            continue
+        stripped = _WRAPPED.sub("", name)
+        if stripped in bare:
+            raise ValueError(f"{path} holds {stripped!r} twice, the second time as {name!r}")
+        prefixes |= {match[0] for match in _WRAPPED.finditer(name)}
+        bare[stripped] = tensor
+    return bare, changes + [Change("names", f"{prefix}*", "*") for prefix in sorted(prefixes)]
+
+
+def shape_of(tensor: Tensor) -> str:
+    """A tensor's shape for people: 384x3x12x12."""
+    return "x".join(map(str, tensor.shape)) or "a number"
+
+
+def _merge_lora(path: Path, state_dict: dict[str, Tensor], changes: list[Change]) -> dict[str, Tensor]:
+    """Merge the adapters of a `backbone_lora=True` run into the weights that they adapt.
+
+    DoRA (https://arxiv.org/abs/2402.09353): rows of `W + B A` scaled to the lengths in the magnitude vector.
+    """
+    adapters: dict[str, dict[str, Tensor]] = {}
+    plain: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        name = name.replace(_PEFT_PREFIX, "")
+        if match := _ADAPTER.match(name):
+            adapters.setdefault(match[1], {})[match[2]] = tensor
+        else:
+            plain[name.replace(".base_layer.", ".")] = tensor
+    for layer, parts in adapters.items():
+        weight = plain.get(f"{layer}.weight")
+        if weight is None or not {"lora_A", "lora_B"} <= set(parts):
+            raise ValueError(f"{path} holds {sorted(parts)} of {layer}; an adapter has lora_A, lora_B and the weight")
+        scale = _LORA_ALPHA / len(parts["lora_A"])
+        merged = weight + scale * (parts["lora_B"] @ parts["lora_A"])
+        if "lora_magnitude_vector" in parts:
+            merged *= (parts["lora_magnitude_vector"] / merged.norm(dim=1))[:, None]
+        plain[f"{layer}.weight"] = merged
+    if adapters:
+        changes.append(Change(f"LoRA adapters of {len(adapters)} layers", "beside the weights", "merged into them"))
+    return plain
+
+
+def _arguments(content: dict[str, Any]) -> dict[str, Any]:
+    """The stored arguments; those of the architecture, where stored apart, over those of the training."""
+    arguments: dict[str, Any] = {}
+    for source in ("hyper_parameters", "args", "model_config"):
+        stored = content.get(source)
+        fields = stored if isinstance(stored, dict) else getattr(stored, "__dict__", {})
+        arguments |= {name: value for name, value in fields.items() if value is not None}
+    return arguments | {name: content[name] for name in ("model_name",) if isinstance(content.get(name), str)}
+
+
+def write_rfdetr_file(
+    path: str | os.PathLike[str],
+    state_dict: Mapping[str, Tensor],
+    model_name: str,
+    model_config: dict[str, Any],
+    class_names: list[str],
+) -> None:
+    """Write a file that `rfdetr` 1.11.2 loads by `from_checkpoint` and as `pretrain_weights`; plain containers only.
+
+    Args:
+        path: The file. It is there when it is whole.
+        state_dict: Weights by their original names.
+        model_name: Class of rfdetr, such as `RFDETRSegNano`.
+        model_config: Arguments of that class.
+        class_names: Names of the classes in the order of their labels.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "model": dict(state_dict),
+        # rfdetr looks here for the names and for the numbers of queries and groups, and below for the rest.
+        "args": model_config | {"class_names": class_names},
+        "model_name": model_name,
+        "model_config": model_config,
+    }
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        torch.save(content, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

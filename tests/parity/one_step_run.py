@@ -1,0 +1,151 @@
+"""What rfdetr's own training leaves behind: a tiny fine-tuning run of it, and a listing of its files.
+
+    python tests/parity/one_step_run.py OUT_FOLDER [--listing]
+
+The model is rfdetr's RFDETRSegNano with random weights at 48 px, the pictures are drawn, and nothing is downloaded.
+OUT_FOLDER gets 1.2 GB of checkpoints, and the data set. `--listing` writes `one_step_run_keys.txt` anew.
+
+The one epoch has the five optimizer steps that rfdetr takes at least. A single one would not do: the first update sets
+the average of the weights to the weights, so that a reader which takes one for the other would go unnoticed.
+"""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from rfdetr import RFDETRSegNano
+
+from transformers_rfdetr.demo_data import draw_dataset
+
+LISTING = Path(__file__).with_name("one_step_run_keys.txt")
+CLASSES = ["barn", "house", "shed"]
+SPLITS = {"train": (0, 4), "valid": (4, 2), "test": (6, 2)}  # the first seed, and the number of pictures
+BEST = "checkpoint_best_regular.pth", "checkpoint_best_ema.pth", "checkpoint_best_total.pth"
+FILES = (*BEST, "last_ema.pth", "last.ckpt")
+# 3 classes and a row that no class has, 3 groups of 5 queries, 4 x 4 patches and the class token.
+SIZES = (
+    "class_embed.weight",
+    "transformer.enc_out_class_embed.0.weight",
+    "refpoint_embed.weight",
+    "query_feat.weight",
+    "backbone.0.encoder.encoder.embeddings.position_embeddings",
+)
+
+
+def write_dataset(folder: Path) -> None:
+    """Drawn pictures as Roboflow exports them: category 0 is the classes' parent, which no object belongs to.
+
+    Raises:
+        FileExistsError: if the data set is there already.
+    """
+    categories = [{"id": 0, "name": "buildings", "supercategory": "none"}]
+    categories += [{"id": i, "name": name, "supercategory": "buildings"} for i, name in enumerate(CLASSES, start=1)]
+    for split, (seed, count) in SPLITS.items():
+        (folder / split).mkdir(parents=True)
+        pictures, coco = draw_dataset(count, first_seed=seed)
+        for picture, image in zip(pictures, coco["images"], strict=True):
+            picture.save(folder / split / image["file_name"])
+        for annotation in coco["annotations"]:
+            annotation["category_id"] = 1 + annotation["id"] % len(CLASSES)
+        coco["categories"] = categories
+        (folder / split / "_annotations.coco.json").write_text(json.dumps(coco))
+
+
+def fine_tune(folder: Path | str) -> None:
+    """Train for one epoch on the CPU, in about 10 seconds; `folder` gets what `FILES` names."""
+    folder = Path(folder)
+    write_dataset(folder / "dataset")
+    torch.manual_seed(0)
+    model = RFDETRSegNano(pretrain_weights=None, device="cpu", num_queries=5, num_select=5, group_detr=3)
+    model.train(
+        dataset_dir=folder / "dataset",
+        output_dir=folder,
+        device="cpu",
+        resolution=48,
+        multi_scale=False,
+        epochs=1,
+        batch_size=1,
+        num_workers=0,
+        amp_dtype=None,
+        use_ema=True,
+        eval_base_model=True,  # without it there is no checkpoint_best_regular.pth
+        eval_backend="faster_coco_eval",  # the default one would be one more package
+        tensorboard=False,
+    )
+
+
+def listing(folder: Path | str) -> str:
+    """The keys in the files that `fine_tune` wrote, and which of their weights are the same; free of paths."""
+    lines: list[str] = []
+    trees: dict[str, str] = {}
+    weights: dict[str, dict[str, torch.Tensor]] = {}
+    for name in FILES:
+        content = torch.load(Path(folder, name), map_location="cpu", weights_only=True)
+        lines += [f"{name}, which torch.load reads with weights_only=True", *_tree(content, trees, name), ""]
+        weights |= {f"{name}: {place}": state for place, state in _weights(content).items()}
+    config = json.loads(Path(folder, "training_config.json").read_text())
+    lines += ["training_config.json", f"  {', '.join(config)}", "", "Weights"]
+    for first, *others in _equal(weights):
+        lines += [f"  {first}", *(f"  = {other}, bit for bit" for other in others)]
+        lines += [f"    {name!r}: {tuple(weights[first][name].shape)}" for name in SIZES]
+    return "\n".join([*lines, ""]).replace(str(Path(folder).resolve()), "OUT_FOLDER")
+
+
+def _tree(content: dict[str, Any], trees: dict[str, str], name: str) -> list[str]:
+    """The entries of a file; those that read as in an earlier file are given by its name, which `trees` remembers."""
+    lines: list[str] = []
+    for key, value in content.items():
+        head, *below = _describe(key, value, depth=1)
+        earlier = trees.setdefault("\n".join([head, *below]), name)
+        lines += [head, *below] if earlier == name or not below else [f"{head}, reads as in {earlier}"]
+    return lines
+
+
+def _describe(key: Any, value: Any, depth: int) -> list[str]:
+    """A line for the value, and one for each of its items down to the third level; state dicts have one line."""
+    head = f"{'  ' * depth}{key!r}: {type(value).__name__}"
+    if isinstance(value, torch.Tensor):
+        return [f"{head} {value.dtype} {tuple(value.shape)}" + (f" = {value.item()}" if value.ndim == 0 else "")]
+    if not isinstance(value, dict | list) or not value:
+        return [f"{head} = {value!r}"]
+    items = list(value.items() if isinstance(value, dict) else enumerate(value))
+    if len(items) > 100 and isinstance(items[-1][1], torch.Tensor):
+        dtypes = Counter(str(tensor.dtype) for _, tensor in items)
+        return [f"{head} of {len(items)} tensors {dict(dtypes)}: {items[0][0]!r}, {items[1][0]!r} ... {items[-1][0]!r}"]
+    if isinstance(value, list) and not isinstance(value[0], dict):
+        return [f"{head} of {len(items)} = {value[:5]}{' ...' if len(value) > 5 else ''}"]
+    below = [line for item in items for line in _describe(*item, depth + 1)] if depth < 3 else []
+    return [f"{head} of {len(items)}", *below]
+
+
+def _weights(content: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
+    """The sets of weights in a file, by their place; names without their prefixes."""
+    average = dict(content["callbacks"]["RFDETREMACallback"]["average_model_state_dict"])
+    del average["n_averaged"]
+    found = {"model": content["model"]} if "model" in content else {}
+    found["state_dict"] = {key.removeprefix("model."): tensor for key, tensor in content["state_dict"].items()}
+    found["average_model_state_dict"] = {key.removeprefix("module.model."): average[key] for key in average}
+    return found
+
+
+def _equal(weights: dict[str, dict[str, torch.Tensor]]) -> list[list[str]]:
+    """The places of equal weights together, each list in the order of the files."""
+    groups: list[list[str]] = []
+    for place, state in weights.items():
+        for group in groups:
+            first = weights[group[0]]
+            if first.keys() == state.keys() and all(torch.equal(first[key], state[key]) for key in first):
+                group.append(place)
+                break
+        else:
+            groups.append([place])
+    return groups
+
+
+if __name__ == "__main__":
+    fine_tune(sys.argv[1])
+    if "--listing" in sys.argv[2:]:
+        LISTING.write_text(listing(sys.argv[1]))
