@@ -53,13 +53,14 @@ VARIANTS = {
 }
 
 
-def _squeeze(name: str) -> str:
+def squeeze_name(name: str) -> str:
+    """A name's letters and digits, which are the same in all its usual spellings."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 # Every usual spelling differs from the name above in case and punctuation only (RFDETRSegMedium, rfdetr-seg-medium),
 # or is one of these.
-ALIASES = {_squeeze(name): name for name in VARIANTS} | {
+ALIASES = {squeeze_name(name): name for name in VARIANTS} | {
     "rfdetrlarge2026": "rf-detr-large",
     "rfdetrsegn": "rf-detr-seg-nano",
     "rfdetrsegs": "rf-detr-seg-small",
@@ -79,7 +80,7 @@ def resolve_variant(name: str) -> str:
         ValueError: if `name` is no published variant; the message lists the known ones.
     """
     stem = re.sub(r"\.(pth?|ckpt)$", "", str(name).rstrip("/").rsplit("/", 1)[-1])
-    variant = ALIASES.get(_squeeze(stem))
+    variant = ALIASES.get(squeeze_name(stem))
     if variant is None:
         raise ValueError(f"{name!r} is not a published RF-DETR variant; the known ones are {', '.join(VARIANTS)}")
     return variant

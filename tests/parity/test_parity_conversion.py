@@ -2,6 +2,8 @@
 
 import argparse
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -261,3 +263,34 @@ def test_the_averaged_weights_of_a_lightning_file_are_those_of_the_best_file(one
 def test_the_listing_in_the_tree_is_of_such_a_run(one_step_run):
     one_step = pytest.importorskip("one_step_run")
     assert one_step.listing(one_step_run) == Path(one_step.LISTING).read_text(encoding="utf-8")
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak as Linux gives it")
+def test_a_conversion_needs_little_more_memory_than_the_weights(tmp_path):
+    """At most 2.5 times the file and 100 MB above a process that has done the imports; an optimizer is not read."""
+    model, settings = build_peer("rf-detr-large-deprecated")
+    source = tmp_path / "source.pth"
+    torch.save(described(model, settings, "rf-detr-large-deprecated"), source)
+    size = source.stat().st_size
+    moments = {index: (torch.randn_like(p), torch.rand_like(p)) for index, p in enumerate(model.parameters())}
+    content = described(model, settings, "rf-detr-large-deprecated") | {"optimizer": {"state": moments}}
+    torch.save(content, tmp_path / "with_optimizer.pth")
+    del model, moments, content
+    code = """
+import resource, sys
+import transformers_rfdetr.conversion as conversion
+from transformers_rfdetr import RfDetrForObjectDetection, RfDetrImageProcessor
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+getattr(conversion, sys.argv[1])(sys.argv[2], sys.argv[3])
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+    for function, name, output in (
+        ("convert_to_transformers", "source.pth", "there"),
+        ("convert_to_transformers", "with_optimizer.pth", "there_too"),
+        ("convert_to_rfdetr", "there", "back.pth"),
+    ):
+        command = [sys.executable, "-c", code, function, str(tmp_path / name), str(tmp_path / output)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert int(done.stdout.split()[-1]) <= 2.5 * size + 100e6
+    shutil.rmtree(tmp_path)
