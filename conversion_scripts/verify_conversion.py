@@ -143,9 +143,12 @@ def compare(
 def _compare(original: Any, folder: str, picture: Image.Image, threshold: float, notes: list[str]) -> Comparison:
     kind = "RfDetrForInstanceSegmentation" if original.model_config.segmentation_head else "RfDetrForObjectDetection"
     config, processor = RfDetrConfig.from_pretrained(folder), RfDetrImageProcessor.from_pretrained(folder)
+    rows = original.model.model.class_embed.out_features
+    if rows != config.num_labels:
+        raise ValueError(f"{folder} has {config.num_labels} labels, the checkpoint {rows}; give its own conversion")
     classes = [label for label, name in config.id2label.items() if name not in (BACKGROUND, PARENT)]
     if len(classes) < len(config.id2label):
-        notes.append("no class: some rows of the class head, left out below; the others report them in place of objects")
+        notes.append("class head: rows of no class are left out here; the others may report them in place of objects")
     task = Task(picture, processor(picture, return_tensors="pt").pixel_values, threshold, classes)
 
     sides = {"original": _original_side(original, task)}
@@ -154,7 +157,7 @@ def _compare(original: Any, folder: str, picture: Image.Image, threshold: float,
         sides["port"] = _port_side(kind, folder, config, task)
     except Exception as error:  # whatever stops the port is what there is to say of it
         version = f"transformers {transformers.__version__} (it came with 5.9)"
-        notes.append(f"no column for the port of {version}: {_first_line(error)}")
+        notes.append(f"no column for the port of {version}: {_reason(error)}")
     model = getattr(transformers_rfdetr, kind).from_pretrained(folder, dtype=torch.float32)
     sides["ours"] = _side(model, model, _ORIGINAL, processor, task)
 
@@ -184,7 +187,8 @@ def _load_original(checkpoint: str | os.PathLike[str], variant: str | None) -> A
     except (ImportError, OSError):
         raise
     except Exception as error:  # torch's, pickle's and pydantic's too
-        raise ValueError(f"rfdetr cannot load {checkpoint}: {_first_line(error)}") from error
+        hint = "" if variant else " (--variant names its class)"
+        raise ValueError(f"rfdetr cannot load {checkpoint}{hint}: {_reason(error)}") from error
 
 
 def _original_side(original: Any, task: Task) -> Side:
@@ -230,8 +234,8 @@ def _detections(names: list[str], scores: list[float], boxes: list[list[float]])
     return [detection for detection in found if detection[0] not in (BACKGROUND, PARENT)]
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 # Stages
