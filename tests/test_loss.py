@@ -35,6 +35,10 @@ def loss(stages, labels, num_groups=1, **settings):
     return rf_detr_loss(stages, labels, num_groups=num_groups, weights=LossWeights(), points=fixed_points, **settings)
 
 
+def as_they_are(queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return queries, queries.new_zeros(*queries.shape[:-1], 1)
+
+
 def perfect(
     labels, num_queries: int, num_classes: int, num_groups: int = 1, confidence: float = 6.0
 ) -> StagePrediction:
@@ -51,7 +55,7 @@ def perfect(
             boxes[image, :, index] = target["boxes"][index]
             queries[image, :, index, index] = 1.0
             pixel_features[image, index] = torch.where(target["masks"][index], 10.0, -10.0)
-    masks = MaskFactors(pixel_features, queries.flatten(1, 2), torch.zeros(1))
+    masks = MaskFactors(pixel_features, queries.flatten(1, 2), as_they_are)
     return StagePrediction(logits.flatten(1, 2), boxes.flatten(1, 2), masks)
 
 
@@ -137,8 +141,9 @@ def test_an_assignment_is_the_cheapest_in_each_group():
 
 
 def test_a_factored_mask_multiplies_out_as_its_definition():
-    factors = MaskFactors(torch.randn(2, 5, 3, 4), torch.randn(2, 6, 5), torch.tensor([0.3]))
-    torch.testing.assert_close(factors.logits(), torch.einsum("bdhw,bnd->bnhw", *factors[:2]) + 0.3)
+    factors = MaskFactors(torch.randn(2, 5, 3, 4), torch.randn(2, 6, 5), lambda q: (2 * q, q[..., :1] + 0.3))
+    expected = 2 * torch.einsum("bdhw,bnd->bnhw", *factors[:2]) + factors.queries[:, :, :1, None] + 0.3
+    torch.testing.assert_close(factors.logits(), expected)
 
 
 def test_the_mask_loss_of_factored_masks_is_that_of_dense_ones_with_its_gradients():
@@ -146,7 +151,7 @@ def test_the_mask_loss_of_factored_masks_is_that_of_dense_ones_with_its_gradient
     pixel_features = torch.randn(2, 5, 12, 12, requires_grad=True)
     queries = torch.randn(2, 6, 5, requires_grad=True)
     pairs = [(torch.tensor([4, 1]), torch.tensor([0, 1])), (torch.tensor([3]), torch.tensor([0]))]
-    losses = mask_losses(MaskFactors(pixel_features, queries, torch.zeros(1)), labels, pairs, 16, fixed_points)
+    losses = mask_losses(MaskFactors(pixel_features, queries, as_they_are), labels, pairs, 16, fixed_points)
     factored = torch.autograd.grad(sum(losses), [pixel_features, queries])
 
     dense = torch.einsum("bdhw,bnd->bnhw", pixel_features, queries)  # the plain definition, every mask in full
@@ -265,7 +270,7 @@ def test_the_loss_and_its_gradients_are_finite_for_every_finite_prediction(extre
     queries = torch.full((2, 6, 5), sign * min(extreme, 1e15), requires_grad=True)
     pixel_features = torch.full((2, 5, 12, 12), min(extreme, 1e15), requires_grad=True)
     total, parts = loss(
-        {"": StagePrediction(logits, boxes, MaskFactors(pixel_features, queries, torch.zeros(1)))}, labels
+        {"": StagePrediction(logits, boxes, MaskFactors(pixel_features, queries, as_they_are))}, labels
     )
     assert torch.isfinite(total), parts
     total.backward()
@@ -278,7 +283,7 @@ def test_mask_factors_whose_product_overflows_have_a_finite_loss(scale):
     stage = perfect(targets(2, 1), 6, 4)
     queries = (scale * torch.randn(2, 6, 5, generator=generator)).requires_grad_()
     pixel_features = (scale * torch.randn(2, 5, 12, 12, generator=generator)).requires_grad_()
-    total, parts = loss({"": stage._replace(masks=MaskFactors(pixel_features, queries, torch.zeros(1)))}, targets(2, 1))
+    total, parts = loss({"": stage._replace(masks=MaskFactors(pixel_features, queries, as_they_are))}, targets(2, 1))
     assert torch.isfinite(total)
     assert parts["non_finite_predictions"] == 0
     total.backward()
@@ -409,9 +414,8 @@ def test_small_integers_are_class_labels_too():
 def test_the_loss_is_computed_in_float32_inside_autocast():
     labels = targets(2, 1)
     generator = torch.Generator().manual_seed(0)
-    masks = MaskFactors(
-        torch.randn(2, 5, 12, 12, generator=generator), torch.randn(2, 6, 5, generator=generator), torch.zeros(1)
-    )
+    features, queries = torch.randn(2, 5, 12, 12, generator=generator), torch.randn(2, 6, 5, generator=generator)
+    masks = MaskFactors(features, queries, as_they_are)
     stage = StagePrediction(torch.randn(2, 6, 4, generator=generator), torch.rand(2, 6, 4, generator=generator), masks)
     expected, _ = loss({"": stage}, labels)
     with torch.autocast("cpu", dtype=torch.bfloat16):

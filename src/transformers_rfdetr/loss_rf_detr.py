@@ -6,7 +6,7 @@ P points, D width, h w mask grid, H W target mask. Boxes are (cx, cy, w, h) as f
 Each group is matched on its own, so in training every object has G partners. Evaluation has one group.
 
 Masks are never multiplied out for all queries: the matcher samples the pixel features at P points and multiplies
-there, the loss multiplies out the N matched masks (https://arxiv.org/abs/1912.08193 for the choice of points).
+there, without gradients; the loss multiplies out the N matched masks (https://arxiv.org/abs/1912.08193 for the choice of points).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,15 +34,19 @@ def bounded(x: Tensor) -> Tensor:
 
 
 class MaskFactors(NamedTuple):
-    """Masks of N queries, not yet multiplied out: logits = <queries, pixels> + bias."""
+    """Masks of N queries, not yet multiplied out: logits = <vectors, pixels> + offsets, both made from the queries.
+
+    The loss makes the vectors of the few queries that are matched, with their graph; the matcher those of all without.
+    """
 
     pixels: Tensor  # (B, D, h, w)
     queries: Tensor  # (B, N, D)
-    bias: Tensor  # (1,)
+    project: Callable[[Tensor], tuple[Tensor, Tensor]]  # queries (..., D) -> vectors (..., D) and offsets (..., 1)
 
     def logits(self) -> Tensor:
         """The mask logits (B, N, h, w)."""
-        return (self.queries @ self.pixels.flatten(2)).unflatten(-1, self.pixels.shape[-2:]) + self.bias
+        vectors, offsets = self.project(self.queries)
+        return (vectors @ self.pixels.flatten(2) + offsets).unflatten(-1, self.pixels.shape[-2:])
 
 
 class StagePrediction(NamedTuple):
@@ -159,7 +163,8 @@ def matching_cost(stage: StagePrediction, targets: Sequence[Mapping], weights: L
     sampled = None
     if stage.masks is not None:
         pixels = sample_bilinear(stage.masks.pixels, points.expand(len(targets), -1, -1))
-        sampled = bounded(stage.masks.queries @ pixels + stage.masks.bias)
+        vectors, offsets = stage.masks.project(stage.masks.queries)
+        sampled = bounded(vectors.float() @ pixels + offsets.float())
     costs = []
     for index, target in enumerate(targets):
         labels, boxes = target["class_labels"], target["boxes"]
@@ -250,19 +255,23 @@ def mask_losses(
     """Cross-entropy (mean over points) and Dice loss of the matched masks, each summed over the N pairs."""
     height, width = masks.pixels.shape[-2:]
     num_points = max(height, height * width // ratio)
+    counts = [len(queries) for queries, _ in pairs]
+    images = torch.repeat_interleave(torch.arange(len(pairs)), torch.tensor(counts)).to(masks.queries.device)
+    rows = masks.queries[images, torch.cat([queries for queries, _ in pairs])]
+    vectors, offsets = (part.float() for part in masks.project(rows))
     # unbind, because the gradient of an index is a tensor of the whole batch for each of its images.
     matched = [
-        torch.einsum("nd,dhw->nhw", of_image[queries], pixels)
-        for of_image, pixels, (queries, _) in zip(masks.queries.unbind(), masks.pixels.unbind(), pairs, strict=True)
+        torch.einsum("nd,dhw->nhw", of_image, pixels)
+        for of_image, pixels in zip(vectors.split(counts), masks.pixels.unbind(), strict=True)
     ]
-    logits = torch.cat(matched) + masks.bias
+    logits = torch.cat(matched) + offsets[..., None]
     with torch.no_grad():
         where = uncertain_points(logits, num_points, points)
         truth = torch.cat(
             [
                 sample_nearest(target["masks"], objects, some)
                 for target, (_, objects), some in zip(
-                    targets, pairs, where.split([len(queries) for queries, _ in pairs]), strict=True
+                    targets, pairs, where.split(counts), strict=True
                 )
             ]
         )
@@ -461,7 +470,7 @@ def rf_detr_loss(
 def _in_float32(stage: StagePrediction) -> StagePrediction:
     logits = stage.logits.float().clamp(-_LIMIT, _LIMIT)
     boxes = stage.boxes.float().clamp(-_LIMIT, _LIMIT)
-    masks = None if stage.masks is None else MaskFactors(*(factor.float() for factor in stage.masks))
+    masks = None if stage.masks is None else stage.masks._replace(pixels=stage.masks.pixels.float())
     return StagePrediction(logits, boxes, masks)
 
 
@@ -469,7 +478,7 @@ def _connection(stage: StagePrediction, has_pairs: bool) -> Tensor:
     """0 that depends on every prediction, so that a batch or a rank without objects still reaches every parameter."""
     parts = [stage.boxes]
     if stage.masks is not None and not has_pairs:
-        parts += stage.masks
+        parts += [stage.masks.pixels, *stage.masks.project(stage.masks.queries[:, :1])]
     return sum((part * 0).sum() for part in parts)
 
 

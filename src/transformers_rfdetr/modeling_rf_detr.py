@@ -31,7 +31,7 @@ from .loss_rf_detr import (
     random_points,
     rf_detr_loss,
 )
-from .modeling_rf_detr_dinov2 import RfDetrDinov2Backbone, attend
+from .modeling_rf_detr_dinov2 import RfDetrDinov2Backbone, attend, recomputed
 
 # -- outputs ---------------------------------------------------------------------------------------------------------
 
@@ -497,13 +497,13 @@ class RfDetrTransformer(nn.Module):
         kept = min(self.num_queries, memory.shape[1])
         stages = []
         for group in range(num_groups):
-            tokens = self.enc_output_norm[group](self.enc_output[group](memory))
-            logits = self.enc_out_class_embed[group](tokens)
-            best = torch.topk(logits.amax(-1), kept, dim=1).indices[..., None]
-            tokens, logits, boxes = (
-                rows.gather(1, best.expand(-1, -1, rows.shape[-1])) for rows in (tokens, logits, anchors)
-            )
-            stages.append((tokens, logits, apply_deltas(self.enc_out_bbox_embed[group](tokens), boxes)))
+            embed, classify = self.enc_output[group], self.enc_out_class_embed[group]
+            tokens = self.enc_output_norm[group](embed(memory))
+            best = torch.topk(classify(tokens).amax(-1), kept, dim=1).indices[..., None]
+            chosen, boxes = (rows.gather(1, best.expand(-1, -1, rows.shape[-1])) for rows in (memory, anchors))
+            # Once more for the chosen ones: the backward pass then keeps, and goes through, a fraction of the tokens.
+            tokens = self.enc_output_norm[group](embed(chosen))
+            stages.append((tokens, classify(tokens), apply_deltas(self.enc_out_bbox_embed[group](tokens), boxes)))
         tokens, logits, boxes = (torch.cat(parts, dim=1) for parts in zip(*stages, strict=True))
         return tokens, logits, boxes
 
@@ -522,8 +522,8 @@ class MaskBlock(GradientCheckpointingLayer):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, D, h, w) -> (B, D, h, w)."""
-        update = self.dwconv(pixels).permute(0, 2, 3, 1)
-        return pixels + F.gelu(self.pwconv1(self.norm(update))).permute(0, 3, 1, 2)
+        update = recomputed(lambda x: self.pwconv1(self.norm(x)), self.dwconv(pixels).permute(0, 2, 3, 1))
+        return pixels + F.gelu(update).permute(0, 3, 1, 2)
 
 
 class QueryMlp(nn.Module):
@@ -568,10 +568,20 @@ class RfDetrSegmentationHead(nn.Module):
             states.append(block(states[-1]))
         return states
 
+    def project(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (..., D) -> vectors (..., D) and offsets (..., 1): a mask is <vector, pixel> + offset.
+
+        The original projects every pixel p to W p + b and multiplies that with the query's q. As <q, W p + b> is
+        <W^T q, p> + <q, b>, it is the queries that are projected here: there are fewer of them.
+        """
+        queries = queries.to(self.query_features_proj.weight.dtype)
+        queries = self.query_features_proj(self.query_features_block(queries))
+        projection = self.spatial_features_proj
+        return queries @ projection.weight.flatten(1), queries @ projection.bias[:, None] + self.bias
+
     def factors(self, pixels: Tensor, queries: Tensor) -> MaskFactors:
         """Pixel features (B, D, h, w) and queries (B, N, D) -> their masks, factored."""
-        queries = self.query_features_proj(self.query_features_block(queries))
-        return MaskFactors(self.spatial_features_proj(pixels), queries, self.bias)
+        return MaskFactors(pixels, queries, self.project)
 
 
 # -- models ----------------------------------------------------------------------------------------------------------

@@ -5,11 +5,13 @@ Tokens stay in window layout (B·V, N, C) from the embeddings to the taps; a glo
 (B, V·N, C). Module names are those of the original checkpoints, so that a state dict needs no renaming.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -67,6 +69,17 @@ def attend(
         return context.transpose(1, 2), weights
     function = ALL_ATTENTION_FUNCTIONS[implementation]
     return function(module, queries, keys, values, None, dropout=dropout, scaling=scaling)[0], None
+
+
+def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function(x)`, of whose steps the backward pass repeats the cheap ones instead of keeping what they gave.
+
+    `function` ends with a linear layer, which is not repeated: the repetition stops when all that is needed is there.
+    A compiler decides that by itself.
+    """
+    if not (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        return function(x)
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
 
 
 def resize_position_table(table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
@@ -224,7 +237,8 @@ class RfDetrDinov2Layer(GradientCheckpointingLayer):
             sequence = sequence.reshape(rows // self.windows_per_image, self.windows_per_image * length, width)
         context = self.attention(sequence).reshape(tokens.shape)
         tokens = tokens + drop_path(self.layer_scale1(context), self.drop_path_rate, self.training)
-        hidden = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(tokens))))
+        hidden = recomputed(lambda x: self.mlp["fc1"](self.norm2(x)), tokens)
+        hidden = recomputed(lambda x: self.mlp["fc2"](F.gelu(x)), hidden)
         return tokens + drop_path(self.layer_scale2(hidden), self.drop_path_rate, self.training)
 
 
