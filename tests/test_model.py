@@ -15,6 +15,8 @@ from transformers_rfdetr.loss_rf_detr import LossWeights, StagePrediction, fixed
 from transformers_rfdetr.modeling_rf_detr import (
     RfDetrOutput,
     RfDetrSegmentationHead,
+    anchor_boxes,
+    apply_deltas,
 )
 from transformers_rfdetr.modeling_rf_detr_dinov2 import (
     drop_path,
@@ -380,6 +382,98 @@ def test_a_training_step_forms_no_mask_of_every_query_and_group():
         model(pixels(), labels=labels).loss.backward()
     dense = 2 * 13 * 50 * 48 * 48  # one layer's masks; the port forms them for every layer
     assert seen.largest < dense / 10
+
+
+def assert_equal_gradients(losses, inputs):
+    mine, theirs = (torch.autograd.grad(loss, inputs, retain_graph=True) for loss in losses)
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
+
+
+def test_projecting_the_queries_is_projecting_every_pixel_with_its_gradients():
+    head = small_model().segmentation_head
+    features, queries = torch.randn(2, 32, 7, 9, requires_grad=True), torch.randn(2, 5, 32, requires_grad=True)
+    masks = head.factors(features, queries).logits()
+    vectors = head.query_features_proj(head.query_features_block(queries))  # the plain definition
+    plain = torch.einsum("bnd,bdhw->bnhw", vectors, head.spatial_features_proj(features)) + head.bias
+    torch.testing.assert_close(masks, plain, atol=1e-5, rtol=1e-5)
+    weights = torch.randn_like(masks)
+    inputs = [
+        features,
+        queries,
+        head.bias,
+        *head.spatial_features_proj.parameters(),
+        *head.query_features_proj.parameters(),
+    ]
+    for mine, theirs in zip(
+        gradients((weights * masks).sum(), inputs), gradients((weights * plain).sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=1e-4)
+
+
+def test_the_first_stage_computes_chosen_tokens_as_it_would_all_with_its_gradients():
+    transformer = small_model().transformer
+    memory = torch.randn(2, 16, 32, requires_grad=True)
+    anchors, invalid = anchor_boxes([(4, 4)], None, torch.device("cpu"))
+    chosen = transformer.propose(memory, anchors, invalid, 3)
+    stages = []
+    for group in range(3):  # the plain definition: everything of every token, then the best
+        tokens = transformer.enc_output_norm[group](transformer.enc_output[group](memory.masked_fill(invalid, 0.0)))
+        logits = transformer.enc_out_class_embed[group](tokens)
+        boxes = apply_deltas(transformer.enc_out_bbox_embed[group](tokens), anchors)
+        best = logits.amax(-1).topk(6, dim=1).indices[..., None]
+        stages.append([rows.gather(1, best.expand(-1, -1, rows.shape[-1])) for rows in (tokens, logits, boxes)])
+    plain = [torch.cat(parts, dim=1) for parts in zip(*stages, strict=True)]
+    inputs = [memory, *(parameter for name, parameter in transformer.named_parameters() if name.startswith("enc_"))]
+    weights = [torch.randn_like(part) for part in plain]
+    losses = [sum((w * part).sum() for w, part in zip(weights, parts, strict=True)) for parts in (chosen, plain)]
+    for mine, theirs in zip(chosen, plain, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert_equal_gradients(losses, inputs)
+
+
+def a_step(model):
+    """(loss, gradients, FLOPs, kept bytes) of a training step."""
+    torch.manual_seed(0)
+    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(pixels(), labels=targets(2, 1)).loss
+        bytes_kept = sum(storage.nbytes() for storage in kept.values())
+        loss.backward()
+    return loss, [p.grad for p in model.parameters()], counter.get_total_flops(), bytes_kept
+
+
+def test_repeating_cheap_steps_keeps_less_and_changes_no_number_and_no_matrix_product(monkeypatch):
+    model = small_model().train()
+    loss, found, flops, kept = a_step(model)
+    model.zero_grad()
+    for module in ("modeling_rf_detr", "modeling_rf_detr_dinov2"):
+        monkeypatch.setattr(f"transformers_rfdetr.{module}.recomputed", lambda function, x: function(x))
+    plain_loss, expected, plain_flops, plain_kept = a_step(model)
+    assert torch.equal(loss, plain_loss)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine is None and theirs is None) or torch.equal(mine, theirs)
+    assert flops == plain_flops
+    assert kept < 0.95 * plain_kept
+
+
+def test_the_vectors_of_masks_have_a_graph_for_matched_queries_only():
+    model = small_model(num_queries=50).train()
+    rows = []
+    linear = model.segmentation_head.query_features_proj
+    linear.register_forward_hook(
+        lambda module, inputs, output: rows.append(output.numel() // 32) if output.requires_grad else None
+    )
+    model(pixels(), labels=targets(2, 1)).loss.backward()
+    assert rows == [(2 + 1) * 3] * 3  # objects x groups, for each of two layers and the first stage
 
 
 def test_the_losses_of_matched_boxes_form_no_square_matrix():
