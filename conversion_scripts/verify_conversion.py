@@ -27,7 +27,7 @@ from transformers_rfdetr import RfDetrConfig, RfDetrImageProcessor, resolve_vari
 from transformers_rfdetr.checkpoint_layouts import to_original_layout
 from transformers_rfdetr.cli.errors import one_line_errors
 from transformers_rfdetr.configuration_rf_detr import BACKGROUND, PARENT
-from transformers_rfdetr.conversion import _rfdetr_class, convert_to_transformers
+from transformers_rfdetr.conversion import convert_to_transformers, rfdetr_class
 from transformers_rfdetr.demo_data import draw_scene
 from transformers_rfdetr.image_processing_rf_detr import read_rgb
 
@@ -182,7 +182,7 @@ def _load_original(checkpoint: str | os.PathLike[str], variant: str | None) -> A
         except ValueError:
             if variant is None:
                 raise
-            named = getattr(rfdetr, _rfdetr_class(resolve_variant(variant)))
+            named = getattr(rfdetr, rfdetr_class(resolve_variant(variant)))
             return named(pretrain_weights=str(checkpoint), device="cpu")
     except (ImportError, OSError):
         raise

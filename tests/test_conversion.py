@@ -184,11 +184,14 @@ def test_the_shapes_of_a_published_model_say_all_that_its_file_does_not(variant)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(conversion.ENCODERS, "dinov2_windowed_small", (384, 6, 0))
         changes = []
-        config = conversion._read_config(state, {}, None, changes)
+        config = conversion._read_config(state, {}, None, variant == "rf-detr-seg-large", changes)
     config.id2label = published.id2label
     config.label2id = published.label2id
     assert config.to_dict() == published.to_dict()
-    assert changes == []
+    if variant == "rf-detr-seg-large":
+        assert changes == []
+    else:  # not known as the published one, so what was supposed is said
+        assert [(change.what, change.result) for change in changes] == [("arguments", f"those of {variant}")]
 
 
 def test_weights_without_arguments_of_no_published_size_ask_for_the_variant():
@@ -198,9 +201,13 @@ def test_weights_without_arguments_of_no_published_size_ask_for_the_variant():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(conversion.ENCODERS, "dinov2_windowed_small", (384, 6, 0))
         with pytest.raises(ValueError, match=r"40 x 40 .*--variant.* rf-detr-seg-nano or rf-detr-seg-small$"):
-            conversion._read_config(state, {}, None, [])
-        found = conversion._read_config(state, {}, "rf-detr-seg-small", [])
-    assert (found.resolution, found.backbone_config.num_windows, found.num_queries) == (480, 2, 100)
+            conversion._read_config(state, {}, None, False, [])
+        named = conversion._read_config(state, {"model_name": "RFDETRSegSmall"}, None, False, [])
+        said = conversion._read_config(state, {}, "rf-detr-seg-small", False, [])
+        with pytest.raises(ValueError, match="the weights have dec_layers 4, and rf-detr-nano has 2; if it is no"):
+            conversion._read_config(state, {"model_name": "RFDETRNano"}, None, False, [])
+    for found in (named, said):
+        assert (found.resolution, found.backbone_config.num_windows, found.num_queries) == (480, 2, 100)
 
 
 def test_averaged_weights_are_taken_when_asked_for(model, save, tmp_path):
@@ -260,6 +267,94 @@ def test_every_tensor_that_is_left_out_is_in_the_table(model, save, tmp_path):
     assert "| extra.weight | 2x3 | left out: not of the model |" in card
 
 
+STRANGE_ARGUMENTS = [
+    ("resolution", "640", "a whole number"),
+    ("num_queries", True, "a whole number"),
+    ("num_queries", [7], "a whole number"),
+    ("out_feature_indexes", 5, "a list of whole numbers"),
+    ("out_feature_indexes", [[3]], "a list of whole numbers"),
+    ("projector_scale", 5, "a list of names"),
+    ("projector_scale", [], "a list of names"),
+    ("positional_encoding_size", 10**6, "within 1 .. 512"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "rule"), STRANGE_ARGUMENTS)
+def test_arguments_of_another_kind_are_refused(name, value, rule, model, save, tmp_path):
+    with pytest.raises(ValueError, match=rf"checkpoint\.pth: the stored argument {name} is .*, and not {rule}"):
+        convert_to_transformers(save(legacy(model, **{name: value})), tmp_path / "there")
+
+
+POSITIONS = "backbone.0.encoder.encoder.embeddings.position_embeddings"
+STRANGE_TENSORS = [
+    (POSITIONS, torch.zeros(5), r"position_embeddings is 5, which it is in no RF-DETR model"),
+    (POSITIONS, torch.zeros(1, 6, 32), r"position table has 6 rows"),
+    (POSITIONS, torch.zeros(1, 0, 32), r"position table has 0 rows"),
+    ("class_embed.bias", torch.tensor(1.0), r"class_embed\.bias is a number, which"),
+    ("refpoint_embed.weight", torch.zeros(18, 4), r"query_feat has 21 rows and refpoint_embed 18"),
+    ("refpoint_embed.weight", torch.zeros(0, 4), r"query_feat has 21 rows and refpoint_embed 0"),
+    ("bbox_embed.layers.0.bias", torch.zeros(32, dtype=torch.int32), r"bias \(torch.int32, .* finite floating-point"),
+    ("bbox_embed.layers.0.bias", torch.full((32,), float("nan")), r"is not of finite floating-point numbers"),
+    ("bbox_embed.layers.0.bias", torch.zeros(32).to_sparse(), r"torch.sparse_coo\) is not of finite"),
+    ("bbox_embed.layers.0.lora_A.default.weight", torch.zeros(0, 32), r"an adapter has lora_A, lora_B and the weight"),
+]
+
+
+@pytest.mark.parametrize(("name", "tensor", "message"), STRANGE_TENSORS)
+def test_tensors_of_another_kind_are_refused(name, tensor, message, model, save, tmp_path):
+    with pytest.raises(ValueError, match=message) as error:
+        convert_to_transformers(
+            save(legacy(model) | {"model": model.state_dict() | {name: tensor}}), tmp_path / "there"
+        )
+    assert "checkpoint.pth" in str(error.value)
+
+
+def test_weights_in_several_precisions_are_kept_and_loaded_in_the_widest(model, save, tmp_path):
+    state = model.state_dict()
+    state["class_embed.bias"] = state["class_embed.bias"].half()
+    convert_to_transformers(save(legacy(model) | {"model": state}), tmp_path / "there")
+    assert_equal(weights_in(tmp_path / "there"), state)
+    assert RfDetrForInstanceSegmentation.from_pretrained(tmp_path / "there").dtype == torch.float32
+
+
+def test_a_file_that_was_packed_anew_with_compression_is_read_right(model, save, tmp_path):
+    with (
+        zipfile.ZipFile(save(legacy(model))) as archive,
+        zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in archive.namelist():
+            packed.writestr(name, archive.read(name))
+    convert_to_transformers(tmp_path / "packed.pth", tmp_path / "there")
+    assert_equal(weights_in(tmp_path / "there"), model.state_dict())
+
+
+def test_a_file_of_a_later_pickle_protocol_is_read_when_it_is_trusted(model, save, tmp_path):
+    path = save(legacy(model), pickle_protocol=4)
+    with pytest.raises(ValueError, match=r"holds what torch does not load as weights .*--trust-checkpoint"):
+        convert_to_transformers(path, tmp_path / "there")
+    convert_to_transformers(path, tmp_path / "there", trust_checkpoint=True)
+    assert_equal(weights_in(tmp_path / "there"), model.state_dict())
+
+
+def test_folders_that_are_damaged_are_refused_on_the_way_back(model, tmp_path):
+    model.save_pretrained(tmp_path / "whole")
+    content = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    for name, damaged in (("cut", content[:-100]), ("empty", b""), ("header", b"\xff" * 8 + content[8:])):
+        model.config.save_pretrained(tmp_path / name)
+        (tmp_path / name / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"{name}.*model\.safetensors cannot be read as weights"):
+            convert_to_rfdetr(tmp_path / name, tmp_path / "back.pth")
+    model.config.save_pretrained(tmp_path / "outside")
+    (tmp_path / "outside" / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "../whole/model.safetensors"}}'
+    )
+    with pytest.raises(ValueError, match="lists files outside its folder"):
+        convert_to_rfdetr(tmp_path / "outside", tmp_path / "back.pth")
+    (tmp_path / "whole" / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"config\.json"):
+        convert_to_rfdetr(tmp_path / "whole", tmp_path / "back.pth")
+
+
 WRONG_ARGUMENTS = {
     "patch_size": (16, r"the weights have patch_size 12, and the stored arguments have 16"),
     "dec_layers": (3, r"the weights have dec_layers 4, and the stored arguments have 3"),
@@ -283,12 +378,13 @@ def test_arguments_that_the_weights_contradict_are_an_error_with_both_values(nam
     assert not (tmp_path / "there").exists()
 
 
-def test_a_number_of_classes_that_the_head_contradicts_gives_way_and_is_reported(model, save, tmp_path):
-    done = convert_to_transformers(save(legacy(model, num_classes=90, num_select=3)), tmp_path / "there")
-    assert done.changes == [
-        ("num_classes", "90 in the arguments", "4, as the head has"),
-        ("num_select", "3", "top_k=3 when called"),
-    ]
+def test_numbers_that_the_weights_or_the_model_do_not_have_are_reported(model, save, tmp_path):
+    done = convert_to_transformers(save(legacy(model, num_classes=90, num_select=3)), tmp_path / "training")
+    assert done.changes == [("num_classes", "90 in the arguments", "4, as the head has")]
+    content = best_file(model)
+    content["model_config"]["num_select"] = 3
+    done = convert_to_transformers(save(content), tmp_path / "model")
+    assert done.changes == [("num_select", "3", "top_k=3 when called")]
 
 
 def test_a_file_with_the_name_of_another_published_model_is_an_error_with_both(model, save, tmp_path):
@@ -332,44 +428,95 @@ def test_a_head_of_91_rows_has_coco_s_ids(save, tmp_path):
         done = convert_to_transformers(save(legacy(model, class_names=names)), tmp_path / str(number))
         assert done.config.id2label == COCO_ID2LABEL
         assert done.config.id2label[90] == "toothbrush"
+    assert [change.what for change in done.changes] == []
+    unnamed = convert_to_transformers(save(legacy(model, class_names=None)), tmp_path / "unnamed")
+    assert [change.what for change in unnamed.changes] == ["class names"]
     names = [f"kind {number}" for number in range(90)]  # 90 classes of the user's are not COCO
     done = convert_to_transformers(save(legacy(model, class_names=names)), tmp_path / "own")
     assert done.config.id2label[17] == "kind 17"
     assert done.config.id2label[90] == "__background__"
 
 
-def test_one_row_more_than_names_is_no_class_and_two_are_the_parent_category_as_well(model, save, tmp_path):
-    done = convert_to_transformers(save(legacy(model)), tmp_path / "one")
-    assert list(done.config.id2label.values()) == [*NAMES, "__background__"]
-    done = convert_to_transformers(save(legacy(model, class_names=NAMES[:3])), tmp_path / "two")
-    assert list(done.config.id2label.values()) == ["__parent__", *NAMES[:3], "__background__"]
-    assert done.changes == [("class head", "5 rows for 3 classes", "row 0 is the data's parent category")]
+# rfdetr's own rules: (version and data, rows, what its arguments hold) -> names by row. Before 1.6 `train` gave the
+# head `num_classes` rows: one more than names of Roboflow's data, whose ids count from 1, and as many of YOLO's.
+HEADS = {
+    "1.4, Roboflow": (4, {"class_names": NAMES[:3], "num_classes": 4}, ["__parent__", *NAMES[:3]]),
+    "1.4, YOLO": (3, {"class_names": NAMES[:3], "num_classes": 3}, NAMES[:3]),
+    "1.4, Roboflow, a model made with num_classes": (
+        7,
+        {"class_names": NAMES[:3], "num_classes": 4},
+        ["__parent__", *NAMES[:3], "__unused_4__", "__unused_5__", "__unused_6__"],
+    ),
+    "1.7": (4, {"class_names": NAMES[:3], "model_name": "RFDETRNano"}, [*NAMES[:3], "__background__"]),
+    "1.11": (
+        4,
+        {"class_names": NAMES[:3], "num_classes": 3, "model_name": "RFDETRNano"},
+        [*NAMES[:3], "__background__"],
+    ),
+    "1.11, weights.pt": (4, {"class_names": NAMES[:3], "num_classes": 3}, [*NAMES[:3], "__background__"]),
+    "1.11, a model made with num_classes": (
+        5,
+        {"class_names": NAMES[:3], "num_classes": 4, "model_name": "RFDETRNano"},
+        [*NAMES[:3], "__unused_3__", "__background__"],
+    ),
+    "no names": (4, {"num_classes": 3}, ["class 0", "class 1", "class 2", "class 3"]),
+    "a mapping": (4, {"class_names": {2: "c", 0: "a", 1: "b"}, "num_classes": 3}, ["a", "b", "c", "__background__"]),
+}
 
 
-def test_names_can_be_given_and_must_be_as_many_as_classes(model, save, tmp_path):
+@pytest.mark.parametrize("head", HEADS)
+def test_rows_have_the_names_of_the_classes_that_rfdetr_trained_them_for(head):
+    rows, arguments, expected = HEADS[head]
+    changes = []
+    assert conversion._read_classes(rows, arguments, None, changes) == dict(enumerate(expected))
+    is_plain = expected in ([*NAMES[:3], "__background__"], NAMES[:3], ["a", "b", "c", "__background__"])
+    assert bool(changes) == (not is_plain)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a", "b", "c", "d"], r"head has 4 rows, and there are 4 class names \(a, b, c, d\)"),
+        (["a", "b", "a"], "the class names a are there twice"),
+        (["a", "b", "__background__"], "the class names __background__ are there twice, or are such as __background__"),
+        (7, "the class names are 7, and not a list of names"),
+        ([1, 2, 3], r"the class names are \[1, 2, 3\], and not a list of names"),
+        ({"a": 1}, r"the class names are \{'a': 1\}, and not a list of names"),
+    ],
+)
+def test_names_that_cannot_be_the_rows_are_refused(names, message):
+    with pytest.raises(ValueError, match=message):
+        conversion._read_classes(4, {"class_names": names, "model_name": "RFDETRNano"}, None, [])
+
+
+def test_names_can_be_given(model, save, tmp_path):
     path = save(legacy(model, class_names=None))
-    done = convert_to_transformers(path, tmp_path / "unnamed")
-    assert list(done.config.id2label.values()) == ["class 0", "class 1", "class 2", "class 3", "__background__"]
-    assert done.changes == [("class names", "none", "class 0 to class 3; give them with --class-names")]
     done = convert_to_transformers(path, tmp_path / "given", class_names=["a", "b", "c", "d"])
     assert list(done.config.id2label.values()) == ["a", "b", "c", "d", "__background__"]
-    with pytest.raises(ValueError, match=r"head has 5 rows, and there are 2 class names \(a, b\).* names of 4 classes"):
-        convert_to_transformers(path, tmp_path / "few", class_names=["a", "b"])
+    with pytest.raises(ValueError, match=r"head has 5 rows, and there are 6 class names"):
+        convert_to_transformers(path, tmp_path / "many", class_names=["a", "b", "c", "d", "e", "f"])
 
 
-@pytest.mark.parametrize("names", [NAMES, NAMES[:3]])
-def test_rows_that_are_no_class_are_never_reported(names, model, save, tmp_path):
+def test_a_head_without_names_goes_back_as_it_was(model, save, tmp_path):
+    convert_to_transformers(save(legacy(model, class_names=None)), tmp_path / "there")
+    assert convert_to_rfdetr(tmp_path / "there", tmp_path / "back.pth").changes == []
+    returned = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert all(torch.equal(returned["model"][name], tensor) for name, tensor in model.state_dict().items())
+    assert returned["args"]["class_names"] is None
+
+
+@pytest.mark.parametrize(("names", "never"), [(NAMES, [4]), (["barn", "house", "shed", "silo"], [0])])
+def test_rows_that_are_no_class_are_never_reported(names, never, model, save, tmp_path):
     with torch.no_grad():
-        model.class_embed.bias[4] = 20.0
-        model.class_embed.bias[0] += 20.0 if len(names) == 3 else 0.0
-    convert_to_transformers(save(legacy(model, class_names=names)), tmp_path / "there")
+        model.class_embed.bias[never] = 20.0
+    count = 4 if never == [4] else 5  # as of version 1.11, and of 1.4
+    convert_to_transformers(save(legacy(model, class_names=names, num_classes=count)), tmp_path / "there")
     ours = RfDetrForInstanceSegmentation.from_pretrained(tmp_path / "there").eval()
     processor = RfDetrImageProcessor.from_pretrained(tmp_path / "there")
     inputs = processor(np.full((30, 40, 3), 90, np.uint8), return_tensors="pt")
     with torch.no_grad():
         outputs = ours(**inputs)
         raw = ours.class_embed(outputs.last_hidden_state)
-    never = [4] if len(names) == 4 else [0, 4]
     classes = [label for label in range(5) if label not in never]
     assert torch.equal(outputs.logits[..., classes], raw[..., classes])
     assert (raw[..., never].sigmoid() > 0.5).all()
@@ -377,7 +524,7 @@ def test_rows_that_are_no_class_are_never_reported(names, model, save, tmp_path)
     assert len(found["labels"]) == ours.config.num_queries
     assert set(found["labels"].tolist()) <= set(classes)
     ours.train()  # where every row is a target of the loss
-    assert torch.isfinite(ours(**inputs).logits).all()
+    assert (ours(**inputs).logits > -100).all()
 
 
 # Files that are not what they should be
@@ -455,7 +602,7 @@ def test_files_of_another_kind_are_refused_with_the_reason(model, save, tmp_path
         "renamed.pth": (None, "is a safetensors file"),
         "script.pt": (None, "is a TorchScript module"),
         "archive.pth": (None, "is a zip archive without data.pkl"),
-        "noise.pth": (b"\x80" + bytes(range(256)), "cannot be read as a PyTorch checkpoint"),
+        "noise.pth": (b"\x80" + bytes(range(256)), "holds what torch does not load as weights"),
     }
     for name, (content, reason) in files.items():
         if content is not None:
@@ -541,7 +688,7 @@ conversion.convert_to_transformers({str(path)!r}, {str(tmp_path / "there")!r})
     process.stdout.close()
     assert not (tmp_path / "there").exists()
     convert_to_transformers(path, tmp_path / "there")
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint.pth", "there"]
+    assert_equal(weights_in(tmp_path / "there"), model.state_dict())
 
 
 # The way back
@@ -634,7 +781,6 @@ def test_the_folder_is_uploaded_when_asked_for(model, save, tmp_path, monkeypatc
     class Api:
         def create_repo(self, repo_id, **options):
             calls.append(("create", repo_id, options))
-            return types.SimpleNamespace(repo_id=repo_id)
 
         def upload_folder(self, *, repo_id, folder_path, commit_message):
             calls.append(("upload", repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
@@ -644,6 +790,14 @@ def test_the_folder_is_uploaded_when_asked_for(model, save, tmp_path, monkeypatc
     files = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
     assert calls == [("create", "me/barns", {"private": True, "exist_ok": True}), ("upload", "me/barns", files)]
     assert 'from_pretrained("me/barns")' in (tmp_path / "there" / "README.md").read_text(encoding="utf-8")
+
+    def refuse(self, **options):
+        raise RuntimeError("401")
+
+    monkeypatch.setattr(Api, "upload_folder", refuse)
+    with pytest.raises(OSError, match=r"again is whole, but was not uploaded: 401; .* `hf upload me/barns .*again`"):
+        convert_to_transformers(save(legacy(model)), tmp_path / "again", push_to_hub="me/barns")
+    assert_equal(weights_in(tmp_path / "again"), model.state_dict())
 
 
 def test_the_commands_convert_there_and_back(model, save, tmp_path):
@@ -662,6 +816,10 @@ def test_the_commands_convert_there_and_back(model, save, tmp_path):
     assert_equal(weights_in(there), model.state_dict())
     result = CliRunner().invoke(app, ["convert", str(path), str(tmp_path / "given"), "--class-names", "a, b,c,d"])
     assert "4 classes (a, b, c, d)" in result.output
+    for names, message in (("none.txt", "is no file"), ("a,,c,d", "a name that is empty, at label 1"), ("", "empty")):
+        result = CliRunner().invoke(app, ["convert", str(path), str(tmp_path / "wrong"), "--class-names", names])
+        assert result.exit_code == 2
+        assert message in result.stderr
 
 
 def test_a_command_says_in_a_line_what_is_wrong(tmp_path):
@@ -669,7 +827,7 @@ def test_a_command_says_in_a_line_what_is_wrong(tmp_path):
     assert result.exit_code == 2
     assert result.stderr.splitlines() == [
         f"convert: {tmp_path / 'none.pth'} does not exist; give a checkpoint file of rfdetr, such as"
-        " checkpoint_best_total.pth"
+        " checkpoint_best_total.pth, or a published name such as rf-detr-seg-nano"
     ]
 
 

@@ -412,13 +412,14 @@ def test_the_first_stage_computes_chosen_tokens_as_it_would_all_with_its_gradien
     transformer = small_model().transformer
     memory = torch.randn(2, 16, 32, requires_grad=True)
     anchors, invalid = anchor_boxes([(4, 4)], None, torch.device("cpu"))
-    chosen = transformer.propose(memory, anchors, invalid, 3)
+    *chosen, which = transformer.propose(memory, anchors, invalid, 3)
     stages = []
     for group in range(3):  # the plain definition: everything of every token, then the best
         tokens = transformer.enc_output_norm[group](transformer.enc_output[group](memory.masked_fill(invalid, 0.0)))
         logits = transformer.enc_out_class_embed[group](tokens)
         boxes = apply_deltas(transformer.enc_out_bbox_embed[group](tokens), anchors)
         best = logits.amax(-1).topk(6, dim=1).indices[..., None]
+        assert torch.equal(best[..., 0], which[:, 6 * group : 6 * group + 6])
         stages.append([rows.gather(1, best.expand(-1, -1, rows.shape[-1])) for rows in (tokens, logits, boxes)])
     plain = [torch.cat(parts, dim=1) for parts in zip(*stages, strict=True)]
     inputs = [memory, *(parameter for name, parameter in transformer.named_parameters() if name.startswith("enc_"))]

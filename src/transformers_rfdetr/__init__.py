@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .augmentation import FlipAndCrop
     from .data import FollowEpoch, InstanceDataset, collate_fn
     from .data_sources import load_instance_dataset
+    from .inference import Instances, compile_for_inference, predict
     from .metrics import InstanceSegmentationEvaluator, evaluate_instance_segmentation
     from .torch_metric import InstanceSegmentationMetric
     from .trainer import RfDetrTrainer, RfDetrTrainingArguments
@@ -27,6 +28,7 @@ __all__ = [
     "InstanceDataset",
     "InstanceSegmentationEvaluator",
     "InstanceSegmentationMetric",
+    "Instances",
     "RfDetrConfig",
     "RfDetrDinov2Config",
     "RfDetrForInstanceSegmentation",
@@ -36,14 +38,19 @@ __all__ = [
     "RfDetrTrainer",
     "RfDetrTrainingArguments",
     "collate_fn",
+    "compile_for_inference",
     "evaluate_instance_segmentation",
     "load_instance_dataset",
+    "predict",
     "resolve_variant",
 ]
 _LATER = {
     "FlipAndCrop": "augmentation",
     "FollowEpoch": "data",
     "InstanceDataset": "data",
+    "Instances": "inference",
+    "compile_for_inference": "inference",
+    "predict": "inference",
     "collate_fn": "data",
     "load_instance_dataset": "data_sources",
     "InstanceSegmentationEvaluator": "metrics",

@@ -199,10 +199,20 @@ def weight_files(path: str, variant: str | None, use_safetensors: bool | None, h
         if single := cached_file(path, f"{stem}{infix}.{ending}", **_QUIET, **hub):
             return [single]
         if index := cached_file(path, f"{stem}.{ending}.index{infix}.json", **_QUIET, **hub):
-            with open(index, encoding="utf-8") as file:
-                names = sorted(set(json.load(file)["weight_map"].values()))
-            return [cached_file(path, name, **hub) for name in names]
+            return [cached_file(path, name, **hub) for name in _read_index(index)]
     return []
+
+
+def _read_index(path: str) -> list[str]:
+    """The names of the files that the index of a sharded checkpoint lists."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            names = sorted(set(json.load(file)["weight_map"].values()))
+        if all(os.path.basename(name) == name for name in names):
+            return names
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is no index of weights: {type(error).__name__} {error}") from error
+    raise ValueError(f"{path} lists files outside its folder: {', '.join(names)[:200]}")
 
 
 def _read_shapes(files: Sequence[str]) -> dict[str, list[int]]:
@@ -215,11 +225,15 @@ def _read_shapes(files: Sequence[str]) -> dict[str, list[int]]:
 
 
 def read_tensors(files: Sequence[str]) -> dict[str, Tensor]:
-    """The tensors of safetensors files, or of pickles of weights, which are not run."""
+    """The tensors of safetensors files, or of pickles of weights, which are not run; ValueError if one is damaged."""
     tensors: dict[str, Tensor] = {}
     for name in files:
-        is_pickle = name.endswith(".bin")
-        tensors |= torch.load(name, map_location="cpu", weights_only=True) if is_pickle else load_file(name)
+        try:
+            is_pickle = name.endswith(".bin")
+            tensors |= torch.load(name, map_location="cpu", weights_only=True) if is_pickle else load_file(name)
+        except Exception as error:  # neither library promises which
+            reason = (str(error).splitlines() or [""])[0]
+            raise ValueError(f"{name} cannot be read as weights: {type(error).__name__} {reason:.200}") from error
     return tensors
 
 

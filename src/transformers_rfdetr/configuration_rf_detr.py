@@ -103,9 +103,14 @@ COCO_NAMES = {
 # fmt: on
 # The published heads have one slot per COCO category id, 0 to 90; eleven of the ids name nothing.
 COCO_ID2LABEL = {slot: COCO_NAMES.get(slot, f"unused {slot}") for slot in range(91)}
-# Rows of the class heads that rfdetr's fine-tuned checkpoints have besides their classes: one after them, and in those
-# of before 1.6 one before them, for Roboflow's category 0. Neither is ever an object's, so neither is reported.
+# Rows of the class heads that rfdetr's fine-tuned checkpoints have besides their classes: one after them, or, before
+# 1.6, one in front of them for Roboflow's category 0. No object was ever of these, so they are not reported.
 BACKGROUND, PARENT = "__background__", "__parent__"
+
+
+def is_no_class(name: str) -> bool:
+    """Whether a label's name, such as `__background__`, says that it is no class."""
+    return name.startswith("__") and name.endswith("__")
 
 
 def as_pair(size: Any) -> tuple[int, int]:
@@ -352,6 +357,7 @@ class RfDetrConfig(PreTrainedConfig):
         "enc_hidden_states",
         "enc_outputs_class",
         "enc_outputs_coord",
+        "enc_indices",
         "hidden_states",
         "attentions",
         "cross_attentions",

@@ -5,10 +5,12 @@ architecture and the classes. Shapes say most of the architecture and the stored
 they must agree. What a file does not say is taken from the published variant that has its shapes.
 """
 
+import functools
 import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils import cached_file
 
 from .checkpoint_layouts import (
     Change,
@@ -28,6 +31,7 @@ from .checkpoint_layouts import (
     weight_files,
 )
 from .configuration_rf_detr import (
+    ALIASES,
     BACKGROUND,
     COCO_ID2LABEL,
     COCO_NAMES,
@@ -36,7 +40,9 @@ from .configuration_rf_detr import (
     RfDetrConfig,
     RfDetrDinov2Config,
     as_pair,
+    is_no_class,
     resolve_variant,
+    squeeze_name,
 )
 from .image_processing_rf_detr import RfDetrImageProcessor, located
 from .modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection
@@ -106,31 +112,35 @@ def convert_to_transformers(
         ValueError: the file cannot be read, is no detection or segmentation model, lacks tensors, or says two
             different things of its architecture or classes; the message has both.
     """
-    output = Path(output)
+    output, path = Path(output), Path(source)
     _check_is_new(output)
-    path = Path(source)
     published = PUBLISHED.get(path.name) if path.is_file() else published_file(os.fspath(source))
     with located(os.fspath(source)):
         if published is not None and published.variant not in VARIANTS:
             _refuse_keypoints()
+    if push_to_hub is not None:
+        HfApi().create_repo(push_to_hub, private=private, exist_ok=True)  # what forbids it is better known now
     if published is not None and not path.is_file():
         path = download_weights(published)
     state_dict, arguments, changes = read_rfdetr_file(path, ema=ema, trust_checkpoint=trust_checkpoint)
     with located(str(path)):
+        _check_arguments(arguments)
         if arguments.get("use_grouppose_keypoints") or any("keypoint" in name for name in state_dict):
             _refuse_keypoints()
-        is_published = published is not None and md5_of(path) == published.md5
+        md5 = md5_of(path)
+        is_published = any(file.md5 == md5 for file in PUBLISHED.values())
         if is_published:  # these run as rfdetr's class of the variant says, whatever was set when they were trained
+            published = next(file for file in PUBLISHED.values() if file.md5 == md5)
             arguments = {}
-        claimed = variant or (published and published.variant)
-        config = _read_config(state_dict, arguments, claimed and resolve_variant(claimed), changes)
+        claimed = resolve_variant(variant) if variant else published.variant if published else None
+        config = _read_config(state_dict, arguments, claimed, published is not None, changes)
         config.id2label = _read_classes(config.num_labels, arguments, class_names, changes)
         config.label2id = {name: label for label, name in config.id2label.items()}
         state_dict, fitted = fit_tables(state_dict, config, config)
         changes += fitted
         state_dict = _check_tensors(state_dict, config, changes)
         config.architectures = [_model_class(state_dict).__name__]
-        config.dtype = state_dict["class_embed.bias"].dtype
+        config.dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in state_dict.values()})
 
     with _new_folder(output) as folder:
         config.save_pretrained(folder)
@@ -139,9 +149,12 @@ def convert_to_transformers(
         card = _model_card(push_to_hub or output.name, path.name, config, changes, is_published)
         card.save(folder / "README.md")
     if push_to_hub is not None:
-        api = HfApi()
-        repository = api.create_repo(push_to_hub, private=private, exist_ok=True).repo_id
-        api.upload_folder(repo_id=repository, folder_path=output, commit_message=f"Converted from {path.name}")
+        try:
+            HfApi().upload_folder(repo_id=push_to_hub, folder_path=output, commit_message=f"Converted from {path.name}")
+        except Exception as error:
+            raise OSError(
+                f"{output} is whole, but was not uploaded: {error}; upload it with `hf upload {push_to_hub} {output}`"
+            ) from error
     return Conversion(output, config, changes)
 
 
@@ -161,6 +174,8 @@ def convert_to_rfdetr(source: str | os.PathLike[str], output: str | os.PathLike[
     if output.exists():
         raise ValueError(f"{output} is there already; give another name, or remove it")
     with located(source):
+        if not cached_file(source, "config.json"):  # RfDetrConfig would be the default one
+            raise ValueError("holds no config.json, so that the architecture is not known")
         config = RfDetrConfig.from_pretrained(source)
         files = weight_files(source, None, None, {})
         if not files:
@@ -173,7 +188,7 @@ def convert_to_rfdetr(source: str | os.PathLike[str], output: str | os.PathLike[
         arguments = _rfdetr_arguments(state_dict, config)
     variant = _nearest_variant(arguments)
     state_dict["_kp_active_mask"] = torch.zeros(0, 0, dtype=torch.bool)  # no key points; rfdetr's own files have it
-    write_rfdetr_file(output, state_dict, _rfdetr_class(variant), arguments, class_names)
+    write_rfdetr_file(output, state_dict, rfdetr_class(variant), arguments, class_names)
     return Conversion(output, config, changes)
 
 
@@ -194,34 +209,73 @@ def _refuse_keypoints() -> None:
 # The architecture
 
 
+_COUNTS = (
+    *("resolution", "patch_size", "num_windows", "positional_encoding_size", "hidden_dim", "dec_layers"),
+    *("sa_nheads", "ca_nheads", "dec_n_points", "num_queries", "num_select", "group_detr", "num_classes"),
+    *("dim_feedforward", "mask_downsample_ratio"),
+)
+_LISTS = {"out_feature_indexes": int, "projector_scale": str}
+_LARGEST_GRID = 512  # patches along a side of the position table: pictures of 6,000 pixels and more
+
+
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError for a stored argument that is not of its kind."""
+    for name in {*_COUNTS, *_LISTS} & set(arguments):
+        value = arguments[name]
+        kind = _LISTS.get(name, int)
+        values = value if name in _LISTS and isinstance(value, list | tuple) else [value]
+        fits = (name in _COUNTS or kind is str or value is values) and all(type(entry) is kind for entry in values)
+        if not fits or not values:
+            rule = "a whole number" if name in _COUNTS else f"a list of {'names' if kind is str else 'whole numbers'}"
+            raise ValueError(f"the stored argument {name} is {value!r:.80}, and not {rule}")
+    if not 1 <= arguments.get("positional_encoding_size", 1) <= _LARGEST_GRID:
+        raise ValueError(
+            f"the stored argument positional_encoding_size is {arguments['positional_encoding_size']}, and not within"
+            f" 1 .. {_LARGEST_GRID}"
+        )
+
+
 def _read_shapes(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the shapes of the weights say, by the names of rfdetr's arguments."""
     needed = {
-        "patches": f"{_EMBEDDINGS}patch_embeddings.projection.weight",
-        "positions": f"{_EMBEDDINGS}position_embeddings",
-        "queries": "query_feat.weight",
-        "classes": "class_embed.bias",
-        "ffn": "transformer.decoder.layers.0.linear1.weight",
+        f"{_EMBEDDINGS}patch_embeddings.projection.weight": 4,
+        f"{_EMBEDDINGS}position_embeddings": 3,
+        "query_feat.weight": 2,
+        "refpoint_embed.weight": 2,
+        "class_embed.bias": 1,
+        "transformer.decoder.layers.0.linear1.weight": 2,
     }
-    if missing := [name for name in needed.values() if name not in state_dict]:
+    if missing := [name for name in needed if name not in state_dict]:
         raise ValueError(f"lacks {', '.join(missing)}, so its weights are not of an RF-DETR model")
-    shapes = {what: state_dict[name].shape for what, name in needed.items()}
-    registers = state_dict.get(f"{_EMBEDDINGS}register_tokens")
-    width, num_registers = shapes["patches"][0], 0 if registers is None else registers.shape[1]
-    encoders = {(sizes[0], sizes[2]): name for name, sizes in ENCODERS.items()}
+    tensors = {name: state_dict[name] for name in needed}
+    registers = state_dict.get(f"{_EMBEDDINGS}register_tokens", torch.empty(1, 0, 1))
+    for name, tensor in (*tensors.items(), ("register_tokens", registers)):
+        if tensor.ndim != needed.get(name, 3):
+            raise ValueError(f"{name} is {shape_of(tensor)}, which it is in no RF-DETR model")
+    patches, positions, queries, references, classes, ffn = (tensor.shape for tensor in tensors.values())
+    grid = math.isqrt(max(positions[1] - 1, 0))
+    if not grid or 1 + grid * grid != positions[1]:
+        raise ValueError(f"the position table has {positions[1]} rows, and not 1 more than a square's")
     groups = max(num_query_groups(state_dict), 1)
+    if queries[0] != references[0] or not queries[0] or queries[0] % groups:
+        raise ValueError(
+            f"query_feat has {queries[0]} rows and refpoint_embed {references[0]}; both need as many for each of"
+            f" {groups} groups"
+        )
+    encoders = {(width, count): name for name, (width, _, count) in ENCODERS.items()}
     in_layer = [_DECODER_LAYER.match(name) for name in state_dict]
+    sizes = (patches[0], registers.shape[1])
     return {
         "segmentation_head": any(name.startswith("segmentation_head.") for name in state_dict),
-        "encoder": encoders.get((width, num_registers), f"{width} wide with {num_registers} registers"),
-        "patch_size": shapes["patches"][-1],
-        "hidden_dim": shapes["queries"][1],
+        "encoder": encoders.get(sizes, f"{sizes[0]} wide with {sizes[1]} registers"),
+        "patch_size": patches[-1],
+        "hidden_dim": queries[1],
         "dec_layers": len({match[1] for match in in_layer if match}),
-        "dim_feedforward": shapes["ffn"][0],
-        "positional_encoding_size": math.isqrt(shapes["positions"][1] - 1),
+        "dim_feedforward": ffn[0],
+        "positional_encoding_size": grid,
         "group_detr": groups,
-        "num_queries": shapes["queries"][0] // groups,
-        "num_classes": shapes["classes"][0] - 1,
+        "num_queries": queries[0] // groups,
+        "num_classes": classes[0] - 1,
     }
 
 
@@ -284,9 +338,17 @@ def _find_variant(shapes: Mapping[str, Any], missing: Sequence[str]) -> str:
 
 
 def _read_config(
-    state_dict: Mapping[str, Tensor], arguments: Mapping[str, Any], claimed: str | None, changes: list[Change]
+    state_dict: Mapping[str, Tensor],
+    arguments: Mapping[str, Any],
+    claimed: str | None,
+    is_published: bool,
+    changes: list[Change],
 ) -> RfDetrConfig:
-    """The configuration that the shapes, the stored arguments and the claimed variant agree on."""
+    """The configuration that the shapes, the stored arguments and the claimed variant agree on.
+
+    `claimed` is what the user or the file's name says; `is_published`, that the file is one of the published ones, at
+    least by its name, so that the variant's number of queries goes before the file's.
+    """
     shapes, stored = _read_shapes(state_dict), dict(arguments)
     if isinstance(stored.get("projector_scale"), str):
         stored["projector_scale"] = [stored["projector_scale"]]
@@ -296,26 +358,30 @@ def _read_config(
     whole = "the file was changed, or put together from two"
     _agree(shapes, "the weights have", stored, "the stored arguments have", whole)
     missing = sorted(_UNSEEN - set(stored))
-    variant = claimed or (_find_variant(shapes, missing) if missing else None)
+    variant = claimed
+    if missing and not variant:  # files of 1.7 name their class, and no sizes
+        variant = ALIASES.get(squeeze_name(stored.get("model_name", ""))) or _find_variant(shapes, missing)
     known = _variant_arguments(variant) if variant else {}
     other = f"if it is no {variant}, rename the file or give another --variant"
     _agree(shapes, "the weights have", known, f"{variant} has", other)
     _agree(stored, "the stored arguments have", known, f"{variant} has", other)
+    if missing and not is_published:
+        changes.append(Change("arguments", f"no {', '.join(missing)}", f"those of {variant}"))
 
     grid = stored.get("positional_encoding_size", shapes["positional_encoding_size"])
-    fits = grid == known.get("positional_encoding_size")
-    queries = stored.get("num_queries", min(shapes["num_queries"], known.get("num_queries", math.inf)))
-    if queries > shapes["num_queries"]:
+    queries = stored.get("num_queries", known.get("num_queries") if is_published else None) or shapes["num_queries"]
+    if queries > shapes["num_queries"] and "num_queries" in stored:
         raise ValueError(
             f"the weights have num_queries {shapes['num_queries']}, and the stored arguments have {queries}; {whole}"
         )
+    queries = min(queries, shapes["num_queries"])
+    fits = grid == known.get("positional_encoding_size")
     said = {"resolution": known["resolution"] if fits else grid * shapes["patch_size"]} if known else {}
     said = known | said | stored
-    if stored.get("num_classes", shapes["num_classes"]) != shapes["num_classes"]:
+    classes = shapes["num_classes"]
+    if stored.get("num_classes", classes) not in (classes, classes + 1):
         changes.append(
-            Change(
-                "num_classes", f"{stored['num_classes']} in the arguments", f"{shapes['num_classes']}, as the head has"
-            )
+            Change("num_classes", f"{stored['num_classes']} in the arguments", f"{classes}, as the head has")
         )
     if stored.get("num_select", queries) != queries:
         changes.append(Change("num_select", str(stored["num_select"]), f"top_k={stored['num_select']} when called"))
@@ -398,7 +464,7 @@ def _nearest_variant(arguments: Mapping[str, Any]) -> str:
     return min(alike, key=distance)
 
 
-def _rfdetr_class(variant: str) -> str:
+def rfdetr_class(variant: str) -> str:
     """rfdetr's class of a published variant: RFDETRSeg2XLarge."""
     parts = variant.removeprefix("rf-detr-").split("-")
     return "RFDETR" + "".join({"xlarge": "XLarge", "2xlarge": "2XLarge"}.get(part, part.capitalize()) for part in parts)
@@ -412,39 +478,64 @@ def _read_classes(
 ) -> dict[int, str]:
     """The name of each row of a class head with `rows` rows.
 
-    The published heads have a row for each category id of COCO. Fine-tuned ones have one more than classes, which is
-    no object's; those of rfdetr before 1.6 on Roboflow's data another one in front, for category 0, which is the
-    parent of the others and never annotated.
+    The published heads have a row for each category id of COCO. Since rfdetr 1.6 row i is class i, and there is one
+    more row than classes, which is no object's. Before, rows were the ids of the data: on Roboflow's data 1 to N, as
+    id 0 is the parent of the others and never annotated, with as many rows as that needs.
     """
-    stored = arguments.get("class_names") if class_names is None else class_names
-    stored = stored.values() if isinstance(stored, Mapping) else stored or []  # before 1.6: COCO's, by their ids
-    names = [stored] if isinstance(stored, str) else list(map(str, stored))
+    names = _names_of(arguments.get("class_names") if class_names is None else class_names)
     if rows == len(COCO_ID2LABEL) and names in ([], list(COCO_NAMES.values())):
+        if not names and arguments:
+            changes.append(Change("class names", "none", "COCO's, as the head has 91 rows; or give --class-names"))
         return dict(COCO_ID2LABEL)
     if not names:
-        names = [f"class {label}" for label in range(rows - 1)]
-        changes.append(Change("class names", "none", f"class 0 to class {rows - 2}; give them with --class-names"))
-    extra = {1: [], 2: [PARENT]}.get(rows - len(names))
-    if extra is None:
+        changes.append(Change("class names", "none", f"class 0 to class {rows - 1}; give them with --class-names"))
+        return {row: f"class {row}" for row in range(rows)}
+    count = arguments.get("num_classes")
+    is_old = "model_name" not in arguments and count is not None and count != rows - 1
+    first = 1 if is_old and count == len(names) + 1 else 0
+    if first + len(names) > rows or (rows == len(names) and not is_old and class_names is None):
         raise ValueError(
             f"the class head has {rows} rows, and there are {len(names)} class names ({', '.join(names[:4])}"
-            f"{', ...' if len(names) > 4 else ''}); a head has one row more than classes: give the names of {rows - 1}"
-            " classes with --class-names"
+            f"{', ...' if len(names) > 4 else ''}); it needs a row for each, and one more since rfdetr 1.6: give the"
+            " names of the classes with --class-names"
         )
-    if extra:
-        changes.append(
-            Change("class head", f"{rows} rows for {len(names)} classes", "row 0 is the data's parent category")
+    found = {row: f"__unused_{row}__" for row in range(rows)}
+    found |= {first + row: name for row, name in enumerate(names)}
+    if rows > len(names) and (not is_old or rows == len(names) + 1 - first):
+        found[rows - 1] = BACKGROUND
+    if first:
+        found[0] = PARENT
+        rule = f"{first} to {len(names)}, as before rfdetr 1.6; row 0 is the parent category"
+        changes.append(Change("labels", f"{rows} rows, {len(names)} names", rule))
+    if unused := [row for row, name in found.items() if name.startswith("__unused")]:
+        changes.append(Change("class head", f"{rows} rows, {len(names)} names", f"{len(unused)} rows are not reported"))
+    return found
+
+
+def _names_of(stored: Any) -> list[str]:
+    """The stored names of classes in the order of their labels; a mapping is by label."""
+    if isinstance(stored, Mapping) and all(type(label) is int for label in stored):
+        stored = [stored[label] for label in sorted(stored)]
+    names = [stored] if isinstance(stored, str) else stored or []
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"the class names are {stored!r:.80}, and not a list of names; give them with --class-names")
+    if wrong := sorted({name for name in names if is_no_class(name) or names.count(name) > 1}):
+        raise ValueError(
+            f"the class names {', '.join(wrong)} are there twice, or are such as __background__, which are no classes;"
+            " give others with --class-names"
         )
-    return dict(enumerate([*extra, *names, BACKGROUND]))
+    return list(names)
 
 
 def _write_classes(state_dict: dict[str, Tensor], config: RfDetrConfig, changes: list[Change]) -> list[str] | None:
-    """The class names as rfdetr stores them; heads without a row for no object get one, which rfdetr never reports."""
+    """The class names as rfdetr stores them, or None. Heads that lack the last row, which is no class there, get it."""
     names = [config.id2label[label] for label in range(len(config.id2label))]
     rows = len(state_dict["class_embed.bias"])
     if rows == len(COCO_ID2LABEL) and all(names[slot] == name for slot, name in COCO_NAMES.items()):
         return list(COCO_NAMES.values())
-    if names[-1] != BACKGROUND:
+    if names == [f"class {row}" for row in range(rows)]:  # of a file that had no names, and goes back as it was
+        return None
+    if not is_no_class(names[-1]):
         for name in filter(_CLASS_HEADS.match, list(state_dict)):
             row = torch.zeros_like(state_dict[name][:1])
             state_dict[name] = torch.cat([state_dict[name], row if row.ndim == 2 else row + _NEVER])
@@ -468,11 +559,13 @@ def _check_tensors(state_dict: Mapping[str, Tensor], config: RfDetrConfig, chang
     if missing := [name for name in model if name not in state_dict]:
         names = f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
         raise ValueError(f"lacks {len(missing)} of the model's {len(model)} tensors: {names}")
-    for name, tensor in model.items():
-        if tensor.shape != state_dict[name].shape:
-            raise ValueError(
-                f"{name} is {shape_of(state_dict[name])}, and in the model of the arguments {shape_of(tensor)}"
-            )
+    for name, wanted in model.items():
+        tensor = state_dict[name]
+        if tensor.shape != wanted.shape:
+            raise ValueError(f"{name} is {shape_of(tensor)}, and in the model of the arguments {shape_of(wanted)}")
+        is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_floating_point()
+        if not is_plain or not tensor.isfinite().all():
+            raise ValueError(f"{name} ({tensor.dtype}, {tensor.layout}) is not of finite floating-point numbers")
     for name in state_dict:
         if name not in model:
             reason = "left out: empty, for key points" if name == "_kp_active_mask" else "left out: not of the model"
@@ -500,10 +593,10 @@ def _check_is_new(folder: Path) -> None:
 def _new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill that takes its name when all is written, and goes when anything fails."""
     folder = folder.resolve()
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     try:
-        partial.mkdir(parents=True)
+        partial.chmod(0o755)
         yield partial
         if folder.exists():
             folder.rmdir()
@@ -546,7 +639,7 @@ def _model_card(
     name: str, source: str, config: RfDetrConfig, changes: Sequence[Change], is_published: bool
 ) -> ModelCard:
     masks = config.architectures == [RfDetrForInstanceSegmentation.__name__]
-    names = {label: name for label, name in config.id2label.items() if name not in (BACKGROUND, PARENT)}
+    names = {label: name for label, name in config.id2label.items() if not is_no_class(name)}
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-segmentation" if masks else "object-detection",

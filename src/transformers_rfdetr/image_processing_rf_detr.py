@@ -225,6 +225,10 @@ class RfDetrImageProcessor(BaseImageProcessor):
             inputs["labels"] = [BatchFeature(label, tensor_type=return_tensors) for label in labels]
         return inputs
 
+    def read(self, image: Any) -> torch.Tensor:
+        """One image in any form that [`preprocess`] takes -> (3, H, W) float32 of its own size, scaled."""
+        return _read_image(image, self.do_rescale, self.rescale_factor, None)
+
     def _resize_and_normalize(self, picture: torch.Tensor) -> torch.Tensor:
         """(3, H, W) original -> (3, H, W) of the model's input, without padding."""
         if self.do_resize:

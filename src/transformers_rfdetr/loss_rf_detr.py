@@ -6,7 +6,8 @@ P points, D width, h w mask grid, H W target mask. Boxes are (cx, cy, w, h) as f
 Each group is matched on its own, so in training every object has G partners. Evaluation has one group.
 
 Masks are never multiplied out for all queries: the matcher samples the pixel features at P points and multiplies
-there, without gradients; the loss multiplies out the N matched masks (https://arxiv.org/abs/1912.08193 for the choice of points).
+there, without gradients; the loss multiplies out the N matched masks. The choice of points is PointRend's
+(https://arxiv.org/abs/1912.08193).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -270,9 +271,7 @@ def mask_losses(
         truth = torch.cat(
             [
                 sample_nearest(target["masks"], objects, some)
-                for target, (_, objects), some in zip(
-                    targets, pairs, where.split(counts), strict=True
-                )
+                for target, (_, objects), some in zip(targets, pairs, where.split(counts), strict=True)
             ]
         )
     sampled = bounded(sample_bilinear(logits[:, None], where)[:, 0])

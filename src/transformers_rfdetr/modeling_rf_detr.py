@@ -9,6 +9,7 @@ In training all G groups run side by side, with first-stage heads of their own; 
 Module names are those of the original checkpoints: the state dict is the file.
 """
 
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .checkpoint_layouts import RfDetrCheckpoint
-from .configuration_rf_detr import BACKGROUND, PARENT, PROJECTOR_SCALES, RfDetrConfig
+from .configuration_rf_detr import PROJECTOR_SCALES, RfDetrConfig, is_no_class
 from .loss_rf_detr import (
     LossWeights,
     MaskFactors,
@@ -54,6 +55,7 @@ class RfDetrOutput(ModelOutput):
         enc_hidden_states: (B, G·K, D), tokens that the first stage chose.
         enc_outputs_class: (B, G·K, C), their class logits.
         enc_outputs_coord: (B, G·K, 4), their boxes.
+        enc_indices: (B, G·K) int64, which tokens they are.
         hidden_states: L + 1 of (B, N, D), queries before the first layer and after each, not normalised.
         attentions: L of (B, G·M, Q, Q), self-attention weights.
         cross_attentions: L of (B, N, M, V, P), weights of the deformable attention's points.
@@ -71,6 +73,7 @@ class RfDetrOutput(ModelOutput):
     enc_hidden_states: Tensor | None = None
     enc_outputs_class: Tensor | None = None
     enc_outputs_coord: Tensor | None = None
+    enc_indices: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     cross_attentions: tuple[Tensor, ...] | None = None
@@ -480,7 +483,7 @@ class RfDetrTransformer(nn.Module):
 
     def propose(
         self, memory: Tensor, anchors: Tensor, invalid: Tensor, num_groups: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Each group chooses its K best tokens.
 
         Args:
@@ -490,7 +493,8 @@ class RfDetrTransformer(nn.Module):
             num_groups: G.
 
         Returns:
-            Chosen tokens (B, G·K, D), their class logits (B, G·K, C) and their refined boxes (B, G·K, 4).
+            Chosen tokens (B, G·K, D), their class logits (B, G·K, C), their refined boxes (B, G·K, 4), and which of the
+            S they are (B, G·K).
         """
         memory = memory.masked_fill(invalid, 0.0)
         anchors = anchors.expand(memory.shape[0], -1, -1)
@@ -499,13 +503,20 @@ class RfDetrTransformer(nn.Module):
         for group in range(num_groups):
             embed, classify = self.enc_output[group], self.enc_out_class_embed[group]
             tokens = self.enc_output_norm[group](embed(memory))
-            best = torch.topk(classify(tokens).amax(-1), kept, dim=1).indices[..., None]
-            chosen, boxes = (rows.gather(1, best.expand(-1, -1, rows.shape[-1])) for rows in (memory, anchors))
+            best = self.choose(classify(tokens).amax(-1), kept)
+            chosen, boxes = (
+                rows.gather(1, best[..., None].expand(-1, -1, rows.shape[-1])) for rows in (memory, anchors)
+            )
             # Once more for the chosen ones: the backward pass then keeps, and goes through, a fraction of the tokens.
             tokens = self.enc_output_norm[group](embed(chosen))
-            stages.append((tokens, classify(tokens), apply_deltas(self.enc_out_bbox_embed[group](tokens), boxes)))
-        tokens, logits, boxes = (torch.cat(parts, dim=1) for parts in zip(*stages, strict=True))
-        return tokens, logits, boxes
+            boxes = apply_deltas(self.enc_out_bbox_embed[group](tokens), boxes)
+            stages.append((tokens, classify(tokens), boxes, best))
+        tokens, logits, boxes, best = (torch.cat(parts, dim=1) for parts in zip(*stages, strict=True))
+        return tokens, logits, boxes, best
+
+    def choose(self, scores: Tensor, count: int) -> Tensor:
+        """The `count` tokens that score best, (B, S) -> (B, K). Checks of fast paths give both paths one choice."""
+        return torch.topk(scores, count, dim=1).indices
 
 
 # -- masks -----------------------------------------------------------------------------------------------------------
@@ -675,7 +686,7 @@ class RfDetrModel(RfDetrPreTrainedModel):
         padding = None if paddings is None else torch.cat([pad.flatten(1) for pad in paddings], dim=1)
 
         anchors, invalid = anchor_boxes(shapes, paddings, memory.device)
-        tokens, logits, boxes = self.transformer.propose(memory, anchors, invalid, num_groups)
+        tokens, logits, boxes, chosen = self.transformer.propose(memory, anchors, invalid, num_groups)
         content, references = self.queries(boxes.detach(), num_groups)
 
         located = (
@@ -700,6 +711,7 @@ class RfDetrModel(RfDetrPreTrainedModel):
             enc_hidden_states=tokens,
             enc_outputs_class=logits,
             enc_outputs_coord=boxes,
+            enc_indices=chosen,
             hidden_states=tuple(states) if need_states else None,
             attentions=tuple(attentions) if need_weights else None,
             cross_attentions=tuple(cross_attentions) if need_weights else None,
@@ -813,13 +825,27 @@ class RfDetrForObjectDetection(RfDetrModel):
             across_ranks=self.training,
         )
 
-    def _without_no_objects(self, logits: Tensor) -> Tensor:
-        """Minus infinity where rfdetr's fine-tuned heads have a row that is no class, so that no result reports it."""
-        labels = [label for label, name in self.config.id2label.items() if name in (BACKGROUND, PARENT)]
+    def compile_for_inference(self, **settings: Any) -> Any:
+        """A copy made fast for pictures of one size; see `transformers_rfdetr.inference.compile_for_inference`."""
+        return importlib.import_module("transformers_rfdetr.inference").compile_for_inference(self, **settings)
+
+    def export(self, output: Any, **settings: Any) -> Any:
+        """Write the model as an ONNX or OpenVINO file; see `transformers_rfdetr.export.export`."""
+        return importlib.import_module("transformers_rfdetr.export").export(self, output, **settings)
+
+    def predict_stage(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> StagePrediction:
+        """What a result is made of: the logits and boxes of the last layer, and its masks, not multiplied out."""
+        base = self.run(pixel_values, drop_full_mask(pixel_mask), None, None)
+        last = self.last_stage(base, (pixel_values.shape[-2], pixel_values.shape[-1]))
+        return last._replace(logits=self.without_no_objects(last.logits))
+
+    def without_no_objects(self, logits: Tensor) -> Tensor:
+        """Very low logits where a head of rfdetr's has a row that is no class, so that no result reports it."""
+        labels = [label for label, name in self.config.id2label.items() if is_no_class(name)]
         if labels:
             logits = logits.clone()
             for label in labels:
-                logits[..., label] = -math.inf
+                logits[..., label] = -1e4  # a score of 0, and finite in half precision
         return logits
 
     @can_return_tuple
@@ -845,8 +871,8 @@ class RfDetrForObjectDetection(RfDetrModel):
                 parts of a larger one. By default the objects of the batch, in training their mean over all processes.
 
         Returns:
-            Outside training the logits of the labels `__background__` and `__parent__` are minus infinity; heads from
-            rfdetr's fine-tuned checkpoints have these rows, which are no classes.
+            Outside training the logits of labels such as `__background__` are -1e4: heads from rfdetr's fine-tuned
+            checkpoints have rows that are no classes.
 
             Masks of the last layer only are multiplied out, and none in a training step. With labels the other layers
             and the first stage stay factored; without labels their masks are not computed.
@@ -867,7 +893,7 @@ class RfDetrForObjectDetection(RfDetrModel):
         return RfDetrOutput(
             loss=loss,
             loss_dict=loss_dict,
-            logits=last.logits if self.training else self._without_no_objects(last.logits),
+            logits=last.logits if self.training else self.without_no_objects(last.logits),
             pred_boxes=last.boxes,
             pred_masks=None if factored else last.masks.logits(),
             **base,

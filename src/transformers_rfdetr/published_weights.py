@@ -183,7 +183,7 @@ def _try_download(url: str, part: Path) -> None:
         raise _Interrupted(f"the connection ended after {_size(part)} of {total} bytes")
 
 
-# urllib, because the downloaders at hand do not continue: huggingface_hub's does, but from Hub repositories only.
+# urllib: torch's and pooch's downloaders do not continue, and huggingface_hub's that does is not public.
 def _open(url: str, start: int) -> HTTPResponse | None:
     """The answer from byte `start` on, or the whole file if the server sends no parts; None if it sends neither."""
     headers = {"User-Agent": "transformers-rfdetr"} | ({"Range": f"bytes={start}-"} if start else {})

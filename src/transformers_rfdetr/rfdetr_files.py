@@ -16,10 +16,10 @@ import pickletools
 import re
 import types
 import zipfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +42,11 @@ class RfdetrFile(NamedTuple):
 
 # What a namespace of arguments is stored as; both only hold attributes.
 _ALLOWED = [argparse.Namespace, types.SimpleNamespace]
-_PLAIN = {"collections.OrderedDict", "argparse.Namespace", "types.SimpleNamespace"}
+# What the pickle of a state dict and its arguments names; for the message on others only.
+_PLAIN = re.compile(
+    r"collections\.OrderedDict|argparse\.Namespace|types\.SimpleNamespace|(__builtin__|builtins)\.(set|bytearray|complex)"
+    r"|torch(\._utils\._rebuild_\w+|\.storage\.\w+|\.\w*Storage|\.Size|\.device|\.(float|bfloat|int|uint|bool|complex)\w*)"
+)
 # DistributedDataParallel and AveragedModel, Lightning's module, torch.compile.
 _WRAPPED = re.compile(r"^(?:(?:module|model|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
 _IN_MODULE = re.compile(r"(?:module\.)?model\.")
@@ -75,54 +79,72 @@ def read_rfdetr_file(path: str | os.PathLike[str], *, ema: bool = False, trust_c
 
 
 def _unpickle(path: Path, trust_checkpoint: bool) -> Any:
-    is_zip = _check_kind(path)
+    archive = _check_kind(path)
+    # What is compressed cannot be mapped: torch would take the compressed bytes for weights.
+    mapped = archive is not None and all(member.compress_type == zipfile.ZIP_STORED for member in archive)
     try:
         with torch.serialization.safe_globals(_ALLOWED):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        found = _foreign_names(path, is_zip)
-        if not found:
-            raise ValueError(f"{path} cannot be read as a PyTorch checkpoint: {_first_line(error)}") from error
+        found = _foreign_names(path, archive)
+        held = f"{', '.join(found[:8])}{', ...' if len(found) > 8 else ''}" or "what torch does not load as weights"
         if not trust_checkpoint:
             raise ValueError(
-                f"{path} holds {', '.join(found)} besides tensors, plain containers and namespaces; to load it would be"
-                " to run code from the file. If you know who made it, pass --trust-checkpoint (trust_checkpoint=True)"
+                f"{path} holds {held} besides tensors, plain containers and namespaces, or is damaged; to load it would"
+                " be to run code from the file. If you know who made it, pass --trust-checkpoint"
+                " (trust_checkpoint=True)"
             ) from error
-        logger.warning(f"{path}: running the file's pickle, with {', '.join(found)}, as trust_checkpoint asks for")
+        logger.warning(f"{path}: running the file's pickle, with {held}, as trust_checkpoint asks for")
     except OSError:
         raise
     except Exception as error:  # torch raises half a dozen kinds for bytes that are no checkpoint
-        raise ValueError(f"{path} cannot be read as a PyTorch checkpoint: {_first_line(error)}") from error
-    return torch.load(path, map_location="cpu", weights_only=False, mmap=is_zip)
+        raise _unreadable(path, error) from error
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False, mmap=mapped)
+    except Exception as error:
+        raise _unreadable(path, error) from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return ValueError(f"{path} cannot be read as a PyTorch checkpoint: {reason:.200}")
 
 
-def _foreign_names(path: Path, is_zip: bool) -> list[str]:
+def _foreign_names(path: Path, archive: Sequence[zipfile.ZipInfo] | None) -> list[str]:
     """What a file's pickle would call besides tensors, plain containers and namespaces; it is read, not run."""
-    if is_zip:
-        with torch.serialization.safe_globals(_ALLOWED):
-            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     names, strings = set(), ["", ""]
-    with open(path, "rb") as file, suppress(ValueError):  # of what is no pickle any more
-        for _ in range(4):  # before torch 1.6 the fourth pickle of a file is its content
-            for operation, argument, _ in pickletools.genops(file):
-                if operation.name == "GLOBAL":
+    with ExitStack() as files, suppress(ValueError, EOFError):  # of what is no pickle any more
+        stream: IO[bytes] = files.enter_context(open(path, "rb"))
+        if archive is not None:
+            pickled = next(member for member in archive if _stem(member) == "data.pkl")
+            stream = files.enter_context(files.enter_context(zipfile.ZipFile(stream)).open(pickled))
+        for _ in range(1 if archive else 4):  # before torch 1.6 the fourth pickle of a file is its content
+            for operation, argument, _ in pickletools.genops(stream):
+                if operation.name in ("GLOBAL", "INST"):
                     names.add(argument.replace(" ", "."))
                 elif operation.name == "STACK_GLOBAL":
                     names.add(".".join(strings[-2:]))
                 elif isinstance(argument, str):
                     strings.append(argument)
-    return sorted(name for name in names if not name.startswith("torch.") and name not in _PLAIN)
+    return sorted(re.sub(r"[^\w.]", "?", name)[:80] for name in names if not _PLAIN.fullmatch(name))
 
 
-def _check_kind(path: Path) -> bool:
-    """Whether a PyTorch file is a zip archive, as it is since torch 1.6; ValueError for what is no PyTorch file."""
+def _stem(member: zipfile.ZipInfo) -> str:
+    return member.filename.rsplit("/", 1)[-1]
+
+
+def _check_kind(path: Path) -> list[zipfile.ZipInfo] | None:
+    """The members of the zip archive that a PyTorch file is since torch 1.6, or None of an older one.
+
+    Raises:
+        ValueError: it is no PyTorch checkpoint.
+    """
     if not path.is_file():
         kind = "is a folder" if path.is_dir() else "does not exist"
-        raise ValueError(f"{path} {kind}; give a checkpoint file of rfdetr, such as checkpoint_best_total.pth")
+        raise ValueError(
+            f"{path} {kind}; give a checkpoint file of rfdetr, such as checkpoint_best_total.pth, or a published name"
+            " such as rf-detr-seg-nano"
+        )
     size = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(16)
@@ -131,25 +153,30 @@ def _check_kind(path: Path) -> bool:
     if head.startswith(b"PK\x03\x04"):
         try:
             with zipfile.ZipFile(path) as archive:
-                members = [name.rsplit("/", 1)[-1] for name in archive.namelist()]
-        except zipfile.BadZipFile as error:
+                members = archive.infolist()
+        except (zipfile.BadZipFile, OSError, ValueError) as error:
             raise ValueError(f"{path} is cut off after {size} bytes; download or copy it again") from error
-        if "constants.pkl" in members:
+        stems = {_stem(member) for member in members}
+        if "constants.pkl" in stems:
             raise ValueError(f"{path} is a TorchScript module; give the checkpoint that it was exported from")
-        if "data.pkl" not in members:
+        if "data.pkl" not in stems:
             raise ValueError(f"{path} is a zip archive without data.pkl, so no PyTorch checkpoint")
-        return True
+        return members
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
         raise ValueError(f"{path} is a safetensors file; from_pretrained loads its folder as it is")
     if head.startswith(b"version https://"):
         raise ValueError(f"{path} is a Git LFS pointer instead of the weights; run `git lfs pull`")
     if not head.startswith(b"\x80"):
         raise ValueError(f"{path} starts with {head[:8]!r}, so it is no PyTorch checkpoint")
-    return False
+    return None
 
 
 def _is_state_dict(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(tensor, Tensor) for tensor in value.values())
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
+    )
 
 
 def _weights(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
@@ -213,10 +240,13 @@ def _merge_lora(path: Path, state_dict: dict[str, Tensor], changes: list[Change]
         weight = plain.get(f"{layer}.weight")
         if weight is None or not {"lora_A", "lora_B"} <= set(parts):
             raise ValueError(f"{path} holds {sorted(parts)} of {layer}; an adapter has lora_A, lora_B and the weight")
-        scale = _LORA_ALPHA / len(parts["lora_A"])
-        merged = weight + scale * (parts["lora_B"] @ parts["lora_A"])
-        if "lora_magnitude_vector" in parts:
-            merged *= (parts["lora_magnitude_vector"] / merged.norm(dim=1))[:, None]
+        try:
+            merged = weight + _LORA_ALPHA / len(parts["lora_A"]) * (parts["lora_B"] @ parts["lora_A"])
+            if "lora_magnitude_vector" in parts:
+                merged *= (parts["lora_magnitude_vector"] / merged.norm(dim=1))[:, None]
+        except (RuntimeError, IndexError, ZeroDivisionError) as error:
+            shapes = ", ".join(f"{name} {shape_of(tensor)}" for name, tensor in parts.items())
+            raise ValueError(f"{path}: the adapter of {layer} ({shape_of(weight)}) has {shapes}") from error
         plain[f"{layer}.weight"] = merged
     if adapters:
         changes.append(Change(f"LoRA adapters of {len(adapters)} layers", "beside the weights", "merged into them"))
@@ -229,8 +259,11 @@ def _arguments(content: dict[str, Any]) -> dict[str, Any]:
     for source in ("hyper_parameters", "args", "model_config"):
         stored = content.get(source)
         fields = stored if isinstance(stored, dict) else getattr(stored, "__dict__", {})
+        if source != "model_config":  # a default of the training, which no model was built with
+            fields = {name: value for name, value in fields.items() if name != "num_select"}
         arguments |= {name: value for name, value in fields.items() if value is not None}
-    return arguments | {name: content[name] for name in ("model_name",) if isinstance(content.get(name), str)}
+    model_name = content.get("model_name")
+    return arguments | ({"model_name": model_name} if isinstance(model_name, str) else {})
 
 
 def write_rfdetr_file(

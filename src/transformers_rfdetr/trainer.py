@@ -33,7 +33,7 @@ from transformers.trainer_utils import (
 from transformers.utils import logging
 
 from .augmentation import FlipAndCrop
-from .configuration_rf_detr import BACKGROUND, RfDetrConfig
+from .configuration_rf_detr import RfDetrConfig, is_no_class
 from .data import (
     FollowEpoch,
     InstanceDataset,
@@ -916,7 +916,7 @@ def adopt_classes(config: RfDetrConfig, dataset: InstanceDataset | InstanceStrea
         config.id2label, config.label2id = wanted, {name: label for label, name in wanted.items()}
         names = wanted
     # The heads of rfdetr's fine-tuned checkpoints have one row more.
-    if {label: name for label, name in names.items() if name != BACKGROUND} != wanted:
+    if {label: name for label, name in names.items() if not is_no_class(name)} != wanted:
         raise ValueError(
             f"the model's {len(names)} classes {_shorten(names)} are not the data's {len(wanted)} {_shorten(wanted)}; "
             "load it with from_pretrained(..., id2label=data.id2label, ignore_mismatched_sizes=True)"

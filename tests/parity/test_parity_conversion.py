@@ -171,20 +171,21 @@ def test_the_published_form_of_seg_large_keeps_the_first_200_of_300_queries_of_e
 
 
 def test_a_fine_tuned_file_of_the_first_versions_has_its_names_where_rfdetr_trained_them(tmp_path, narrow):
-    """rfdetr 1.4 trained Roboflow's data with the ids 1 to N as labels and two rows more than names."""
+    """rfdetr 1.4 trained Roboflow's data with the ids 1 to N as labels, in a head of N + 1 rows."""
     config = stand_in_config("rf-detr-seg-nano")
     model, settings = build_peer("rf-detr-seg-nano", config)
-    args = argparse.Namespace(**settings.model_dump(exclude={"model_name"}), class_names=NAMES[:3], epochs=2)
+    settings = settings.model_dump(exclude={"model_name"}) | {"num_classes": 5}
+    args = argparse.Namespace(**settings, class_names=NAMES, epochs=2)
     torch.save({"model": model.state_dict(), "args": args, "epoch": 1, "optimizer": {}}, tmp_path / "best.pth")
     there = convert_to_transformers(tmp_path / "best.pth", tmp_path / "there")
-    assert there.config.id2label == {0: "__parent__", 1: "barn", 2: "house", 3: "shed", 4: "__background__"}
+    assert there.config.id2label == {0: "__parent__", 1: "barn", 2: "house", 3: "shed", 4: "silo"}
     assert there.config.resolution == config.resolution
 
     # Today's rfdetr, too, names them right once it has the file back: it counts names from label 0.
     convert_to_rfdetr(tmp_path / "there", tmp_path / "back.pth")
     with narrow_dinov2(config):
         names = RFDETR.from_checkpoint(tmp_path / "back.pth", device="cpu").class_names
-    assert names == ["__parent__", "barn", "house", "shed"]
+    assert names == ["__parent__", "barn", "house", "shed", "silo"]
 
 
 def test_positions_of_another_size_than_the_arguments_say_are_resized_as_rfdetr_does(tmp_path, narrow):
@@ -278,12 +279,14 @@ def test_a_conversion_needs_little_more_memory_than_the_weights(tmp_path):
     torch.save(content, tmp_path / "with_optimizer.pth")
     del model, moments, content
     code = """
-import resource, sys
+import sys
 import transformers_rfdetr.conversion as conversion
 from transformers_rfdetr import RfDetrForObjectDetection, RfDetrImageProcessor
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # of this program; getrusage's would be that of its parent too
+    return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
+before = peak()
 getattr(conversion, sys.argv[1])(sys.argv[2], sys.argv[3])
-print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+print(1024 * (peak() - before))
 """
     for function, name, output in (
         ("convert_to_transformers", "source.pth", "there"),
@@ -292,5 +295,5 @@ print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
     ):
         command = [sys.executable, "-c", code, function, str(tmp_path / name), str(tmp_path / output)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert int(done.stdout.split()[-1]) <= 2.5 * size + 100e6
+        assert 0.5 * size < int(done.stdout.split()[-1]) <= 2.5 * size + 100e6
     shutil.rmtree(tmp_path)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..configuration_rf_detr import BACKGROUND, PARENT
+from ..configuration_rf_detr import is_no_class
 from ..conversion import Conversion, convert_to_rfdetr, convert_to_transformers, format_changes
 from .errors import one_line_errors
 
@@ -64,13 +64,23 @@ def convert_back(
 
 def _names(given: str) -> list[str]:
     path = Path(given)
-    names = path.read_text(encoding="utf-8").splitlines() if path.is_file() else given.split(",")
-    return [name.strip() for name in names if name.strip()]
+    if path.is_file():
+        try:
+            names = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--class-names {path} is no text in UTF-8: {error}") from error
+    elif path.suffix == ".txt" or path.name != given:
+        raise ValueError(f"--class-names {given} is no file; give one with a name a line, or 'cat,dog,...'")
+    else:
+        names = given.split(",")
+    if "" in (stripped := [name.strip() for name in names]) or not stripped:
+        raise ValueError(f"--class-names {given} has a name that is empty, at label {[*stripped, ''].index('')}")
+    return stripped
 
 
 def _report(conversion: Conversion) -> None:
     config = conversion.config
-    names = [name for name in config.id2label.values() if name not in (BACKGROUND, PARENT)]
+    names = [name for name in config.id2label.values() if not is_no_class(name)]
     shown = f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
     kind = "Instance segmentation" if "Segmentation" in config.architectures[0] else "Detection"
     typer.echo(

@@ -1,0 +1,295 @@
+"""What the benchmarks share: one model in three implementations, clocks, memory, FLOPs, tables.
+
+The three are ours, transformers' own port and rfdetr, with the same random weights. Seconds are medians of runs that
+take turns (A B C A B C ...), so that a slow minute of the machine is shared by all. Bytes are counted in a process of
+its own for each number. `import rfdetr` lets float32 matrix products use TF32 where the device has it; so do all here.
+"""
+
+import argparse
+import copy
+import ctypes
+import gc
+import json
+import logging
+import multiprocessing
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import rfdetr
+import torch
+from evaluation_memory import resident
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.rf_detr.image_processing_rf_detr import RfDetrImageProcessor as PortProcessor
+from transformers.models.rf_detr.modeling_rf_detr import RfDetrForInstanceSegmentation as PortModel
+from transformers.utils.logging import disable_progress_bar
+
+from transformers_rfdetr import RfDetrConfig, RfDetrForInstanceSegmentation
+
+# What --quick runs: the branches of rf-detr-seg-nano, few patches and queries.
+QUICK_VARIANT = "rf-detr-seg-nano"
+QUICK_FIELDS = {"resolution": 48, "num_queries": 16, "group_detr": 2, "decoder_layers": 2}
+PEERS = ("port", "rfdetr")
+# Imported once for all processes that measure bytes on the CPU. CUDA does not survive their way of starting.
+_PRELOADED = ["transformers_rfdetr", "rfdetr", PortModel.__module__, PortProcessor.__module__]
+
+disable_progress_bar()
+logging.getLogger("rf-detr").setLevel(logging.ERROR)  # it warns that models without weights have none
+
+
+class Measurement(NamedTuple):
+    """One number."""
+
+    area: str
+    variant: str
+    case: str
+    implementation: str  # "ours", "port", "rfdetr", or one of these and how it was run
+    value: float
+    unit: str  # "s", "B", "FLOP" or "images/s"
+    device: str
+
+
+# Models
+
+
+def read_config(variant: str, quick: bool = False) -> RfDetrConfig:
+    """The configuration of a published variant, or of what --quick runs."""
+    return RfDetrConfig.from_variant(variant, **(QUICK_FIELDS if quick else {}))
+
+
+def build(config: RfDetrConfig, variant: str, device: str, *names: str) -> dict[str, Any]:
+    """Those of "ours", "port" and "rfdetr" that are named, with the same weights, in evaluation mode.
+
+    "rfdetr" is the class that its users call; the module is its `.model.model`.
+    """
+    torch.manual_seed(0)
+    ours = RfDetrForInstanceSegmentation(config).eval()
+    with torch.no_grad():
+        for parameter in ours.parameters():  # some start at zero, which makes boxes and masks of all queries the same
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    models: dict[str, Any] = {}
+    if "port" in names:
+        with tempfile.TemporaryDirectory() as folder:
+            ours.save_pretrained(folder)
+            models["port"] = PortModel.from_pretrained(folder).eval().to(device)
+    if "rfdetr" in names:
+        models["rfdetr"] = _build_rfdetr(config, variant, device)
+        module = models["rfdetr"].model.model
+        missing, unexpected = module.load_state_dict(ours.state_dict(), strict=False)
+        assert missing == ["_kp_active_mask"] and not unexpected, (missing, unexpected)
+        module.to(device).eval()
+    if "ours" in names:
+        models["ours"] = ours.to(device)
+    return {name: models[name] for name in names}
+
+
+def _build_rfdetr(config: RfDetrConfig, variant: str, device: str) -> Any:
+    name = variant.replace("-", "")  # "rf-detr-seg-medium" is RFDETRSegMedium
+    [kind] = (value for key, value in vars(rfdetr).items() if key.lower() == name)
+    return kind(
+        pretrain_weights=None,
+        device=device,
+        resolution=config.resolution,
+        positional_encoding_size=config.backbone_config.position_grid[0],
+        num_queries=config.num_queries,
+        num_select=config.num_queries,
+        group_detr=config.group_detr,
+        dec_layers=config.decoder_layers,
+    )
+
+
+class Form(NamedTuple):
+    """A model as it is run: pixels (B, 3, H, W) float32 -> its outputs."""
+
+    model: Any
+    run: Callable[[Tensor], Any]
+
+
+def transformers_forms(name: str, model: Any, device: str) -> dict[str, Form]:
+    """Ours or the port in fp32 and in half precision (bf16 on the CPU, fp16 on a GPU)."""
+    half, dtype = half_precision(device)
+    return {name: as_form(model, torch.float32), f"{name} {half}": as_form(copy.deepcopy(model).to(dtype), dtype)}
+
+
+def compiled_forms(model: Any, device: str, batch: int = 1) -> dict[str, Form]:
+    """Ours from `compile_for_inference`, on a GPU in half precision too."""
+    half, dtype = half_precision(device)
+    dtypes = {"ours compiled": torch.float32} | ({f"ours compiled {half}": dtype} if device == "cuda" else {})
+    forms = {}
+    for name, dtype in dtypes.items():
+        compiled = model.compile_for_inference(batch_size=batch, dtype=dtype)
+        print(f"{name}: {', '.join(compiled.active)}")
+        forms[name] = as_form(compiled, dtype)
+    return forms
+
+
+def rfdetr_forms(peer: Any, device: str) -> dict[str, Form]:
+    """rfdetr as it is, and after its `inference()` (exported form, traced), on a GPU in half precision too."""
+    half, dtype = half_precision(device)
+    forms = {"rfdetr": Form(peer, peer.model.model)}
+    dtypes = {"rfdetr optimised": torch.float32} | ({f"rfdetr optimised {half}": dtype} if device == "cuda" else {})
+    for name, dtype in dtypes.items():
+        optimised = optimise_rfdetr(peer, dtype=dtype)
+        forms[name] = Form(optimised, as_form(optimised.model.inference_model, dtype).run)
+    return forms
+
+
+def optimise_rfdetr(peer: Any, **settings: Any) -> Any:
+    """A copy after its `inference(**settings)`; the module is its `.model.inference_model`."""
+    optimised = copy.deepcopy(peer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer
+        optimised.inference(**settings)
+    return optimised
+
+
+def half_precision(device: str) -> tuple[str, torch.dtype]:
+    """The half precision that the device is fast in, and its name."""
+    return ("fp16", torch.float16) if device == "cuda" else ("bf16", torch.bfloat16)
+
+
+def as_form(model: Any, dtype: torch.dtype) -> Form:
+    """A model that takes pixels of `dtype`."""
+    return Form(model, lambda pixels: model(pixels.to(dtype)))
+
+
+# Inputs
+
+
+def draw_boxes(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+    """(count, 4) `boxes_cxcywh` inside [0, 1], their sides between `low` and `high`."""
+    extent = low + (high - low) * torch.rand(count, 2, generator=generator)
+    return torch.cat([extent / 2 + (1 - extent) * torch.rand(count, 2, generator=generator), extent], dim=1)
+
+
+def ellipses(boxes_cxcywh: Tensor, height: int, width: int) -> Tensor:
+    """(N, 4) -> (N, height, width): 1 at the centre of the ellipse in each box, 0 on its edge, negative outside."""
+    x, y = (torch.arange(width) + 0.5) / width, (torch.arange(height) + 0.5) / height
+    center_x, center_y, extent_x, extent_y = boxes_cxcywh[:, :, None].unbind(1)
+    dx, dy = (x - center_x) * 2 / extent_x, (y - center_y) * 2 / extent_y
+    return 1 - dx[:, None, :] ** 2 - dy[:, :, None] ** 2
+
+
+# Clocks, counters
+
+
+def time_in_turns(functions: dict[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> dict[str, float]:
+    """Median seconds of each, after one run of each that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(repeats + 1):
+        for name, function in functions.items():
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def synchronize(device: str) -> None:
+    """Wait for a GPU."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def count_flops(function: Callable[[], Any]) -> int:
+    """What torch's counter counts: two for each multiplication of matrix products, convolutions and attention."""
+    # Not under no_grad: there the counter fails on views of parameters, which the peers pass between modules.
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def peak_bytes(device: str, prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> int:
+    """Bytes that `prepare(*arguments)()` adds at most to a fresh process which has run `prepare(*arguments)`.
+
+    On the CPU they are resident memory, on a GPU what torch allocates.
+    """
+    context = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
+    if device == "cpu":
+        context.set_forkserver_preload(_PRELOADED)
+    # An executor, not a Pool, which would wait forever for a process that was killed for its memory.
+    with ProcessPoolExecutor(1, mp_context=context) as executor:
+        return executor.submit(_peak_here, device, prepare, arguments).result()
+
+
+def _peak_here(device: str, prepare: Callable[..., Callable[[], Any]], arguments: tuple) -> int:
+    run = prepare(*arguments)
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # what preparing has freed would else be used before the process grows
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = resident("VmRSS")
+    run()
+    return resident("VmHWM") - before
+
+
+# Command line and tables
+
+
+def read_arguments(
+    description: str,
+    argv: list[str] | None,
+    *,
+    repeats: int,
+    variants: tuple[str, ...] = ("rf-detr-seg-medium",),
+    **more: dict[str, Any],
+) -> argparse.Namespace:
+    """The options that all scripts have, and those of `more` by their names."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--variant", nargs="+", default=list(variants), metavar="NAME", help="segmentation models")
+    parser.add_argument("--repeats", type=int, default=repeats, help="runs of each that are timed")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append the numbers, one JSON object a line")
+    parser.add_argument("--quick", action="store_true", help="small models and inputs, to see that it runs")
+    for name, settings in more.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", **settings)
+    arguments = parser.parse_args(argv)
+    if arguments.quick:
+        arguments.variant, arguments.repeats = [QUICK_VARIANT], 1
+    return arguments
+
+
+def report(measurements: list[Measurement], arguments: argparse.Namespace) -> None:
+    """Print the table, and append to the file of --json."""
+    print(table(measurements))
+    if arguments.json:
+        with arguments.json.open("a") as file:
+            file.writelines(json.dumps(measurement._asdict()) + "\n" for measurement in measurements)
+
+
+def table(measurements: Iterable[Measurement]) -> str:
+    """Markdown, with the ratios to both peers where they did the same."""
+    measurements = list(measurements)
+    values = {(m.area, m.variant, m.case, m.implementation): m.value for m in measurements}
+    lines = ["| area | model | what | who | measured | x port | x rfdetr |", "|---|---|---|---|---:|---:|---:|"]
+    for m in measurements:
+        peers = (values.get((m.area, m.variant, m.case, peer)) for peer in PEERS)
+        ratios = ("" if value is None else f"{m.value / value:.2f}" for value in peers)
+        cells = [m.area, m.variant.removeprefix("rf-detr-"), m.case, m.implementation, show(m.value, m.unit), *ratios]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def show(value: float, unit: str) -> str:
+    """A number with its unit, in three or four digits."""
+    if unit == "s":
+        return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.3g} ms"
+    if unit == "B":
+        return f"{value / 2**20:,.0f} MiB" if value >= 2**20 else f"{value / 2**10:.1f} KiB"
+    if unit == "FLOP":
+        return f"{value / 1e9:.1f} G"
+    return f"{value:.1f} {unit}"
