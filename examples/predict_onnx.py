@@ -59,7 +59,7 @@ def predict(session, image, threshold):
     if isinstance(batch_size, int):  # the file is of a fixed one
         pixels = np.repeat(pixels, batch_size, axis=0)
     values = session.run(metadata["outputs"], {"pixel_values": pixels})
-    outputs = {name: value[0] for name, value in zip(metadata["outputs"], values)}
+    outputs = {name: value[0] for name, value in zip(metadata["outputs"], values, strict=True)}
     if "logits" in outputs:
         scores, labels, boxes, masks = best_pairs(**outputs)
     else:
@@ -83,6 +83,7 @@ def draw(image, boxes, masks):
 
 
 def main():
+    """Run the command."""
     parser = argparse.ArgumentParser(description="Find objects in a picture with an exported RF-DETR model.")
     parser.add_argument("model", help="an .onnx file of transformers-rfdetr export")
     parser.add_argument("image", help="a picture of 8 bits a channel")
@@ -91,11 +92,11 @@ def main():
     options = parser.parse_args()
 
     onnxruntime.set_default_logger_severity(3)  # errors only
-    session = onnxruntime.InferenceSession(options.model, providers=onnxruntime.get_available_providers())
+    session = onnxruntime.InferenceSession(options.model, providers=["CPUExecutionProvider"])
     class_names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
     image = ImageOps.exif_transpose(Image.open(options.image)).convert("RGB")
     scores, labels, boxes, masks = predict(session, image, options.threshold)
-    for index, (score, label, box) in enumerate(zip(scores, labels, boxes)):
+    for index, (score, label, box) in enumerate(zip(scores, labels, boxes, strict=True)):
         area = "" if masks is None else f"  {masks[index].sum():8} pixels"
         print(f"{class_names[str(label)]:<16} {score:.3f} ", *(f"{side:7.1f}" for side in box), area)
     draw(image, boxes, masks).save(options.output)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .configuration_rf_detr import BACKGROUND, PARENT, as_pair, check_resolution, read_size
+from .configuration_rf_detr import as_pair, check_resolution, is_no_class, read_size
 from .demo_data import draw_scene
 from .image_processing_rf_detr import RfDetrImageProcessor, is_index
 from .modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection
@@ -68,8 +68,8 @@ def export(
     """Write a model as a file for onnxruntime, TensorRT or OpenVINO, and check it on pictures.
 
     The file takes `pixel_values` (B, 3, height, width) float32, normalised, and gives, all in float32,
-    * `boxes` (B, Q, 4), (cx, cy, w, h) as fractions of the picture; `logits` (B, Q, C), minus infinity for rows of
-      the head that are no class; of a segmentation model `masks` (B, Q, h, w), logits;
+    * `boxes` (B, Q, 4), (cx, cy, w, h) as fractions of the picture; `logits` (B, Q, C), of -1e4 for rows of the
+      head that are no class; of a segmentation model `masks` (B, Q, h, w), logits;
     * or with `post_process` the K best pairs of query and class, best first, as
       [`RfDetrImageProcessor.post_process_object_detection`] chooses them: `scores` (B, K), `labels` (B, K) int64,
       `boxes` (B, K, 4), (x0, y0, x1, y1) as fractions inside the picture, `masks` (B, K, h, w). A query whose box is
@@ -178,7 +178,7 @@ def _read_resolution(model: RfDetrForObjectDetection, resolution: int | Sequence
 
 def _class_names(model: RfDetrForObjectDetection) -> dict[int, str]:
     """The names by label, without rows of the head that are no class."""
-    return {label: name for label, name in model.config.id2label.items() if name not in (BACKGROUND, PARENT)}
+    return {label: name for label, name in model.config.id2label.items() if not is_no_class(name)}
 
 
 def _read_top_k(model: RfDetrForObjectDetection, top_k: int | None, post_process: bool) -> int:

@@ -36,8 +36,7 @@ def export(
     dtype: Annotated[str, typer.Option(help=" or ".join(TOLERANCES))] = "float32",
     batch_size: Annotated[int | None, typer.Option(help="pictures in a batch; any number by default")] = None,
     image: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATH_OR_URL", help="a picture to check with, again for more; else drawn"),
+        list[str] | None, typer.Option(metavar="PATH_OR_URL", help="a picture to check it on; may be repeated")
     ] = None,
 ) -> None:
     """Write a model as an ONNX or OpenVINO file, if it then computes what PyTorch computes."""
