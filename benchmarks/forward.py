@@ -32,6 +32,8 @@ def main(argv: list[str] | None = None) -> None:
     for variant in arguments.variant:
         config = read_config(variant, arguments.quick)
         models = build(config, variant, arguments.device, "ours", "port", "rfdetr")
+        for model in (models["ours"], models["port"], models["rfdetr"].model.model):
+            model.requires_grad_(False)
         pixels = torch.randn(arguments.batch, 3, config.resolution, config.resolution).to(arguments.device)
         forms: dict[str, Form] = {
             **transformers_forms("ours", models["ours"], arguments.device),

@@ -200,9 +200,12 @@ def synchronize(device: str) -> None:
 
 
 def count_flops(function: Callable[[], Any]) -> int:
-    """What torch's counter counts: two for each multiplication of matrix products, convolutions and attention."""
-    # Not under no_grad: there the counter fails on views of parameters, which the peers pass between modules.
-    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+    """What torch's counter counts: two for each multiplication of matrix products, convolutions and attention.
+
+    Models must be frozen: of a view of a parameter that needs gradients the counter asks for a gradient function, which
+    it has not under no_grad.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
 

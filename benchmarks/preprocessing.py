@@ -35,12 +35,12 @@ def main(argv: list[str] | None = None) -> None:
     pictures, annotations = (
         read_pictures(arguments.folder, count) if arguments.folder else draw_pictures(SIZES[:count])
     )
-    num_masks = sum(len(target["annotations"]) for target in annotations)
+    print(f"{len(pictures)} pictures, {sum(len(target['annotations']) for target in annotations)} objects")
     measurements = []
     for variant in arguments.variant:
         size = {"height": (side := read_config(variant, arguments.quick).resolution), "width": side}
         processors = {"ours": RfDetrImageProcessor(size=size), "port": PortProcessor(size=size)}
-        for case, with_masks in ((f"{len(pictures)} images, {num_masks} masks", True), ("the same without masks", False)):
+        for case, with_masks in (("with masks", True), ("without masks", False)):
             calls = {
                 name: lambda processor=processor, with_masks=with_masks: processor(
                     pictures, annotations, return_segmentation_masks=with_masks, return_tensors="pt"

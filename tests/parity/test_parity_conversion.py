@@ -22,7 +22,7 @@ from transformers_rfdetr import (
     RfDetrImageProcessor,
     conversion,
 )
-from transformers_rfdetr.configuration_rf_detr import BACKGROUND
+from transformers_rfdetr.configuration_rf_detr import BACKGROUND, COCO_NAMES
 from transformers_rfdetr.conversion import convert_to_rfdetr, convert_to_transformers
 from transformers_rfdetr.demo_data import draw_scene
 
@@ -134,7 +134,7 @@ def test_a_stand_in_goes_there_and_back_bit_for_bit_and_predicts_the_same(varian
 @pytest.mark.parametrize("variant", FULL_SIZE)
 def test_a_full_size_model_goes_there_and_back_bit_for_bit_and_predicts_the_same(variant, tmp_path):
     model, settings = build_peer(variant)
-    there, peer = round_trip(variant, model, settings, tmp_path)
+    there, peer = round_trip(variant, model, settings, tmp_path, class_names=list(COCO_NAMES.values()))
     assert there.config.id2label[18] == "dog"
     returned = torch.load(tmp_path / "back.pth", weights_only=True, mmap=True)
     assert returned["model_name"] == PEER_CLASSES[variant].removesuffix("Config")
