@@ -16,7 +16,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,8 +58,8 @@ class Measurement(NamedTuple):
 # Models
 
 
-def read_config(variant: str, quick: bool = False) -> RfDetrConfig:
-    """The configuration of a published variant, or of what --quick runs."""
+def read_config(variant: str, quick: bool) -> RfDetrConfig:
+    """The configuration of a published variant, small for --quick."""
     return RfDetrConfig.from_variant(variant, **(QUICK_FIELDS if quick else {}))
 
 
@@ -79,29 +79,25 @@ def build(config: RfDetrConfig, variant: str, device: str, *names: str) -> dict[
             ours.save_pretrained(folder)
             models["port"] = PortModel.from_pretrained(folder).eval().to(device)
     if "rfdetr" in names:
-        models["rfdetr"] = _build_rfdetr(config, variant, device)
+        kind = variant.replace("-", "")  # "rf-detr-seg-medium" is RFDETRSegMedium
+        models["rfdetr"] = next(value for name, value in vars(rfdetr).items() if name.lower() == kind)(
+            pretrain_weights=None,
+            device=device,
+            resolution=config.resolution,
+            positional_encoding_size=config.backbone_config.position_grid[0],
+            num_queries=config.num_queries,
+            num_select=config.num_queries,
+            group_detr=config.group_detr,
+            dec_layers=config.decoder_layers,
+        )
         module = models["rfdetr"].model.model
         missing, unexpected = module.load_state_dict(ours.state_dict(), strict=False)
-        assert missing == ["_kp_active_mask"] and not unexpected, (missing, unexpected)
+        if missing != ["_kp_active_mask"] or unexpected:
+            raise ValueError(f"rfdetr's model lacks {unexpected} and has {missing} besides; it is another model")
         module.to(device).eval()
     if "ours" in names:
         models["ours"] = ours.to(device)
     return {name: models[name] for name in names}
-
-
-def _build_rfdetr(config: RfDetrConfig, variant: str, device: str) -> Any:
-    name = variant.replace("-", "")  # "rf-detr-seg-medium" is RFDETRSegMedium
-    [kind] = (value for key, value in vars(rfdetr).items() if key.lower() == name)
-    return kind(
-        pretrain_weights=None,
-        device=device,
-        resolution=config.resolution,
-        positional_encoding_size=config.backbone_config.position_grid[0],
-        num_queries=config.num_queries,
-        num_select=config.num_queries,
-        group_detr=config.group_detr,
-        dec_layers=config.decoder_layers,
-    )
 
 
 class Form(NamedTuple):
@@ -111,33 +107,32 @@ class Form(NamedTuple):
     run: Callable[[Tensor], Any]
 
 
-def transformers_forms(name: str, model: Any, device: str) -> dict[str, Form]:
-    """Ours or the port in fp32 and in half precision (bf16 on the CPU, fp16 on a GPU)."""
-    half, dtype = half_precision(device)
-    return {name: as_form(model, torch.float32), f"{name} {half}": as_form(copy.deepcopy(model).to(dtype), dtype)}
+def build_forms(models: dict[str, Any], device: str, *, compiled: bool, batch: int = 1) -> dict[str, Form]:
+    """Every way to run the three; the first word of a name is the implementation.
 
-
-def compiled_forms(model: Any, device: str, batch: int = 1) -> dict[str, Form]:
-    """Ours from `compile_for_inference`, on a GPU in half precision too."""
-    half, dtype = half_precision(device)
-    dtypes = {"ours compiled": torch.float32} | ({f"ours compiled {half}": dtype} if device == "cuda" else {})
+    Ours and the port in float32 and in half precision (bf16 on a CPU, fp16 on a GPU); "ours compiled" is
+    `compile_for_inference`, "rfdetr optimised" its `inference()`, which traces the exported form; both in float32, and
+    on a GPU in half precision too.
+    """
+    half = ("fp16", torch.float16) if device == "cuda" else ("bf16", torch.bfloat16)
+    precisions = {"": torch.float32, f" {half[0]}": half[1]}
     forms = {}
-    for name, dtype in dtypes.items():
-        compiled = model.compile_for_inference(batch_size=batch, dtype=dtype)
-        print(f"{name}: {', '.join(compiled.active)}")
-        forms[name] = as_form(compiled, dtype)
+    for name in ("ours", "port"):
+        for suffix, dtype in precisions.items():
+            forms[name + suffix] = _as_form(copy.deepcopy(models[name]).to(dtype), dtype)
+    forms["rfdetr"] = Form(models["rfdetr"], models["rfdetr"].model.model)
+    for suffix, dtype in precisions.items() if device == "cuda" else [("", torch.float32)]:
+        optimised = optimise_rfdetr(models["rfdetr"], dtype=dtype)
+        forms[f"rfdetr optimised{suffix}"] = Form(optimised, _as_form(optimised.model.inference_model, dtype).run)
+        if compiled:
+            fast = models["ours"].compile_for_inference(batch_size=batch, dtype=dtype)
+            forms[f"ours compiled{suffix}"] = _as_form(fast, dtype)
+            print(f"ours compiled{suffix}: {', '.join(fast.active)}")
     return forms
 
 
-def rfdetr_forms(peer: Any, device: str) -> dict[str, Form]:
-    """rfdetr as it is, and after its `inference()` (exported form, traced), on a GPU in half precision too."""
-    half, dtype = half_precision(device)
-    forms = {"rfdetr": Form(peer, peer.model.model)}
-    dtypes = {"rfdetr optimised": torch.float32} | ({f"rfdetr optimised {half}": dtype} if device == "cuda" else {})
-    for name, dtype in dtypes.items():
-        optimised = optimise_rfdetr(peer, dtype=dtype)
-        forms[name] = Form(optimised, as_form(optimised.model.inference_model, dtype).run)
-    return forms
+def _as_form(model: Any, dtype: torch.dtype) -> Form:
+    return Form(model, lambda pixels: model(pixels.to(dtype)))
 
 
 def optimise_rfdetr(peer: Any, **settings: Any) -> Any:
@@ -147,16 +142,6 @@ def optimise_rfdetr(peer: Any, **settings: Any) -> Any:
         warnings.simplefilter("ignore")  # of the tracer
         optimised.inference(**settings)
     return optimised
-
-
-def half_precision(device: str) -> tuple[str, torch.dtype]:
-    """The half precision that the device is fast in, and its name."""
-    return ("fp16", torch.float16) if device == "cuda" else ("bf16", torch.bfloat16)
-
-
-def as_form(model: Any, dtype: torch.dtype) -> Form:
-    """A model that takes pixels of `dtype`."""
-    return Form(model, lambda pixels: model(pixels.to(dtype)))
 
 
 # Inputs
@@ -243,56 +228,50 @@ def _peak_here(device: str, prepare: Callable[..., Callable[[], Any]], arguments
 # Command line and tables
 
 
-def read_arguments(
+def run(
     description: str,
     argv: list[str] | None,
+    measure: Callable[[str, argparse.Namespace], list[Measurement]],
     *,
     repeats: int,
-    variants: tuple[str, ...] = ("rf-detr-seg-medium",),
-    **more: dict[str, Any],
-) -> argparse.Namespace:
-    """The options that all scripts have, and those of `more` by their names."""
+    variants: Sequence[str] = ("rf-detr-seg-medium",),
+    **options: dict[str, Any],
+) -> None:
+    """A script: read the command line, `measure` each variant, print a table, append to the file of --json."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--variant", nargs="+", default=list(variants), metavar="NAME", help="segmentation models")
+    parser.add_argument("--variant", nargs="+", default=variants, metavar="NAME", help="published segmentation models")
     parser.add_argument("--repeats", type=int, default=repeats, help="runs of each that are timed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the numbers, one JSON object a line")
     parser.add_argument("--quick", action="store_true", help="small models and inputs, to see that it runs")
-    for name, settings in more.items():
+    for name, settings in options.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **settings)
     arguments = parser.parse_args(argv)
     if arguments.quick:
         arguments.variant, arguments.repeats = [QUICK_VARIANT], 1
-    return arguments
-
-
-def report(measurements: list[Measurement], arguments: argparse.Namespace) -> None:
-    """Print the table, and append to the file of --json."""
+    measurements = [measurement for variant in arguments.variant for measurement in measure(variant, arguments)]
     print(table(measurements))
     if arguments.json:
         with arguments.json.open("a") as file:
             file.writelines(json.dumps(measurement._asdict()) + "\n" for measurement in measurements)
 
 
-def table(measurements: Iterable[Measurement]) -> str:
+def table(measurements: list[Measurement]) -> str:
     """Markdown, with the ratios to both peers where they did the same."""
-    measurements = list(measurements)
-    values = {(m.area, m.variant, m.case, m.implementation): m.value for m in measurements}
+    values = {m[:4]: m.value for m in measurements}
     lines = ["| area | model | what | who | measured | x port | x rfdetr |", "|---|---|---|---|---:|---:|---:|"]
     for m in measurements:
         peers = (values.get((m.area, m.variant, m.case, peer)) for peer in PEERS)
-        ratios = ("" if value is None else f"{m.value / value:.2f}" for value in peers)
+        ratios = ("" if value is None else f"{m.value / value:.3g}" for value in peers)
         cells = [m.area, m.variant.removeprefix("rf-detr-"), m.case, m.implementation, show(m.value, m.unit), *ratios]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def show(value: float, unit: str) -> str:
-    """A number with its unit, in three or four digits."""
+    """A number with its unit, in about three digits."""
     if unit == "s":
         return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.3g} ms"
     if unit == "B":
         return f"{value / 2**20:,.0f} MiB" if value >= 2**20 else f"{value / 2**10:.1f} KiB"
-    if unit == "FLOP":
-        return f"{value / 1e9:.1f} G"
-    return f"{value:.1f} {unit}"
+    return f"{value / 1e9:.1f} G" if unit == "FLOP" else f"{value:.1f} {unit}"

@@ -6,22 +6,14 @@ Scores, boxes and mask logits are those of ellipses with sides of 5 to 35 % of t
 "Label map" is one map of ids, "masks" one bool mask for each instance, "RLE" COCO's form of these (the port has none).
 """
 
+import argparse
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import peers
 import torch
-from peers import (
-    Measurement,
-    PortProcessor,
-    draw_boxes,
-    ellipses,
-    peak_bytes,
-    read_arguments,
-    read_config,
-    report,
-    time_in_turns,
-)
+from peers import Measurement
 from rfdetr.models import PostProcess
 
 from transformers_rfdetr import RfDetrConfig, RfDetrImageProcessor
@@ -32,35 +24,35 @@ FORMS = {"label map": ("ours", "port"), "masks": ("ours", "port", "rfdetr"), "RL
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
-    arguments = read_arguments(__doc__, argv, repeats=3)
-    device, measurements = arguments.device, []
-    for variant in arguments.variant:
-        for count, size in [(8, (600, 800))] if arguments.quick else CASES:
-            for form, names in FORMS.items():
-                settings = (form, count, size, variant, arguments.quick, device)
-                case = f"{count} at {size[0]}x{size[1]}, {form}"
-                calls = {name: prepare(name, *settings) for name in names}
-                for name, seconds in time_in_turns(calls, arguments.repeats, device).items():
-                    measurements.append(Measurement("post-processing", variant, case, name, seconds, "s", device))
-                for name in names:
-                    added = peak_bytes(device, prepare, name, *settings)
-                    measurements.append(
-                        Measurement("post-processing", variant, f"{case}, memory", name, added, "B", device)
-                    )
-    report(measurements, arguments)
+    peers.run(__doc__, argv, measure, repeats=3)
+
+
+def measure(variant: str, arguments: argparse.Namespace) -> list[Measurement]:
+    """Seconds and bytes of each number of instances, size and form."""
+    device, numbers = arguments.device, []
+    for count, size in [(8, (600, 800))] if arguments.quick else CASES:
+        for form, names in FORMS.items():
+            settings = (form, count, size, variant, arguments.quick, device)
+            case = f"{count} at {size[0]}x{size[1]}, {form}"
+            calls = {name: prepare(name, *settings) for name in names}
+            seconds = peers.time_in_turns(calls, arguments.repeats, device)
+            numbers += [(case, name, value, "s") for name, value in seconds.items()]
+            added = {name: peers.peak_bytes(device, prepare, name, *settings) for name in names}
+            numbers += [(f"{case}, memory", name, value, "B") for name, value in added.items()]
+    return [Measurement("post-processing", variant, *number, device) for number in numbers]
 
 
 def prepare(
     name: str, form: str, count: int, size: tuple[int, int], variant: str, quick: bool, device: str
 ) -> Callable[[], Any]:
     """The post-processing of one implementation to one form."""
-    config = read_config(variant, quick)
+    config = peers.read_config(variant, quick)
     outputs = draw_outputs(config, count, device)
     if name == "rfdetr":
-        theirs = {key: getattr(outputs, key) for key in ("pred_boxes", "pred_masks")} | {"pred_logits": outputs.logits}
+        theirs = {"pred_logits": outputs.logits, "pred_boxes": outputs.pred_boxes, "pred_masks": outputs.pred_masks}
         sizes = torch.tensor([size], device=device)
         return lambda: PostProcess(config.num_queries)(theirs, sizes, score_threshold=0.5)
-    processor = RfDetrImageProcessor() if name == "ours" else PortProcessor()
+    processor = RfDetrImageProcessor() if name == "ours" else peers.PortProcessor()
     options = {"return_binary_maps": form == "masks", "return_coco_annotation": form == "RLE"}
     return lambda: processor.post_process_instance_segmentation(outputs, target_sizes=[size], **options)
 
@@ -69,13 +61,12 @@ def draw_outputs(config: RfDetrConfig, count: int, device: str) -> SimpleNamespa
     """A model's outputs for one picture in which `count` queries find something."""
     generator = torch.Generator().manual_seed(0)
     side = config.resolution // config.mask_downsample_ratio
-    boxes = draw_boxes(config.num_queries, 0.05, 0.35, generator)
+    boxes = peers.draw_boxes(config.num_queries, 0.05, 0.35, generator)
     logits = torch.full((config.num_queries, config.num_labels), -10.0)
     found = torch.randperm(config.num_queries, generator=generator)[:count]
-    logits[found, torch.randint(config.num_labels, (count,), generator=generator)] = 1 + torch.rand(
-        count, generator=generator
-    )
-    masks = 5 * ellipses(boxes, side, side).clamp(min=-2)
+    labels = torch.randint(config.num_labels, (count,), generator=generator)
+    logits[found, labels] = 1 + torch.rand(count, generator=generator)
+    masks = 5 * peers.ellipses(boxes, side, side).clamp(min=-2)
     tensors = {"logits": logits, "pred_boxes": boxes, "pred_masks": masks}
     return SimpleNamespace(**{name: tensor[None].to(device) for name, tensor in tensors.items()})
 

@@ -4,33 +4,22 @@
     python benchmarks/prediction.py --device cuda --repeats 100
 
 The picture is 480 x 640 pixels in memory, and ten detections are kept: the threshold lies below the tenth score. Masks
-are bool arrays of the picture's size; "ours predict" is `transformers_rfdetr.predict`, which returns them as RLE. With
+are bool arrays of the picture's size; "predict" is `transformers_rfdetr.predict`, which returns them as RLE. With
 random weights they are noise over the whole picture, the worst case of post-processing.
 """
 
+import argparse
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+import peers
 import torch
-from peers import (
-    Form,
-    Measurement,
-    PortProcessor,
-    build,
-    compiled_forms,
-    read_arguments,
-    read_config,
-    report,
-    rfdetr_forms,
-    time_in_turns,
-    transformers_forms,
-)
+from peers import Form, Measurement
 from PIL import Image
 
 from transformers_rfdetr import RfDetrImageProcessor, predict
 
-VARIANTS = ("rf-detr-seg-nano", "rf-detr-seg-medium")
 SIZE = (480, 640)
 DETECTIONS = 10
 
@@ -41,8 +30,8 @@ class Way(NamedTuple):
     processor: Any
     form: Form
     image: Image.Image
-    threshold: float
     device: str
+    threshold: float = 0.0
 
     def pixels(self) -> torch.Tensor:
         """What the model takes."""
@@ -54,66 +43,55 @@ class Way(NamedTuple):
             outputs, threshold=self.threshold, target_sizes=[SIZE], return_binary_maps=True
         )
 
-    def whole(self) -> Any:
-        """All three."""
+    def __call__(self) -> Any:
+        """All three steps."""
         return self.instances(self.form.run(self.pixels()))
 
     def steps(self) -> dict[str, Callable[[], Any]]:
         """Each by itself."""
         pixels = self.pixels()
         outputs = self.form.run(pixels)
-        return {
-            "preprocessing": self.pixels,
-            "model": lambda: self.form.run(pixels),
-            "post-processing": lambda: self.instances(outputs),
-        }
+        model, after = (lambda: self.form.run(pixels)), (lambda: self.instances(outputs))
+        return {"preprocessing alone": self.pixels, "model alone": model, "post-processing alone": after}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
-    arguments = read_arguments(__doc__, argv, repeats=10, variants=VARIANTS)
-    device, measurements = arguments.device, []
-    with torch.no_grad():
-        for variant in arguments.variant:
-            ways = build_ways(variant, arguments.quick, device)
-            calls = {name: way.whole if isinstance(way, Way) else way for name, way in ways.items()}
-            cases = {("whole", name): s for name, s in time_in_turns(calls, arguments.repeats, device).items()}
-            for name, way in ways.items():
-                if isinstance(way, Way):
-                    seconds = time_in_turns(way.steps(), arguments.repeats, device)
-                    cases |= {(f"of it {step}", name): s for step, s in seconds.items()}
-            for (case, name), seconds in sorted(cases.items(), key=lambda item: item[0][0] != "whole"):
-                measurements.append(Measurement("prediction", variant, case, name, seconds, "s", device))
-    report(measurements, arguments)
+    peers.run(__doc__, argv, measure, repeats=10, variants=("rf-detr-seg-nano", "rf-detr-seg-medium"))
 
 
-def build_ways(variant: str, quick: bool, device: str) -> dict[str, Way | Callable[[], Any]]:
+@torch.no_grad()
+def measure(variant: str, arguments: argparse.Namespace) -> list[Measurement]:
+    """Seconds of all ways, then of the steps of ours in fp32."""
+    device = arguments.device
+    ways = build_ways(variant, arguments.quick, device)
+    whole = peers.time_in_turns(ways, arguments.repeats, device)
+    steps = peers.time_in_turns(ways["ours"].steps(), arguments.repeats, device)
+    cases = [("whole", name, seconds) for name, seconds in whole.items()]
+    cases += [(step, "ours", seconds) for step, seconds in steps.items()]
+    return [Measurement("prediction", variant, case, name, seconds, "s", device) for case, name, seconds in cases]
+
+
+def build_ways(variant: str, quick: bool, device: str) -> dict[str, Any]:
     """All ways from the picture to its instances."""
-    config = read_config(variant, quick)
-    models = build(config, variant, device, "ours", "port", "rfdetr")
+    config = peers.read_config(variant, quick)
+    models = peers.build(config, variant, device, "ours", "port", "rfdetr")
     image = Image.fromarray(np.random.default_rng(0).integers(256, size=(*SIZE, 3), dtype=np.uint8))
     size = {"height": config.resolution, "width": config.resolution}
-    ours, port = RfDetrImageProcessor(size=size), PortProcessor(size=size)
-    forms = transformers_forms("ours", models["ours"], device)
-    if not quick:  # compiling takes a minute
-        forms |= compiled_forms(models["ours"], device)
-    threshold = tenth_score(Way(ours, forms["ours"], image, 0.0, device))
-    ways: dict[str, Any] = {name: Way(ours, form, image, threshold, device) for name, form in forms.items()}
-    for name, form in forms.items():
-        ways[name.replace("ours", "ours predict")] = lambda form=form: predict(
-            form.model, ours, image, threshold=threshold
-        )
-    for name, form in transformers_forms("port", models["port"], device).items():
-        ways[name] = Way(port, form, image, threshold, device)
-    for name, form in rfdetr_forms(models["rfdetr"], device).items():
-        ways[name] = lambda form=form: form.model.predict(image, threshold=threshold)
-    return ways
-
-
-def tenth_score(way: Way) -> float:
-    """A threshold that `DETECTIONS` pairs of query and class exceed."""
+    ours, port = RfDetrImageProcessor(size=size), peers.PortProcessor(size=size)
+    forms = peers.build_forms(models, device, compiled=not quick)
+    way = Way(ours, forms["ours"], image, device)
     scores = way.form.run(way.pixels()).logits.sigmoid().flatten().sort(descending=True).values
-    return scores[DETECTIONS - 1 : DETECTIONS + 1].mean().item()
+    threshold = scores[DETECTIONS - 1 : DETECTIONS + 1].mean().item()
+    ways: dict[str, Any] = {}
+    for name, form in forms.items():
+        if name.startswith("rfdetr"):
+            ways[name] = lambda form=form: form.model.predict(image, threshold=threshold)
+        else:
+            ways[name] = Way(ours if name.startswith("ours") else port, form, image, device, threshold)
+        if name.startswith("ours"):
+            ways[f"{name} predict"] = lambda form=form: predict(form.model, ours, image, threshold=threshold)
+    return ways
 
 
 if __name__ == "__main__":

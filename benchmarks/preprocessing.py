@@ -7,13 +7,15 @@ FOLDER holds `train.json` (COCO, with polygons) and `images/`; its first 32 pict
 drawn that have the sizes and the objects of the 2018 Data Science Bowl's nuclei: 37 polygons of 26 corners each.
 """
 
+import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peers import Measurement, PortProcessor, read_arguments, read_config, report, time_in_turns
+import peers
+from peers import Measurement
 from PIL import Image
 
 from transformers_rfdetr import RfDetrImageProcessor
@@ -24,55 +26,51 @@ OBJECTS, CORNERS = 37, 26
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
-    arguments = read_arguments(
-        __doc__,
-        argv,
-        repeats=5,
-        folder={"type": Path, "help": "a data set instead of drawn pictures"},
-        images={"type": int, "default": len(SIZES), "help": "how many pictures"},
-    )
-    count = 2 if arguments.quick else arguments.images
-    pictures, annotations = (
-        read_pictures(arguments.folder, count) if arguments.folder else draw_pictures(SIZES[:count])
-    )
+    folder = {"type": Path, "help": "a data set instead of drawn pictures"}
+    peers.run(__doc__, argv, measure, repeats=5, folder=folder)
+
+
+def measure(variant: str, arguments: argparse.Namespace) -> list[Measurement]:
+    """Seconds with masks, then without."""
+    count = 2 if arguments.quick else len(SIZES)
+    read = read_pictures(arguments.folder, count) if arguments.folder else draw_pictures(SIZES[:count])
+    pictures, annotations = read
     print(f"{len(pictures)} pictures, {sum(len(target['annotations']) for target in annotations)} objects")
+    side = peers.read_config(variant, arguments.quick).resolution
+    size = {"height": side, "width": side}
+    processors = {"ours": RfDetrImageProcessor(size=size), "port": peers.PortProcessor(size=size)}
     measurements = []
-    for variant in arguments.variant:
-        size = {"height": (side := read_config(variant, arguments.quick).resolution), "width": side}
-        processors = {"ours": RfDetrImageProcessor(size=size), "port": PortProcessor(size=size)}
-        for case, with_masks in (("with masks", True), ("without masks", False)):
-            calls = {
-                name: lambda processor=processor, with_masks=with_masks: processor(
-                    pictures, annotations, return_segmentation_masks=with_masks, return_tensors="pt"
-                )
-                for name, processor in processors.items()
-            }
-            for name, seconds in time_in_turns(calls, arguments.repeats).items():
-                measurements.append(Measurement("preprocessing", variant, case, name, seconds, "s", "cpu"))
-    report(measurements, arguments)
+    for case, with_masks in (("with masks", True), ("without masks", False)):
+        options = {"return_segmentation_masks": with_masks, "return_tensors": "pt"}
+        calls = {
+            name: lambda processor=processor, options=options: processor(pictures, annotations, **options)
+            for name, processor in processors.items()
+        }
+        for name, seconds in peers.time_in_turns(calls, arguments.repeats).items():
+            measurements.append(Measurement("preprocessing", variant, case, name, seconds, "s", "cpu"))
+    return measurements
 
 
 def draw_pictures(sizes: list[tuple[int, int]]) -> tuple[list[Image.Image], list[dict[str, Any]]]:
-    """Pictures of noise and the COCO annotations of ellipses, as polygons, of about 18 pixels across."""
+    """Pictures of noise and the COCO annotations of ellipses, as polygons, of about 19 pixels across."""
     rng = np.random.default_rng(0)
     angles = np.linspace(0, 2 * np.pi, CORNERS, endpoint=False)
+    circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     pictures, annotations = [], []
     for image_id, (height, width) in enumerate(sizes):
         pictures.append(Image.fromarray(rng.integers(256, size=(height, width, 3), dtype=np.uint8)))
-        objects = []
-        for _ in range(OBJECTS):
-            radii = rng.uniform(5, 14, 2)
-            center = rng.uniform(radii, np.array([width, height]) - radii)
-            corners = center + radii * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-            objects.append(
-                {
-                    "category_id": 1,
-                    "bbox": [*(center - radii).tolist(), *(2 * radii).tolist()],
-                    "area": float(np.pi * radii.prod()),
-                    "iscrowd": 0,
-                    "segmentation": [corners.flatten().tolist()],
-                }
-            )
+        radii = rng.uniform(5, 14, (OBJECTS, 2))
+        corners = [rng.uniform(r, np.array([width, height]) - r) + r * circle for r in radii]
+        objects = [
+            {
+                "category_id": 1,
+                "bbox": [*outline.min(0).tolist(), *np.ptp(outline, axis=0).tolist()],
+                "area": float(np.pi * r.prod()),
+                "iscrowd": 0,
+                "segmentation": [outline.flatten().tolist()],
+            }
+            for r, outline in zip(radii, corners, strict=True)
+        ]
         annotations.append({"image_id": image_id, "annotations": objects})
     return pictures, annotations
 

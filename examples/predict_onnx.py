@@ -21,7 +21,7 @@ def bilinear_taps(source, target):
     position = (np.arange(target, dtype=np.float32) + 0.5) * np.float32(source / target) - 0.5
     position = np.maximum(position, 0)
     low = np.minimum(position.astype(int), source - 1)
-    return low, np.minimum(low + 1, source - 1), position - low
+    return low, np.minimum(low + 1, source - 1), (position - low).astype(np.float32)
 
 
 def resize(planes, height, width):
@@ -67,7 +67,7 @@ def predict(session, image, threshold):
     keep = scores > threshold
     if masks is not None:
         masks = resize(masks[keep], image.height, image.width) > 0
-    return scores[keep], labels[keep], boxes[keep] * [image.width, image.height] * 2, masks
+    return scores[keep], labels[keep], boxes[keep] * np.tile(image.size, 2), masks
 
 
 def draw(image, boxes, masks):

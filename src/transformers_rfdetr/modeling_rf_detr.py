@@ -574,6 +574,8 @@ class RfDetrSegmentationHead(nn.Module):
     def pixels(self, features: Tensor, image_size: tuple[int, int]) -> list[Tensor]:
         """The mask grid's features before the first block and after each: (B, D, H, W) -> L + 1 of (B, D, h, w)."""
         size = (image_size[0] // self.downsample_ratio, image_size[1] // self.downsample_ratio)
+        # Channels last, as the blocks' norms and linear layers need them: no block has to copy its pixels.
+        features = features.contiguous(memory_format=torch.channels_last)
         states = [F.interpolate(features, size=size, mode="bilinear", align_corners=False)]
         for block in self.blocks:
             states.append(block(states[-1]))

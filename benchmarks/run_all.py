@@ -1,0 +1,183 @@
+"""All benchmarks, and the table that compares them with what was aimed at: `make bench`, or
+
+    python benchmarks/run_all.py                      # CPU -> benchmarks/RESULTS.md
+    python benchmarks/run_all.py --device cuda        # GPU -> benchmarks/RESULTS_GPU.md
+    python benchmarks/run_all.py --nuclei FOLDER      # real pictures for preprocessing, see preprocessing.py
+    python benchmarks/run_all.py --quick              # small models, nothing is written: does everything run?
+
+Each script also runs alone; `--help` says with what. On a GPU they are forward.py, prediction.py (latency of one
+picture in fp32, in fp16, and compiled with CUDA graphs), training_step.py (images a second, memory) and
+post_processing.py. The CPU run needs Linux, and 14 GiB of free memory for the port's training step.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from evaluation_memory import alone, count_outputs_of_the_port, stream
+from peers import PEERS, Measurement, show, table
+
+HERE = Path(__file__).parent
+RESULTS = {"cpu": HERE / "RESULTS.md", "cuda": HERE / "RESULTS_GPU.md"}
+PACKAGES = ("torch", "torchvision", "transformers", "rfdetr", "transformers-rfdetr", "numpy", "pycocotools")
+NANO, MEDIUM = "rf-detr-seg-nano", "rf-detr-seg-medium"
+SCRIPTS = {
+    "cpu": ["forward", "training_step", "preprocessing", "post_processing", "prediction"],
+    "cuda": [
+        f"forward --variant {NANO} {MEDIUM} --repeats 100",
+        f"prediction --variant {NANO} {MEDIUM} --repeats 100",
+        f"training_step --variant {NANO} --batch-sizes 16 --time-batch 16 --bf16 --repeats 10",
+        "post_processing",
+    ],
+}
+
+
+class Target(NamedTuple):
+    """What one of our numbers may be at most: `limit` x that of `against`, or `limit` itself."""
+
+    area: str
+    case: str
+    ours: str
+    limit: float
+    against: str = ""
+    against_case: str = ""  # where it is another one
+    variant: str = MEDIUM
+
+
+TARGETS = {
+    "cpu": [
+        Target("forward", "FLOPs, B=1", "ours", 87e9),
+        Target("forward", "time, B=1", "ours", 1.0, "rfdetr optimised"),
+        Target("forward", "time, B=1", "ours compiled", 0.95, "rfdetr optimised"),
+        Target("forward", "time, B=1", "ours bf16", 0.65, "rfdetr optimised"),
+        Target("training step", "peak memory, B=4", "ours", 0.7, "rfdetr"),
+        Target("training step", "peak memory, B=4", "ours checkpointed", 0.4, "rfdetr"),
+        Target("training step", "time, B=2", "ours", 0.85, "rfdetr"),
+        Target("preprocessing", "with masks", "ours", 0.35, "port"),
+        Target("post-processing", "100 at 3000x4000, label map", "ours", 0.1, "port"),
+        Target("post-processing", "100 at 3000x4000, masks", "ours", 0.1, "port"),
+        Target("post-processing", "100 at 3000x4000, RLE", "ours", 0.1, "port", "100 at 3000x4000, masks"),
+        Target("post-processing", "100 at 3000x4000, RLE, memory", "ours", 2.0**30),
+        Target("post-processing", "30 at 480x640, label map", "ours", 0.4, "port"),
+        Target("post-processing", "30 at 480x640, masks", "ours", 0.4, "port"),
+        Target("evaluation", "host memory kept of an image", "ours", 1e5),
+    ],
+    "cuda": [
+        Target("prediction", "whole", "ours compiled fp16", 0.2, "port", variant=NANO),
+        Target("prediction", "whole", "ours compiled fp16", 0.2, "port"),
+        Target("training step", "time, B=16, bf16", "ours", 1 / 1.3, "rfdetr", variant=NANO),
+        Target("training step", "peak memory, B=16, bf16", "ours", 0.7, "rfdetr", variant=NANO),
+    ],
+}
+# What is to be said of a target that is missed, by (area, case, ours).
+NOTES: dict[tuple[str, str, str], str] = {}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run everything and write the page; the exit status is 1 if a script failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=list(SCRIPTS), default="cpu")
+    parser.add_argument("--nuclei", type=Path, metavar="FOLDER", help="for preprocessing.py --folder")
+    parser.add_argument("--quick", action="store_true", help="small models and inputs, to see that it runs")
+    arguments = parser.parse_args(argv)
+    failed = []
+    with tempfile.TemporaryDirectory() as folder:
+        lines = Path(folder, "measurements.jsonl")
+        lines.touch()
+        for script in SCRIPTS[arguments.device]:
+            print(f"\n{script}", flush=True)
+            name, *options = script.split()
+            options += ["--device", arguments.device, "--json", str(lines), *["--quick"] * arguments.quick]
+            if name == "preprocessing" and arguments.nuclei:
+                options += ["--folder", str(arguments.nuclei)]
+            # The peers' imports warn of what they use, and so would each of their processes.
+            quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}
+            if subprocess.run([sys.executable, HERE / f"{name}.py", *options], env=quiet, check=False).returncode:
+                failed.append(name)
+        measurements = [Measurement(**json.loads(line)) for line in lines.read_text().splitlines()]
+    if arguments.device == "cpu":
+        measurements += measure_evaluation(50 if arguments.quick else 500)
+    shown = " --nuclei FOLDER" * bool(arguments.nuclei) + " --device cuda" * (arguments.device == "cuda")
+    page = write_page(f"python benchmarks/run_all.py{shown}", measurements, TARGETS[arguments.device], failed)
+    if not arguments.quick:
+        RESULTS[arguments.device].write_text(page)
+    print(f"\n{page}")
+    sys.exit(f"{', '.join(failed)} failed; what it printed above says why" if failed else 0)
+
+
+def measure_evaluation(num_images: int) -> list[Measurement]:
+    """What an evaluation keeps of an image: ours while it streams, and the stock Trainer of the port's outputs."""
+    kept = {
+        "ours": alone(stream, num_images, "compact", "pycocotools")["rss"] / num_images,
+        "port": sum(size for _, size in alone(count_outputs_of_the_port)),
+    }
+    case = "host memory kept of an image"
+    return [Measurement("evaluation", MEDIUM, case, name, size, "B", "cpu") for name, size in kept.items()]
+
+
+def write_page(command: str, measurements: list[Measurement], targets: list[Target], failed: list[str]) -> str:
+    """The page in Markdown."""
+    parts = [
+        "# Benchmarks",
+        f"`{command}`, {datetime.date.today()}, {describe_machine()}.",
+        f"Python {platform.python_version()}, {', '.join(f'{name} {version(name)}' for name in PACKAGES)}.",
+        "All three implementations have the same random weights, and take turns in the same process; bytes are counted"
+        " in a process for each number. `run_all.py` says what runs, and each script how.",
+        f"Failed, and missing below: {', '.join(failed)}." if failed else "",
+        "## Targets",
+        targets_table(measurements, targets),
+        "\n".join(f"* {t.area}, {t.case}, {t.ours}: {NOTES[t[:3]]}" for t in targets if t[:3] in NOTES),
+        "## Everything",
+        table(measurements),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def targets_table(measurements: list[Measurement], targets: list[Target]) -> str:
+    """One row a target; "not measured" where a number is missing."""
+    found = {m[:4]: m for m in measurements}
+    lines = ["| what | port | rfdetr | ours | is | at most | met |", "|---|---:|---:|---:|---:|---:|---|"]
+    for target in targets:
+        place = (target.area, target.variant, target.against_case or target.case)
+        model, form = target.variant.removeprefix("rf-detr-"), target.ours.removeprefix("ours")
+        cells = [f"{target.area}, {model}, {target.case}{form and ','}{form}"]
+        for peer in PEERS:
+            forms = [m for m in measurements if m[:3] == place and m.implementation.split()[0] == peer]
+            cells.append(", ".join(f"{m.implementation.removeprefix(peer)} {show(m.value, m.unit)}" for m in forms))
+        ours = found.get((target.area, target.variant, target.case, target.ours))
+        against = found.get((*place, target.against))
+        if ours is None or (target.against and against is None):
+            cells += ["not measured", "", "", ""]
+        elif against is None:
+            value, limit = show(ours.value, ours.unit), show(target.limit, ours.unit)
+            cells += [value, value, limit, "yes" if ours.value <= target.limit else "**no**"]
+        else:
+            ratio = ours.value / against.value
+            at_most, met = f"{target.limit:.2g} x {target.against}", "yes" if ratio <= target.limit else "**no**"
+            cells += [show(ours.value, ours.unit), f"{ratio:.3g} x", at_most, met]
+        lines.append(f"| {' | '.join(cell.strip() for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def describe_machine() -> str:
+    """Processor, cores, memory, and what decides whether bf16 is fast."""
+    lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
+    fields = {name.strip(): value.strip() for name, value in lines}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    bf16 = "with" if {"avx512_bf16", "amx_bf16"} & set(fields.get("flags", "").split()) else "without"
+    kind = f"{fields.get('model name', platform.machine())} ({torch.backends.cpu.get_cpu_capability()}, {bf16} bf16)"
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{len(os.sched_getaffinity(0))} cores of {kind}, {torch.get_num_threads()} threads, {memory:.0f} GiB{gpu}"
+
+
+if __name__ == "__main__":
+    main()
