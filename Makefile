@@ -7,7 +7,7 @@ VERSIONS ?= 5.0.0 5.9.0 5.15.1 newest no-torchvision
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
 PIP = $(VENV)/bin/python -m pip install --quiet
 
-.PHONY: demo demo-predict test test-long test-versions lint clean
+.PHONY: demo demo-predict test test-long test-versions bench lint clean
 
 # Trains from scratch on drawn pictures, at most 6 minutes on 2 cores; everything it writes is in demo/.
 demo: $(VENV)/.train
@@ -22,6 +22,10 @@ test: $(VENV)/.dev
 
 test-long: $(VENV)/.dev
 	$(PYTEST) -m long tests
+
+# Ours, transformers' port and rfdetr in the same runs; half an hour on 2 cores. Writes benchmarks/RESULTS.md.
+bench: $(VENV)/.dev
+	$(VENV)/bin/python benchmarks/run_all.py
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -3,8 +3,8 @@
     python benchmarks/forward.py
     python benchmarks/forward.py --device cuda --variant rf-detr-seg-nano rf-detr-seg-medium --repeats 100
 
-"ours compiled" is `compile_for_inference`; "rfdetr optimised" is its `inference()`, the exported form, traced. The FLOPs
-of that are counted untraced.
+"ours compiled" is `compile_for_inference`; "rfdetr optimised" is its `inference()`: the exported form, traced. The
+FLOPs of that are counted before it is traced.
 """
 
 import argparse

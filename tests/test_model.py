@@ -339,6 +339,25 @@ def test_the_evaluation_forward_compiles_into_one_graph(kind):
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_training_step_has_the_same_gradients_and_any_number_of_objects_without_compiling_anew():
+    model = small_model().train()
+    expected = gradients(model, targets(2, 1))
+    compiled = torch.compile(model, backend="aot_eager")
+    found = gradients(compiled, targets(2, 1))
+    for name, gradient in expected.items():
+        other = found[f"_orig_mod.{name}"]
+        assert (gradient is None) == (other is None)
+        if gradient is not None:
+            torch.testing.assert_close(other, gradient, atol=1e-4, rtol=1e-4)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    for counts in ((5, 0), (0, 0), (1, 7)):
+        gradients(compiled, targets(*counts))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_the_compiled_evaluation_forward_computes_the_same(kind, dynamic):
     model = small_model(kind)

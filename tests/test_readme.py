@@ -40,8 +40,11 @@ def test_the_prediction_block_prints_instances(tmp_path, monkeypatch, capsys):
         '"Roboflow/rf-detr-seg-medium"': '"checkpoint"',
         "target_sizes=": "threshold=0.0, target_sizes=",  # random weights are sure of nothing
     }
-    result = run(BLOCKS[0], substitutions)["result"]
-    assert len(capsys.readouterr().out.splitlines()) == len(result["segments_info"]) == 6
+    names = run(BLOCKS[0], substitutions)
+    assert len(capsys.readouterr().out.splitlines()) == len(names["result"]["segments_info"]) == 6
+    names = run(BLOCKS[1], {"threshold=0.5": "threshold=0.0", '"photo.jpg"': "image"}, **names)
+    assert len(names["instances"]) == 6
+    assert len(capsys.readouterr().out.splitlines()) >= 2
 
 
 def test_the_fine_tuning_streaming_and_metrics_blocks_run_one_after_the_other(tmp_path, monkeypatch, capsys):
@@ -50,7 +53,7 @@ def test_the_fine_tuning_streaming_and_metrics_blocks_run_one_after_the_other(tm
     drawn_data = InstanceDatasets({"train": drawn(4), "validation": drawn(3, 100), "test": drawn(3, 200)})
     quick = "**(QUICK | {'num_train_epochs': 1})"
     names = run(
-        BLOCKS[1],
+        BLOCKS[2],
         {
             'load_instance_dataset("merve/satellite-building-segmentation")': "drawn_data",
             "Roboflow/rf-detr-seg-medium": "checkpoint",
@@ -72,14 +75,14 @@ def test_the_fine_tuning_streaming_and_metrics_blocks_run_one_after_the_other(tm
         "max_steps=10_000, save_strategy": f"max_steps=2, {quick}, save_strategy",
         "save_steps=1_000": "save_steps=1",
     }
-    names = run(BLOCKS[2], substitutions, **(names | {"stream": stream}))
+    names = run(BLOCKS[3], substitutions, **(names | {"stream": stream}))
     assert names["trainer"].state.global_step == 2
     assert [entry["step"] for entry in names["trainer"].state.log_history if "eval_loss" in entry] == [1, 2]
 
-    names = run(BLOCKS[3], {}, **names)
+    names = run(BLOCKS[4], {}, **names)
     assert names["numbers"]["segm_AP"] >= 0
     assert float(capsys.readouterr().out.splitlines()[-1]) == 0
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
 
 
 def rows_of_the_recipe() -> dict[str, tuple[str, str]]:

@@ -796,6 +796,7 @@ class RfDetrForObjectDetection(RfDetrModel):
         stages["_enc"] = StagePrediction(base.enc_outputs_class, base.enc_outputs_coord)
         return stages
 
+    @torch.compiler.disable  # the solver is SciPy's
     def loss(
         self,
         stages: dict[str, StagePrediction],
@@ -850,6 +851,16 @@ class RfDetrForObjectDetection(RfDetrModel):
                 logits[..., label] = -1e4  # a score of 0, and finite in half precision
         return logits
 
+    # Outside of compiled graphs, which would be made anew for every number of objects; what it calls is compiled.
+    @torch.compiler.disable(recursive=False)
+    def _supervised(
+        self, inputs: tuple, labels: list[dict[str, Tensor]], num_objects: Tensor | None
+    ) -> tuple[RfDetrOutput, StagePrediction, Tensor, dict[str, Tensor]]:
+        base = self.run(*inputs)
+        stages = self.stages(base, (inputs[0].shape[-2], inputs[0].shape[-1]))
+        loss, loss_dict = self.loss(stages, labels, num_objects)
+        return base, stages[""], loss, loss_dict
+
     @can_return_tuple
     def forward(
         self,
@@ -882,15 +893,13 @@ class RfDetrForObjectDetection(RfDetrModel):
         Raises:
             ValueError: if the picture's size does not tile, or a label cannot be trained on.
         """
-        image_size = (pixel_values.shape[-2], pixel_values.shape[-1])
-        base = self.run(pixel_values, drop_full_mask(pixel_mask), output_attentions, output_hidden_states)
+        inputs = (pixel_values, drop_full_mask(pixel_mask), output_attentions, output_hidden_states)
         loss = loss_dict = None
         if labels is None:
-            last = self.last_stage(base, image_size)
+            base = self.run(*inputs)
+            last = self.last_stage(base, (pixel_values.shape[-2], pixel_values.shape[-1]))
         else:
-            stages = self.stages(base, image_size)
-            loss, loss_dict = self.loss(stages, labels, num_objects)
-            last = stages[""]
+            base, last, loss, loss_dict = self._supervised(inputs, labels, num_objects)
         factored = last.masks is None or (self.training and labels is not None)
         return RfDetrOutput(
             loss=loss,

@@ -2,7 +2,7 @@
 
 import typer
 
-from . import convert
+from . import convert, export
 
 app = typer.Typer(
     add_completion=False,
@@ -11,3 +11,4 @@ app = typer.Typer(
 )
 app.command(epilog=convert.TO_HF_EXAMPLE)(convert.convert)
 app.command(epilog=convert.TO_RFDETR_EXAMPLE)(convert.convert_back)
+app.command(epilog=export.EXAMPLE)(export.export)

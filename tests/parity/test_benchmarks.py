@@ -1,0 +1,158 @@
+"""The benchmarks: that they run, that the three implementations do the same in them, that what counts counts right."""
+
+import importlib
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from transformers_rfdetr import RfDetrForInstanceSegmentation
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+SCRIPTS = {
+    "forward": {"ours", "ours bf16", "port", "port bf16", "rfdetr", "rfdetr optimised"},
+    "training_step": {"ours", "ours checkpointed", "port", "rfdetr"},
+    "preprocessing": {"ours", "port"},
+    "post_processing": {"ours", "port", "rfdetr"},
+    "prediction": {"ours", "ours predict", "port", "rfdetr", "rfdetr optimised"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_can_be_imported(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+def module(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+def run(script: str, file: Path, *arguments: str) -> list:
+    module(script).main(["--json", str(file), *arguments])
+    return [module("peers").Measurement(**json.loads(line)) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_quick_run_measures_all_implementations(script, tmp_path, capsys, monkeypatch):
+    if script == "training_step":  # its processes would take longest, and the steps that they run are timed here too
+        monkeypatch.setattr(module("peers"), "peak_bytes", lambda *_: 1)
+    found = run(script, tmp_path / "lines", "--quick")
+    assert {m.implementation for m in found} >= SCRIPTS[script]
+    assert all(math.isfinite(m.value) and m.value > 0 for m in found)
+    printed = capsys.readouterr().out
+    assert all(f"| {m.case} | {m.implementation} |" in printed for m in found)
+
+
+def test_the_three_models_compute_the_same():
+    peers = module("peers")
+    config = peers.read_config(peers.QUICK_VARIANT, quick=True)
+    models = peers.build(config, peers.QUICK_VARIANT, "cpu", "ours", "port", "rfdetr")
+    pixels = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, port, peer = models["ours"](pixels), models["port"](pixels), models["rfdetr"].model.model(pixels)
+    for name, other in (("logits", "pred_logits"), ("pred_boxes", "pred_boxes"), ("pred_masks", "pred_masks")):
+        assert ours[name].std() > 0.1
+        torch.testing.assert_close(port[name], ours[name], atol=1e-3, rtol=0)
+        torch.testing.assert_close(peer[other], ours[name], atol=1e-3, rtol=0)
+
+
+def test_the_losses_of_a_step_reach_the_same_parameters(monkeypatch):
+    peers, steps = module("peers"), module("training_step")
+    built, build = {}, peers.build
+    monkeypatch.setattr(peers, "build", lambda *arguments: built.update(build(*arguments)) or {"": built["rfdetr"]})
+    steps.prepare("rfdetr", 1, peers.QUICK_VARIANT, True, "cpu", False)()
+    monkeypatch.setattr(peers, "build", lambda *arguments: built.update(build(*arguments)) or {"": built["ours"]})
+    steps.prepare("ours", 1, peers.QUICK_VARIANT, True, "cpu", False)()
+    theirs = dict(built["rfdetr"].model.model.named_parameters())
+    trained = {name for name, parameter in built["ours"].named_parameters() if parameter.grad is not None}
+    assert trained
+    assert trained == {name for name, parameter in theirs.items() if parameter.grad is not None}
+
+
+def test_a_linear_layer_counts_two_for_each_multiplication():
+    layer = torch.nn.Linear(5, 7).requires_grad_(False)
+    assert module("peers").count_flops(lambda: layer(torch.ones(3, 5))) == 2 * 3 * 5 * 7
+
+
+def allocate(before: int, after: int) -> Callable[[], torch.Tensor]:
+    kept = torch.ones(before, dtype=torch.uint8)
+    return lambda: torch.ones(after, dtype=torch.uint8) + kept[0]
+
+
+def test_peak_bytes_are_those_that_the_function_adds_and_not_those_before():
+    added = module("peers").peak_bytes("cpu", allocate, 300_000_000, 50_000_000)
+    assert 100_000_000 <= added < 150_000_000  # the ones and the sum
+
+
+def test_functions_take_turns_and_the_first_run_of_each_does_not_count(monkeypatch):
+    clock, order = [0.0], []
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def spend(name: str, seconds: list[float]) -> Callable[[], None]:
+        def function() -> None:
+            order.append(name)
+            clock[0] += seconds.pop(0)
+
+        return function
+
+    functions = {"a": spend("a", [100, 1, 5, 3]), "b": spend("b", [100, 2, 2, 8])}
+    assert module("peers").time_in_turns(functions, repeats=3) == {"a": 3, "b": 2}
+    assert order == ["a", "b"] * 4
+
+
+def measurement(implementation: str, value: float, **fields: Any) -> Any:
+    usual = {"area": "forward", "variant": "rf-detr-seg-medium", "case": "time, B=1", "unit": "s", "device": "cpu"}
+    return module("peers").Measurement(implementation=implementation, value=value, **usual | fields)
+
+
+def test_tables_show_the_ratios_to_both_peers():
+    lines = module("peers").table([measurement("ours", 0.3), measurement("port", 0.6), measurement("rfdetr", 1.2)])
+    assert "| forward | seg-medium | time, B=1 | ours | 300 ms | 0.5 | 0.25 |" in lines
+    assert "| forward | seg-medium | time, B=1 | rfdetr | 1.20 s | 2 | 1 |" in lines
+
+
+def test_targets_are_met_up_to_their_limit():
+    run_all = module("run_all")
+    numbers = [measurement("ours", 0.9), measurement("port", 2.0), measurement("rfdetr optimised", 1.0)]
+    numbers.append(measurement("ours", 3 * 2**20, area="evaluation", case="kept", unit="B"))
+    targets = [
+        run_all.Target("forward", "time, B=1", "ours", 0.9, "rfdetr optimised"),
+        run_all.Target("forward", "time, B=1", "ours", 0.4, "port"),
+        run_all.Target("forward", "time, B=1", "ours", 0.8, "rfdetr"),
+        run_all.Target("evaluation", "kept", "ours", 2.0**21),
+    ]
+    rows = run_all.targets_table(numbers, targets).splitlines()[2:]
+    start = "| forward, seg-medium, time, B=1 | 2.00 s | optimised 1.00 s |"
+    assert rows[0] == f"{start} 900 ms | 0.9 x | 0.9 x rfdetr optimised | yes |"
+    assert rows[1] == f"{start} 900 ms | 0.45 x | 0.4 x port | **no** |"
+    assert rows[2] == f"{start} not measured |  |  |  |"
+    assert rows[3] == "| evaluation, seg-medium, kept |  |  | 3 MiB | 3 MiB | 2 MiB | **no** |"
+
+
+def test_every_target_on_the_cpu_is_among_what_is_measured(tmp_path, monkeypatch):
+    peers, run_all = module("peers"), module("run_all")
+    small, compiled = peers.read_config(peers.QUICK_VARIANT, quick=True), SimpleNamespace(active=[])
+    monkeypatch.setattr(peers, "read_config", lambda variant, quick: small)
+    optimised = SimpleNamespace(model=SimpleNamespace(inference_model=None))
+    monkeypatch.setattr(peers, "optimise_rfdetr", lambda *_, **__: optimised)
+    monkeypatch.setattr(peers, "count_flops", lambda *_: 1)
+    monkeypatch.setattr(peers, "time_in_turns", lambda functions, *_: dict.fromkeys(functions, 1.0))
+    monkeypatch.setattr(peers, "peak_bytes", lambda *_: 1)
+    for script in ("training_step", "post_processing"):
+        monkeypatch.setattr(module(script), "prepare", lambda *_: None)
+    monkeypatch.setattr(RfDetrForInstanceSegmentation, "compile_for_inference", lambda *_, **__: compiled)
+    monkeypatch.setattr(run_all, "stream", None)
+    monkeypatch.setattr(run_all, "count_outputs_of_the_port", lambda: [("logits", 1.0)])
+    monkeypatch.setattr(run_all, "alone", lambda function, *_: function() if function else {"rss": 1.0})
+    numbers = run_all.measure_evaluation(1)
+    for script in ("forward", "training_step", "preprocessing", "post_processing"):
+        numbers += run(script, tmp_path / script)
+    page = run_all.write_page("command", numbers, run_all.TARGETS["cpu"], [])
+    assert "not measured" not in page
+    assert page.count("| yes |") + page.count("| **no** |") == len(run_all.TARGETS["cpu"])
