@@ -269,9 +269,7 @@ def test_the_loss_and_its_gradients_are_finite_for_every_finite_prediction(extre
     boxes.requires_grad_()
     queries = torch.full((2, 6, 5), sign * min(extreme, 1e15), requires_grad=True)
     pixel_features = torch.full((2, 5, 12, 12), min(extreme, 1e15), requires_grad=True)
-    total, parts = loss(
-        {"": StagePrediction(logits, boxes, MaskFactors(pixel_features, queries, as_they_are))}, labels
-    )
+    total, parts = loss({"": StagePrediction(logits, boxes, MaskFactors(pixel_features, queries, as_they_are))}, labels)
     assert torch.isfinite(total), parts
     total.backward()
     assert all(torch.isfinite(tensor.grad).all() for tensor in (logits, boxes, queries, pixel_features))

@@ -21,13 +21,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from .configuration_rf_detr import as_pair, check_resolution, is_no_class, read_size
 from .demo_data import draw_scene
 from .image_processing_rf_detr import RfDetrImageProcessor, is_index
+from .inference import Choices, difference, fix_size
 from .modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection
-from .modeling_rf_detr_dinov2 import resize_position_table
 
 # How far the outputs may be from those of PyTorch in float32, by the file's dtype: the largest difference of a number,
 # absolute up to 1 and relative above. Small trained models use a tenth of it, random ones of full size up to a third.
@@ -268,12 +267,7 @@ def best_pairs(logits: Tensor, boxes: Tensor, top_k: int) -> tuple[Tensor, Tenso
 def _prepared(reference: RfDetrForObjectDetection, size: tuple[int, int], dtype: str) -> RfDetrForObjectDetection:
     """A copy whose table of positions is of `size` in pixels, and which computes in `dtype`."""
     model = copy.deepcopy(reference)
-    embeddings = model.backbone[0].encoder["encoder"].embeddings
-    config = embeddings.config
-    grid = (size[0] // config.patch_size, size[1] // config.patch_size)
-    table = resize_position_table(embeddings.position_embeddings, config.position_grid, grid)
-    embeddings.position_embeddings = nn.Parameter(table, requires_grad=False)
-    config.image_size = size
+    fix_size(model, size)
     if dtype == "float16":
         model.half()
         transformer = model.transformer
@@ -357,30 +351,9 @@ def _new_files(output: Path) -> Iterator[Path]:
 # The check
 
 
-class _Choices(TorchFunctionMode):
-    """Notes the indices that each `torch.topk` chooses, or makes it take `given` ones and notes how much is lost."""
-
-    def __init__(self, given: Sequence[Tensor] | None = None) -> None:
-        super().__init__()
-        self.given = None if given is None else iter(given)
-        self.made: list[Tensor] = []
-        self.losses = [0.0]
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if function is torch.topk:
-            if self.given is not None:
-                indices = next(self.given)
-                values = args[0].gather(1, indices)
-                self.losses.append(difference(values, result.values))
-                result = type(result)((values, indices))
-            self.made.append(result.indices)
-        return result
-
-
 def _run_torch(module: _Outputs) -> _Runner:
     def run(pixels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        with _Choices() as choices:
+        with Choices() as choices:
             outputs = module(pixels)
         return list(outputs), choices.made
 
@@ -419,18 +392,6 @@ def _run_openvino(path: Path) -> _Runner:
     return run
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
-    """The largest difference of two tensors' numbers, absolute up to 1 and relative above.
-
-    It is infinite for tensors of two shapes, and where one number is NaN, or is infinite and the other is another.
-    """
-    if found.shape != expected.shape:
-        return math.inf
-    found, expected = found.double(), expected.double()
-    differences = (found - expected).abs() / expected.abs().clamp(min=1.0)
-    return differences.masked_fill(found == expected, 0.0).nan_to_num(nan=math.inf, posinf=math.inf).max().item()
-
-
 def _differences(run: _Runner, expected: _Outputs, batches: Sequence[Tensor]) -> dict[str, float]:
     """The largest differences of a runtime's outputs from PyTorch's.
 
@@ -441,7 +402,7 @@ def _differences(run: _Runner, expected: _Outputs, batches: Sequence[Tensor]) ->
     differences = dict.fromkeys([*expected.names, "ranking"], 0.0)
     for pixels in batches:
         outputs, chosen = run(pixels)
-        with _Choices(chosen) as choices:
+        with Choices(chosen) as choices:
             wanted = expected(pixels)
         seen = dict(zip(expected.names, map(difference, outputs, wanted), strict=True))
         seen["ranking"] = max(choices.losses)

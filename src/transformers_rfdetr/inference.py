@@ -5,6 +5,7 @@
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import PIL.Image
 import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers.utils import logging
 
 from .configuration_rf_detr import RfDetrConfig, as_pair, check_resolution, read_size
@@ -67,9 +69,7 @@ class Instances:
     def crops(self, image: PIL.Image.Image) -> list[PIL.Image.Image]:
         """Each instance cut out of the picture: RGBA of its mask's extent, transparent around it; 1 x 1 if empty."""
         if image.size[::-1] != self.image_size:
-            raise ValueError(
-                f"the picture is {image.size[::-1]}, its instances are in one of {self.image_size}"
-            )
+            raise ValueError(f"the picture is {image.size[::-1]}, its instances are in one of {self.image_size}")
         crops = []
         for mask in self.masks or []:
             left, top, width, height = (int(side) for side in coco_mask.toBbox(mask))
@@ -190,7 +190,7 @@ class InferenceModel:
         self.active = [str(dtype).removeprefix("torch."), f"{batch_size} x {size[0]} x {size[1]}"]
         self.differences: dict[str, float] = {}
         self._model = copy.deepcopy(model).eval().requires_grad_(False)
-        _fix_size(self._model, size)
+        fix_size(self._model, size)
         self._model.to(dtype)
         self._run: Callable[[Tensor], tuple] = self._tensors
 
@@ -311,8 +311,8 @@ def compile_for_inference(
     return fast
 
 
-def _fix_size(model: RfDetrForObjectDetection, size: tuple[int, int]) -> None:
-    """Resample the position table to pictures of `size`, for good."""
+def fix_size(model: RfDetrForObjectDetection, size: tuple[int, int]) -> None:
+    """Resample the position table to pictures of (height, width), for good."""
     config = model.config.backbone_config
     grid = (size[0] // config.patch_size, size[1] // config.patch_size)
     embeddings = model.backbone[0].encoder["encoder"].embeddings
@@ -321,36 +321,64 @@ def _fix_size(model: RfDetrForObjectDetection, size: tuple[int, int]) -> None:
     config.image_size = size
 
 
+# -- comparing two ways to compute one model -------------------------------------------------------------------------
+
+
+class Choices(TorchFunctionMode):
+    """Notes the indices that each `torch.topk` chooses, or makes it take `given` ones and notes how much is lost.
+
+    The first stage orders tokens by their logits. Rounding may change the order of two that are as good as tied, after
+    which other queries get them and many numbers differ; so two ways are compared with the choice of one of them.
+    """
+
+    def __init__(self, given: Sequence[Tensor] | None = None) -> None:
+        super().__init__()
+        self.given = None if given is None else iter(given)
+        self.made: list[Tensor] = []
+        self.losses = [0.0]
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is torch.topk:
+            if self.given is not None:
+                indices = next(self.given)
+                values = args[0].gather(1, indices)
+                self.losses.append(difference(values, result.values))
+                result = type(result)((values, indices))
+            self.made.append(result.indices)
+        return result
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """The largest difference of two tensors' numbers, absolute up to 1 and relative above.
+
+    It is infinite for tensors of two shapes, and where one number is NaN, or is infinite and the other is another.
+    """
+    if found.shape != expected.shape:
+        return math.inf
+    found, expected = found.double(), expected.double()
+    differences = (found - expected).abs() / expected.abs().clamp(min=1.0)
+    return differences.masked_fill(found == expected, 0.0).nan_to_num(nan=math.inf, posinf=math.inf).max().item()
+
+
 @torch.no_grad()
 def _check(fast: InferenceModel, model: RfDetrForObjectDetection, picture: Tensor) -> None:
-    """Compare with the plain model, both with the tokens that the fast one chose.
-
-    Rounding may change the order of tokens that score alike, after which no query is what it was; so the choice is
-    checked by its scores, and the rest with one and the same choice.
-    """
+    """Compare with the plain model in float32, which takes the tokens that the fast one chose."""
     tolerance = _TOLERANCES[fast.dtype]
     chosen, *found = (tensor[:1].clone() for tensor in fast._run(picture.expand(fast.batch_size, -1, -1, -1)))
-    plain = copy.deepcopy(model).eval().float()
-    scores = []
-
-    def choose(token_scores: Tensor, count: int) -> Tensor:
-        scores.append((token_scores.gather(1, chosen), token_scores.topk(count, dim=1).values))
-        return chosen
-
-    plain.transformer.choose = choose
-    expected = plain.predict_stage(picture.float())
+    with Choices([chosen]) as choices:
+        expected = copy.deepcopy(model).eval().float().predict_stage(picture.float())
     pairs = {"logits": (found[0], expected.logits), "boxes": (found[1], expected.boxes)}
-    pairs["choice of tokens"] = (scores[0][0].sort(descending=True).values, scores[0][1])
     if expected.masks is not None:
         masks = MaskFactors(found[2].float(), found[3].float(), lambda vectors: (vectors, found[4].float()))
         pairs["masks"] = (masks.logits(), expected.masks.logits())
+    fast.differences["choice of tokens"] = max(choices.losses)
     for name, (one, other) in pairs.items():
-        classes = other > -1e3  # but for rows that are no class
-        one, other = one.float()[classes], other[classes]
-        difference = float((one - other).abs().max() / other.abs().max().clamp(min=1))
-        fast.differences[name] = difference
-        if not difference <= tolerance:
+        scale = other[other > -1e3].abs().max().clamp(min=1)  # of rows that are classes
+        fast.differences[name] = difference(one / scale, other / scale)
+    for name, value in fast.differences.items():
+        if not value <= tolerance:
             raise ValueError(
                 f"the {name} of the model made for inference ({', '.join(fast.active)}) differ from the plain ones by"
-                f" {difference:.3g} of the largest, more than {tolerance}; use dtype=torch.float32 or compiled=False"
+                f" {value:.3g} of the largest, more than {tolerance}; use dtype=torch.float32 or compiled=False"
             )

@@ -503,7 +503,7 @@ class RfDetrTransformer(nn.Module):
         for group in range(num_groups):
             embed, classify = self.enc_output[group], self.enc_out_class_embed[group]
             tokens = self.enc_output_norm[group](embed(memory))
-            best = self.choose(classify(tokens).amax(-1), kept)
+            best = torch.topk(classify(tokens).amax(-1), kept, dim=1).indices
             chosen, boxes = (
                 rows.gather(1, best[..., None].expand(-1, -1, rows.shape[-1])) for rows in (memory, anchors)
             )
@@ -513,10 +513,6 @@ class RfDetrTransformer(nn.Module):
             stages.append((tokens, classify(tokens), boxes, best))
         tokens, logits, boxes, best = (torch.cat(parts, dim=1) for parts in zip(*stages, strict=True))
         return tokens, logits, boxes, best
-
-    def choose(self, scores: Tensor, count: int) -> Tensor:
-        """The `count` tokens that score best, (B, S) -> (B, K). Checks of fast paths give both paths one choice."""
-        return torch.topk(scores, count, dim=1).indices
 
 
 # -- masks -----------------------------------------------------------------------------------------------------------
