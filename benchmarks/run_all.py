@@ -31,7 +31,7 @@ RESULTS = {"cpu": HERE / "RESULTS.md", "cuda": HERE / "RESULTS_GPU.md"}
 PACKAGES = ("torch", "torchvision", "transformers", "rfdetr", "transformers-rfdetr", "numpy", "pycocotools")
 NANO, MEDIUM = "rf-detr-seg-nano", "rf-detr-seg-medium"
 SCRIPTS = {
-    "cpu": ["forward", "training_step", "preprocessing", "post_processing", "prediction"],
+    "cpu": ["forward --repeats 7", "training_step", "preprocessing", "post_processing", "prediction --repeats 5"],
     "cuda": [
         f"forward --variant {NANO} {MEDIUM} --repeats 100",
         f"prediction --variant {NANO} {MEDIUM} --repeats 100",
