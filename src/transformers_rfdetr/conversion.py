@@ -127,11 +127,10 @@ def convert_to_transformers(
         _check_arguments(arguments)
         if arguments.get("use_grouppose_keypoints") or any("keypoint" in name for name in state_dict):
             _refuse_keypoints()
-        md5 = md5_of(path)
-        is_published = any(file.md5 == md5 for file in PUBLISHED.values())
-        if is_published:  # these run as rfdetr's class of the variant says, whatever was set when they were trained
-            published = next(file for file in PUBLISHED.values() if file.md5 == md5)
-            arguments = {}
+        original = {file.md5: file for file in PUBLISHED.values()}.get(md5_of(path))
+        if original is not None:
+            # It runs as rfdetr's class of its variant says, whatever was set when it was trained.
+            published, arguments = original, {}
         claimed = resolve_variant(variant) if variant else published.variant if published else None
         config = _read_config(state_dict, arguments, claimed, published is not None, changes)
         config.id2label = _read_classes(config.num_labels, arguments, class_names, changes)
@@ -146,7 +145,7 @@ def convert_to_transformers(
         config.save_pretrained(folder)
         RfDetrImageProcessor.from_config(config).save_pretrained(folder)
         save_file(_unshared(state_dict), folder / "model.safetensors", {"format": "pt"})
-        card = _model_card(push_to_hub or output.name, path.name, config, changes, is_published)
+        card = _model_card(push_to_hub or output.name, path.name, config, changes, original is not None)
         card.save(folder / "README.md")
     if push_to_hub is not None:
         try:

@@ -11,7 +11,7 @@ Module names are those of the original checkpoints: the state dict is the file.
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -567,15 +567,16 @@ class RfDetrSegmentationHead(nn.Module):
         """Set the initial bias."""
         nn.init.zeros_(self.bias)
 
-    def pixels(self, features: Tensor, image_size: tuple[int, int]) -> list[Tensor]:
+    def pixels(self, features: Tensor, image_size: tuple[int, int]) -> Iterator[Tensor]:
         """The mask grid's features before the first block and after each: (B, D, H, W) -> L + 1 of (B, D, h, w)."""
         size = (image_size[0] // self.downsample_ratio, image_size[1] // self.downsample_ratio)
         # Channels last, as the blocks' norms and linear layers need them: no block has to copy its pixels.
         features = features.contiguous(memory_format=torch.channels_last)
-        states = [F.interpolate(features, size=size, mode="bilinear", align_corners=False)]
+        pixels = F.interpolate(features, size=size, mode="bilinear", align_corners=False)
+        yield pixels
         for block in self.blocks:
-            states.append(block(states[-1]))
-        return states
+            pixels = block(pixels)
+            yield pixels
 
     def project(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Queries (..., D) -> vectors (..., D) and offsets (..., 1): a mask is <vector, pixel> + offset.
@@ -924,14 +925,15 @@ class RfDetrForInstanceSegmentation(RfDetrForObjectDetection):
 
     def last_stage(self, base: RfDetrOutput, image_size: tuple[int, int]) -> StagePrediction:
         """What the last decoder layer predicts, with its masks."""
-        pixels = self.segmentation_head.pixels(base.backbone_features, image_size)[-1]
-        masks = self.segmentation_head.factors(pixels, base.last_hidden_state)
+        for pixels in self.segmentation_head.pixels(base.backbone_features, image_size):
+            last = pixels  # the others are not kept
+        masks = self.segmentation_head.factors(last, base.last_hidden_state)
         return super().last_stage(base, image_size)._replace(masks=masks)
 
     def stages(self, base: RfDetrOutput, image_size: tuple[int, int]) -> dict[str, StagePrediction]:
         """What each supervised stage predicts, with its masks; those of the first stage skip the blocks."""
         head, hidden = self.segmentation_head, base.intermediate_hidden_states
-        pixels = head.pixels(base.backbone_features, image_size)
+        pixels = list(head.pixels(base.backbone_features, image_size))
         sources = {"": (pixels[-1], hidden[:, -1]), "_enc": (pixels[0], base.enc_hidden_states)}
         sources |= {f"_{layer}": (pixels[layer + 1], hidden[:, layer]) for layer in range(hidden.shape[1] - 1)}
         stages = super().stages(base, image_size)

@@ -282,10 +282,10 @@ class RfDetrDinov2Backbone(nn.Module):
         """Pixels (B, 3, height, width) -> a feature map (B, C, H, W) for each tap."""
         config = self.config
         grid = (pixel_values.shape[-2] // config.patch_size, pixel_values.shape[-1] // config.patch_size)
-        tokens = self.embeddings(pixel_values)
-        states = [tokens]
-        for layer in self.encoder["layer"][: config.num_used_layers]:
-            tokens = layer(tokens)
-            states.append(tokens)
-        patches = [self.layernorm(states[index])[:, 1 + config.num_register_tokens :] for index in config.out_indices]
-        return [merge_windows(tap, grid, config.num_windows).permute(0, 3, 1, 2) for tap in patches]
+        tokens, taps = self.embeddings(pixel_values), []
+        for index in range(config.num_used_layers + 1):
+            tokens = self.encoder["layer"][index - 1](tokens) if index else tokens
+            if index in config.out_indices:
+                patches = self.layernorm(tokens)[:, 1 + config.num_register_tokens :]
+                taps.append(merge_windows(patches, grid, config.num_windows).permute(0, 3, 1, 2))
+        return taps
