@@ -185,14 +185,14 @@ class RfDetrDinov2Attention(nn.Module):
         self.attention = nn.ModuleDict({name: VitLinear(width, width, std) for name in names})
         self.output = nn.ModuleDict({"dense": VitLinear(width, width, std)})
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N, C)."""
+    def forward(self, tokens: Tensor, scale: "RfDetrDinov2LayerScale") -> Tensor:
+        """(B, N, C) -> (B, N, C), scaled."""
         queries, keys, values = (
             self.attention[name](tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for name in ("query", "key", "value")
         )
         context, _ = attend(self, queries, keys, values)
-        return self.output["dense"](context.flatten(-2))
+        return scale(self.output["dense"], context.flatten(-2))
 
 
 class RfDetrDinov2LayerScale(nn.Module):
@@ -208,9 +208,14 @@ class RfDetrDinov2LayerScale(nn.Module):
         """Set the initial scale."""
         nn.init.constant_(self.lambda1, self.initial_value)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C)."""
-        return x * self.lambda1
+    def forward(self, linear: nn.Module, x: Tensor) -> Tensor:
+        """What `linear` makes of `x`, scaled.
+
+        The rows of a plain layer's weights are scaled instead of what it gives, which nothing then has to keep.
+        """
+        if type(linear) is not VitLinear:  # it has an adapter, or is quantised
+            return linear(x) * self.lambda1
+        return F.linear(x, self.lambda1[:, None] * linear.weight, self.lambda1 * linear.bias)
 
 
 class RfDetrDinov2Layer(GradientCheckpointingLayer):
@@ -235,11 +240,11 @@ class RfDetrDinov2Layer(GradientCheckpointingLayer):
         if self.attends_globally:
             rows, length, width = sequence.shape
             sequence = sequence.reshape(rows // self.windows_per_image, self.windows_per_image * length, width)
-        context = self.attention(sequence).reshape(tokens.shape)
-        tokens = tokens + drop_path(self.layer_scale1(context), self.drop_path_rate, self.training)
+        context = self.attention(sequence, self.layer_scale1).reshape(tokens.shape)
+        tokens = tokens + drop_path(context, self.drop_path_rate, self.training)
         hidden = recomputed(lambda x: self.mlp["fc1"](self.norm2(x)), tokens)
-        hidden = recomputed(lambda x: self.mlp["fc2"](F.gelu(x)), hidden)
-        return tokens + drop_path(self.layer_scale2(hidden), self.drop_path_rate, self.training)
+        hidden = recomputed(lambda x: self.layer_scale2(self.mlp["fc2"], F.gelu(x)), hidden)
+        return tokens + drop_path(hidden, self.drop_path_rate, self.training)
 
 
 class RfDetrDinov2Backbone(nn.Module):
