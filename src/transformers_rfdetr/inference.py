@@ -241,10 +241,9 @@ class InferenceModel:
             )
         parts = []
         for some in pixel_values.to(self.device).split(self.batch_size):
-            whole = some.new_zeros(self.batch_size, *some.shape[1:]) if len(some) < self.batch_size else some
-            whole[: len(some)] = some
+            filling = some.new_zeros(self.batch_size - len(some), *some.shape[1:])
             # A copy: the next run of a CUDA graph writes where this one did.
-            parts.append([tensor[: len(some)].clone() for tensor in self._run(whole)])
+            parts.append([tensor[: len(some)].clone() for tensor in self._run(torch.cat([some, filling]))])
         _, logits, boxes, *masks = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         if not masks:
             return StagePrediction(logits, boxes)

@@ -33,9 +33,7 @@ logger = logging.get_logger(__name__)
 class RfdetrFile(NamedTuple):
     """What one of Roboflow's files holds, whatever its form."""
 
-    state_dict: dict[
-        str, Tensor
-    ]  # original names without the prefixes of wrappers; tensors may be mapped from the disk
+    state_dict: dict[str, Tensor]  # by the original names; the tensors may be mapped from the file
     arguments: dict[str, Any]  # architecture, class names and training arguments as rfdetr stored them
     changes: list[Change]
 
@@ -271,7 +269,7 @@ def write_rfdetr_file(
     state_dict: Mapping[str, Tensor],
     model_name: str,
     model_config: dict[str, Any],
-    class_names: list[str],
+    class_names: list[str] | None,
 ) -> None:
     """Write a file that `rfdetr` 1.11.2 loads by `from_checkpoint` and as `pretrain_weights`; plain containers only.
 
@@ -280,7 +278,7 @@ def write_rfdetr_file(
         state_dict: Weights by their original names.
         model_name: Class of rfdetr, such as `RFDETRSegNano`.
         model_config: Arguments of that class.
-        class_names: Names of the classes in the order of their labels.
+        class_names: Names of the classes in the order of their labels, or None.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

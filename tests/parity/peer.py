@@ -90,10 +90,9 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
             parameter.copy_(noise * parameter[0].numel() ** -0.5)
 
 
-def twins(variant: str, config: RfDetrConfig | None = None) -> tuple[Any, Any, Any]:
-    """(rfdetr's model, its configuration, ours), with the same random weights, both in evaluation mode."""
+def build_peer(variant: str, config: RfDetrConfig | None = None) -> tuple[Any, Any]:
+    """(rfdetr's model with random weights in evaluation mode, its configuration); full-size without `config`."""
     if config is None:
-        config = RfDetrConfig.from_variant(variant)
         settings = getattr(rfdetr_config, PEER_CLASSES[variant])(device="cpu")
         peer = build_model_from_config(settings)
     else:
@@ -101,10 +100,17 @@ def twins(variant: str, config: RfDetrConfig | None = None) -> tuple[Any, Any, A
         with narrow_dinov2(config):
             peer = build_model_from_config(settings)
     randomise(peer)
+    return peer.eval(), settings
+
+
+def twins(variant: str, config: RfDetrConfig | None = None) -> tuple[Any, Any, Any]:
+    """(rfdetr's model, its configuration, ours), with the same random weights, both in evaluation mode."""
+    peer, settings = build_peer(variant, config)
+    config = config or RfDetrConfig.from_variant(variant)
     ours = (RfDetrForInstanceSegmentation if "-seg-" in variant else RfDetrForObjectDetection)(config)
     state = {name: tensor for name, tensor in peer.state_dict().items() if name != "_kp_active_mask"}
     ours.load_state_dict(state)
-    return peer.eval(), settings, ours.eval()
+    return peer, settings, ours.eval()
 
 
 def peer_criterion(settings: Any) -> Any:

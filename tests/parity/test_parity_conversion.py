@@ -8,10 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import rfdetr.config as rfdetr_config
 import torch
 from rfdetr import RFDETR
-from rfdetr.models.lwdetr import build_model_from_config
 from rfdetr.models.weights import apply_lora, interpolate_position_embeddings
 from safetensors.torch import load_file
 from transformers import AutoModelForInstanceSegmentation, AutoModelForObjectDetection
@@ -26,7 +24,7 @@ from transformers_rfdetr.configuration_rf_detr import BACKGROUND, COCO_NAMES
 from transformers_rfdetr.conversion import convert_to_rfdetr, convert_to_transformers
 from transformers_rfdetr.demo_data import draw_scene
 
-from peer import PEER_CLASSES, narrow_dinov2, peer_config, randomise, record_choices, replay_choices
+from peer import PEER_CLASSES, build_peer, narrow_dinov2, randomise, record_choices, replay_choices
 from small_models import stand_in_config
 
 NAMES = ["barn", "house", "shed", "silo"]  # of the stand-ins, whose heads have five rows
@@ -37,19 +35,6 @@ FULL_SIZE = ["rf-detr-nano", "rf-detr-seg-nano", "rf-detr-seg-large", "rf-detr-l
 def narrow(monkeypatch):
     """rfdetr's small encoder with the width of the stand-ins, on our side; `narrow_dinov2` is its counterpart."""
     monkeypatch.setitem(conversion.ENCODERS, "dinov2_windowed_small", (32, 2, 0))
-
-
-def build_peer(variant, config=None):
-    """(rfdetr's model with random weights, its configuration)"""
-    if config is None:
-        settings = getattr(rfdetr_config, PEER_CLASSES[variant])(device="cpu")
-        model = build_model_from_config(settings)
-    else:
-        settings = peer_config(variant, config)
-        with narrow_dinov2(config):
-            model = build_model_from_config(settings)
-    randomise(model)
-    return model.eval(), settings
 
 
 def described(model, settings, variant, **args):
