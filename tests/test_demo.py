@@ -14,7 +14,6 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from transformers_rfdetr import RfDetrConfig, RfDetrForObjectDetection, RfDetrImageProcessor
-from transformers_rfdetr.cli import demo_predict
 from transformers_rfdetr.cli.demo_predict import _save_random_checkpoint, main
 from transformers_rfdetr.demo_data import draw_dataset, draw_scene
 from transformers_rfdetr.visualization import color_of, draw_instances
@@ -288,6 +287,13 @@ def test_the_demo_takes_a_picture_and_a_checkpoint_of_the_users(tmp_path: Path, 
         assert overlay.size == (60, 90)
 
 
+def test_a_detection_checkpoint_gives_boxes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    _save_random_checkpoint(str(tmp_path))
+    RfDetrForObjectDetection(RfDetrConfig.from_pretrained(tmp_path)).save_pretrained(tmp_path)
+    assert main(["--model", str(tmp_path), "--output", str(tmp_path / "out.png"), "--threshold", "0"]) == 0
+    assert "20 instances score above 0" in capsys.readouterr().out
+
+
 def test_a_picture_without_instances_is_written_all_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["--threshold", "1", "--output", str(tmp_path / "out.png")]) == 0
     assert "No instances score above 1" in capsys.readouterr().out
@@ -323,20 +329,19 @@ def test_the_model_may_be_any_usual_spelling_of_a_published_one(
     asked: list[str] = []
     monkeypatch.chdir(tmp_path)
     Path("rf-detr-seg-small").mkdir()
-    monkeypatch.setattr(demo_predict.AutoModelForInstanceSegmentation, "from_pretrained", load)
+    monkeypatch.setattr(RfDetrConfig, "from_pretrained", load)
     assert main(["--model", name]) == 2
     assert asked == [loaded]
 
 
 def test_a_folder_without_a_preprocessor_takes_the_model_s_resolution_and_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ):
     _save_random_checkpoint(str(tmp_path))
     (tmp_path / "preprocessor_config.json").unlink()
     assert main(["--model", str(tmp_path), "--output", str(tmp_path / "out.png"), "--threshold", "0"]) == 0
-    printed = capsys.readouterr().out
-    assert f"{tmp_path} has no preprocessor_config.json" in printed
-    assert "20 instances score above 0" in printed
+    assert f"{tmp_path} has no preprocessor_config.json" in caplog.text
+    assert "20 instances score above 0" in capsys.readouterr().out
 
 
 WRONG = {
@@ -346,9 +351,9 @@ WRONG = {
     "--image text.png": "text.png cannot be opened as an image",
     "--image exif.png": "exif.png cannot be opened as an image",
     "--image http://127.0.0.1:9/picture.png": "cannot be opened as an image",
-    "--model ./missing/model": "--model ./missing/model cannot be loaded",
-    "--model detection": "--model detection lacks",
-    "--model corrupt": "--model corrupt cannot be loaded",
+    "--model ./missing/model": "--model: ./missing/model cannot be loaded",
+    "--model detection": "--model: detection lacks",
+    "--model corrupt": "--model: corrupt cannot be loaded",
     "--output overlay.nothing": "--output overlay.nothing has no ending",
 }
 
@@ -361,7 +366,10 @@ def endings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     Image.new("RGB", (8, 8)).save(folder / "exif.png", exif=b"garbage")
     for name in ("detection", "corrupt"):
         _save_random_checkpoint(str(folder / name))
-    RfDetrForObjectDetection(RfDetrConfig.from_pretrained(folder / "detection")).save_pretrained(folder / "detection")
+    config = RfDetrConfig.from_pretrained(folder / "detection")
+    RfDetrForObjectDetection(config).save_pretrained(folder / "detection")
+    config.architectures = ["RfDetrForInstanceSegmentation"]  # which its weights are not of
+    config.save_pretrained(folder / "detection")
     (folder / "corrupt" / "model.safetensors").write_bytes(b"xx" * 100)
     program = """
 import sys
@@ -392,7 +400,7 @@ def test_wrong_arguments_end_with_one_line_and_code_2(endings: dict[str, list[st
     assert WRONG[command] in error
 
 
-def test_a_detection_checkpoint_is_refused_by_the_names_of_what_it_lacks(endings: dict[str, list[str]]):
+def test_a_checkpoint_is_refused_by_the_names_of_what_it_lacks(endings: dict[str, list[str]]):
     assert re.search(r"lacks \d+ weights .*\(segmentation_head\.", endings["--model detection"][0])
 
 

@@ -79,7 +79,32 @@ def test_a_detection_model_has_boxes_only(pictures):
     assert len(instances) == 6
     assert instances.masks is None
     assert instances.dense_masks().shape == (0, 45, 60)
-    assert instances.polygons() == instances.crops(pictures[0]) == []
+    assert instances.polygons() == []
+    assert [crop.mode for crop in instances.crops(pictures[0])] == ["RGB"] * 6
+
+
+def test_only_the_classes_asked_for_are_found(pictures):
+    model = confident_model(id2label={0: "cat", 1: "dog", 2: "cat", 3: "horse"})
+    processor = processor_of(model)
+    for every, some in zip(
+        predict(model, processor, pictures, threshold=0.0),
+        predict(model, processor, pictures, threshold=0.0, classes=["cat"]),
+        strict=True,
+    ):
+        cats = every.select([label in (0, 2) for label in every.labels])
+        assert (some.names, some.masks, some.scores.tolist()) == (cats.names, cats.masks, cats.scores.tolist())
+    with pytest.raises(ValueError, match="'hrose' is no class of the model, which has 4; did you mean horse"):
+        predict(model, processor, pictures, classes=["cat", "hrose"])
+
+
+def test_a_column_of_a_data_set_is_a_sequence_of_pictures(pictures):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"photo": datasets.Image()})
+    rows = datasets.Dataset.from_dict({"photo": pictures}, features)
+    model = confident_model()
+    found = predict(model, processor_of(model), rows["photo"], threshold=0.0)
+    expected = predict(model, processor_of(model), pictures, threshold=0.0)
+    assert [one.masks for one in found] == [one.masks for one in expected]
 
 
 def test_only_masks_of_detections_are_multiplied_out(pictures, monkeypatch):

@@ -14,12 +14,18 @@ from .registration import register
 
 if TYPE_CHECKING:
     from .augmentation import FlipAndCrop
+    from .check_data import check_dataset
     from .data import FollowEpoch, InstanceDataset, collate_fn
     from .data_sources import load_instance_dataset
-    from .inference import Instances, compile_for_inference, predict
+    from .inference import compile_for_inference, predict
+    from .instances import Instances
+    from .loading import load
     from .metrics import InstanceSegmentationEvaluator, evaluate_instance_segmentation
+    from .report import analyse, write_report
+    from .tiling import predict_tiled
     from .torch_metric import InstanceSegmentationMetric
     from .trainer import RfDetrTrainer, RfDetrTrainingArguments
+    from .video import predict_video
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,20 +43,32 @@ __all__ = [
     "RfDetrModel",
     "RfDetrTrainer",
     "RfDetrTrainingArguments",
+    "analyse",
+    "check_dataset",
     "collate_fn",
     "compile_for_inference",
     "evaluate_instance_segmentation",
+    "load",
     "load_instance_dataset",
     "predict",
+    "predict_tiled",
+    "predict_video",
     "resolve_variant",
+    "write_report",
 ]
 _LATER = {
     "FlipAndCrop": "augmentation",
     "FollowEpoch": "data",
     "InstanceDataset": "data",
-    "Instances": "inference",
+    "Instances": "instances",
+    "load": "loading",
     "compile_for_inference": "inference",
     "predict": "inference",
+    "predict_tiled": "tiling",
+    "predict_video": "video",
+    "check_dataset": "check_data",
+    "analyse": "report",
+    "write_report": "report",
     "collate_fn": "data",
     "load_instance_dataset": "data_sources",
     "InstanceSegmentationEvaluator": "metrics",

@@ -80,6 +80,41 @@ class Conversion(NamedTuple):
     changes: list[Change]
 
 
+def read_rfdetr_model(
+    path: str | os.PathLike[str],
+    *,
+    variant: str | None = None,
+    class_names: Sequence[str] | None = None,
+    ema: bool = False,
+    trust_checkpoint: bool = False,
+) -> tuple[dict[str, Tensor], RfDetrConfig, list[Change], bool]:
+    """A checkpoint file of rfdetr -> tensors, configuration, what is not taken over as it is, whether it is published.
+
+    The arguments and errors are those of [`convert_to_transformers`].
+    """
+    path = Path(path)
+    state_dict, arguments, changes = read_rfdetr_file(path, ema=ema, trust_checkpoint=trust_checkpoint)
+    with located(str(path)):
+        _check_arguments(arguments)
+        if arguments.get("use_grouppose_keypoints") or any("keypoint" in name for name in state_dict):
+            _refuse_keypoints()
+        published = PUBLISHED.get(path.name)
+        original = {file.md5: file for file in PUBLISHED.values()}.get(md5_of(path))
+        if original is not None:
+            # It runs as rfdetr's class of its variant says, whatever was set when it was trained.
+            published, arguments = original, {}
+        claimed = resolve_variant(variant) if variant else published.variant if published else None
+        config = _read_config(state_dict, arguments, claimed, published is not None, changes)
+        config.id2label = _read_classes(config.num_labels, arguments, class_names, changes)
+        config.label2id = {name: label for label, name in config.id2label.items()}
+        state_dict, fitted = fit_tables(state_dict, config, config)
+        changes += fitted
+        state_dict = _check_tensors(state_dict, config, changes)
+        config.architectures = [_model_class(state_dict).__name__]
+        config.dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in state_dict.values()})
+    return state_dict, config, changes, original is not None
+
+
 def convert_to_transformers(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
@@ -122,30 +157,14 @@ def convert_to_transformers(
         HfApi().create_repo(push_to_hub, private=private, exist_ok=True)  # what forbids it is better known now
     if published is not None and not path.is_file():
         path = download_weights(published)
-    state_dict, arguments, changes = read_rfdetr_file(path, ema=ema, trust_checkpoint=trust_checkpoint)
-    with located(str(path)):
-        _check_arguments(arguments)
-        if arguments.get("use_grouppose_keypoints") or any("keypoint" in name for name in state_dict):
-            _refuse_keypoints()
-        original = {file.md5: file for file in PUBLISHED.values()}.get(md5_of(path))
-        if original is not None:
-            # It runs as rfdetr's class of its variant says, whatever was set when it was trained.
-            published, arguments = original, {}
-        claimed = resolve_variant(variant) if variant else published.variant if published else None
-        config = _read_config(state_dict, arguments, claimed, published is not None, changes)
-        config.id2label = _read_classes(config.num_labels, arguments, class_names, changes)
-        config.label2id = {name: label for label, name in config.id2label.items()}
-        state_dict, fitted = fit_tables(state_dict, config, config)
-        changes += fitted
-        state_dict = _check_tensors(state_dict, config, changes)
-        config.architectures = [_model_class(state_dict).__name__]
-        config.dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in state_dict.values()})
-
+    state_dict, config, changes, is_published = read_rfdetr_model(
+        path, variant=variant, class_names=class_names, ema=ema, trust_checkpoint=trust_checkpoint
+    )
     with _new_folder(output) as folder:
         config.save_pretrained(folder)
         RfDetrImageProcessor.from_config(config).save_pretrained(folder)
         save_file(_unshared(state_dict), folder / "model.safetensors", {"format": "pt"})
-        card = _model_card(push_to_hub or output.name, path.name, config, changes, original is not None)
+        card = _model_card(push_to_hub or output.name, path.name, config, changes, is_published)
         card.save(folder / "README.md")
     if push_to_hub is not None:
         try:

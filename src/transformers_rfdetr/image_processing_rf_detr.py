@@ -6,6 +6,7 @@ Sizes are (height, width). Boxes are `boxes_cxcywh` in [0, 1] or `boxes_xyxy` in
 """
 
 import base64
+import importlib
 import math
 import numbers
 import operator
@@ -137,6 +138,14 @@ class RfDetrImageProcessor(BaseImageProcessor):
             **overrides: Arguments of the constructor.
         """
         return cls(**{"size": config.resolution, **overrides})
+
+    def push_to_hub(self, repo_id: str, *, with_code: bool = False, **settings: Any) -> Any:
+        """Upload the processor, and its code where asked; see `transformers_rfdetr.model_card.push_to_hub`."""
+        try:
+            model_card = importlib.import_module("transformers_rfdetr.model_card")
+        except ModuleNotFoundError:  # this file came with a model, which transformers pushes as it came
+            return super().push_to_hub(repo_id, **settings)
+        return model_card.push_to_hub(self, repo_id, with_code=with_code, **settings)
 
     def preprocess(
         self,

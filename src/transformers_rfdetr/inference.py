@@ -5,80 +5,25 @@
 """
 
 import copy
+import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
-from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.utils import logging
 
-from .configuration_rf_detr import RfDetrConfig, as_pair, check_resolution, read_size
+from .configuration_rf_detr import RfDetrConfig, as_pair, check_resolution, is_no_class, read_size
 from .image_processing_rf_detr import RfDetrImageProcessor, located, select_detections, valid_size
+from .instances import Instances
 from .loss_rf_detr import MaskFactors, StagePrediction
 from .masks import region_to_rle, upsample_masks
 from .modeling_rf_detr import RfDetrForObjectDetection, RfDetrOutput
 from .modeling_rf_detr_dinov2 import resize_position_table
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class Instances:
-    """What was found in one picture, best first; everything has K entries in the same order.
-
-    Attributes:
-        boxes: (K, 4) float32, `boxes_xyxy` in pixels, inside the picture.
-        scores: (K,) float32 in [0, 1].
-        labels: (K,) int64.
-        names: K names of classes.
-        masks: K COCO RLEs of the picture's size, `counts` as str, which JSON and pycocotools take; None of a detection
-            model.
-        image_size: (height, width) of the picture.
-    """
-
-    boxes: np.ndarray
-    scores: np.ndarray
-    labels: np.ndarray
-    names: list[str]
-    masks: list[dict[str, Any]] | None
-    image_size: tuple[int, int]
-
-    def __len__(self) -> int:
-        return len(self.scores)
-
-    def dense_masks(self) -> np.ndarray:
-        """The masks as bool (K, height, width)."""
-        if not self.masks:
-            return np.zeros((0, *self.image_size), bool)
-        return coco_mask.decode(self.masks).transpose(2, 0, 1).astype(bool)
-
-    def polygons(self) -> list[list[np.ndarray]]:
-        """The outlines of each mask's parts as (V, 2) x, y in pixels, without holes, by supervision."""
-        try:
-            from supervision import mask_to_polygons
-        except ImportError as error:
-            raise ImportError('polygons need supervision: pip install "transformers-rfdetr[vision]"') from error
-        return [mask_to_polygons(coco_mask.decode(mask).astype(bool)) for mask in self.masks or []]
-
-    def crops(self, image: PIL.Image.Image) -> list[PIL.Image.Image]:
-        """Each instance cut out of the picture: RGBA of its mask's extent, transparent around it; 1 x 1 if empty."""
-        if image.size[::-1] != self.image_size:
-            raise ValueError(f"the picture is {image.size[::-1]}, its instances are in one of {self.image_size}")
-        crops = []
-        for mask in self.masks or []:
-            left, top, width, height = (int(side) for side in coco_mask.toBbox(mask))
-            area = (left, top, left + max(width, 1), top + max(height, 1))
-            crop = image.convert("RGB").crop(area)
-            inside = coco_mask.decode(mask)[area[1] : area[3], area[0] : area[2]]
-            crop.putalpha(PIL.Image.fromarray(inside * np.uint8(255)))
-            crops.append(crop)
-        return crops
 
 
 @torch.no_grad()
@@ -88,6 +33,7 @@ def predict(
     images: Any,
     *,
     threshold: float = 0.5,
+    classes: Sequence[str] | None = None,
     top_k: int | None = None,
     batch_size: int = 8,
 ) -> list[Instances]:
@@ -104,8 +50,10 @@ def predict(
     Args:
         model: In evaluation mode while this runs, on any device and in any dtype; or [`compile_for_inference`]'s.
         processor: The model's.
-        images: One picture or a list of them, in any form that the processor takes.
+        images: One picture or a sequence of them, in any form that the processor takes: paths, URLs, PIL pictures,
+            uint8 arrays (H, W, 3), tensors; a column of a `datasets.Dataset` too.
         threshold: A score in [0, 1], to be exceeded.
+        classes: Names of the classes that are looked for; all by default.
         top_k: Number of pairs of query and class that are looked at in a picture; by default the number of queries.
         batch_size: Pictures that go through the model at once.
 
@@ -119,17 +67,34 @@ def predict(
         raise ValueError(f"threshold {threshold} is outside [0, 1]; give a score such as 0.5")
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size} must be at least 1")
-    pictures = images if isinstance(images, list | tuple) else [images]
+    wanted = None if classes is None else labels_of(model.config, classes)
+    pictures = images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
     was_training = model.training
     model.eval()
     try:
         return [
             instances
             for start in range(0, len(pictures), batch_size)
-            for instances in _predict_batch(model, processor, pictures, start, batch_size, threshold, top_k)
+            for instances in _predict_batch(model, processor, pictures, start, batch_size, threshold, wanted, top_k)
         ]
     finally:
         model.train(was_training)
+
+
+def labels_of(config: RfDetrConfig, names: Sequence[str]) -> Tensor:
+    """Names of classes -> all their labels, (L,) int64.
+
+    Raises:
+        ValueError: a name is none of the model's; the message has the nearest ones.
+    """
+    known = [name for name in config.id2label.values() if not is_no_class(name)]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, cutoff=0.4) or known[:10]
+            raise ValueError(
+                f"{name!r} is no class of the model, which has {len(known)}; did you mean {', '.join(near)}?"
+            )
+    return torch.tensor([label for label, name in config.id2label.items() if name in names])
 
 
 def _predict_batch(
@@ -139,6 +104,7 @@ def _predict_batch(
     start: int,
     batch_size: int,
     threshold: float,
+    wanted: Tensor | None,
     top_k: int | None,
 ) -> Iterator[Instances]:
     tensors = []
@@ -152,6 +118,9 @@ def _predict_batch(
     for index, tensor in enumerate(tensors):
         size = (tensor.shape[1], tensor.shape[2])
         found = select_detections(outputs, index, threshold, size, top_k)
+        if wanted is not None:
+            kept = torch.isin(found.labels.cpu(), wanted)
+            found = type(found)(*(part[kept.to(part.device)] for part in found))
         masks = None
         if stage.masks is not None:
             logits = _kept_masks(stage.masks, index, found.queries)

@@ -161,9 +161,14 @@ def _decompress(counts: bytes) -> np.ndarray | None:
     return runs
 
 
+def to_rle(shape: Shape, image_size: tuple[int, int]) -> dict[str, Any]:
+    """A shape in a picture of `image_size` -> one compressed RLE, polygons united, by pycocotools."""
+    return shape if isinstance(shape, dict) else coco_mask.merge(coco_mask.frPyObjects(shape, *image_size))
+
+
 def measure(shape: Shape, image_size: tuple[int, int]) -> tuple[list[float], float]:
     """Box [x, y, width, height] and area of a shape, both in pixels of the picture, by pycocotools."""
-    rle = shape if isinstance(shape, dict) else coco_mask.merge(coco_mask.frPyObjects(shape, *image_size))
+    rle = to_rle(shape, image_size)
     return coco_mask.toBbox(rle).tolist(), float(coco_mask.area(rle))
 
 

@@ -7,8 +7,8 @@ RLE is COCO's. The numbers are those of `pycocotools.cocoeval.COCOeval`, which c
 
 import io
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, redirect_stdout
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,7 +130,7 @@ class InstanceSegmentationEvaluator:
         self.category_names = _read_categories(coco["categories"])
         self._sizes = _read_images(coco["images"])
         self._objects = self._read_objects(coco["annotations"])
-        self._truth_has_masks = any(objects.masks is not None for objects in self._objects.values())
+        self.truth_has_masks = any(objects.masks is not None for objects in self._objects.values())
         self._has_warned = False
         self.reset()
 
@@ -241,6 +241,20 @@ class InstanceSegmentationEvaluator:
         for category, name in self.category_names.items():
             per_class[name]["num_objects"] = counts[category]
         return {**numbers, "per_class": per_class}
+
+    def precision_curves(self) -> dict[str, np.ndarray]:
+        """Precision over recall of each class that has an object, by name: of masks, or of boxes where there are none.
+
+        Returns:
+            (T, R) float64 in [0, 1], COCOeval's: the best precision at COCO's IoU thresholds 0.5, 0.55, ..., 0.95 where
+            at least recall 0, 0.01, ..., 1 is reached, and 0 where it is not. The mean of all is the class's AP.
+        """
+        kind, images_of, curves = "segm" if self._has_masks() else "bbox", self._images_of_categories(), {}
+        for category, name in self.category_names.items():
+            result = self._accumulate(category, images_of[category], kind)
+            if result is not None:
+                curves[name] = result["precision"][:, :, 0, 0, -1].copy()
+        return curves
 
     def mean_iou(self) -> dict[str, Any]:
         """Mean intersection over union, as of semantic segmentation.
@@ -374,7 +388,7 @@ class InstanceSegmentationEvaluator:
         self._detections[image_id] = found
 
     def _has_masks(self) -> bool:
-        return self._truth_has_masks and self._found_masks is not False
+        return self.truth_has_masks and self._found_masks is not False
 
     # Numbers
 
@@ -390,6 +404,13 @@ class InstanceSegmentationEvaluator:
 
     def _evaluate(self, category: int, image_ids: list[int], kind: str) -> tuple[np.ndarray, np.ndarray]:
         """AP (T, A), which is precision averaged over recall, and recall (T, A, L) of a category; -1 for nothing."""
+        result = self._accumulate(category, image_ids, kind)
+        if result is None:
+            return np.full(_CURVE, -1.0), np.full((*_CURVE, len(_LIMITS)), -1.0)
+        return result["precision"][:, :, 0, :, -1].mean(1), result["recall"][:, 0]
+
+    def _accumulate(self, category: int, image_ids: list[int], kind: str) -> dict[str, np.ndarray] | None:
+        """COCOeval's `precision` (T, R, 1, A, L) and `recall` (T, 1, A, L) of a category; None for nothing."""
         images, objects, detections = [], [], []
         for number, image_id in enumerate(image_ids, 1):
             height, width = self._sizes[image_id] or (0, 0)
@@ -397,7 +418,7 @@ class InstanceSegmentationEvaluator:
             objects += [{**one, "image_id": number} for one in self._objects_of(image_id, category, kind)]
             detections += [{**one, "image_id": number} for one in self._detections_of(image_id, category, kind)]
         if all(one["iscrowd"] for one in objects):
-            return np.full(_CURVE, -1.0), np.full((*_CURVE, len(_LIMITS)), -1.0)
+            return None
         with redirect_stdout(io.StringIO()):
             cocos = []
             for annotations in (objects, detections):
@@ -414,8 +435,7 @@ class InstanceSegmentationEvaluator:
             evaluation = self._eval_class(*cocos, kind)
             evaluation.evaluate()
             evaluation.accumulate()
-        # Axes: threshold, (recall,) category, area, limit.
-        return evaluation.eval["precision"][:, :, 0, :, -1].mean(1), evaluation.eval["recall"][:, 0]
+        return evaluation.eval
 
     def _objects_of(self, image_id: int, category: int, kind: str) -> list[dict[str, Any]]:
         """The objects of a category in an image as COCOeval reads them."""
@@ -797,8 +817,38 @@ def evaluate_instance_segmentation(
     Raises:
         ValueError: the model does not know a category of the data set.
     """
-    category_of = category_of_labels(model.config, dataset)
     evaluator = InstanceSegmentationEvaluator(dataset.coco())
+    found_in = detect_in_dataset(
+        model,
+        processor,
+        dataset,
+        batch_size=batch_size,
+        score_threshold=score_threshold,
+        device=device,
+        progress=progress,
+    )
+    with closing(found_in):
+        for sample, found in found_in:
+            evaluator.update(sample["image_id"], **found)
+    return evaluator.compute()
+
+
+def detect_in_dataset(
+    model: Any,
+    processor: Any,
+    dataset: Any,
+    *,
+    batch_size: int = 8,
+    score_threshold: float | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Generator[tuple[dict[str, Any], dict[str, Any]], None, None]:
+    """A data set sample by sample, in its order, each with what a model finds as the evaluator's `update` takes it.
+
+    The arguments are those of [`evaluate_instance_segmentation`]. Until the iterator ends or is closed, the model is in
+    evaluation mode and on `device`.
+    """
+    category_of = category_of_labels(model.config, dataset)
     was_training, was_on = model.training, model.device
     model.eval().to(device or was_on)
     try:
@@ -812,7 +862,6 @@ def evaluate_instance_segmentation(
             sizes = [(image.height, image.width) for image in images]
             found = detect(outputs, sizes, score_threshold=score_threshold, pixel_mask=inputs.get("pixel_mask"))
             for sample, detections in zip(samples, found, strict=True):
-                evaluator.update(sample["image_id"], **with_categories(detections, category_of))
+                yield sample, with_categories(detections, category_of)
     finally:
         model.train(was_training).to(was_on)
-    return evaluator.compute()

@@ -636,6 +636,14 @@ class RfDetrPreTrainedModel(RfDetrCheckpoint):
         """Train DINOv2 again, but for the mask token and blocks after the last tap, which nothing reads."""
         self.backbone[0].encoder["encoder"].set_trainable(True)
 
+    def push_to_hub(self, repo_id: str, *, with_code: bool = False, **settings: Any) -> Any:
+        """Upload the model, and its code where asked; see `transformers_rfdetr.model_card.push_to_hub`."""
+        try:
+            model_card = importlib.import_module("transformers_rfdetr.model_card")
+        except ModuleNotFoundError:  # this file came with a model, which transformers pushes as it came
+            return super().push_to_hub(repo_id, **settings)
+        return model_card.push_to_hub(self, repo_id, with_code=with_code, **settings)
+
 
 class RfDetrModel(RfDetrPreTrainedModel):
     """Backbone and transformer, without the final heads.

@@ -19,18 +19,21 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed
+import transformers
+from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     EvalLoopOutput,
+    HubStrategy,
     IntervalStrategy,
     SaveStrategy,
     SchedulerType,
     TrainOutput,
 )
-from transformers.utils import logging
+from transformers.utils import PushInProgress, logging
 
 from .augmentation import FlipAndCrop
 from .configuration_rf_detr import RfDetrConfig, is_no_class
@@ -45,7 +48,23 @@ from .data import (
 )
 from .data_sources import load_instance_dataset
 from .image_processing_rf_detr import RfDetrImageProcessor
+from .inference import predict
+from .masks import read_segmentation, to_rle
 from .metrics import InstanceSegmentationEvaluator, category_of_labels, detect, with_categories
+from .model_card import (
+    CURVES,
+    GRID,
+    RECIPE,
+    Run,
+    add_code,
+    create_repository,
+    curves_of,
+    draw_curves,
+    draw_grid,
+    is_hub_id,
+    model_card,
+    upload,
+)
 from .optimization import (
     WeightAverage,
     copy_whole,
@@ -55,12 +74,18 @@ from .optimization import (
     training_sizes,
     whole,
 )
+from .visualization import draw_instances
 
 logger = logging.get_logger(__name__)
 
 _STATE_NAME = "rf_detr_state.json"
 _WEIGHTS_NAME = "rf_detr_training_weights.safetensors"
 _RECIPE = FlipAndCrop()
+# Of the output folder what goes to the Hub. Not training_args.bin: it is a pickle, and holds the token.
+_PUSHED = ("config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json", "adapter_*")
+# Arguments that say nothing of the recipe but where it ran.
+_LOCAL = ("output_dir", "logging_dir", "run_name", "project", "local_rank", "resume_from_checkpoint")
+_DRAWN_SCORE = 0.5
 # Terms of the last layer, which are logged beside the loss.
 _TERMS = {"loss_ce", "loss_bbox", "loss_giou", "loss_mask_ce", "loss_mask_dice"}
 _THRESHOLD_NOTE = (
@@ -236,6 +261,8 @@ class RfDetrTrainer(Trainer):
     train_dataset: Any
     eval_dataset: Any
     processing_class: Any
+    hub_model_id: str | None
+    push_in_progress: Any
     optimizer: Any
     lr_scheduler: Any
 
@@ -291,6 +318,7 @@ class RfDetrTrainer(Trainer):
         self._resumed: dict[str, Any] | None = None  # what a checkpoint holds that is not taken up yet
         self._evaluation: _Evaluation | None = None  # the last one, whose ground truth may serve again
         self._per_class: dict[str, Any] = {}
+        self._measured: dict[str, dict[str, Any]] = {}  # of the trained model, by what it was measured on
         super().__init__(
             model,
             args,
@@ -421,6 +449,7 @@ class RfDetrTrainer(Trainer):
             resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
         # Nothing of a run before this one is left; a checkpoint brings its own.
         self._best, self._resumed, self._average = {}, None, None
+        self._measured = {}
         if self.is_world_process_zero():
             self._describe_data()
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -562,6 +591,8 @@ class RfDetrTrainer(Trainer):
         self._evaluation = evaluation = self._evaluation_of(dataloader.dataset)
         output = super().evaluation_loop(dataloader, description, *args)
         results = self._gather(evaluation)
+        if not self.is_in_train:
+            self._measured[self._title(evaluation.dataset, prefix)] = dict(results)
         per_class = results.pop("per_class", {})
         self._per_class = {f"{prefix}_per_class": per_class}
         kind = "segm_AP" if self._has_masks else "bbox_AP"
@@ -679,15 +710,250 @@ class RfDetrTrainer(Trainer):
         if self.args.should_save:
             self._save(output_dir, state_dict=state)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the model card; a score threshold of the evaluation is named in it."""
-        super().create_model_card(*args, **kwargs)
+    # -- the Hub -----------------------------------------------------------------------------------------------------
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        *,
+        with_code: bool = False,
+        **card: Any,
+    ) -> Any:
+        """Save the model and upload it, with processor, model card, pictures and the arguments of the run.
+
+        Checkpoints, `best_...` folders and training_args.bin, which holds the token, stay here.
+
+        Args:
+            commit_message: Of the one commit.
+            blocking: Whether to wait; otherwise a `Future` is returned.
+            token: `hub_token` of the arguments, or the one that `hf auth login` has stored, by default.
+            revision: Branch; `hub_revision` of the arguments by default.
+            private: Whether the repository is created as a private one; `hub_private_repo` by default.
+            with_code: Whether to add the code of this package; see [`add_code`].
+            **card: As of [`create_model_card`](RfDetrTrainer.create_model_card).
+
+        Raises:
+            OSError: the upload failed for good; everything is in the output folder then.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        folder = Path(self.args.output_dir)
+        access: dict[str, Any] = {"token": token or self.args.hub_token, "kept": f"everything is in {folder}"}
+        name = self.hub_model_id or self.args.hub_model_id or folder.absolute().name
+        private = self.args.hub_private_repo if private is None else private
+        self.hub_model_id = create_repository(name, private=private, **access)
+        code = add_code(folder) if with_code else []
+        self.create_model_card(with_code=with_code, **card)
+        self._finish_current_push()
+        files = [*_model_files(folder), *code, *(folder / name for name in ("README.md", RECIPE, CURVES, GRID))]
+        settings = {"revision": revision or self.args.hub_revision, "commit_message": commit_message, **access}
+        files = [path for path in files if path.is_file()]
+        if blocking:
+            return upload(folder, files, self.hub_model_id, **settings)
+        return HfApi().run_as_future(upload, folder, files, self.hub_model_id, **settings)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upload the model of a checkpoint in the background, and all of it where `hub_strategy` says so."""
+        args = self.args
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if is_busy and not args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        checkpoint, folder = Path(checkpoint_folder), Path(args.output_dir)
+        # Copies, because an old checkpoint may be deleted while it is uploaded.
+        files = [Path(shutil.copyfile(path, folder / path.name)) for path in _model_files(checkpoint)]
+        parts = [(folder, files, "")]
+        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            whole_state = [
+                path for path in checkpoint.rglob("*") if path.is_file() and path.name != "training_args.bin"
+            ]
+            last = args.hub_strategy == HubStrategy.CHECKPOINT
+            parts.append((checkpoint, whole_state, "last-checkpoint" if last else checkpoint.name))
+        settings: dict[str, Any] = {
+            "kept": f"everything is in {checkpoint}",
+            "token": args.hub_token,
+            "revision": args.hub_revision,
+            "commit_message": f"Training in progress, update {self.state.global_step}",
+        }
+        jobs = [
+            HfApi().run_as_future(upload, *part, self.hub_model_id, path_in_repo=path_in_repo, **settings)
+            for *part, path_in_repo in parts
+        ]
+        for job in jobs:
+            job.add_done_callback(lambda job: job.exception() and logger.warning(str(job.exception())))
+        if is_busy:
+            self.push_in_progress.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)
+
+    def create_model_card(
+        self,
+        *,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+        license: str | None = None,
+        language: str | None = None,
+        with_code: bool = False,
+        num_pictures: int = 4,
+    ) -> None:
+        """Write README.md, curves, pictures of predictions and the run's arguments to the output folder.
+
+        Args:
+            model_name: The heading; the name of the repository or of the output folder by default.
+            finetuned_from: Hub id of the checkpoint; by default the one that the model was loaded from.
+            dataset: Hub ids or names of the data.
+            dataset_tags: The same.
+            tags: Tags for the Hub, besides those of the task.
+            license: An identifier that the Hub knows.
+            language: As the Hub has it.
+            with_code: Whether the code goes to the Hub too.
+            num_pictures: Pictures of the evaluation data that are shown with ground truth and predictions; 0 keeps
+                them to yourself.
+        """
         if not self.is_world_process_zero():
             return
-        card = Path(self.args.output_dir, "README.md")
-        if self.args.eval_score_threshold and card.is_file():
-            note = _THRESHOLD_NOTE.format(self.args.eval_score_threshold)
-            card.write_text(f"{card.read_text(encoding='utf-8')}\n{note}\n", encoding="utf-8")
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        run = self._describe_run()
+        run.base_model = finetuned_from or run.base_model
+        run.datasets = list(dict.fromkeys([*_as_list(dataset), *_as_list(dataset_tags)]))
+        run.pictures = self._draw_run(folder, num_pictures)
+        settings = {name: value for name, value in self.args.to_dict().items() if name not in _LOCAL}
+        settings = {name: value for name, value in settings.items() if not name.startswith(("hub_", "push_to_hub"))}
+        (folder / RECIPE).write_text(f"{json.dumps(settings, indent=2, sort_keys=True)}\n", encoding="utf-8")
+        text = model_card(
+            self.hub_model_id or folder.absolute().name,
+            self.model.config,
+            has_masks=self._has_masks,
+            run=run,
+            with_code=with_code,
+            title=model_name,
+            tags=[*_as_list(getattr(self.model, "model_tags", None)), *_as_list(tags)],
+            license=license,
+            language=language,
+        )
+        (folder / "README.md").write_text(text, encoding="utf-8")
+
+    def _describe_run(self) -> Run:
+        """What the arguments, the data and the log say."""
+        args, config = self.args, self.model.config
+        known = {"train": self.train_dataset}
+        known |= self.eval_dataset if isinstance(self.eval_dataset, dict) else {"validation": self.eval_dataset}
+        counts = {name: part.dataset.counts() for name, part in known.items() if isinstance(part, PreparedDataset)}
+        base = getattr(config, "_name_or_path", None)
+        return Run(
+            base_model=base if is_hub_id(base) else None,
+            splits={name: (len(known[name]), sum(c.objects for c in of.values())) for name, of in counts.items()},
+            objects={config.id2label[label]: count.objects for label, count in counts.get("train", {}).items()},
+            results=self._results(),
+            recipe=self._recipe(),
+            note=_THRESHOLD_NOTE.format(args.eval_score_threshold) if args.eval_score_threshold else None,
+            is_adapter=hasattr(self.model, "peft_config"),
+        )
+
+    def _recipe(self) -> dict[str, Any]:
+        args, sizes = self.args, [size if size[0] != size[1] else size[0] for size in self._sizes]
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+        if args.lr_scheduler_type == SchedulerType.CONSTANT_WITH_WARMUP:
+            schedule = f"a tenth after {args.lr_drop_epochs:g} epochs"
+        return {
+            "epochs": f"{self.state.epoch or 0:g}",
+            "updates": self.state.global_step,
+            "pictures of an update": batch,
+            "learning rate": f"{args.learning_rate:g}, of DINOv2 {args.learning_rate_encoder:g}",
+            "decay of the rate": f"{args.layer_decay:g} a block of DINOv2, {args.component_decay:g} a component",
+            "schedule": schedule,
+            "weight decay": f"{args.weight_decay:g}",
+            "largest gradient norm": f"{args.max_grad_norm:g}",
+            "average of the weights": f"decay {args.ema_decay:g}, tau {args.ema_tau:g}" if args.ema else "none",
+            "resolution": f"drawn from {', '.join(map(str, sizes))}" if sizes else "the model's",
+            "augmentation": "none" if self.augmentation is None else type(self.augmentation).__name__,
+            "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
+            "seed": args.seed,
+            "versions": f"transformers {transformers.__version__}, torch {torch.__version__}",
+        }
+
+    def _title(self, dataset: Any, prefix: str) -> str:
+        """What a data set is called in the card: the prefix of its numbers, or "validation"."""
+        given = prefix.removeprefix("eval").strip("_")
+        own = not isinstance(self.eval_dataset, dict) and dataset is _raw(self.eval_dataset)
+        return given or ("validation" if own else f"{len(dataset)} other pictures")
+
+    def _results(self) -> dict[str, dict[str, Any]]:
+        """The numbers of the weights that the model has: those of the best evaluation in training, and later ones."""
+        history = self.state.log_history
+        ends = [index for index, entry in enumerate(history) if "train_runtime" in entry]
+        history = history[: ends[-1]] if ends else history
+        key = _best_key(self.args)
+        entries = [entry for entry in history if key in entry]
+        if not entries:
+            return dict(self._measured)
+        sign = 1 if self.args.greater_is_better else -1
+        chosen = entries[-1]
+        if self.args.load_best_model_at_end:
+            chosen = max(entries, key=lambda entry: sign * deciding(self.args, entry)[key])
+        step = chosen["step"]
+        flat = {name: value for entry in history if entry.get("step") == step for name, value in entry.items()}
+        is_base = deciding(self.args, flat)[key] != flat[key]
+        results = {}
+        for name in self.eval_dataset if isinstance(self.eval_dataset, dict) else [""]:
+            prefix = f"eval_{name}_" if name else "eval_"
+            prefix = _base(prefix) if is_base else prefix
+            numbers = {k.removeprefix(prefix): value for k, value in flat.items() if k.startswith(prefix)}
+            kind = "segm_AP" if self._has_masks else "bbox_AP"
+            numbers["per_class"] = {
+                k.removeprefix(f"{kind}/"): {kind: value} for k, value in numbers.items() if k.startswith(f"{kind}/")
+            }
+            is_final = self.args.load_best_model_at_end or step == self.state.global_step
+            results[(name or "validation") + ("" if is_final else f" at update {step}")] = numbers
+        return results | self._measured
+
+    def _draw_run(self, folder: Path, num_pictures: int) -> dict[str, str]:
+        """Write the pictures of the card -> their files and captions."""
+        drawn = {}
+        is_many = isinstance(self.eval_dataset, dict)
+        panels = curves_of(self.state.log_history, f"eval_{next(iter(self.eval_dataset))}_" if is_many else "eval_")
+        if panels:
+            draw_curves(panels).save(folder / CURVES)
+            drawn[CURVES] = "Loss and average precision during training"
+        dataset = _raw(next(iter(self.eval_dataset.values())) if is_many else self.eval_dataset)
+        # Sharded weights would need every process.
+        rows = [] if self.is_fsdp_enabled else self._examples(dataset, num_pictures)
+        if rows:
+            draw_grid(rows, ["ground truth", f"predictions above {_DRAWN_SCORE:g}"]).save(folder / GRID)
+            drawn[GRID] = f"Ground truth, and predictions with a score above {_DRAWN_SCORE:g}"
+        for stale in {CURVES, GRID} - drawn.keys():
+            (folder / stale).unlink(missing_ok=True)
+        return drawn
+
+    def _examples(self, dataset: Any, count: int) -> list[tuple[Any, Any]]:
+        """The first pictures with objects, with ground truth and with predictions drawn over them."""
+        if not isinstance(dataset, InstanceDataset):
+            return []
+        samples: list[dict[str, Any]] = []
+        for index in range(min(len(dataset), 16 * count)):
+            if len(samples) < count:
+                sample = dataset[index]
+                samples += [sample] * bool(sample["annotations"])
+        if not samples:
+            return []
+        images = [sample["image"] for sample in samples]
+        with self._evaluated_weights():
+            found = predict(self.model, self.processing_class, images, threshold=_DRAWN_SCORE)
+        truth = [_draw_truth(sample, self.model.config.id2label, self._has_masks) for sample in samples]
+        return [(drawn, instances.draw(image)) for drawn, instances, image in zip(truth, found, images, strict=True)]
 
     def _determine_best_metric(self, metrics: dict[str, Any], trial: Any) -> bool:
         """Keep the best weights of each kind, and of all."""
@@ -957,3 +1223,26 @@ def replace_folder(source: Path, target: Path) -> None:
         os.replace(target, old)
     os.replace(fresh, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """What `from_pretrained` reads in a folder, not in folders inside it."""
+    return [path for pattern in _PUSHED for path in sorted(folder.glob(pattern))]
+
+
+def _draw_truth(sample: Mapping[str, Any], names: Mapping[int, str], has_masks: bool) -> Any:
+    """The picture of a sample with its objects, crowds left out."""
+    size = (sample["height"], sample["width"])
+    objects = [annotation for annotation in sample["annotations"] if not annotation["iscrowd"]]
+    shapes = [read_segmentation(annotation.get("segmentation"), size) for annotation in objects]
+    labels = [annotation["category_id"] for annotation in objects]
+    masks = boxes = None
+    if has_masks and all(shape is not None for shape in shapes):
+        masks = [to_rle(shape, size) for shape in shapes]
+    else:
+        boxes = [(x, y, x + width, y + height) for x, y, width, height in (one["bbox"] for one in objects)]
+    return draw_instances(sample["image"], masks, boxes, [names[label] for label in labels], color_indices=labels)

@@ -1,14 +1,16 @@
 """Draws instances on a picture. N instances; H W pixels of the picture; boxes_xyxy in its pixels."""
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from pycocotools import mask as coco_mask
 
 from .image_processing_rf_detr import read_rgb
+from .masks import read_segmentation, to_rle
 
 _OPACITY = 0.45  # of a mask
 _DARK = (20, 20, 20)
@@ -27,7 +29,7 @@ def color_of(index: int) -> tuple[int, int, int]:
 
 def draw_instances(
     image: Image.Image,
-    masks: np.ndarray | torch.Tensor | None = None,
+    masks: np.ndarray | torch.Tensor | Sequence[dict[str, Any]] | None = None,
     boxes: np.ndarray | torch.Tensor | Sequence[Sequence[float]] | None = None,
     labels: Sequence[str] | None = None,
     scores: np.ndarray | torch.Tensor | Sequence[float] | None = None,
@@ -52,7 +54,7 @@ def draw_instances(
     Args:
         image: The picture in any mode, with the scale that the image processor gives it; it stays as it is. (H, W) is
             its size with the EXIF rotation applied.
-        masks: (N, H, W) bool.
+        masks: (N, H, W) bool, or N COCO RLEs of that size, of which one at a time is decoded.
         boxes: (N, 4) boxes_xyxy.
         labels: N texts.
         scores: N numbers, written with two digits.
@@ -79,17 +81,18 @@ def draw_instances(
     line = max(1, round(min(pixels.shape[:2]) / 250))
     places: list[Place | None] = [None] * count
     if masks is not None:
-        bitmaps = _to_array(masks)
-        if bitmaps.dtype != bool or bitmaps.shape[1:] != pixels.shape[:2]:
-            raise ValueError(
-                f"masks of {bitmaps.dtype} {bitmaps.shape[1:]} are not bool of the picture's (height, width)"
-                f" {pixels.shape[:2]}; post-process with target_sizes=[(height, width)] and return_binary_maps=True"
-            )
-        places = [_extent(mask) for mask in bitmaps]
-        for place, mask, color in reversed(list(zip(places, bitmaps, colors, strict=True))):
+        shown = masks if isinstance(masks, list) else _to_array(masks)
+        for index in reversed(range(count)):
+            mask = _bitmap(shown[index])
+            if mask.dtype != bool or mask.shape != pixels.shape[:2]:
+                raise ValueError(
+                    f"masks of {mask.dtype} {mask.shape} are not bool of the picture's (height, width)"
+                    f" {pixels.shape[:2]}; post-process with target_sizes=[(height, width)] and return_binary_maps=True"
+                )
+            places[index] = place = _extent(mask)
             if place is not None:
                 region = np.s_[place[1] : place[3], place[0] : place[2]]
-                pixels[region] = _paint(pixels[region], mask[region], color, line)
+                pixels[region] = _paint(pixels[region], mask[region], colors[index], line)
     drawn = Image.fromarray(pixels)
     pen = ImageDraw.Draw(drawn)
     if boxes is not None:
@@ -110,10 +113,57 @@ def draw_instances(
     return drawn
 
 
+def draw_annotations(
+    image: Image.Image, annotations: Sequence[Mapping[str, Any]], id2label: Mapping[int, str], **style: Any
+) -> Image.Image:
+    """Draw the ground truth of a picture: COCO annotations, crowds too, in a colour a class.
+
+    Args:
+        image: The picture, upright.
+        annotations: Each with `category_id` as label, and `segmentation` or `bbox`: x, y, width, height in pixels.
+        id2label: Label -> name.
+        **style: Of [`draw_instances`]: `color_indices`.
+    """
+    size = (image.height, image.width)
+    shapes = [read_segmentation(one.get("segmentation"), size) for one in annotations]
+    labels = [one["category_id"] for one in annotations]
+    style = {"labels": [id2label[label] for label in labels], "color_indices": labels} | style
+    if annotations and all(shape is not None for shape in shapes):
+        return draw_instances(image, [to_rle(shape, size) for shape in shapes], **style)
+    boxes = [(x, y, x + width, y + height) for x, y, width, height in (one["bbox"] for one in annotations)]
+    return draw_instances(image, None, boxes, **style)
+
+
+def side_by_side(pictures: Sequence[Image.Image], titles: Sequence[str] | None = None) -> Image.Image:
+    """Pictures of one height in a row, with a line of text over each: a picture, its ground truth, what was found.
+
+    Args:
+        pictures: At least one.
+        titles: A text for each; none by default.
+    """
+    gap = max(4, round(pictures[0].height / 60))
+    font = ImageFont.load_default(max(10, round(pictures[0].height / 20)))
+    top = sum(font.getmetrics()) + gap if titles else 0
+    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
+    row = Image.new("RGB", (width, top + max(picture.height for picture in pictures)), "white")
+    pen = ImageDraw.Draw(row)
+    left = 0
+    for index, picture in enumerate(pictures):
+        row.paste(picture, (left, top))
+        if titles:
+            pen.text((left, 0), titles[index], fill=_DARK, font=font)
+        left += picture.width + gap
+    return row
+
+
 def _to_array(values: Any) -> np.ndarray:
     if isinstance(values, torch.Tensor):
         values = (values.float() if values.is_floating_point() else values).numpy(force=True)  # numpy has no bfloat16
     return np.asarray(values)
+
+
+def _bitmap(mask: Any) -> np.ndarray:
+    return coco_mask.decode(mask).astype(bool) if isinstance(mask, dict) else np.asarray(mask)
 
 
 def _extent(mask: np.ndarray) -> Place | None:

@@ -2,13 +2,22 @@
 
 import typer
 
-from . import convert, export
+from . import benchmark, check_dataset, convert, evaluate, export, info, predict, train
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     help="RF-DETR instance segmentation and detection for Hugging Face transformers.",
 )
+app.command(epilog=predict.EXAMPLE)(predict.predict)
+app.command(epilog=train.EXAMPLE)(train.train)
+app.command(epilog=evaluate.EXAMPLE)(evaluate.evaluate)
+app.command(epilog=check_dataset.EXAMPLE)(check_dataset.check_dataset)
+app.command(epilog=info.EXAMPLE)(info.info)
+app.command(epilog=benchmark.EXAMPLE)(benchmark.benchmark)
+app.command(epilog=export.EXAMPLE)(export.export)
 app.command(epilog=convert.TO_HF_EXAMPLE)(convert.convert)
 app.command(epilog=convert.TO_RFDETR_EXAMPLE)(convert.convert_back)
-app.command(epilog=export.EXAMPLE)(export.export)
+
+if __name__ == "__main__":
+    app()

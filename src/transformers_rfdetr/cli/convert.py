@@ -8,6 +8,7 @@ import typer
 from ..configuration_rf_detr import is_no_class
 from ..conversion import Conversion, convert_to_rfdetr, convert_to_transformers, format_changes
 from .errors import one_line_errors
+from .options import read_names
 
 TO_HF_EXAMPLE = """examples:
 
@@ -40,7 +41,7 @@ def convert(
         source,
         output,
         variant=variant,
-        class_names=None if class_names is None else _names(class_names),
+        class_names=None if class_names is None else read_names(class_names),
         ema=ema,
         trust_checkpoint=trust_checkpoint,
         push_to_hub=push_to_hub,
@@ -60,22 +61,6 @@ def convert_back(
     conversion = convert_to_rfdetr(source, output)
     _report(conversion)
     typer.echo(f'Load it with rfdetr.RFDETR.from_checkpoint("{output}").')
-
-
-def _names(given: str) -> list[str]:
-    path = Path(given)
-    if path.is_file():
-        try:
-            names = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--class-names {path} is no text in UTF-8: {error}") from error
-    elif path.suffix == ".txt" or path.name != given:
-        raise ValueError(f"--class-names {given} is no file; give one with a name a line, or 'cat,dog,...'")
-    else:
-        names = given.split(",")
-    if "" in (stripped := [name.strip() for name in names]) or not stripped:
-        raise ValueError(f"--class-names {given} has a name that is empty, at label {[*stripped, ''].index('')}")
-    return stripped
 
 
 def _report(conversion: Conversion) -> None:

@@ -28,6 +28,7 @@ from .. import (
 from ..demo_data import draw_scene
 from ..masks import rasterize, read_segmentation
 from ..visualization import draw_instances
+from .evaluate import format_numbers
 
 _SIZE = 96
 _VALIDATION_SEED = 1_000_000  # the first one; training pictures are drawn from 0 on
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = AutoModelForInstanceSegmentation.from_pretrained(saved)
     processor = RfDetrImageProcessor.from_pretrained(saved)
     numbers = evaluate_instance_segmentation(model, processor, data["validation"])
-    print(_table(numbers))
+    print(format_numbers(numbers))
     picture = options.output / "predictions.png"
     _draw_predictions(model, processor, data["validation"]).save(picture)
     (options.output / "metrics.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
@@ -181,16 +182,6 @@ def _recipe(folder: Path, steps: int, seed: int, num_pictures: int) -> RfDetrTra
         seed=seed,
         **FROM_SCRATCH,
     )
-
-
-def _table(numbers: dict[str, Any]) -> str:
-    """The numbers of COCO for masks and boxes."""
-    names = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100"]
-    lines = [f"{'':<8}" + "".join(f"{name:>10}" for name in names)]
-    for kind, title in (("segm", "mask"), ("bbox", "box")):
-        values = [numbers[f"{kind}_{name}"] for name in names]
-        lines.append(f"{title:<8}" + "".join(f"{'-' if value < 0 else f'{value:.3f}':>10}" for value in values))
-    return "\n".join([*lines, f"mean IoU (score > 0.5): {numbers['mean_iou']:.3f}"])
 
 
 def _draw_predictions(

@@ -4,21 +4,15 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from transformers import AutoModelForInstanceSegmentation
+from pycocotools import mask as coco_mask
 
-# From its module: the top level of transformers 5.4 to 5.17 refuses the name where torchvision is missing.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
-from .. import RfDetrConfig, RfDetrForInstanceSegmentation, RfDetrImageProcessor, resolve_variant
+from .. import RfDetrConfig, RfDetrForInstanceSegmentation, RfDetrImageProcessor, load, predict
 from ..demo_data import CATEGORIES, draw_scene
-from ..image_processing_rf_detr import read_rgb
-from ..visualization import draw_instances
+from ..image_processing_rf_detr import located, read_rgb
 
 _RANDOM_TOP_K = 3
 
@@ -77,35 +71,24 @@ def _predict(source: str | None, model_name: str | None, threshold: float | None
         print("The weights are RANDOM: the masks below mean nothing. Give a trained checkpoint with --model.")
         with tempfile.TemporaryDirectory() as folder:
             _save_random_checkpoint(folder)
-            model, processor = _load(folder)
+            model, processor = load(folder)
     else:
-        model, processor = _load(model_name)
+        with located("--model"):
+            model, processor = load(model_name)
 
-    with torch.no_grad():
-        outputs = model(**processor(image, return_tensors="pt"))
-    result = processor.post_process_instance_segmentation(
-        outputs,
-        threshold,
-        target_sizes=[image.size[::-1]],
-        return_binary_maps=True,
-        top_k=None if model_name else _RANDOM_TOP_K,
-    )[0]
-    segments = result["segments_info"]
-    labels = [model.config.id2label[segment["label_id"]] for segment in segments]
-    scores = [segment["score"] for segment in segments]
-    boxes = [segment["box"] for segment in segments]
+    top_k = None if model_name else _RANDOM_TOP_K
+    [found] = predict(model, processor, image, threshold=threshold, top_k=top_k)
     output.parent.mkdir(parents=True, exist_ok=True)
-    draw_instances(image, result["segmentation"], boxes, labels, scores).save(output)
+    found.draw(image, color_by="instance").save(output)
 
     size = f"{image.width} x {image.height}"
-    print(
-        f"{len(segments) or 'No'} instances score above {threshold:g} in {source or 'a drawn picture'} ({size} pixels)"
-    )
-    if segments:
+    print(f"{len(found) or 'No'} instances score above {threshold:g} in {source or 'a drawn picture'} ({size} pixels)")
+    if len(found):
         print(f"{'id':>3}  {'label':<16} {'score':>6}  {'box x0 y0 x1 y1':^23}  {'area':>8}")
-    for segment, label in zip(segments, labels, strict=True):
-        box = " ".join(f"{side:5.0f}" for side in segment["box"])
-        print(f"{segment['id']:>3}  {label:<16} {segment['score']:>6.3f}  {box}  {segment['area']:>8}")
+    areas = coco_mask.area(found.masks) if found.masks else (found.boxes[:, 2:] - found.boxes[:, :2]).prod(1)
+    for index, (name, score, box, area) in enumerate(zip(found.names, found.scores, found.boxes, areas, strict=True)):
+        sides = " ".join(f"{side:5.0f}" for side in box)
+        print(f"{index:>3}  {name:<16} {score:>6.3f}  {sides}  {area:>8.0f}")
     print(f"The overlay is in {output}")
 
 
@@ -133,28 +116,6 @@ def _save_random_checkpoint(folder: str) -> None:
         torch.manual_seed(0)
         RfDetrForInstanceSegmentation(config).save_pretrained(folder)
     RfDetrImageProcessor.from_config(config).save_pretrained(folder)
-
-
-def _load(name: str) -> tuple[RfDetrForInstanceSegmentation, RfDetrImageProcessor]:
-    folder = Path(name)
-    if "/" not in name and not folder.is_dir():
-        with suppress(ValueError):
-            name = f"Roboflow/{resolve_variant(name)}"
-    try:
-        model, report = AutoModelForInstanceSegmentation.from_pretrained(name, output_loading_info=True)
-        if folder.is_dir() and not (folder / "preprocessor_config.json").is_file():
-            print(f"{name} has no preprocessor_config.json: pictures are prepared as its config.json asks for.")
-            processor = RfDetrImageProcessor.from_config(model.config)
-        else:
-            processor = AutoImageProcessor.from_pretrained(name)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"--model {name} cannot be loaded; give a folder or a Hub id. {error}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(
-            f"--model {name} lacks {len(missing)} weights of a segmentation model ({', '.join(missing[:3])}, ...);"
-            " give a checkpoint of one, such as rf-detr-seg-medium"
-        )
-    return model, processor
 
 
 if __name__ == "__main__":

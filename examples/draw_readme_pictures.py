@@ -1,0 +1,58 @@
+"""The pictures of the README, from drawn data and the model of `make demo`:
+
+make demo && python examples/draw_readme_pictures.py demo/model docs
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from transformers_rfdetr import load, predict, predict_tiled
+from transformers_rfdetr.demo_data import draw_scene
+from transformers_rfdetr.video import VideoWriter, predict_video
+from transformers_rfdetr.visualization import draw_annotations, side_by_side
+
+_SEED = 2_000_000  # of pictures that the model was not trained on
+_THRESHOLD = 0.3
+_SIDE = 288  # of a picture of 48 metres, as the model knows them
+
+
+def main(model_folder: str, output: str) -> None:
+    """Draw them into a folder."""
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    model, processor = load(model_folder)
+
+    picture, annotations = draw_scene(_SEED, (_SIDE, _SIDE), metres_per_pixel=48 / _SIDE)
+    [found] = predict(model, processor, picture, threshold=_THRESHOLD)
+    found.draw(picture).save(folder / "picture.png")
+    labelled = [{**annotation, "category_id": 0} for annotation in annotations]
+    truth = draw_annotations(picture, labelled, model.config.id2label)
+    side_by_side([truth, found.draw(picture)], ["truth", "found"]).save(folder / "comparison.png")
+
+    town, _ = draw_scene(_SEED + 1, (384, 512), metres_per_pixel=0.5)
+    predict_tiled(model, processor, town, threshold=_THRESHOLD).draw(town, color_by="instance").save(
+        folder / "tiles.png"
+    )
+
+    street, _ = draw_scene(_SEED + 2, (_SIDE, 2 * _SIDE), metres_per_pixel=48 / _SIDE)
+    with tempfile.TemporaryDirectory() as temporary:
+        flight = Path(temporary) / "flight.mp4"
+        with VideoWriter(flight, 10, (_SIDE, _SIDE)) as video:
+            for step in range(30):
+                video.write(street.crop((8 * step, 0, 8 * step + _SIDE, _SIDE)), step / 10)
+        frames = []
+        predict_video(
+            model,
+            processor,
+            flight,
+            Path(temporary) / "found.mp4",
+            threshold=_THRESHOLD,
+            track=True,
+            on_frame=lambda frame, found, drawn: frames.append(drawn),
+        )
+        frames[20].save(folder / "video.png")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

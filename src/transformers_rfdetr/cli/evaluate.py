@@ -1,0 +1,119 @@
+"""`transformers-rfdetr evaluate`: COCO's numbers of a model on a data set."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..data_sources import load_instance_dataset
+from ..loading import load
+from ..metrics import evaluate_instance_segmentation
+from ..report import analyse, save_report
+from .errors import one_line_errors
+from .options import read_dtype
+
+EXAMPLE = """examples:
+
+transformers-rfdetr evaluate rf-detr-seg-medium coco/ --device cuda --batch-size 32
+
+transformers-rfdetr evaluate runs/buildings/model buildings/ --split test --per-class --report report
+"""
+_NUMBERS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100")
+_KINDS = {"segm": "mask", "bbox": "box"}
+_OF_A_CLASS = {"segm_AP": "mask AP", "segm_AP50": "mask AP50", "iou": "mask IoU", "bbox_AP": "box AP"}
+
+
+@one_line_errors
+def evaluate(
+    model: Annotated[str, typer.Argument(help="a folder, a Hub id, or a published name such as rf-detr-seg-medium")],
+    data: Annotated[str, typer.Argument(help="a folder, a COCO JSON, a data.yaml of YOLO, or a data set on the Hub")],
+    split: Annotated[str, typer.Option(help="of the data; a single JSON is the split train")] = "validation",
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="write all numbers there, as JSON")] = None,
+    per_class: Annotated[bool, typer.Option("--per-class", help="print a line for each class too")] = False,
+    batch_size: Annotated[int, typer.Option(help="pictures at a time; no number depends on it")] = 8,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
+    threshold: Annotated[
+        float | None, typer.Option(help="score that a detection must exceed; COCO's numbers have none")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="write a page of curves, tables and the worst pictures there")
+    ] = None,
+) -> None:
+    """Evaluate a model as COCO does: AP and AR of masks and boxes, and mean IoU."""
+    if batch_size < 1:
+        raise ValueError(f"--batch-size {batch_size} must be at least 1")
+    if threshold is not None and not 0 <= threshold < 1:
+        raise ValueError(f"--threshold {threshold} is outside [0, 1); give a score such as 0.5, or leave it out")
+    if output is not None:  # what forbids to write is better known now
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.is_dir():
+            raise ValueError(f"--output {output} is a folder; give a file such as {output / 'metrics.json'}")
+    if report is not None:
+        report.mkdir(parents=True, exist_ok=True)
+    splits = load_instance_dataset(data)
+    if split not in splits:
+        raise ValueError(f"--split {split} is not in {data}, which has {', '.join(splits)}; give one of these")
+    dataset = splits[split]
+    loaded, processor = load(model, device=device, dtype=read_dtype(dtype))
+    settings: dict[str, Any] = {"batch_size": batch_size, "score_threshold": threshold}
+    if report is None:
+        numbers = evaluate_instance_segmentation(loaded, processor, dataset, **settings)
+    else:
+        analysis = analyse(loaded, processor, dataset, **settings)
+        numbers = analysis.metrics
+    typer.echo(f"{model} on {split} of {data}, {len(dataset)} pictures")
+    typer.echo(format_numbers(numbers))
+    if per_class:
+        typer.echo(format_classes(numbers["per_class"]))
+    if report is not None:
+        page = save_report(report, analysis, dataset, training=_run_of(model), title=f"{model} on {split} of {data}")
+        typer.echo(f"the report is {page}")
+    if output is not None:
+        facts = {"model": model, "data": data, "split": split, "num_pictures": len(dataset), "threshold": threshold}
+        output.write_text(json.dumps(facts | numbers, indent=1), encoding="utf-8")
+
+
+def _run_of(model: str) -> Path | None:
+    """The output folder of the training that left a model, if it is one in it."""
+    for folder in (Path(model), Path(model).parent):
+        if any(folder.glob("checkpoint-*/trainer_state.json")):
+            return folder
+    return None
+
+
+def format_numbers(numbers: Mapping[str, Any]) -> str:
+    """The numbers of an evaluation, as [`evaluate_instance_segmentation`] returns them, as a table for people.
+
+    A line each for masks, which a detection model does not have, and boxes, then the mean IoU; "-" stands where the
+    ground truth has nothing to find.
+    """
+    kinds = [kind for kind in _KINDS if f"{kind}_AP" in numbers]
+    rows = [[_KINDS[kind], *(_show(numbers[f"{kind}_{name}"]) for name in _NUMBERS)] for kind in kinds]
+    lines = _table([["", *_NUMBERS], *rows])
+    if "mean_iou" in numbers:
+        lines.append(f"mean IoU (score > 0.5): {_show(numbers['mean_iou'])}")
+    return "\n".join(lines)
+
+
+def format_classes(per_class: Mapping[str, Mapping[str, Any]]) -> str:
+    """The numbers of each class, as a table for people."""
+    columns = [name for name in _OF_A_CLASS if any(name in of_class for of_class in per_class.values())]
+    rows = [["class", "objects", *(_OF_A_CLASS[name] for name in columns)]]
+    for label, of_class in per_class.items():
+        rows.append([label, str(of_class["num_objects"]), *(_show(of_class.get(name, -1.0)) for name in columns)])
+    return "\n".join(_table(rows))
+
+
+def _show(value: float) -> str:
+    return "-" if value < 0 else f"{value:.3f}"
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(cells)).rstrip()
+        for cells in (list(zip(row, widths, strict=True)) for row in rows)
+    ]

@@ -1,0 +1,52 @@
+"""What several commands read from their arguments."""
+
+import re
+from pathlib import Path
+
+import torch
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def read_dtype(name: str) -> torch.dtype:
+    """ "float32", "float16" or "bfloat16".
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if name not in _DTYPES:
+        raise ValueError(f"--dtype {name} is none of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def read_size(option: str, text: str) -> int | tuple[int, int]:
+    """ "432" -> 432; "432x576" -> (432, 576), height and width.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not re.fullmatch(r"\d+(x\d+)?", text):
+        raise ValueError(f"{option} {text} is no number of pixels; give a side such as 432, or HxW such as 432x576")
+    height, _, width = text.partition("x")
+    return (int(height), int(width)) if width else int(height)
+
+
+def read_names(given: str) -> list[str]:
+    """ "cat,dog" or a text file with a name a line -> the names.
+
+    Raises:
+        ValueError: there is no such file, it is no text, or a name is empty.
+    """
+    path = Path(given)
+    if path.is_file():
+        try:
+            names = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--class-names {path} is no text in UTF-8: {error}") from error
+    elif path.suffix == ".txt" or path.name != given:
+        raise ValueError(f"--class-names {given} is no file; give one with a name a line, or 'cat,dog,...'")
+    else:
+        names = given.split(",")
+    if "" in (stripped := [name.strip() for name in names]) or not stripped:
+        raise ValueError(f"--class-names {given} has a name that is empty, at label {[*stripped, ''].index('')}")
+    return stripped

@@ -1,0 +1,322 @@
+"""`transformers-rfdetr predict` on pictures: bad files, restarts, shards, data sets, URLs, and what it writes."""
+
+import http.server
+import json
+import sys
+import threading
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from click.testing import Result
+from PIL import Image
+from pycocotools.coco import COCO
+from typer.testing import CliRunner
+
+from transformers_rfdetr import RfDetrImageProcessor, bulk_prediction, load, predict
+from transformers_rfdetr.cli import predict as command
+from transformers_rfdetr.instances import Instances
+
+from small_models import small_model
+
+NUM_GOOD = 193
+BAD = {
+    "empty.jpg": b"",
+    "text.png": b"no picture at all",
+    "cut.jpg": None,  # the first half of one
+    "notes.txt": b"a list of things",
+    "zeros.png": bytes(100),
+    "deep/page.html": b"<html></html>",
+    "deep/half.png": None,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    model = small_model(id2label={0: "cat", 1: "a/b", 2: "dog", 3: "dogs"})
+    model.config.category_ids = [10, 20, 30, 40]
+    model.save_pretrained(folder)
+    RfDetrImageProcessor.from_config(model.config).save_pretrained(folder)
+    return folder
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (20 + seed % 5, 30, 3), np.uint8))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two hundred files, of which seven are no pictures."""
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "deep").mkdir()
+    for seed in range(NUM_GOOD):
+        picture(seed).save(folder / ("deep" if seed % 10 == 0 else ".") / f"{seed:03d}.{'jpg' if seed % 2 else 'png'}")
+    for name, content in BAD.items():
+        whole = (folder / ("001.jpg" if name.endswith("jpg") else "deep/000.png")).read_bytes()
+        (folder / name).write_bytes(whole[: len(whole) // 2] if content is None else content)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("few")
+    for seed in range(7):
+        picture(seed).save(folder / f"{seed}.png")
+    return folder
+
+
+def run(*arguments: object) -> Result:
+    app = typer.Typer()
+    app.command()(command.predict)
+    return CliRunner().invoke(app, ["--device", "cpu", "--threshold", "0.02", *map(str, arguments)])
+
+
+def records(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def first_run(model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    output = tmp_path_factory.mktemp("found") / "out"
+    return output, run(model, photos, "-o", output)
+
+
+def test_bad_files_are_named_the_rest_is_done_and_the_code_is_1(first_run: tuple[Path, Result]):
+    output, done = first_run
+    assert done.exit_code == 1, done.output
+    assert f"in {NUM_GOOD} pictures" in done.output
+    assert "7 pictures could not be read" in done.output
+    for name in BAD:
+        assert name in done.output
+    assert sum("error" in record for record in records(output)) == len(BAD)
+    assert len(list((output / "pictures").rglob("*.*"))) == NUM_GOOD
+
+
+def test_what_is_written_is_what_predict_finds(first_run: tuple[Path, Result], model: Path, photos: Path):
+    output, _ = first_run
+    loaded, processor = load(str(model))
+    good = [record for record in records(output) if "error" not in record]
+    assert [record["image"] for record in good] == sorted(record["image"] for record in good)
+    for record in good[:: len(good) // 6]:
+        [expected] = predict(loaded, processor, record["image"], threshold=0.02)
+        found = Instances.from_dict(record)
+        assert found.names == expected.names
+        np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
+        np.testing.assert_allclose(found.boxes, expected.boxes, atol=1e-3)
+        drawn = Image.open(output / "pictures" / Path(record["image"]).relative_to(photos))
+        assert drawn.size == Image.open(record["image"]).size
+
+
+def test_pycocotools_reads_the_coco_file(first_run: tuple[Path, Result], photos: Path):
+    output, _ = first_run
+    coco = COCO(output / "predictions.coco.json")
+    found = {record["image"]: record for record in records(output) if "error" not in record}
+    assert len(coco.imgs) == NUM_GOOD
+    assert {category["id"]: category["name"] for category in coco.cats.values()} == {
+        10: "cat",
+        20: "a/b",
+        30: "dog",
+        40: "dogs",
+    }
+    for image in coco.imgs.values():
+        one = found[image["file_name"]]
+        assert [image["height"], image["width"]] == one["image_size"]
+        annotations = coco.imgToAnns[image["id"]]
+        assert [coco.cats[item["category_id"]]["name"] for item in annotations] == [i["name"] for i in one["instances"]]
+        assert all(coco.annToMask(item).sum() == item["area"] for item in annotations)
+    assert len(coco.loadRes(coco.dataset["annotations"]).anns) == len(coco.anns) > NUM_GOOD
+
+
+def test_the_same_command_again_does_only_what_could_not_be_read(
+    first_run: tuple[Path, Result], model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+):
+    output, _ = first_run
+    before = {name: (output / name).read_bytes() for name in ("predictions.jsonl", "predictions.coco.json")}
+    monkeypatch.setattr(bulk_prediction, "predict", lambda _, __, images, **___: images and pytest.fail("again"))
+    again = run(model, photos, "-o", output)
+    assert again.exit_code == 1
+    assert f"0 instances in 0 pictures, {NUM_GOOD} done before" in again.output
+    for name, content in before.items():
+        assert (output / name).read_bytes() == content
+
+
+def test_another_threshold_is_refused_in_the_same_folder(first_run: tuple[Path, Result], model: Path, photos: Path):
+    output, _ = first_run
+    done = run(model, photos, "-o", output, "--threshold", "0.4")
+    assert done.exit_code == 2
+    assert "threshold 0.02 instead of 0.4" in done.output
+
+
+def test_strict_stops_at_the_first(model: Path, photos: Path, tmp_path: Path):
+    done = run(model, photos / "deep", "-o", tmp_path, "--strict", "--batch-size", "4")
+    assert done.exit_code == 1
+    assert "half.png" in done.output
+    assert "page.html" not in done.output
+    assert not (tmp_path / "predictions.jsonl").exists()
+
+
+def test_a_folder_with_other_files_is_no_output(model: Path, few: Path):
+    done = run(model, few, "-o", few)
+    assert done.exit_code == 2
+    assert "holds other files, and no predictions" in done.output
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("whole") / "out"
+    assert run(model, few, "-o", output, "--batch-size", "1").exit_code == 0
+    return output
+
+
+def test_a_run_that_was_killed_goes_on_from_its_last_whole_line(model: Path, few: Path, whole: Path, tmp_path: Path):
+    written = (whole / "predictions.jsonl").read_bytes()
+    settings = (whole / "settings.json").read_bytes()
+    for number, cut in enumerate((0, 1, len(written) // 2, len(written) - 1, len(written))):
+        output = tmp_path / str(number)
+        (output / "parts").mkdir(parents=True)
+        (output / "settings.json").write_bytes(settings)
+        (output / "parts" / "0-of-1.jsonl").write_bytes(written[:cut])
+        done = run(model, few, "-o", output, "--batch-size", "1")
+        assert done.exit_code == 0, done.output
+        num_done = written[:cut].count(b"\n")
+        assert f"in {7 - num_done} pictures" in done.output
+        assert (output / "predictions.jsonl").read_bytes() == written
+        assert (output / "predictions.coco.json").read_bytes() == (whole / "predictions.coco.json").read_bytes()
+        assert not list((output / "parts").iterdir())
+
+
+def test_processes_take_their_shares_and_the_last_one_writes_the_results(
+    model: Path, few: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank, count in ((1, 2), (0, 3), (2, 2)):
+        assert not (tmp_path / "predictions.jsonl").exists()
+        monkeypatch.setenv("RANK", str(rank))
+        done = run(model, few, "-o", tmp_path, "--batch-size", "1")
+        assert f"in {count} pictures (process {rank} of 3)" in done.output
+    assert (tmp_path / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
+    assert (tmp_path / "predictions.coco.json").read_bytes() == (whole / "predictions.coco.json").read_bytes()
+    monkeypatch.setenv("WORLD_SIZE", "2")  # other machines, and all is done
+    monkeypatch.setenv("RANK", "1")
+    assert "0 pictures, 3 done before" in run(model, few, "-o", tmp_path).output
+
+
+def test_cut_outs_are_written_under_names_that_are_safe(model: Path, few: Path, whole: Path, tmp_path: Path):
+    assert run(model, few / "3.png", "-o", tmp_path, "--save-crops", "--no-pictures").exit_code == 0
+    [record] = records(tmp_path)
+    crops = sorted((tmp_path / "crops").iterdir())
+    assert [crop.name for crop in crops] == [
+        f"3.png-{index:03d}-{one['name'].replace('/', '_')}.png" for index, one in enumerate(record["instances"])
+    ]
+    assert Image.open(crops[0]).mode == "RGBA"
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_patterns_and_equal_names_are_kept_apart(model: Path, few: Path, tmp_path: Path):
+    (tmp_path / "other").mkdir()
+    picture(50).save(tmp_path / "other" / "3.png")
+    output = tmp_path / "out"
+    done = run(model, few / "[23].png", tmp_path / "other" / "3.png", few / "3.png", "-o", output)
+    assert done.exit_code == 0
+    assert sorted(path.name for path in (output / "pictures").iterdir()) == ["2.png", "3-2.png", "3.png"]
+
+
+def test_classes_are_looked_for_by_name(model: Path, few: Path, whole: Path, tmp_path: Path):
+    assert run(model, few, "-o", tmp_path, "--classes", "dogs, cat").exit_code == 0
+    assert sum(len(one["instances"]) for one in records(tmp_path)) > 3
+    for some, every in zip(records(tmp_path), records(whole), strict=True):
+        expected = [one["name"] for one in every["instances"] if one["name"] in ("dogs", "cat")]
+        assert [one["name"] for one in some["instances"]] == expected
+    done = run(model, few, "-o", tmp_path / "other", "--classes", "dgo")
+    assert done.exit_code == 2
+    assert "'dgo' is no class of the model, which has 4; did you mean dog" in done.output
+
+
+def test_a_data_set_is_predicted_by_its_column_of_pictures(model: Path, few: Path, whole: Path, tmp_path: Path):
+    datasets = pytest.importorskip("datasets")
+    rows = {"photo": [str(few / f"{seed}.png") for seed in range(7)], "number": list(range(7))}
+    features = datasets.Features({"photo": datasets.Image(), "number": datasets.Value("int64")})
+    (tmp_path / "rows" / "data").mkdir(parents=True)
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "rows" / "data" / "test-00000.parquet")
+    done = run(model, "--dataset", tmp_path / "rows", "-o", tmp_path / "out", "--batch-size", "1")
+    assert done.exit_code == 0, done.output
+    assert [one["instances"] for one in records(tmp_path / "out")] == [one["instances"] for one in records(whole)]
+    assert len(list((tmp_path / "out" / "pictures").glob("*.jpg"))) == 7
+
+
+@pytest.fixture
+def server(few: Path) -> Iterator[str]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            path = few / self.path.partition("?")[0].strip("/")
+            if not path.is_file():
+                path = few / f"{path.name}.png"
+            self.send_response(200 if path.is_file() else 404)
+            self.send_header("Content-Type", "image/png")
+            self.end_headers()
+            if path.is_file():
+                self.wfile.write(path.read_bytes())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http_server:
+        threading.Thread(target=http_server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http_server.server_port}"
+        http_server.shutdown()
+
+
+def test_pictures_come_from_urls_with_and_without_an_ending(model: Path, whole: Path, server: str, tmp_path: Path):
+    addresses = [f"{server}/0.png?size=large", f"{server}/1", f"{server}/missing.png"]
+    done = run(model, *addresses, "-o", tmp_path, "--batch-size", "1")
+    assert done.exit_code == 1, done.output
+    assert "missing.png cannot be opened as an image: HTTP Error 404" in done.output
+    good = [one["instances"] for one in records(tmp_path) if "error" not in one]
+    assert good == [one["instances"] for one in records(whole)[:2]]
+
+
+WRONG = {
+    "no source": ([], "give either sources"),
+    "missing": (["missing.png"], "missing.png is no file, folder, pattern"),
+    "threshold": (["{few}", "--threshold", "2"], "threshold 2.0 is outside"),
+    "dtype": (["{few}", "--dtype", "int8"], "--dtype int8 is none of"),
+    "device": (["{few}", "--device", "cuda:9"], "device cuda:9 cannot be had"),
+    "tile": (["{few}", "--tile", "wide"], "--tile wide is no number of pixels"),
+    "display": (["{few}", "--show"], "--show needs a display"),
+    "color": (["{few}", "--color-by", "size"], "color_by 'size' is neither"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments_end_with_one_line_and_code_2(
+    case: str, model: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    arguments, message = WRONG[case]
+    done = run(model, *(argument.format(few=few) for argument in arguments), "-o", tmp_path / "out")
+    assert done.exit_code == 2, done.output
+    assert message in done.output
+
+
+def test_a_window_shows_each_picture_until_q_is_pressed(
+    model: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With a stand-in for OpenCV: there is no display here."""
+    shown = []
+    keys = iter([-1, -1, ord("q")])
+    stand_in = types.ModuleType("cv2")
+    stand_in.imshow = lambda _, pixels: shown.append(pixels.shape)
+    stand_in.waitKey = lambda _: next(keys)
+    monkeypatch.setitem(sys.modules, "cv2", stand_in)
+    monkeypatch.setenv("DISPLAY", ":0")
+    done = run(model, few, "-o", tmp_path, "--show", "--batch-size", "2")
+    assert done.exit_code == 130
+    assert "the same command goes on from there" in done.output
+    assert shown == [(20, 30, 3), (21, 30, 3), (22, 30, 3)]
+    monkeypatch.delenv("DISPLAY")
+    assert "in 4 pictures, 3 done before" in run(model, few, "-o", tmp_path).output
