@@ -295,15 +295,19 @@ def test_a_file_that_holds_no_settings_is_refused(text, message, tmp_path):
 
 def test_evaluation_prints_and_writes_the_numbers_of_the_metric(finished, data, tmp_path):
     folder, output = finished.output / "model", tmp_path / "new" / "metrics.json"
-    result = run("evaluate", folder, data, "--per-class", "--output", output, "--batch-size", 2, "--device", "cpu")
+    command = ["evaluate", folder, data, "--per-class", "--batch-size", 2, "--device", "cpu"]
+    result = run(*command, "--output", output, "--report", tmp_path / "report")
     assert result.exit_code == 0, result.output
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert ">Worst pictures<" in page
+    assert ">Training<" in page  # of the run that the model lies in
     dataset = load_instance_dataset(data)["validation"]
     expected = evaluate_instance_segmentation(*load(str(folder)), dataset)
     facts = {"model": str(folder), "data": str(data), "split": "validation", "num_pictures": 3, "threshold": None}
     assert json.loads(output.read_text()) == facts | expected
     assert evaluate.format_numbers(expected) in result.output
     objects = expected["per_class"]["building"]["num_objects"]
-    assert result.stdout.splitlines()[-1].split()[:2] == ["building", str(objects)]
+    assert ["building", str(objects)] in [line.split()[:2] for line in result.stdout.splitlines()]
     assert "--split test is not in" in refusal("evaluate", folder, data, "--split", "test")
 
 

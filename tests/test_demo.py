@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from pycocotools.coco import COCO
 
 from transformers_rfdetr import RfDetrConfig, RfDetrForObjectDetection, RfDetrImageProcessor
@@ -178,6 +178,21 @@ def test_plates_stay_inside_the_picture_and_off_each_other():
     for index in range(3):
         plate = (written == color_of(index)).all(-1) & (bare != color_of(index)).any(-1)
         assert plate.sum() > 100
+
+
+def test_in_a_crowd_plates_that_would_hide_something_are_left_out():
+    picture = Image.new("RGB", (640, 480), (90, 90, 90))
+    small = [[20 + 60 * (n % 10), 100 + 60 * (n // 10), 30 + 60 * (n % 10), 110 + 60 * (n // 10)] for n in range(20)]
+    boxes = [*small, [300, 300, 600, 460]]
+    bare = draw_instances(picture, boxes=boxes)
+    written = draw_instances(picture, boxes=boxes, labels=["house"] * 21)
+    difference = ImageChops.difference(bare, written).getbbox()
+    assert difference[0] == 300  # of the large one alone
+    assert difference[3] <= 300
+    few = ImageChops.difference(
+        bare.crop((0, 0, 640, 290)), draw_instances(picture, boxes=small, labels=["house"] * 20).crop((0, 0, 640, 290))
+    )
+    assert few.getbbox()[0] <= 20
 
 
 def test_colour_indices_give_instances_of_a_class_one_colour():

@@ -22,6 +22,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, hf_hub_download
 from PIL import Image
+from pycocotools import mask as coco_mask
 from transformers import AutoModelForInstanceSegmentation
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -37,7 +38,7 @@ from transformers_rfdetr.model_card import (
     model_card,
     ticks,
 )
-from transformers_rfdetr.trainer import RfDetrTrainer, RfDetrTrainingArguments
+from transformers_rfdetr.trainer import RfDetrTrainer, RfDetrTrainingArguments, _objects_of
 from transformers_rfdetr.visualization import color_of
 
 from hub_server import HubServer
@@ -620,6 +621,17 @@ def test_the_numbers_of_a_run_are_those_of_the_weights_that_it_kept(tmp_path):
     log[1] |= {"eval_base_segm_AP": 0.5, "eval_base_bbox_AP": 0.6}
     trainer.args.load_best_model_at_end = True
     assert trainer._results()["validation"]["bbox_AP"] == 0.6
+
+
+def test_crowds_are_not_drawn_and_objects_without_a_mask_are_boxes():
+    square = {"bbox": [1.0, 2.0, 4.0, 3.0], "segmentation": [[1, 2, 5, 2, 5, 5, 1, 5]], "category_id": 0, "iscrowd": 0}
+    sample = {"height": 8, "width": 9, "annotations": [square, square | {"iscrowd": 1, "category_id": 1}]}
+    masks, boxes, labels = _objects_of(sample, True)
+    assert (boxes, labels) == (None, [0])
+    assert coco_mask.decode(masks[0]).sum() == 12
+    sample["annotations"].append(square | {"segmentation": None, "category_id": 1})
+    assert _objects_of(sample, True) == (None, [(1.0, 2.0, 5.0, 5.0)] * 2, [0, 1])
+    assert _objects_of(sample, False) == _objects_of(sample, True)
 
 
 # peft asks transformers >= 5.23 by an old name.

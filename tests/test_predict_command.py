@@ -16,9 +16,10 @@ from PIL import Image
 from pycocotools.coco import COCO
 from typer.testing import CliRunner
 
-from transformers_rfdetr import RfDetrImageProcessor, bulk_prediction, load, predict
+from transformers_rfdetr import RfDetrImageProcessor, bulk_prediction, load, predict, predict_tiled
 from transformers_rfdetr.cli import predict as command
 from transformers_rfdetr.instances import Instances
+from transformers_rfdetr.video import VideoReader, VideoWriter
 
 from small_models import small_model
 
@@ -277,6 +278,75 @@ def test_pictures_come_from_urls_with_and_without_an_ending(model: Path, whole: 
     assert "missing.png cannot be opened as an image: HTTP Error 404" in done.output
     good = [one["instances"] for one in records(tmp_path) if "error" not in one]
     assert good == [one["instances"] for one in records(whole)[:2]]
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten frames of 48 x 32 pixels."""
+    path = tmp_path_factory.mktemp("video") / "street.mp4"
+    with VideoWriter(path, 5, (48, 32)) as writer:
+        for index in range(10):
+            writer.write(Image.fromarray(np.full((32, 48, 3), 20 * index, np.uint8)), index / 5)
+    return path
+
+
+def test_a_video_comes_out_as_a_video_and_lines_once(model: Path, few: Path, video: Path, tmp_path: Path):
+    done = run(model, video, few / "1.png", "-o", tmp_path, "--track", "--threshold", "0.02")
+    assert done.exit_code == 0, done.output
+    assert "10 frames at" in done.output
+    with VideoReader(tmp_path / "videos" / "street.mp4") as written:
+        frames = list(written)
+    assert [frame.picture.size for frame in frames] == [(48, 32)] * 10
+    lines = [json.loads(line) for line in (tmp_path / "videos" / "street.jsonl").read_text().splitlines()]
+    assert [line["seconds"] for line in lines] == [index / 5 for index in range(10)]
+    assert all("track_id" in one for line in lines for one in line["instances"])
+    assert len(records(tmp_path)) == 1
+    again = run(model, video, "-o", tmp_path, "--track", "--threshold", "0.02")
+    assert again.exit_code == 0
+    assert "done before" in again.output
+
+
+def test_a_video_that_was_stopped_is_begun_again(
+    model: Path, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shown: list[int] = []
+
+    def window(_: Image.Image) -> None:
+        shown.append(1)
+        if len(shown) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "_open_window", lambda: window)
+    stopped = run(model, video, "-o", tmp_path, "--show")
+    assert stopped.exit_code == 130
+    assert "4 frames" in stopped.output
+    with VideoReader(tmp_path / "videos" / "street.mp4") as written:
+        assert len(list(written)) == 4
+    assert run(model, video, "-o", tmp_path, "--show").exit_code == 0
+    assert len((tmp_path / "videos" / "street.jsonl").read_text().splitlines()) == 10
+
+
+def test_a_video_in_a_folder_of_pictures_is_a_video(model: Path, video: Path, tmp_path: Path):
+    picture(1).save(video.parent / "beside.png")
+    done = run(model, video.parent, "-o", tmp_path, "--no-pictures")
+    assert done.exit_code == 0, done.output
+    assert [path.name for path in (tmp_path / "videos").iterdir()] == ["street.jsonl"]
+    assert len(records(tmp_path)) == 1
+
+
+def test_large_pictures_are_cut_into_tiles(model: Path, tmp_path: Path):
+    large = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 110, 3), np.uint8))
+    large.save(tmp_path / "large.png")
+    done = run(model, tmp_path / "large.png", "-o", tmp_path / "out", "--tile", "auto", "--overlap", "0.25")
+    assert done.exit_code == 0, done.output
+    loaded, processor = load(str(model))
+    expected = predict_tiled(loaded, processor, large, overlap=0.25, threshold=0.02, batch_size=8)
+    [record] = records(tmp_path / "out")
+    assert [one["mask"] for one in record["instances"]] == expected.masks
+    refused = run(model, tmp_path / "large.png", "-o", tmp_path / "other", "--tile", "50")
+    assert refused.exit_code == 2
+    assert "50" in refused.output
+    assert not (tmp_path / "other").exists()
 
 
 WRONG = {

@@ -3,14 +3,18 @@
 import dataclasses
 import inspect
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
+from PIL import Image
 from transformers import AutoModelForInstanceSegmentation
 
 from transformers_rfdetr import RfDetrImageProcessor, load_instance_dataset
+from transformers_rfdetr.cli.app import app
 from transformers_rfdetr.data import InstanceDatasets
 from transformers_rfdetr.demo_data import draw_scene
 from transformers_rfdetr.trainer import RfDetrTrainer, RfDetrTrainingArguments
@@ -18,7 +22,8 @@ from transformers_rfdetr.trainer import RfDetrTrainer, RfDetrTrainingArguments
 from small_models import SHARED, small_model
 from training_run import QUICK, drawn
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -130,3 +135,37 @@ def test_what_the_table_calls_ours_exists_and_has_the_default_that_it_says():
     named = {name for name in re.findall(r"`([^`]+)`", besides) if re.fullmatch(r"[a-z_]+", name)}
     assert len(named) == 8
     assert named <= fields.keys()
+
+
+COMMANDS = [
+    line.partition("  #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    for line in block.splitlines()
+]
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("transformers-rfdetr")])
+def test_the_command_line_knows_every_option_that_is_written(line: str):
+    _, name, *arguments = shlex.split(line)
+    typer.main.get_command(app).commands[name].make_context(name, arguments)
+
+
+def test_the_other_commands_are_of_files_and_targets_that_are_there():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    others = [line.split() for line in COMMANDS if line and not line.startswith("transformers-rfdetr")]
+    assert len(others) > 5
+    for words in others:
+        if words[0] == "make":
+            assert f"\n{words[1]}:" in makefile
+        elif words[0] == "python":
+            assert (ROOT / words[1]).is_file()
+        else:
+            assert words[0] in ("pip", "torchrun", "accelerate")
+
+
+def test_the_pictures_are_there():
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", README)
+    assert pictures
+    for name in pictures:
+        with Image.open(ROOT / name) as picture:
+            assert picture.width <= 700

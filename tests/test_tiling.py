@@ -176,6 +176,12 @@ def test_neighbours_that_one_tile_tells_apart_stay_two():
     )
 
 
+def test_what_a_tile_sees_whole_is_no_part_of_what_it_has_split():
+    whole, cut, around = rectangle(29, 0, 35, 10), rectangle(10, 20, 40, 34), rectangle(28, 0, 60, 36)
+    result = merged([(whole, 0.9), (cut, 0.8)], [(around, 0.7)])
+    np.testing.assert_array_equal(result.boxes, [[10, 20, 40, 34], [28, 0, 60, 36]])
+
+
 def test_of_two_possible_partners_that_with_more_in_common_is_the_one():
     mask, half = rectangle(10, 10, 60, 20), rectangle(28, 10, 60, 16)
     for right in ([(half, 0.9), (mask, 0.8)], [(mask, 0.8), (half, 0.9)]):

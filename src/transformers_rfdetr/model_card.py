@@ -347,7 +347,7 @@ def _is_drawable(value: Any) -> bool:
 
 
 def draw_curves(panels: Mapping[str, Mapping[str, Points]]) -> Image.Image:
-    """Curves over updates, one panel beside the other, each from 0 to its largest value."""
+    """Curves over updates, one panel beside the other, each from 0 to a round number."""
     width, height = (_SCALE * side for side in _PANEL)
     canvas = Image.new("RGB", (width * len(panels), height), "white")
     for index, (title, curves) in enumerate(panels.items()):
@@ -362,13 +362,15 @@ def _draw_panel(draw: ImageDraw.ImageDraw, title: str, curves: Mapping[str, Poin
     left, top, right, bottom = (_SCALE * side for side in _MARGINS)
     right, bottom = _SCALE * _PANEL[0] - right, _SCALE * _PANEL[1] - bottom
     xs, ys = ([point[axis] for points in curves.values() for point in points] for axis in (0, 1))
-    first, last, most = min(xs), max(max(xs), min(xs) + 1), max(ys) or 1.0
+    first, last = min(xs), max(max(xs), min(xs) + 1)
+    step = ticks(0, max(ys) or 1.0)[1]
+    most = math.ceil((max(ys) or 1.0) / step - 1e-9) * step
 
     def place(x: float, y: float) -> tuple[float, float]:
         return left + (x - first) / (last - first) * (right - left), bottom - y / most * (bottom - top)
 
     draw.text(((left + right) / 2, top / 2), title, _INK, font, anchor="mm")
-    for tick in ticks(0, most):
+    for tick in (number * step for number in range(round(most / step) + 1)):
         _, y = place(first, tick)
         draw.line([(left, y), (right, y)], _FAINT, _SCALE)
         draw.text((left - 6 * _SCALE, y), f"{tick:g}", _INK, font, anchor="rm")

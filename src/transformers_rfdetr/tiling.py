@@ -175,12 +175,13 @@ def merge_tiles(found: Sequence[tuple[Tile, Instances]], image_size: tuple[int, 
     """What was found in each tile -> what is in the picture.
 
     Overlaps are split down their middle: every pixel belongs to the tile that sees most around it.
-    1. A piece that touches an inner border of its tile, and lies in other tiles' part, leaves: those see it better.
+    1. A piece that touches an inner border of its tile, and lies nearly wholly in other tiles' part, leaves: those see
+       that place better, whether they found something there or not.
     2. Pieces of one class in two tiles are one object if they agree where both tiles see: half of the union there is
        common to both, or half of the smaller piece. Those that agree in most pixels come first; an object has but one
        piece of each tile, so that neighbours that one tile tells apart stay apart.
     3. A piece that goes on behind the border of its tile is a part of the object there that covers half of what both
-       see of it: its tile has split that object. Right beside another part of it, it is a neighbour.
+       see of it: its tile has split that object. Right beside another part, or one seen whole, it is a neighbour.
     4. An object that a tile sees whole has that tile's mask, box and score, of several the one where it lies deepest.
        Of others each pixel is decided by the tile that it belongs to, where that has a piece of it, otherwise by those
        that have; the box is the union of the pieces' boxes, the score that of the largest piece.
@@ -213,28 +214,25 @@ class _Part(NamedTuple):
     """What of a tile's pieces lies in a zone that another tile sees too."""
 
     pieces: np.ndarray  # (n,) their numbers
-    shapes: Any  # n RLEs of the zone's size, or (n, 4) x, y, width, height
     areas: np.ndarray  # (n,) pixels in the zone
     is_cut: np.ndarray  # (n,) whether they end there at an inner border of their tile
 
 
 class _Pieces:
-    """What was found in all tiles, in one row, with its places in the picture; pieces that nobody needs left out."""
+    """What was found in all tiles, in one row, with its places in the picture."""
 
     def __init__(self, found: Sequence[tuple[Tile, Instances]], image_size: tuple[int, int]) -> None:
         instances = [each for _, each in found]
         self.image_size = image_size
         self.tiles = np.array([[left, top, left + width, top + height] for (top, left, height, width), _ in found])
-        self.cells = _cells(self.tiles)
         self.tile_of: np.ndarray = np.repeat(np.arange(len(found)), [len(each) for each in instances])
         self.scores = np.concatenate([each.scores for each in instances])
         self.labels = np.concatenate([each.labels for each in instances])
         self.names = [name for each in instances for name in each.names]
-        self.masks = None
         corners = np.tile(self.tiles[self.tile_of, :2], 2)
         self.boxes = np.concatenate([each.boxes for each in instances]) + corners
-        self.extents = self.boxes
-        self.areas = np.prod(self.boxes[:, 2:] - self.boxes[:, :2], axis=1)
+        self.extents, self.areas = self.boxes, np.prod(self.boxes[:, 2:] - self.boxes[:, :2], axis=1)
+        self.masks = None  # as they are in their tiles
         if instances[0].masks is not None:
             self.masks = [mask for each in instances for mask in each.masks or []]
             self.areas = _areas(self.masks)
@@ -243,8 +241,10 @@ class _Pieces:
             rounded = np.concatenate([np.floor(self.boxes[:, :2]), np.ceil(self.boxes[:, 2:])], axis=1)
             self.extents = np.where(self.areas[:, None] > 0, of_masks, rounded)
         self.is_cut = self.margins(self.extents, self.tiles[self.tile_of]) < _REACH
-        owned = np.array([not cut or self.owned(piece) > _OWNED for piece, cut in enumerate(self.is_cut)])
-        self.numbers = np.flatnonzero(owned)
+        self.cells = _cells(self.tiles)
+        # Filled tile by tile: the pieces that do not leave, and their masks in the picture.
+        self.kept: list[int] = []
+        self.placed: dict[int, dict[str, Any]] = {}
 
     def margins(self, extents: np.ndarray, tiles: np.ndarray) -> np.ndarray:
         """Pixels (...) from extents (..., 4) to the nearest inner border of tiles (..., 4); inf where there is none."""
@@ -252,14 +252,43 @@ class _Pieces:
         high = np.where(tiles[..., 2:] < self.image_size[::-1], tiles[..., 2:] - extents[..., 2:], np.inf)
         return np.minimum(low, high).min(-1)
 
-    def owned(self, piece: int) -> float:
-        """The part of a piece, in [0, 1], that belongs to its tile."""
-        inside = _intersection(self.extents[piece], self.cells[self.tile_of[piece]])
-        if inside is None or not self.areas[piece]:
-            return 0.0
-        if self.masks is None:
-            return np.prod(inside[2:] - inside[:2]) / self.areas[piece]
-        return np.count_nonzero(self.look(piece, self.decoded(piece), inside)) / self.areas[piece]
+    def interior(self, tile: np.ndarray) -> np.ndarray:
+        """What of a tile (4,) is not near its inner borders."""
+        inner = np.concatenate([tile[:2] > 0, tile[2:] < self.image_size[::-1]])
+        return tile + inner * np.array([_REACH, _REACH, -_REACH, -_REACH])
+
+    def parts(self, tile: int, zones: np.ndarray) -> list[_Part]:
+        """Keep the pieces of a tile that do not leave -> their parts in the zones (Z, 4) that it shares with others."""
+        interior = _intersections(self.interior(self.tiles[tile]), zones)
+        rectangles = np.concatenate([self.cells[tile][None], zones, interior])
+        members = np.flatnonzero(self.tile_of == tile)
+        kept, counts = [], []
+        for piece in members.tolist():
+            mask = None if self.masks is None else self.decoded(piece)
+            count = self.count(piece, mask, rectangles)
+            if self.is_cut[piece] and count[0] <= _OWNED * self.areas[piece]:
+                continue
+            kept.append(piece)
+            counts.append(count)
+            if mask is not None:
+                region = self.look(piece, mask, self.extents[piece])
+                self.placed[piece] = region_to_rle(region, *_corner(self.extents[piece]), self.image_size)
+        self.kept += kept
+        _, areas, inside = np.split(np.array(counts).reshape(-1, len(rectangles)), [1, 1 + len(zones)], axis=1)
+        numbers, reached = np.array(kept, np.int64), areas > 0
+        return [
+            _Part(numbers[reached[:, zone]], areas[reached[:, zone], zone], (inside < areas)[reached[:, zone], zone])
+            for zone in range(len(zones))
+        ]
+
+    def count(self, piece: int, mask: np.ndarray | None, rectangles: np.ndarray) -> np.ndarray:
+        """The pixels of a piece in each of the rectangles (R, 4), (R,); of its box without a mask."""
+        inside = _intersections(self.extents[piece], rectangles)
+        counts = (inside[:, 2:] - inside[:, :2]).prod(1)
+        if mask is not None:
+            for index in np.flatnonzero(counts):
+                counts[index] = np.count_nonzero(self.look(piece, mask, inside[index]))
+        return counts
 
     def decoded(self, piece: int) -> np.ndarray:
         """The mask of a piece, bool of its tile's size."""
@@ -270,61 +299,32 @@ class _Pieces:
         left, top = self.tiles[self.tile_of[piece], :2]
         return mask[_window(rectangle, left, top)]
 
-    def parts(self, tile: int, zones: np.ndarray) -> list[_Part]:
-        """The parts of a tile's pieces in each of the zones (Z, 4) that it shares with others."""
-        members = self.numbers[self.tile_of[self.numbers] == tile]
-        numbers: list[list[int]] = [[] for _ in zones]
-        shapes: list[list[Any]] = [[] for _ in zones]
-        for piece in members.tolist():
-            reached = [(index, _intersection(self.extents[piece], zone)) for index, zone in enumerate(zones)]
-            reached = [(index, inside) for index, inside in reached if inside is not None]
-            mask = self.decoded(piece) if self.masks is not None and reached else None
-            for index, inside in reached:
-                left, top, right, bottom = zones[index].tolist()
-                shape: Any = inside
-                if mask is not None:
-                    region = self.look(piece, mask, inside)
-                    if not region.any():
-                        continue
-                    place = (int(inside[1]) - top, int(inside[0]) - left)
-                    shape = region_to_rle(region, *place, (bottom - top, right - left))
-                numbers[index].append(piece)
-                shapes[index].append(shape)
-        return [self._part(tile, *some) for some in zip(zones, numbers, shapes, strict=True)]
+    def shapes(self, pieces: np.ndarray) -> Any:
+        """What pycocotools compares: n RLEs of the picture, or (n, 4) x, y, width, height."""
+        if self.masks is not None:
+            return [self.placed[piece] for piece in pieces.tolist()]
+        boxes = self.boxes[pieces]
+        return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
 
-    def _part(self, tile: int, zone: np.ndarray, numbers: list[int], shapes: list[Any]) -> _Part:
-        if not numbers:
-            return _Part(np.zeros(0, np.int64), [], np.zeros(0), np.zeros(0, bool))
-        if self.masks is None:
-            extents = np.array(shapes)
-            extent_sizes = extents[:, 2:] - extents[:, :2]
-            placed, areas = np.concatenate([extents[:, :2], extent_sizes], axis=1), extent_sizes.prod(1)
-        else:
-            placed, areas = shapes, _areas(shapes)
-            x, y, width, height = coco_mask.toBbox(shapes).T
-            extents = np.stack([x, y, x + width, y + height], axis=1) + np.tile(zone[:2], 2)
-        return _Part(np.array(numbers), placed, areas, self.margins(extents, self.tiles[tile]) < _REACH)
-
-    def is_beside(self, piece: int, group: list[int]) -> bool:
-        """Whether the tile of a piece has another one (or this one) in a group, without a gap between their extents."""
+    def tells_apart(self, piece: int, group: list[int]) -> bool:
+        """Whether the tile of a piece has another one (or this one) in a group, not split from it by the border."""
         others = [other for other in group if self.tile_of[other] == self.tile_of[piece]]
+        if not others:
+            return False
         one, extents = self.extents[piece], self.extents[others]
         gaps = (np.maximum(one[:2], extents[:, :2]) - np.minimum(one[2:], extents[:, 2:])).max(1)
-        return bool((gaps < _REACH).any())
+        return bool((gaps < _REACH).any()) or not self.is_cut[[piece, *others]].all()
 
     def unite(self, group: list[int]) -> tuple[int, np.ndarray, dict[str, Any] | None]:
         """The pieces of one object -> the piece that has its score and class, its box, its mask."""
-        extents = self.extents[group]
-        extent = np.concatenate([extents[:, :2].min(0), extents[:, 2:].max(0)])
+        extent = _hull(self.extents[group])
         margins = self.margins(extent, self.tiles[self.tile_of[group]])
-        source, box = group[margins.argmax()], None
         if margins.max() >= _REACH:
-            group, extent, box = [source], self.extents[source], self.boxes[source]
-        else:
-            source, boxes = group[self.areas[group].argmax()], self.boxes[group]
-            box = np.concatenate([boxes[:, :2].min(0), boxes[:, 2:].max(0)])
-        if self.masks is None:
-            return source, box, None
+            source = group[margins.argmax()]
+            return source, self.boxes[source], self.placed.get(source)
+        source, box = group[self.areas[group].argmax()], _hull(self.boxes[group])
+        if self.masks is None or len(group) == 1:
+            return source, box, self.placed.get(source)
         return source, box, region_to_rle(self.put_together(group, extent), *_corner(extent), self.image_size)
 
     def put_together(self, group: list[int], extent: np.ndarray) -> np.ndarray:
@@ -334,16 +334,11 @@ class _Pieces:
         masks = [(piece, self.decoded(piece)) for piece in group]
         for piece, mask in masks:
             united[_window(self.extents[piece], left, top)] |= self.look(piece, mask, self.extents[piece])
-        if len(group) == 1:
-            return united
-        for tile in set(self.tile_of[group].tolist()):
-            inside = _intersection(extent, self.cells[tile])
-            if inside is not None:
-                united[_window(inside, left, top)] = False
+        for inside in _intersections(extent, self.cells[self.tile_of[group]]):
+            united[_window(inside, left, top)] = False
         for piece, mask in masks:
-            inside = _intersection(self.extents[piece], self.cells[self.tile_of[piece]])
-            if inside is not None:
-                united[_window(inside, left, top)] |= self.look(piece, mask, inside)
+            [inside] = _intersections(self.extents[piece], self.cells[self.tile_of[piece]][None])
+            united[_window(inside, left, top)] |= self.look(piece, mask, inside)
         return united
 
 
@@ -370,9 +365,7 @@ def _compare_all(pieces: _Pieces) -> tuple[list[Link], dict[int, tuple[float, in
     continued: dict[int, tuple[float, int]] = {}
     waiting: dict[tuple[int, int], _Part] = {}
     for tile, rectangle in enumerate(pieces.tiles):
-        zones = np.concatenate(
-            [np.maximum(pieces.tiles[:, :2], rectangle[:2]), np.minimum(pieces.tiles[:, 2:], rectangle[2:])], axis=1
-        )
+        zones = _intersections(rectangle, pieces.tiles)
         others = np.flatnonzero((zones[:, 2:] > zones[:, :2]).all(1) & (np.arange(len(zones)) != tile))
         for other, part in zip(others.tolist(), pieces.parts(tile, zones[others]), strict=True):
             if other > tile:
@@ -388,7 +381,9 @@ def _compare(
     """Add what the pieces of two tiles in the zone that both see say."""
     if not len(one.pieces) or not len(other.pieces):
         return
-    common = coco_mask.iou(one.shapes, other.shapes, [1] * len(other.pieces)) * one.areas[:, None]
+    # Of a "crowd" pycocotools gives the common part of the first shape.
+    common = coco_mask.iou(pieces.shapes(one.pieces), pieces.shapes(other.pieces), [1] * len(other.pieces))
+    common = common * pieces.areas[one.pieces][:, None]
     same_class = pieces.labels[one.pieces][:, None] == pieces.labels[other.pieces]
     i, j = np.nonzero((common > 0) & same_class)
     common, p, q, area_p, area_q = common[i, j], one.pieces[i], other.pieces[j], one.areas[i], other.areas[j]
@@ -403,7 +398,7 @@ def _compare(
 
 def _group(pieces: _Pieces, links: list[Link], continued: dict[int, tuple[float, int]]) -> list[list[int]]:
     """Pairs of pieces -> the pieces of each object."""
-    group_of = {piece: [piece] for piece in pieces.numbers.tolist()}
+    group_of = {piece: [piece] for piece in pieces.kept}
 
     def join(one: list[int], other: list[int]) -> None:
         one += other
@@ -416,15 +411,20 @@ def _group(pieces: _Pieces, links: list[Link], continued: dict[int, tuple[float,
             join(one, other)
     for piece, (_, around) in continued.items():
         one, other = group_of[around], group_of[piece]
-        if not any(pieces.is_beside(each, one) for each in other):
+        if not any(pieces.tells_apart(each, one) for each in other):
             join(one, other)
     return list({id(group): group for group in group_of.values()}.values())
 
 
-def _intersection(one: np.ndarray, other: np.ndarray) -> np.ndarray | None:
-    """What two rectangles share, (4,), or None."""
-    low, high = np.maximum(one[:2], other[:2]), np.minimum(one[2:], other[2:])
-    return np.concatenate([low, high]) if (high > low).all() else None
+def _intersections(one: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """What a rectangle (4,) shares with each of others (R, 4): (R, 4), of no width or height where that is nothing."""
+    low = np.maximum(one[:2], others[:, :2])
+    return np.concatenate([low, np.maximum(low, np.minimum(one[2:], others[:, 2:]))], axis=1)
+
+
+def _hull(rectangles: np.ndarray) -> np.ndarray:
+    """The smallest rectangle (4,) around others (R, 4)."""
+    return np.concatenate([rectangles[:, :2].min(0), rectangles[:, 2:].max(0)])
 
 
 def _window(rectangle: np.ndarray, left: int, top: int) -> tuple[slice, slice]:

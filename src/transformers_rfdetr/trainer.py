@@ -86,6 +86,7 @@ _PUSHED = ("config.json", "preprocessor_config.json", "model*.safetensors", "mod
 # Arguments that say nothing of the recipe but where it ran.
 _LOCAL = ("output_dir", "logging_dir", "run_name", "project", "local_rank", "resume_from_checkpoint")
 _DRAWN_SCORE = 0.5
+_MOST_NAMES = 10  # of objects in a picture, so that something is left to see
 # Terms of the last layer, which are logged beside the loss.
 _TERMS = {"loss_ce", "loss_bbox", "loss_giou", "loss_mask_ce", "loss_mask_dice"}
 _THRESHOLD_NOTE = (
@@ -952,8 +953,13 @@ class RfDetrTrainer(Trainer):
         images = [sample["image"] for sample in samples]
         with self._evaluated_weights():
             found = predict(self.model, self.processing_class, images, threshold=_DRAWN_SCORE)
-        truth = [_draw_truth(sample, self.model.config.id2label, self._has_masks) for sample in samples]
-        return [(drawn, instances.draw(image)) for drawn, instances, image in zip(truth, found, images, strict=True)]
+        names = self.model.config.id2label
+        truth = [_draw_objects(sample["image"], *_objects_of(sample, self._has_masks), names) for sample in samples]
+        predicted = [
+            _draw_objects(image, one.masks, None if self._has_masks else one.boxes, one.labels.tolist(), names)
+            for image, one in zip(images, found, strict=True)
+        ]
+        return list(zip(truth, predicted, strict=True))
 
     def _determine_best_metric(self, metrics: dict[str, Any], trial: Any) -> bool:
         """Keep the best weights of each kind, and of all."""
@@ -1234,15 +1240,21 @@ def _model_files(folder: Path) -> list[Path]:
     return [path for pattern in _PUSHED for path in sorted(folder.glob(pattern))]
 
 
-def _draw_truth(sample: Mapping[str, Any], names: Mapping[int, str], has_masks: bool) -> Any:
-    """The picture of a sample with its objects, crowds left out."""
+def _objects_of(sample: Mapping[str, Any], has_masks: bool) -> tuple[list[Any] | None, list[Any] | None, list[int]]:
+    """RLEs, or boxes_xyxy where one has no mask, and labels of a sample's objects, crowds left out."""
     size = (sample["height"], sample["width"])
     objects = [annotation for annotation in sample["annotations"] if not annotation["iscrowd"]]
-    shapes = [read_segmentation(annotation.get("segmentation"), size) for annotation in objects]
     labels = [annotation["category_id"] for annotation in objects]
-    masks = boxes = None
+    shapes = [read_segmentation(annotation.get("segmentation"), size) for annotation in objects]
     if has_masks and all(shape is not None for shape in shapes):
-        masks = [to_rle(shape, size) for shape in shapes]
-    else:
-        boxes = [(x, y, x + width, y + height) for x, y, width, height in (one["bbox"] for one in objects)]
-    return draw_instances(sample["image"], masks, boxes, [names[label] for label in labels], color_indices=labels)
+        return [to_rle(shape, size) for shape in shapes], None, labels
+    boxes = [annotation["bbox"] for annotation in objects]
+    return None, [(x, y, x + width, y + height) for x, y, width, height in boxes], labels
+
+
+def _draw_objects(image: Any, masks: Any, boxes: Any, labels: list[int], names: Mapping[int, str]) -> Any:
+    """The picture with objects in colours of their classes; with names where these do not hide it."""
+    if len(names) == 1:
+        return draw_instances(image, masks, boxes)
+    titles = [names[label] for label in labels] if len(labels) <= _MOST_NAMES else None
+    return draw_instances(image, masks, boxes, titles, color_indices=labels)

@@ -14,6 +14,7 @@ from .masks import read_segmentation, to_rle
 
 _OPACITY = 0.45  # of a mask
 _DARK = (20, 20, 20)
+_CROWD = 20  # instances; of more, plates that would hide something are left out
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 # x0, y0, x1, y1 in pixels, the latter two exclusive.
@@ -39,7 +40,8 @@ def draw_instances(
     """Draw masks, boxes, and plates with label and score, whatever of these is given, over a picture.
 
     A mask is a translucent colour with an outline of that colour and a dark edge, so that it shows on dark and on
-    light ground; nothing is drawn outside of it but boxes and plates. Lines and letters grow with the picture. Of two
+    light ground; nothing is drawn outside of it but boxes and plates. Lines and letters grow with the picture. Among
+    more than 20 instances, plates that would hide other plates, or more than they name, are left out. Of two
     instances that overlap the earlier one lies on top: the better one where they are sorted by score.
 
     Example:
@@ -109,7 +111,9 @@ def draw_instances(
         words = [] if labels is None else [str(labels[index])]
         words += [] if scores is None else [f"{float(scores[index]):.2f}"]
         if words and place is not None:
-            plates.append(_write(pen, " ".join(" ".join(words).split()), place, colors[index], plates))
+            text = " ".join(" ".join(words).split())
+            plate = _write(pen, text, place, colors[index], plates, is_crowded=count > _CROWD)
+            plates += [] if plate is None else [plate]
     return drawn
 
 
@@ -190,23 +194,35 @@ def _erode(mask: np.ndarray, steps: int) -> np.ndarray:
 
 
 def _write(
-    pen: ImageDraw.ImageDraw, text: str, place: Place, color: tuple[int, int, int], taken: Sequence[Place]
-) -> Place:
-    """Write on a plate at `place`, inside the picture and off the `taken` plates if there is room -> the plate."""
+    pen: ImageDraw.ImageDraw,
+    text: str,
+    place: Place,
+    color: tuple[int, int, int],
+    taken: Sequence[Place],
+    is_crowded: bool,
+) -> Place | None:
+    """Write on a plate at `place`, inside the picture and off the `taken` plates if there is room -> the plate.
+
+    In a crowd a plate that hides others, or is larger than what it names, is left out: None.
+    """
     width, height = pen.im.size
+    left, top, right, bottom = place
     size = max(10, round(min(width, height) / 30))
     font = ImageFont.load_default(size)
     margin = max(1, size // 5)
     plate_width = round(pen.textlength(text, font)) + 2 * margin
     plate_height = sum(font.getmetrics()) + margin
-    left, top, right, bottom = place
+    if is_crowded and plate_width * plate_height > (right - left) * (bottom - top):
+        return None
     above, inside = top - plate_height, bottom - plate_height
     plates = []
     for x, y in ((left, above), (left, top), (left, bottom), (right - plate_width, above), (left, inside)):
         x, y = max(0, min(x, width - plate_width)), max(0, min(y, height - plate_height))
         plates.append((x, y, x + plate_width, y + plate_height))
     free = (p for p in plates if not any(p[0] < t[2] and t[0] < p[2] and p[1] < t[3] and t[1] < p[3] for t in taken))
-    plate = next(free, plates[0])
+    plate = next(free, None if is_crowded else plates[0])
+    if plate is None:
+        return None
     pen.rectangle((plate[0], plate[1], plate[2] - 1, plate[3] - 1), fill=color)
     is_light = np.dot(color, (0.299, 0.587, 0.114)) > 120
     ink = _DARK if is_light else (255, 255, 255)
