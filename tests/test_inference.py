@@ -87,14 +87,19 @@ def test_only_the_classes_asked_for_are_found(pictures):
     model = confident_model(id2label={0: "cat", 1: "dog", 2: "cat", 3: "horse"})
     processor = processor_of(model)
     for every, some in zip(
-        predict(model, processor, pictures, threshold=0.0),
-        predict(model, processor, pictures, threshold=0.0, classes=["cat"]),
+        predict(model, processor, pictures, threshold=0.0, top_k=24),  # all pairs of query and class
+        predict(model, processor, pictures, threshold=0.0, top_k=24, classes=["cat"]),
         strict=True,
     ):
         cats = every.select([label in (0, 2) for label in every.labels])
         assert (some.names, some.masks, some.scores.tolist()) == (cats.names, cats.masks, cats.scores.tolist())
     with pytest.raises(ValueError, match="'hrose' is no class of the model, which has 4; did you mean horse"):
         predict(model, processor, pictures, classes=["cat", "hrose"])
+    with pytest.raises(ValueError, match="no classes to look for"):
+        predict(model, processor, pictures, classes=[])
+    assert {
+        name for one in predict(model, processor, pictures, threshold=0.0, classes="dog") for name in one.names
+    } == {"dog"}
 
 
 def test_a_column_of_a_data_set_is_a_sequence_of_pictures(pictures):

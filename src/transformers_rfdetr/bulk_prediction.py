@@ -12,16 +12,19 @@ any time. Processes need not meet: picture i is done by process i modulo their n
 done writes the results, which are the same whoever writes them.
 """
 
+import errno
 import glob
+import hashlib
 import json
 import mmap
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
+from urllib.parse import urlsplit
 
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -34,7 +37,7 @@ from .instances import Instances, check_color_by
 from .tiling import predict_tiled
 
 _READERS = 4  # threads; Pillow decodes outside of Python's lock
-VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".m3u8"}
+_LONGEST_NAME = 40  # characters of a class's name in that of a file
 
 
 class UnreadablePictureError(ValueError):
@@ -45,14 +48,13 @@ class Picture(NamedTuple):
     """One picture to do.
 
     Attributes:
-        key: What it is called in the results, the same in every run.
+        name: What it is called in the results, and the relative path of the files that are made of it: of no two the
+            same, and the same in every run.
         source: What `read_rgb` takes, or a row's number in a data set.
-        name: Relative path of the files that are made of it.
     """
 
-    key: str
-    source: Any
     name: str
+    source: Any
 
 
 @dataclass
@@ -63,7 +65,7 @@ class Summary:
         done: Pictures that this run predicted.
         skipped: Pictures that an earlier run had done.
         instances: Number of instances in those of this run.
-        failed: Key and reason of each picture that could not be read.
+        failed: Name and reason of each picture that could not be read.
         complete: Whether the results of all pictures, of all processes, have been written.
     """
 
@@ -74,40 +76,63 @@ class Summary:
     complete: bool = False
 
 
-def list_pictures(sources: Sequence[str]) -> list[Picture]:
+def list_pictures(sources: Sequence[str], leave_out: str | os.PathLike[str] | None = None) -> list[Picture]:
     """Files, folders (all that is in them but hidden files), patterns and URLs -> pictures in a fixed order.
 
+    Args:
+        sources: Of a folder the names are relative to it, below its own name where there are several folders.
+        leave_out: A folder that may lie in one of these, and that nothing is taken from.
+
     Raises:
-        ValueError: a source does not exist, or a folder or a pattern has nothing in it.
+        ValueError: a source does not exist or cannot be read, or a folder or a pattern has nothing in it.
     """
+    hidden = None if leave_out is None else Path(leave_out).expanduser().resolve()
+    num_folders = sum(bool(source) and Path(source).expanduser().is_dir() for source in sources)
     found: dict[str, str] = {}
     for source in sources:
         path = Path(source).expanduser()
         if source.startswith(("http://", "https://")):
-            found[source] = source.partition("?")[0].rstrip("/").rpartition("/")[2]
-        elif path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.is_file())
-            relative = [(file, file.relative_to(path)) for file in inside]
-            shown = {str(file): str(name) for file, name in relative if not any(p.startswith(".") for p in name.parts)}
-            if not shown:
+            found[source] = Path(urlsplit(source).path).name or "picture"
+        elif source and path.is_dir():
+            names = _files_in(path, hidden)
+            if not names:
                 raise ValueError(f"the folder {source} has no files in it; give one with pictures")
-            found |= {key: name for key, name in shown.items() if key not in found}
-        elif path.is_file():
+            prefix = Path(path.resolve().name) if num_folders > 1 else Path()
+            found |= {str(path / name): str(prefix / name) for name in names}
+        elif source and path.is_file():
             found.setdefault(str(path), path.name)
-        elif matches := sorted(match for match in glob.glob(str(path), recursive=True) if os.path.isfile(match)):
-            found |= {match: Path(match).name for match in matches if match not in found}
+        elif source and (matches := sorted(glob.glob(str(path), recursive=True))):
+            found |= {match: Path(match).name for match in matches if match not in found and os.path.isfile(match)}
         else:
-            raise ValueError(f"{source} is no file, folder, pattern with matches or http(s) URL; check its spelling")
+            raise ValueError(f"{source!r} is no file, folder, pattern with matches or http(s) URL; check its spelling")
     taken: set[str] = set()
     pictures = []
-    for key, wanted in found.items():
+    for source, wanted in found.items():
         name, count = wanted, 1
         while name in taken:
             count += 1
             name = str(Path(wanted).with_stem(f"{Path(wanted).stem}-{count}"))
         taken.add(name)
-        pictures.append(Picture(key, key, name))
+        pictures.append(Picture(name, source))
     return pictures
+
+
+def _files_in(folder: Path, hidden: Path | None) -> list[Path]:
+    """Relative paths of the files in a folder and those below, links to folders followed, hidden ones left out."""
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror}; allow it, or give what is beside it")
+
+    names, seen = [], set()
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        real = Path(root).resolve()
+        if real in seen or real == hidden:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names += [Path(root, name).relative_to(folder) for name in files if not name.startswith(".")]
+    return sorted(names)
 
 
 def predict_to_folder(
@@ -116,19 +141,19 @@ def predict_to_folder(
     pictures: Sequence[Picture],
     output: str | os.PathLike[str],
     *,
-    model_name: str = "",
+    origin: Mapping[str, Any] | None = None,
     dataset: Any = None,
     threshold: float = 0.5,
     classes: Sequence[str] | None = None,
     batch_size: int = 8,
-    tile: int | tuple[int, int] | None = None,
+    tile: int | tuple[int, int] | str | None = None,
     overlap: float = 0.2,
     draw: bool = True,
     crops: bool = False,
     color_by: str = "class",
     strict: bool = False,
     shard: tuple[int, int] = (0, 1),
-    on_picture: Any = None,
+    on_picture: Callable[[Image.Image, Instances], None] | None = None,
     progress: bool = True,
 ) -> Summary:
     """Predict pictures into a folder; what an earlier call has done there is not done again.
@@ -138,78 +163,94 @@ def predict_to_folder(
         processor: The model's.
         pictures: All of them, in the same order in every process.
         output: The folder, made if it does not exist.
-        model_name: What the settings call the model.
+        origin: What else another run into this folder must have in common, for `settings.json`: names of the model and
+            of the sources.
         dataset: Sequence of PIL pictures that the `source` of the pictures counts in, instead of files.
         threshold: Of `predict`.
         classes: Of `predict`.
         batch_size: Pictures, or tiles, at a time.
-        tile: Of `predict_tiled`, which is used if this is given; 0 for its default.
+        tile: Of `predict_tiled`, which is used if this is given; "auto" for its default.
         overlap: Of `predict_tiled`.
         draw: Whether to write each picture with its instances drawn over it.
         crops: Whether to write each instance's cut-out.
         color_by: Of `Instances.draw`.
         strict: Whether to stop at the first picture that cannot be read.
         shard: This process's number and the number of processes.
-        on_picture: Called with key, picture and instances.
+        on_picture: Called with each picture and its instances.
         progress: Show a progress bar.
 
     Raises:
         ValueError: the folder holds predictions made with other settings, or other files.
         UnreadablePictureError: with `strict`, a picture cannot be read.
     """
-    folder = Path(output)
+    folder, (rank, world) = Path(output), shard
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} must be at least 1")
+    if not 0 <= rank < world:
+        raise ValueError(f"process {rank} of {world} is none; they are numbered from 0")
+    check_color_by(color_by)
     settings = {
-        "model": model_name,
+        **(origin or {}),
+        "weights": fingerprint(model),
         "threshold": threshold,
-        "classes": None if classes is None else list(classes),
+        "classes": None if classes is None else sorted(classes),
         "tile": list(tile) if isinstance(tile, tuple) else tile,
         "overlap": None if tile is None else overlap,
-        "pictures": f"by {color_by}" if draw else None,
+        "pictures": draw,
         "crops": crops,
     }
-    check_color_by(color_by)
-    _check_settings(folder, settings)
-    done = {key for key, _, _, failed in _lines(folder) if not failed}
-    rank, world = shard
+    check_settings(folder, settings)
+    done = {name for name, _, _, failed in _lines(folder) if not failed}
     mine = [picture for index, picture in enumerate(pictures) if index % world == rank]
-    todo = [picture for picture in mine if picture.key not in done]
+    todo = [picture for picture in mine if picture.name not in done]
     summary = Summary(skipped=len(mine) - len(todo))
-    wanted = {"threshold": threshold, "classes": classes, "batch_size": batch_size}
+    wanted: dict[str, Any] = {"threshold": threshold, "classes": classes, "batch_size": batch_size}
 
     def find(images: list[Image.Image]) -> list[Instances]:
         if tile is None:
             return predict(model, processor, images, **wanted)
-        tiles: dict[str, Any] = {"tile": tile or None, "overlap": overlap, **wanted}
+        tiles: dict[str, Any] = {"tile": None if tile == "auto" else tile, "overlap": overlap, **wanted}
         return [predict_tiled(model, processor, image, **tiles) for image in images]
+
+    def write(picture: Picture, image: Image.Image, instances: Instances) -> None:
+        if draw:
+            _save(instances.draw(image, color_by=color_by), folder / "pictures" / picture.name)
+        if crops:
+            _save_crops(instances, image, folder / "crops" / picture.name)
 
     part = folder / "parts" / f"{rank}-of-{world}.jsonl"
     _drop_half_line(part)
     with logging.tqdm(total=len(mine), initial=summary.skipped, desc="Predicting", disable=not progress) as bar:
         for batch in _read_ahead(todo, dataset, batch_size if tile is None else 1):
-            images = {picture: image for picture, image in batch if isinstance(image, Image.Image)}
-            found = dict(zip(images, find(list(images.values())), strict=True))
-            _write_settings(folder, settings)  # which are possible, as has just been seen
+            images = [image for _, image in batch if isinstance(image, Image.Image)]
+            found = iter(find(images))
+            write_settings(folder, settings)  # which are possible, as has just been seen
             part.parent.mkdir(exist_ok=True)
             with part.open("a", encoding="utf-8") as lines:
                 for picture, image in batch:
                     bar.update()
-                    if not isinstance(image, Image.Image):
-                        summary.failed.append((picture.key, image))
-                        _write_line(lines, {"image": picture.key, "error": image})
+                    line = {"image": picture.name, "source": _without_query(picture.source)}
+                    problem = image if isinstance(image, str) else None
+                    instances = None if problem else next(found)
+                    if instances is not None:
+                        try:
+                            write(picture, image, instances)
+                        except OSError as error:
+                            if error.errno != errno.ENAMETOOLONG:
+                                raise
+                            problem = f"the name is too long for the files that are made of it: {error.strerror}"
+                    if problem is not None or instances is None:
+                        summary.failed.append((picture.name, str(problem)))
+                        _write_line(lines, {**line, "error": problem})
                         if strict:
-                            raise UnreadablePictureError(f"{picture.key}: {image}")
+                            raise UnreadablePictureError(f"{picture.name}: {problem}")
                         continue
-                    instances = found[picture]
-                    if draw:
-                        _save(instances.draw(image, color_by=color_by), folder / "pictures" / picture.name)
-                    if crops:
-                        _save_crops(instances, image, folder / "crops" / picture.name)
-                    _write_line(lines, {"image": picture.key, **instances.to_dict()})
+                    _write_line(lines, {**line, **instances.to_dict()})
                     summary.done += 1
                     summary.instances += len(instances)
                     if on_picture is not None:
-                        on_picture(picture.key, image, instances)
-    summary.complete = _merge(folder, [picture.key for picture in pictures], model.config)
+                        on_picture(image, instances)
+    summary.complete = _merge(folder, [picture.name for picture in pictures], model.config)
     if summary.complete and world == 1:  # otherwise another process may be writing to its own
         for path in part.parent.glob("*.jsonl"):
             path.unlink()
@@ -224,8 +265,8 @@ def _read_ahead(
     def read(picture: Picture) -> Image.Image | str:
         try:
             return read_rgb(picture.source if dataset is None else dataset[picture.source])
-        except (ValueError, OSError) as error:
-            return str(error)
+        except Exception as error:  # a data set's own reader lets everything through that a broken file raises
+            return str(error) or type(error).__name__
 
     batches = (pictures[start : start + batch_size] for start in range(0, len(pictures), batch_size))
     with ThreadPoolExecutor(_READERS) as readers:
@@ -242,10 +283,22 @@ def _read_ahead(
 # -- what is written -------------------------------------------------------------------------------------------------
 
 
-def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+def fingerprint(model: Any) -> str:
+    """A number of a model that another one, of other weights or other classes, does not have."""
+    digest = hashlib.md5(repr(sorted(model.config.id2label.items())).encode(), usedforsecurity=False)
+    for tensor in getattr(model, "_model", model).state_dict().values():
+        digest.update(tensor.flatten()[:16].float().numpy(force=True).tobytes())
+    return digest.hexdigest()
+
+
+def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """ValueError if a folder holds predictions made with other settings, or other files."""
     path = folder / "settings.json"
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); delete {folder} or give another folder") from error
         if different := [key for key in settings if before.get(key) != settings[key]]:
             listed = ", ".join(f"{key} {before.get(key)!r} instead of {settings[key]!r}" for key in different)
             raise ValueError(f"{folder} holds predictions made with {listed}; give another folder, or delete that one")
@@ -253,11 +306,17 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         raise ValueError(f"{folder} holds other files, and no predictions; give an empty folder or a new one")
 
 
-def _write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Note what a folder's predictions are made with, once."""
     if not (folder / "settings.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         with _replacing(folder / "settings.json") as file:
             file.write(json.dumps(settings, indent=1))
+
+
+def _without_query(source: Any) -> Any:
+    """A source as it may be written down: the query of a URL may hold a password."""
+    return source.partition("?")[0] if isinstance(source, str) and "://" in source else source
 
 
 @contextmanager
@@ -270,7 +329,7 @@ def _replacing(path: Path) -> Iterator[IO[str]]:
 
 
 def _write_line(lines: Any, record: Mapping[str, Any]) -> None:
-    lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+    lines.write(json.dumps(record, default=str) + "\n")
     lines.flush()
 
 
@@ -283,16 +342,17 @@ def _drop_half_line(part: Path) -> None:
 
 
 def _lines(folder: Path) -> Iterator[tuple[str, Path, int, bool]]:
-    """Key, file, place in it, and whether it failed, of every whole line that is written."""
+    """Name, file, place in it, and whether it failed, of every whole line that is written."""
     for path in [folder / "predictions.jsonl", *sorted((folder / "parts").glob("*.jsonl"))]:
         if not path.is_file():
             continue
         with path.open("rb") as file:
             place = 0
             for line in file:
-                if line.endswith(b"\n"):
+                with suppress(ValueError, KeyError, TypeError):  # half a line, or damaged: it is done again
                     record = json.loads(line)
-                    yield record["image"], path, place, "error" in record
+                    if line.endswith(b"\n"):
+                        yield record["image"], path, place, "error" in record
                 place += len(line)
 
 
@@ -301,7 +361,7 @@ def _save(picture: Image.Image, path: Path) -> None:
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind not in ("JPEG", "PNG", "WEBP", "BMP", "TIFF"):
         path, kind = path.with_name(f"{path.name}.png"), "PNG"
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{os.getpid()}.partial")
     picture.save(partial, kind, **({"quality": 92} if kind in ("JPEG", "WEBP") else {}))
     partial.replace(path)
 
@@ -309,7 +369,9 @@ def _save(picture: Image.Image, path: Path) -> None:
 def _save_crops(instances: Instances, image: Image.Image, path: Path) -> None:
     for index, (crop, name) in enumerate(zip(instances.crops(image), instances.names, strict=True)):
         # A name of a class may hold anything.
-        safe = "".join(letter if letter.isalnum() or letter in " -_" else "_" for letter in name).strip()[:60]
+        safe = "".join(letter if letter.isalnum() or letter in " -_" else "_" for letter in name).strip()[
+            :_LONGEST_NAME
+        ]
         _save(crop, path.with_name(f"{path.name}-{index:03d}-{safe}.png"))
 
 
@@ -323,15 +385,18 @@ def _merge(folder: Path, keys: Sequence[str], config: RfDetrConfig) -> bool:
         return False
     now = set(keys)
     order = [*keys, *(key for key in places if key not in now)]  # the latter of earlier calls
-    ids = getattr(config, "category_ids", None) or {label: label for label in config.id2label}
-    categories = [{"id": ids[label], "name": name} for label, name in config.id2label.items() if not is_no_class(name)]
+    names = {label: name for label, name in config.id2label.items() if not is_no_class(name)}
+    ids = getattr(config, "category_ids", None) or []
+    if len(ids) <= max(names, default=-1):  # none, or of the classes that a checkpoint had before
+        ids = range(len(config.id2label))
+    categories = [{"id": ids[label], "name": name} for label, name in names.items()]
     images: list[dict[str, Any]] = []
     number = 0
     with ExitStack() as stack:
         files = {path: stack.enter_context(path.open("rb")) for path in {path for path, _, _ in places.values()}}
         lines = stack.enter_context(_replacing(folder / "predictions.jsonl"))
         coco = stack.enter_context(_replacing(folder / "predictions.coco.json"))
-        coco.write(f'{{"categories": {json.dumps(categories, ensure_ascii=False)},\n"annotations": [')
+        coco.write(f'{{"categories": {json.dumps(categories)},\n"annotations": [')
         for key in order:
             path, place, has_failed = places[key]
             files[path].seek(place)
@@ -351,5 +416,5 @@ def _merge(folder: Path, keys: Sequence[str], config: RfDetrConfig) -> bool:
                 area = float(coco_mask.area(result["segmentation"])) if "segmentation" in result else box[2] * box[3]
                 annotation = {"id": number, **result, "bbox": box, "area": area, "iscrowd": 0}
                 coco.write(f"{',' * (number > 1)}\n{json.dumps(annotation)}")
-        coco.write(f'],\n"images": {json.dumps(images, ensure_ascii=False)}}}\n')
+        coco.write(f'],\n"images": {json.dumps(images)}}}\n')
     return True

@@ -35,6 +35,7 @@ from .data_sources import (
     _hub_classes,
     _is_hub_split,
     _load_rows,
+    _numbered,
     _parents,
     _read_class_names,
     _read_coco,
@@ -45,6 +46,7 @@ from .data_sources import (
     _yolo_file,
     _yolo_label_file,
     _yolo_pictures,
+    _yolo_root,
 )
 from .image_processing_rf_detr import _clamp_box, are_numbers, is_index, located, plain, read_rgb
 from .masks import Shape, measure, read_segmentation, to_rle
@@ -587,17 +589,16 @@ def _read_yolo_description(path: Path) -> tuple[dict[int, str], Path, dict[str, 
     with located(str(path)):
         try:
             description = yaml.safe_load(_read_text(path))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             raise ValueError(f"this is no YAML: {error}; export it again") from error
         if not isinstance(description, Mapping):
             raise ValueError("there are no keys; give 'names' and 'train'")
-        numbers = [str(number) for number in range(int(description.get("nc") or 0))]
-        classes = checked_classes(_read_class_names(description.get("names") or numbers))
-        root = path.parent / str(description.get("path") or "")
+        classes = checked_classes(_read_class_names(description.get("names") or _numbered(description.get("nc"))))
+        root = _yolo_root(path, description, None)
         keys = [key for key in ("train", "val", "valid", "test") if description.get(key)]
         if not keys:
             raise ValueError(f"the keys are {list(description)}; give 'train', 'val' or 'test' with pictures")
-        return classes, root if root.is_dir() else path.parent, {key: description[key] for key in keys}
+        return classes, root, {key: description[key] for key in keys}
 
 
 def _read_yolo_picture(

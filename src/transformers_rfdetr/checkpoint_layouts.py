@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
@@ -216,11 +216,14 @@ def _read_index(path: str) -> list[str]:
 
 
 def _read_shapes(files: Sequence[str]) -> dict[str, list[int]]:
-    """The shape of each tensor, from the headers of safetensors files."""
+    """The shape of each tensor, from the headers of safetensors files; ValueError if one is damaged."""
     shapes: dict[str, list[int]] = {}
     for name in files:
-        with safe_open(name, framework="pt") as file:
-            shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(name, framework="pt") as file:
+                shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{name} cannot be read as weights: {error!s:.200}; download or copy it again") from error
     return shapes
 
 

@@ -1,8 +1,12 @@
 """What the architecture is: the configuration, and the table of published variants, one row each."""
 
 import inspect
+import json
+import math
 import numbers
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -10,6 +14,23 @@ from transformers.configuration_utils import PreTrainedConfig
 
 # The scale of each projector level relative to the patch grid: P3 is twice as fine, P5 half as fine.
 PROJECTOR_SCALES = {"P3": 2.0, "P4": 1.0, "P5": 0.5}
+# The largest values that a configuration may have: a file may come from anyone, and one number in it can ask for more
+# memory than there is. Far above any model that was published; to go further, raise an entry.
+LIMITS = {
+    "parameters": 2_000_000_000,
+    "num_hidden_layers": 1_000,
+    "decoder_layers": 1_000,
+    "group_detr": 1_000,
+    "num_queries": 10_000,
+    "num_labels": 100_000,
+    "image_size": 8_192,  # pixels along a side
+    "resolution": 8_192,
+    "patches": 512,  # along a side
+}
+
+
+# What transformers takes the name of an attention or expert kernel from, also with an underscore in front.
+_KERNEL_FIELDS = ("attn_implementation", "experts_implementation", "implementation_internal")
 
 
 class Variant(NamedTuple):
@@ -133,17 +154,39 @@ def read_size(size: Any, name: str) -> int | tuple[int, int]:
 
 
 def read_label_maps(fields: dict[str, Any]) -> dict[str, Any]:
-    """Configuration fields with the missing one of `id2label` and `label2id` derived from the other."""
+    """Configuration fields with the missing one of `id2label` and `label2id` derived from the other.
+
+    Raises:
+        ValueError: unless the classes are numbered from 0 without gaps, and have names.
+    """
     fields = {name: value for name, value in fields.items() if value is not None or "label" not in name}
+    for name in ("id2label", "label2id"):
+        if not isinstance(fields.get(name, {}), Mapping):
+            raise ValueError(f"{name} {fields[name]!r:.80} is no mapping; give {{0: 'roof', 1: 'tree'}} as id2label")
     if "id2label" in fields:
-        fields["id2label"] = {int(slot): label for slot, label in dict(fields["id2label"]).items()}
+        fields["id2label"] = {_read_slot(slot): label for slot, label in fields["id2label"].items()}
+        _check_names(fields["id2label"])
         fields.setdefault("label2id", {label: slot for slot, label in fields["id2label"].items()})
     elif "label2id" in fields:
-        fields["id2label"] = {int(slot): label for label, slot in fields["label2id"].items()}
-    slots = sorted(fields.get("id2label", {}))
-    if slots != list(range(len(slots))):
-        raise ValueError(f"id2label numbers its slots {slots}; they must be 0 .. {len(slots) - 1}, one for each class")
+        fields["id2label"] = {_read_slot(slot): label for label, slot in fields["label2id"].items()}
+        _check_names(fields["id2label"])
     return fields
+
+
+def _read_slot(slot: Any) -> int:
+    """A class index as JSON's keys hold it, a text, or as a number."""
+    if isinstance(slot, bool) or not isinstance(slot, numbers.Integral | str) or not str(slot).isdecimal():
+        raise ValueError(f"{slot!r:.80} is no class index; number the classes from 0")
+    return int(slot)
+
+
+def _check_names(id2label: dict[int, str]) -> None:
+    slots = sorted(id2label)
+    if not slots or slots != list(range(len(slots))):
+        shown = f"{slots!r:.80}"
+        raise ValueError(f"id2label numbers its slots {shown}; they must be 0 .. {len(slots) - 1}, one for each class")
+    if unnamed := [slot for slot in slots if not isinstance(id2label[slot], str)]:
+        raise ValueError(f"id2label[{unnamed[0]}] is {id2label[unnamed[0]]!r:.80}, not a name; give a text")
 
 
 def nearest_legal_sizes(size: int, block: int) -> list[int]:
@@ -171,11 +214,76 @@ def _take_fixed(kwargs: dict[str, Any], fixed: dict[str, Any]) -> None:
             raise ValueError(f"{key}={given!r} is not RF-DETR, which has {key}={value!r} here; remove the setting")
 
 
-def _check_counts(config: Any, *names: str) -> None:
+def _check_counts(config: Any, *names: str, least: int = 1) -> None:
     for name in names:
         value = getattr(config, name)
-        if not isinstance(value, numbers.Integral) or value < 1:
-            raise ValueError(f"{name} {value!r} must be a whole number of at least 1")
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} {value!r:.80} must be a whole number of at least {least}")
+        check_limit(name, int(value))
+
+
+def check_limit(name: str, value: int) -> None:
+    """Raise ValueError for a value above its limit; what has no entry in `LIMITS` has none."""
+    if value > LIMITS.get(name, value):
+        raise ValueError(
+            f"{name} {value:.6g} is above the limit of {LIMITS[name]}, which no published model comes near; if it is"
+            f" right and there is memory for it, raise transformers_rfdetr.configuration_rf_detr.LIMITS[{name!r}]"
+        )
+
+
+def _check_numbers(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= float(value) < math.inf:
+            raise ValueError(f"{name} {value!r:.80} must be a finite number of at least 0")
+
+
+def _check_grid(name: str, size: Any, patch_size: int) -> None:
+    for side in as_pair(size):
+        check_limit(name, side)
+        check_limit("patches", side // patch_size)
+
+
+def _are_all(values: Any, kind: type) -> bool:
+    """Whether it is a list of values of a kind, which are no bool."""
+    return isinstance(values, list | tuple) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
+
+
+def refuse_methods(cls: type, fields: Mapping[str, Any]) -> None:
+    """Raise ValueError for a field that would take the place of a method."""
+    for name in fields:
+        if callable(getattr(cls, name, None)):
+            raise ValueError(f"{name!r:.80} is no setting of {cls.__name__} but a method; remove it")
+
+
+def _common_fields(cls: type, fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields that every configuration of transformers has, as a file may hold them, checked."""
+    refuse_methods(cls, fields)
+    fields = read_label_maps(fields)
+    classes = fields.get("num_labels", 1)
+    if not isinstance(classes, numbers.Integral) or isinstance(classes, bool) or classes < 1:
+        raise ValueError(f"num_labels {classes!r:.80} must be a whole number of at least 1")
+    check_limit("num_labels", int(classes))
+    check_limit("num_labels", len(fields.get("id2label", ())))
+    for name in ("dtype", "torch_dtype"):
+        dtype = fields.get(name)
+        if dtype is not None and type(dtype).__name__ != "dtype" and not re.fullmatch(r"b?float\d+\w*", str(dtype)):
+            raise ValueError(f"{name} {dtype!r:.80} is no floating-point type of torch; float32 is usual")
+    return fields
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turns what transformers raises for values that it does not expect, and for what is no JSON, into a ValueError."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:  # TypeError, AttributeError, KeyError, RecursionError, ...
+        if isinstance(error, OSError) and not isinstance(error.__context__, json.JSONDecodeError | UnicodeDecodeError):
+            raise
+        reason = f"{type(error).__name__} {error!s:.200}"
+        raise ValueError(f"{what} cannot be read as a configuration: {reason}; correct it") from error
 
 
 class RfDetrDinov2Config(PreTrainedConfig):
@@ -235,8 +343,7 @@ class RfDetrDinov2Config(PreTrainedConfig):
         out_indices = private_indices if out_indices is None else out_indices
         out_features = private_features if out_features is None else out_features
         if out_indices is None:
-            names = out_features or [f"stage{num_hidden_layers}"]
-            out_indices = [0 if name == "stem" else int(name.removeprefix("stage")) for name in names]
+            out_indices = self._indices_of(out_features or [f"stage{num_hidden_layers}"])
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
@@ -244,26 +351,41 @@ class RfDetrDinov2Config(PreTrainedConfig):
         self.patch_size: Any = read_size(patch_size, "patch_size")
         self.num_windows = num_windows
         self.num_register_tokens = num_register_tokens
-        self.out_indices = list(out_indices)
+        self.out_indices = list(out_indices) if isinstance(out_indices, tuple) else out_indices
         self.drop_path_rate = drop_path_rate
         self.layerscale_value = layerscale_value
         self.initializer_range = initializer_range
         self._check()
         kwargs["out_features"] = out_features
         _take_fixed(kwargs, self._derived())
-        super().__init__(**kwargs)
+        with reading("backbone_config"):
+            super().__init__(**_common_fields(type(self), kwargs))
+
+    @staticmethod
+    def _indices_of(names: Any) -> list[int]:
+        """Taps by the names of their stages."""
+        if not _are_all(names, str) or not all(re.fullmatch(r"stem|stage\d{1,9}", name) for name in names):
+            raise ValueError(f"out_features {names!r:.80} are no names of stages; give 'stem', 'stage1', ...")
+        return [0 if name == "stem" else int(name.removeprefix("stage")) for name in names]
 
     def _derived(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("stage_names", "out_features", "window_block_indexes")}
 
     def _check(self) -> None:
         _check_counts(self, "hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_windows")
+        _check_counts(self, "num_register_tokens", least=0)
+        _check_numbers(self, "drop_path_rate", "layerscale_value", "initializer_range")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
-        in_order = self.out_indices and self.out_indices == sorted(set(self.out_indices))
-        if not in_order or not 0 <= self.out_indices[0] <= self.out_indices[-1] <= self.num_hidden_layers:
+        in_order = _are_all(self.out_indices, int) and self.out_indices == sorted(set(self.out_indices))
+        if (
+            not in_order
+            or not self.out_indices
+            or not 0 <= self.out_indices[0] <= self.out_indices[-1] <= self.num_hidden_layers
+        ):
             raise ValueError(
-                f"out_indices {self.out_indices} must ascend within 0 .. {self.num_hidden_layers}, the number of blocks"
+                f"out_indices {self.out_indices!r:.80} must ascend within 0 .. {self.num_hidden_layers}, the number of"
+                " blocks"
             )
         for side in as_pair(self.image_size):
             if side <= 0 or side % self.patch_size:
@@ -271,6 +393,9 @@ class RfDetrDinov2Config(PreTrainedConfig):
                 raise ValueError(
                     f"image_size {side} is not a multiple of the patch size {self.patch_size}; try {legal}"
                 )
+        _check_grid("image_size", self.image_size, self.patch_size)
+        if not self.initializer_range:
+            raise ValueError("initializer_range 0 leaves no weights to train; 0.02 is usual")
         if not 0.0 <= self.drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate {self.drop_path_rate} is outside [0, 1)")
 
@@ -309,6 +434,13 @@ class RfDetrDinov2Config(PreTrainedConfig):
         return super().to_dict() | self._FIXED | self._derived()
 
 
+def _backbone_fields(backbone: Any) -> dict[str, Any]:
+    """The fields of a backbone's configuration, which transformers' port has a class of its own for."""
+    if not isinstance(backbone, dict | PreTrainedConfig):
+        raise ValueError(f"backbone_config {backbone!r:.80} is neither a configuration nor a dictionary of its fields")
+    return backbone if isinstance(backbone, dict) else backbone.to_dict()
+
+
 class RfDetrConfig(PreTrainedConfig):
     """Configuration of RF-DETR (https://arxiv.org/abs/2511.09554): architecture and loss weights, nothing else.
 
@@ -343,7 +475,8 @@ class RfDetrConfig(PreTrainedConfig):
             windows. By default `image_size` of the backbone, or the next legal size above.
 
     Raises:
-        ValueError: for sizes that do not tile, and for settings that would be another network than RF-DETR.
+        ValueError: for sizes that do not tile, for settings that would be another network than RF-DETR, and for
+            values above `LIMITS`.
     """
 
     model_type = "rf_detr"
@@ -408,7 +541,10 @@ class RfDetrConfig(PreTrainedConfig):
         if kwargs.get("layer_norm_eps") == 1e-5:
             kwargs.pop("layer_norm_eps")
         kwargs.pop("intermediate_size", None)
-        _take_fixed(kwargs, {"layer_norm_eps": 1e-6, "num_feature_levels": len(projector_scale or ["P4"])})
+        projector_scale = projector_scale or ["P4"]
+        if not _are_all(projector_scale, str):
+            raise ValueError(f"projector_scale {projector_scale!r:.80} is no list of levels; give ['P4']")
+        _take_fixed(kwargs, {"layer_norm_eps": 1e-6, "num_feature_levels": len(projector_scale)})
         if backbone_config is None:
             backbone_config = {
                 "hidden_size": 384,
@@ -417,7 +553,7 @@ class RfDetrConfig(PreTrainedConfig):
                 "out_indices": [2, 5, 8, 11],
             }
         self.backbone_config: Any = backbone_config  # a RfDetrDinov2Config from here on; see __setattr__
-        self.projector_scale = list(projector_scale or ["P4"])
+        self.projector_scale = list(projector_scale)
         self.d_model = d_model
         self.num_queries = num_queries
         self.group_detr = group_detr
@@ -441,7 +577,10 @@ class RfDetrConfig(PreTrainedConfig):
         self.auxiliary_loss = auxiliary_loss
         self._check()
         self.resolution = self._default_resolution() if resolution is None else resolution
-        super().__init__(**kwargs)
+        kwargs = _common_fields(type(self), kwargs)
+        check_limit("parameters", self._num_parameters(len(kwargs.get("id2label", ())) or kwargs.get("num_labels", 2)))
+        with reading("the configuration"):
+            super().__init__(**kwargs)
 
     def _check(self) -> None:
         _check_counts(
@@ -450,6 +589,16 @@ class RfDetrConfig(PreTrainedConfig):
             *("decoder_self_attention_heads", "decoder_cross_attention_heads"),
             *("mask_downsample_ratio", "mask_point_sample_ratio"),
         )
+        _check_numbers(
+            self,
+            *("dropout", "focal_alpha", "class_cost", "bbox_cost", "giou_cost", "class_loss_coefficient"),
+            *("bbox_loss_coefficient", "giou_loss_coefficient", "mask_class_loss_coefficient"),
+            "mask_dice_loss_coefficient",
+        )
+        if self.focal_alpha > 1:
+            raise ValueError(f"focal_alpha {self.focal_alpha} is outside [0, 1]")
+        if not isinstance(self.auxiliary_loss, bool):
+            raise ValueError(f"auxiliary_loss {self.auxiliary_loss!r:.80} must be true or false")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout {self.dropout} is outside [0, 1)")
         levels = sorted(set(self.projector_scale) & set(PROJECTOR_SCALES))
@@ -463,6 +612,26 @@ class RfDetrConfig(PreTrainedConfig):
         if self.d_model % 4:
             raise ValueError(f"d_model {self.d_model} must be a multiple of 4: the box embedding gives it four parts")
 
+    def _num_parameters(self, num_labels: int) -> int:
+        """Parameters of the segmentation model, all its large tables and matrices; vectors are left out."""
+        backbone, width, groups = self.backbone_config, self.d_model, self.group_detr
+        height_patches, width_patches = backbone.position_grid
+        tokens = height_patches * width_patches + backbone.num_register_tokens + 3 * backbone.patch_size**2
+        hidden, taps = backbone.hidden_size, len(backbone.out_indices)
+        levels, resampling = len(self.projector_scale), {"P3": 2, "P4": 0, "P5": 9}
+        points = self.decoder_cross_attention_heads * levels * self.decoder_n_points
+        layer = 7 * width**2 + 3 * width * points + 2 * width * self.decoder_ffn_dim
+        return (
+            12 * hidden**2 * backbone.num_hidden_layers
+            + hidden * tokens
+            + taps * hidden**2 * sum(resampling[level] for level in self.projector_scale)
+            + levels * (taps * hidden * width + 16 * width**2)
+            + self.decoder_layers * layer
+            + groups * self.num_queries * (width + 4)
+            + (groups + 1) * width * (3 * width + num_labels)
+            + 13 * width**2
+        )
+
     def _default_resolution(self) -> tuple[int, int]:
         block = self.backbone_config.patch_size * self.backbone_config.num_windows
         height, width = (-(-side // block) * block for side in as_pair(self.backbone_config.image_size))
@@ -472,8 +641,14 @@ class RfDetrConfig(PreTrainedConfig):
         if name == "resolution":
             value = read_size(value, "resolution")
             check_resolution(value, self.backbone_config.patch_size, self.backbone_config.num_windows)
+            _check_grid("resolution", value, self.backbone_config.patch_size)
+            if min(as_pair(value)) < self.mask_downsample_ratio:
+                raise ValueError(
+                    f"mask_downsample_ratio {self.mask_downsample_ratio} leaves no mask pixel of resolution {value};"
+                    " 4 is usual"
+                )
         if name == "backbone_config" and not isinstance(value, RfDetrDinov2Config):
-            value = RfDetrDinov2Config(**(value if isinstance(value, dict) else value.to_dict()))
+            value = RfDetrDinov2Config(**_backbone_fields(value))
         super().__setattr__(name, value)
 
     def legal_sizes(self, size: int) -> list[int]:
@@ -488,6 +663,24 @@ class RfDetrConfig(PreTrainedConfig):
             "intermediate_size": 4 * self.d_model,
         }
         return super().to_dict() | self._FIXED | derived
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
+        """The fields that a file holds; ValueError where it holds something else."""
+        with reading(str(pretrained_model_name_or_path)):
+            fields, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+            if not isinstance(fields, dict):
+                raise ValueError(f"{pretrained_model_name_or_path}: config.json holds {fields!r:.80}, no dictionary")
+            return fields, rest
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "RfDetrConfig":
+        """The configuration with these fields, but for names of attention kernels.
+
+        transformers does not write them, and would fetch code of that name from the Hub.
+        """
+        stored = {name: value for name, value in config_dict.items() if not name.endswith(_KERNEL_FIELDS)}
+        return super().from_dict(stored, **kwargs)
 
     @classmethod
     def from_variant(cls, name: str, **overrides: Any) -> "RfDetrConfig":
@@ -517,7 +710,7 @@ class RfDetrConfig(PreTrainedConfig):
             "out_indices": list(variant.out_indices),
             "hidden_size": variant.hidden_size,
             "num_attention_heads": variant.hidden_size // 64,
-            **(backbone if isinstance(backbone, dict) else backbone.to_dict()),
+            **_backbone_fields(backbone),
         }
         check_resolution(read_size(resolution, "resolution"), backbone["patch_size"], backbone["num_windows"])
         if not {"num_labels", "id2label", "label2id"} & set(overrides):

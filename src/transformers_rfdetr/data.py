@@ -7,7 +7,7 @@ Sizes are (H, W), boxes COCO's [x, y, width, height] in pixels of the upright pi
 import json
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from typing import Any, NamedTuple
 
@@ -304,7 +304,7 @@ def _with_box_and_area(annotation: Mapping[str, Any], size: tuple[int, int]) -> 
 
 def _has_shape(segmentation: Any) -> bool:
     """Whether there is an RLE, a bitmap or a polygon; whether it encloses a pixel is not looked at."""
-    if segmentation is None or isinstance(segmentation, Mapping):
+    if isinstance(segmentation, Mapping) or not isinstance(segmentation, Iterable):
         return segmentation is not None
     return any(not isinstance(part, Sequence | np.ndarray) or len(part) for part in segmentation)
 
@@ -312,7 +312,7 @@ def _has_shape(segmentation: Any) -> bool:
 def _check_annotations(annotations: Sequence[Mapping[str, Any]], classes: Mapping[int, str]) -> None:
     for position, annotation in enumerate(annotations):
         category, box = annotation.get("category_id"), annotation.get("bbox")
-        if category not in classes:
+        if not is_index(category) or category not in classes:
             raise ValueError(
                 f"annotation {position} (id {annotation.get('id')}): category_id {category!r} is none of the classes"
                 f" {shown_classes(classes)}; define it in the data's categories, or correct the annotation"
@@ -321,6 +321,16 @@ def _check_annotations(annotations: Sequence[Mapping[str, Any]], classes: Mappin
             raise ValueError(
                 f"annotation {position} (id {annotation.get('id')}): bbox {box!r:.60} is not [x, y, width, height],"
                 " four finite numbers in pixels; correct it, or leave it out where there is a segmentation"
+            )
+        area, crowd = plain(annotation.get("area")), plain(annotation.get("iscrowd"))
+        if area is not None and not (are_numbers([area], 1) and area >= 0):
+            raise ValueError(
+                f"annotation {position} (id {annotation.get('id')}): area {area!r:.60} is not a finite number of at"
+                " least 0; correct it or leave it out"
+            )
+        if crowd not in (None, 0, 1):
+            raise ValueError(
+                f"annotation {position} (id {annotation.get('id')}): iscrowd {crowd!r:.60} is not 0 or 1; correct it"
             )
 
 
@@ -393,12 +403,20 @@ class PackedRows:
 
     def __init__(self, records: Iterable[dict[str, Any]], pictures: Any) -> None:
         self.pictures = os.fspath(pictures) if isinstance(pictures, str | os.PathLike) else pictures
-        buffer, ends, missing = bytearray(), array("q", [0]), []
+        buffer, ends, missing, outside = bytearray(), array("q", [0]), [], []
         for record in logging.tqdm(records, desc="Reading annotations", unit=" images", delay=2):
             buffer += json.dumps(record, separators=(",", ":"), default=_as_json).encode()
             ends.append(len(buffer))
-            if not self._is_there(record, len(ends) - 2):
+            if isinstance(self.pictures, str) and leads_out(self.pictures, record.get("file_name")):
+                outside.append(record["file_name"])
+            elif not self._is_there(record, len(ends) - 2):
                 missing.append(record.get("file_name") or record.get("image_id"))
+        if outside:
+            raise ValueError(
+                f"{len(outside)} of {len(ends) - 1} file names lead out of {self.pictures!r}, among them"
+                f" {', '.join(map(repr, outside[:3]))}; correct them, or give, as image_folder or pictures, the folder"
+                " that all pictures lie in"
+            )
         if missing:
             raise ValueError(
                 f"{len(missing)} of {len(ends) - 1} pictures are not in {_kind(self.pictures)}, among them"
@@ -410,7 +428,9 @@ class PackedRows:
 
     def _is_there(self, record: dict[str, Any], index: int) -> bool:
         if isinstance(self.pictures, str):
-            return bool(record.get("file_name")) and os.path.isfile(os.path.join(self.pictures, record["file_name"]))
+            return isinstance(record.get("file_name"), str) and os.path.isfile(
+                os.path.join(self.pictures, record["file_name"])
+            )
         if isinstance(self.pictures, Mapping):
             return record.get("image_id") in self.pictures or record.get("file_name") in self.pictures
         return index < len(self.pictures)
@@ -429,6 +449,17 @@ class PackedRows:
         return self.pictures[index]
 
     encoded = picture
+
+
+def leads_out(folder: str | os.PathLike[str], name: Any) -> bool:
+    """Whether a file name, relative to the folder or absolute, means a file outside of it; links are followed."""
+    if not isinstance(name, str | os.PathLike):
+        return False
+    name = os.path.normpath(name)
+    if not os.path.isabs(name):
+        return name.split(os.sep)[0] == os.pardir
+    root = os.path.abspath(folder)
+    return os.path.commonpath([root, name]) != root
 
 
 def _kind(pictures: Any) -> str:
@@ -471,24 +502,52 @@ def coco_categories(coco: Mapping[str, Any]) -> dict[int, str]:
             " and 'categories'; convert the annotations to it"
         )
     classes: dict[int, str] = {}
-    for category in coco["categories"]:
+    for category in entries(coco, "categories"):
         number = category.get("id")
+        if not isinstance(number, Hashable):
+            raise ValueError(f"category id {number!r:.60} is no number; number the categories")
         if number in classes:
             raise ValueError(f"category id {number!r} is defined twice; remove one of the two definitions")
         classes[number] = str(category.get("name", number))
     return classes
 
 
+def entries(coco: Mapping[str, Any], key: str) -> Sequence[Mapping[str, Any]]:
+    """One of the three lists of a COCO dictionary; ValueError unless it is a list of dictionaries."""
+    found = coco.get(key)
+    found = [] if found is None else found
+    if not isinstance(found, list | tuple):
+        raise ValueError(
+            f"{key!r} is a {type(found).__name__}, not a list as in COCO's instances JSON; export it again"
+        )
+    wrong = next((index for index, entry in enumerate(found) if not isinstance(entry, Mapping)), None)
+    if wrong is not None:
+        raise ValueError(f"entry {wrong} of {key!r} is {found[wrong]!r:.60}, not a dictionary; correct or remove it")
+    return found
+
+
+def _check_image(image: Mapping[str, Any]) -> None:
+    name = image.get("file_name")
+    if not isinstance(name, str | None):
+        raise ValueError(f"image {image.get('id')!r:.60}: file_name {name!r:.60} is not a text; correct it")
+    for side in ("width", "height"):
+        given = plain(image.get(side))
+        if given is not None and not (are_numbers([given], 1) and given >= 0 and given == int(given)):
+            raise ValueError(f"image {image.get('id')!r:.60}: {side} {given!r:.60} is no number of pixels; correct it")
+
+
 def coco_records(coco: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The images of a COCO dictionary, each with its annotations."""
     by_image: dict[Any, list[Mapping[str, Any]]] = {}
-    for image in coco["images"]:
+    for image in entries(coco, "images"):
         number = image.get("id")
-        if number is None or number in by_image:
-            raise ValueError(f"image id {number!r} is missing or stands for two images; number the images")
+        _check_image(image)
+        if number is None or not isinstance(number, Hashable) or number in by_image:
+            raise ValueError(f"image id {number!r:.60} is missing or stands for two images; number the images")
         by_image[number] = []
-    for annotation in coco.get("annotations") or []:
-        if annotation.get("image_id") not in by_image:
+    for annotation in entries(coco, "annotations"):
+        number = annotation.get("image_id")
+        if not isinstance(number, Hashable) or number not in by_image:
             raise ValueError(
                 f"annotation {annotation.get('id')!r} belongs to image {annotation.get('image_id')!r}, which is none"
                 f" of the {len(by_image)} images; add the image or remove the annotation"
@@ -511,6 +570,11 @@ def checked_classes(classes: Mapping[int, str]) -> dict[int, str]:
     wrong = [category for category in classes if not is_index(category)]
     if wrong:
         raise ValueError(f"category id {wrong[0]!r} is not a whole number of at least 0; number the categories")
+    # A few lines of YAML can nest a name so often that its text would fill the memory.
+    unnamed = [category for category, name in classes.items() if not isinstance(name, str | int | float)]
+    if unnamed:
+        kind = type(classes[unnamed[0]]).__name__
+        raise ValueError(f"category {unnamed[0]} is called by a {kind}, not by a text; name it")
     ordered = {int(category): str(classes[category]) for category in sorted(classes)}
     if not ordered:
         raise ValueError("the data define no category; give their names (`categories`, class_names or label_map)")

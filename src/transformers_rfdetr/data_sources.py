@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 from transformers.utils import logging
 
+from .configuration_rf_detr import check_limit
 from .data import (
     InstanceDataset,
     InstanceDatasets,
@@ -22,12 +23,14 @@ from .data import (
     checked_classes,
     coco_categories,
     coco_records,
+    entries,
+    leads_out,
     one_label_map,
     place_of,
     shown_classes,
     upright_size,
 )
-from .image_processing_rf_detr import located
+from .image_processing_rf_detr import is_index, located
 
 # What data sets on the Hub call the columns of a row, and the fields of its objects.
 _COLUMNS = {
@@ -96,7 +99,8 @@ def load_instance_dataset(
             * a data.yaml of YOLO, or a folder with one. Label files hold polygons, or boxes: objects without a mask.
             "valid" and "val" become "validation".
         image_folder: The pictures of a COCO JSON; or a mapping of splits to folders. By default the folder of the JSON
-            or `images` in it.
+            or `images` in it. Of YOLO, the folder that places are relative to; by default `path` of the data.yaml, as
+            far as it lies in the folder of that. No file outside is read, whatever the data say.
         class_names: A list, or a mapping from category id, for data that number their classes without naming them;
             for classes that are texts it gives their order. Without it numbers are their own names, and texts are
             sorted.
@@ -105,8 +109,8 @@ def load_instance_dataset(
         **load_dataset_arguments: For `datasets.load_dataset`: `split`, `revision`, `data_files`, ...
 
     Raises:
-        ValueError: what cannot be read; pictures that are not there; categories that are not defined, or not the same
-            in all splits.
+        ValueError: what cannot be read; pictures that are not there or lie outside of their folder; categories that
+            are not defined, or not the same in all splits.
         ImportError: the library datasets is needed and not installed.
     """
     is_mapping = isinstance(source, Mapping) and source
@@ -122,7 +126,9 @@ def load_instance_dataset(
     if streaming or load_dataset_arguments:
         given = [*(["streaming"] if streaming else []), *load_dataset_arguments]
         raise ValueError(f"{given} are for rows that `datasets.load_dataset` reads, not for {source!s}; leave them out")
-    return _load_yolo(yaml_file, class_names) if yaml_file else _load_coco(files, image_folder, class_names)
+    return (
+        _load_yolo(yaml_file, image_folder, class_names) if yaml_file else _load_coco(files, image_folder, class_names)
+    )
 
 
 def _split_name(name: str) -> str:
@@ -139,6 +145,8 @@ def _read_text(path: Path) -> str:
 def _read_class_names(class_names: Sequence[str] | Mapping[int, str]) -> dict[int, str]:
     if isinstance(class_names, str):
         raise ValueError(f"class_names {class_names!r} is one text; give a list of names, or {{id: name}}")
+    if not isinstance(class_names, Mapping | Sequence):
+        raise ValueError(f"names of a {type(class_names).__name__} are none; give a list of names, or {{id: name}}")
     return dict(class_names) if isinstance(class_names, Mapping) else dict(enumerate(class_names))
 
 
@@ -177,7 +185,7 @@ def _read_coco(path: Path) -> dict[str, Any]:
     text = _read_text(path)
     try:
         coco = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}; export it again") from error
     if not isinstance(coco, dict):
         raise ValueError(f"{path} holds a {type(coco).__name__}, not a dict of COCO's form; export it again")
@@ -191,7 +199,11 @@ def _load_coco(files: Mapping[str, tuple[Path, list[Path]]], image_folder: Any, 
             read[split] = _read_coco(path)
             classes[split] = coco_categories(read[split])
     used = {
-        split: {annotation.get("category_id") for annotation in coco.get("annotations") or []}
+        split: {
+            annotation.get("category_id")
+            for annotation in entries(coco, "annotations")
+            if isinstance(annotation.get("category_id"), Hashable)
+        }
         for split, coco in read.items()
     }
     for parent in _parents(read.values()) - set().union(*used.values()):
@@ -215,8 +227,8 @@ def _load_coco(files: Mapping[str, tuple[Path, list[Path]]], image_folder: Any, 
 
 def _parents(cocos: Iterable[Mapping[str, Any]]) -> set[int]:
     """Ids of the categories that are listed only to group others, as Roboflow's exports do."""
-    categories = [category for coco in cocos for category in coco["categories"]]
-    groups = {category.get("supercategory") for category in categories}
+    categories = [category for coco in cocos for category in entries(coco, "categories")]
+    groups = [category.get("supercategory") for category in categories]
     return {
         category["id"]
         for category in categories
@@ -226,8 +238,9 @@ def _parents(cocos: Iterable[Mapping[str, Any]]) -> set[int]:
 
 def _picture_folder(coco: Mapping[str, Any], folders: Sequence[Path]) -> Path:
     """The folder that has the first picture, or else the first folder."""
-    name = next((image.get("file_name") for image in coco["images"]), None) or ""
-    return next((folder for folder in folders if (folder / name).is_file()), folders[0])
+    name = next((image.get("file_name") for image in entries(coco, "images")), None)
+    name = name if isinstance(name, str) else ""
+    return next((folder for folder in folders if os.path.isfile(folder / name)), folders[0])
 
 
 # YOLO
@@ -240,23 +253,22 @@ def _yolo_file(path: Path) -> Path | None:
     return found[0] if found else None
 
 
-def _load_yolo(path: Path, class_names: Any) -> InstanceDatasets:
+def _load_yolo(path: Path, image_folder: Any, class_names: Any) -> InstanceDatasets:
     import yaml  # transformers needs it
 
     try:
         description = yaml.safe_load(_read_text(path))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} is no YAML: {error}; export it again") from error
     if not isinstance(description, dict):
         raise ValueError(f"{path} holds no keys; it needs 'names' and 'train'")
     with located(str(path)):
         names = description.get("names")
-        given = names or class_names or [str(number) for number in range(int(description.get("nc") or 0))]
+        given = names or class_names or _numbered(description.get("nc"))
         classes = checked_classes(_read_class_names(given))
         if names:
             _refuse_other_names(classes, class_names)
-        root = path.parent / str(description.get("path") or "")
-        root = root if root.is_dir() else path.parent
+        root = _yolo_root(path, description, image_folder)
         splits = {}
         for key in ("train", "val", "valid", "test"):
             if description.get(key):
@@ -268,13 +280,41 @@ def _load_yolo(path: Path, class_names: Any) -> InstanceDatasets:
     return InstanceDatasets(splits)
 
 
+def _numbered(number: Any) -> list[str]:
+    """The names 0, 1, ... of this many classes."""
+    if number is not None and not is_index(number):
+        raise ValueError(f"nc {type(number).__name__} is no number of classes; give 'names', or a whole number")
+    check_limit("num_labels", number or 0)
+    return [str(label) for label in range(number or 0)]
+
+
+def _yolo_root(path: Path, description: Mapping[str, Any], image_folder: Any) -> Path:
+    """The folder that the places in a data.yaml are relative to, and that nothing outside of is read."""
+    if isinstance(image_folder, Mapping):
+        raise ValueError(f"image_folder {image_folder!r:.80} is for COCO; give the folder that 'train' is relative to")
+    if image_folder is not None:
+        return Path(image_folder).expanduser()
+    place = description.get("path")
+    if not isinstance(place, str) or not (path.parent / place).is_dir():
+        return path.parent
+    if leads_out(path.parent, place):
+        raise ValueError(
+            f"path {place!r:.200} leads out of {path.parent}; move {path.name} there, or load it with image_folder"
+        )
+    return path.parent / place
+
+
 def _yolo_pictures(root: Path, places: Any, key: str) -> list[Path]:
     """What a data.yaml says of one split -> its pictures, in the order of their names or of the list."""
     found: list[Path] = []
     for place in places if isinstance(places, list) else [places]:
+        if not isinstance(place, str):
+            raise ValueError(f"{key}: a {type(place).__name__} is no folder or list of pictures; correct {key!r}")
         # Roboflow's exports say ../train/images where train/images is meant.
-        options = [root / place, root / str(place).removeprefix("../")]
-        path = next((option for option in options if option.exists()), None)
+        options = [root / place, root / place.removeprefix("../")]
+        path = next((option for option in options if option.exists() and not leads_out(root, option.absolute())), None)
+        if path is None and options[0].exists():
+            raise ValueError(f"{key}: {place!r:.200} leads out of {root}; if it is right, give a folder above both")
         if path is None:
             raise ValueError(f"{key}: {options[0]} is not there; correct {key!r}, or 'path', which is {root}")
         if path.is_dir():
@@ -284,6 +324,11 @@ def _yolo_pictures(root: Path, places: Any, key: str) -> list[Path]:
             found += [path.parent / line for line in lines if line]
     if not found:
         raise ValueError(f"{key}: there are no pictures in {places!r} of {root}; correct {key!r}")
+    if outside := [path for path in found if leads_out(root, path.absolute())]:
+        shown = ", ".join(map(str, outside[:3]))
+        raise ValueError(
+            f"{key}: {len(outside)} of {len(found)} pictures lie outside of {root}: {shown}; correct {key!r}"
+        )
     missing = [path for path in found if not path.is_file()]
     if missing:
         shown = ", ".join(map(str, missing[:3]))

@@ -26,7 +26,7 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import logging
 
-from .configuration_rf_detr import RfDetrConfig
+from .configuration_rf_detr import RfDetrConfig, reading, refuse_methods
 from .masks import measure, rasterize, read_segmentation, region_to_rle, upsample_masks
 
 logger = logging.get_logger(__name__)
@@ -35,6 +35,10 @@ logger = logging.get_logger(__name__)
 _DEFAULT_SIZE = {"height": 432, "width": 432}
 _BILINEAR = 2
 _URL_TIMEOUT_SECONDS = 60
+# The largest file that is fetched from a URL; a server may send without an end.
+MAX_URL_BYTES = 1 << 28
+# The most pixels of a picture that settings may ask for; they may come from anyone too.
+MAX_INPUT_PIXELS = 1 << 27
 
 
 class RfDetrImageProcessor(BaseImageProcessor):
@@ -89,10 +93,11 @@ class RfDetrImageProcessor(BaseImageProcessor):
         format: str = "coco_detection",
         **kwargs: Any,
     ) -> None:
+        refuse_methods(type(self), kwargs)
         super().__init__(**kwargs)
         self.do_resize = do_resize
         self.size = dict(_DEFAULT_SIZE) if size is None else _read_size(size, "size")
-        self.resample = int(resample)
+        self.resample = resample
         self.do_rescale = do_rescale
         self.rescale_factor = rescale_factor
         self.do_normalize = do_normalize
@@ -102,6 +107,9 @@ class RfDetrImageProcessor(BaseImageProcessor):
         self.do_pad = do_pad
         self.pad_size = None if pad_size is None else _read_size(pad_size, "pad_size")
         self.format = str(getattr(format, "value", format))
+        for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_annotations", "do_pad"):
+            if not isinstance(getattr(self, name), bool | np.bool_):
+                raise ValueError(f"{name} {getattr(self, name)!r:.80} is neither true nor false")
         if self.resample != _BILINEAR:
             raise ValueError(f"resample {resample} is not 2 (bilinear), the filter of every checkpoint; leave it out")
         if self.format != "coco_detection":
@@ -115,6 +123,17 @@ class RfDetrImageProcessor(BaseImageProcessor):
                 raise ValueError(f"{name} {values!r} is not one number for each of the 3 channels; give three")
         if min(self.image_std) <= 0:
             raise ValueError(f"image_std {self.image_std} divides the pixels; give three numbers above 0")
+
+    @classmethod
+    def get_image_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
+        """The settings that a file holds; ValueError where it holds something else."""
+        with reading(str(pretrained_model_name_or_path)):
+            settings, rest = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
+            if not isinstance(settings, dict):
+                raise ValueError(
+                    f"{pretrained_model_name_or_path}: the settings are {settings!r:.80}, not a dictionary"
+                )
+            return settings, rest
 
     @classmethod
     def from_variant(cls, name: str, **overrides: Any) -> "RfDetrImageProcessor":
@@ -254,6 +273,8 @@ class RfDetrImageProcessor(BaseImageProcessor):
         largest = (max(height for height, _ in sizes), max(width for _, width in sizes))
         if not self.do_pad and len(set(sizes)) > 1:
             raise ValueError(f"images come out at different sizes {sorted(set(sizes))}; set do_pad or a fixed size")
+        if len(set(sizes)) > 1:
+            _check_pixels(largest, "the padded images would be")
         if not self.do_pad or self.pad_size is None:
             return largest
         padded = (self.pad_size["height"], self.pad_size["width"])
@@ -305,7 +326,8 @@ class RfDetrImageProcessor(BaseImageProcessor):
 
         keep: Any = slice(None)
         if with_masks:
-            masks = rasterize(shapes, orig_size, resized_size)
+            with located(f"{where}, segmentation"):
+                masks = rasterize(shapes, orig_size, resized_size)
             keep = masks.any(axis=(1, 2))
             if not keep.all():
                 masks = masks[keep]
@@ -505,7 +527,17 @@ def _read_size(size: Any, name: str) -> dict[str, int]:
             f"{name} {size!r} is no size in positive whole pixels; give an int,"
             " {'height': ..., 'width': ...} or {'shortest_edge': ..., 'longest_edge': ...}"
         )
+    if "height" in read:
+        _check_pixels((read["height"], read["width"]), f"{name} is")
     return read
+
+
+def _check_pixels(size: tuple[int, int], what: str) -> None:
+    if size[0] * size[1] > MAX_INPUT_PIXELS:
+        raise ValueError(
+            f"{what} {size[0]} x {size[1]}, more than {MAX_INPUT_PIXELS} pixels; choose a smaller size, or raise"
+            " transformers_rfdetr.image_processing_rf_detr.MAX_INPUT_PIXELS"
+        )
 
 
 def _resized_size(image_size: tuple[int, int], size: dict[str, int]) -> tuple[int, int]:
@@ -517,6 +549,7 @@ def _resized_size(image_size: tuple[int, int], size: dict[str, int]) -> tuple[in
     if "longest_edge" in size and edge * long / short > size["longest_edge"]:
         edge = size["longest_edge"] * short / long
     resized = (max(1, round(edge)), max(1, int(edge * long / short)))
+    _check_pixels(resized, f"an image of {image_size[0]} x {image_size[1]} would be resized to")
     return resized if image_size[0] <= image_size[1] else resized[::-1]
 
 
@@ -564,7 +597,13 @@ def _open(source: str) -> PIL.Image.Image:
     if source.startswith(("http://", "https://")):
         request = urllib.request.Request(source, headers={"User-Agent": "transformers-rfdetr"})
         with urllib.request.urlopen(request, timeout=_URL_TIMEOUT_SECONDS) as response:
-            stream = BytesIO(response.read())
+            content = response.read(MAX_URL_BYTES + 1)
+        if len(content) > MAX_URL_BYTES:
+            raise ValueError(
+                f"it is larger than {MAX_URL_BYTES} bytes; fetch it yourself, or raise"
+                " transformers_rfdetr.image_processing_rf_detr.MAX_URL_BYTES"
+            )
+        stream = BytesIO(content)
     elif not os.path.isfile(path):
         encoded = source.partition(",")[2] if source.startswith("data:image/") else source
         try:

@@ -20,7 +20,7 @@ from .image_processing_rf_detr import RfDetrImageProcessor, located, select_dete
 from .instances import Instances
 from .loss_rf_detr import MaskFactors, StagePrediction
 from .masks import region_to_rle, upsample_masks
-from .modeling_rf_detr import RfDetrForObjectDetection, RfDetrOutput
+from .modeling_rf_detr import NO_CLASS_LOGIT, RfDetrForObjectDetection, RfDetrOutput
 from .modeling_rf_detr_dinov2 import resize_position_table
 
 logger = logging.get_logger(__name__)
@@ -81,13 +81,16 @@ def predict(
         model.train(was_training)
 
 
-def labels_of(config: RfDetrConfig, names: Sequence[str]) -> Tensor:
+def labels_of(config: RfDetrConfig, names: str | Sequence[str]) -> Tensor:
     """Names of classes -> all their labels, (L,) int64.
 
     Raises:
         ValueError: a name is none of the model's; the message has the nearest ones.
     """
+    names = [names] if isinstance(names, str) else names
     known = [name for name in config.id2label.values() if not is_no_class(name)]
+    if not names:
+        raise ValueError(f"no classes to look for; name some of {', '.join(known[:10])}, or leave classes out for all")
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, cutoff=0.4) or known[:10]
@@ -114,13 +117,15 @@ def _predict_batch(
     inputs = processor(tensors, input_data_format="channels_first").to(model.device)
     pixel_mask = inputs.get("pixel_mask")
     stage = model.predict_stage(inputs["pixel_values"], pixel_mask)
-    outputs = RfDetrOutput(logits=stage.logits, pred_boxes=stage.boxes)
+    logits = stage.logits
+    if wanted is not None:  # before the best ones are chosen, of which others would take the places
+        unwanted = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        unwanted[wanted.to(logits.device)] = False
+        logits = logits.masked_fill(unwanted, NO_CLASS_LOGIT)
+    outputs = RfDetrOutput(logits=logits, pred_boxes=stage.boxes)
     for index, tensor in enumerate(tensors):
         size = (tensor.shape[1], tensor.shape[2])
         found = select_detections(outputs, index, threshold, size, top_k)
-        if wanted is not None:
-            kept = torch.isin(found.labels.cpu(), wanted)
-            found = type(found)(*(part[kept.to(part.device)] for part in found))
         masks = None
         if stage.masks is not None:
             logits = _kept_masks(stage.masks, index, found.queries)

@@ -33,6 +33,8 @@ def load(
     Raises:
         ValueError: there is no such checkpoint, it cannot be read, or it lacks weights; the message says which.
     """
+    if not name:
+        raise ValueError("no name of a model; give a folder, a Hub id or a published name such as rf-detr-seg-medium")
     folder = Path(name).expanduser()
     if folder.is_file():
         raise ValueError(
@@ -49,8 +51,9 @@ def load(
         has_masks = any("Segmentation" in architecture for architecture in config.architectures or ["Segmentation"])
         kind = RfDetrForInstanceSegmentation if has_masks else RfDetrForObjectDetection
         model, report = kind.from_pretrained(name, dtype=dtype or torch.float32, output_loading_info=True, **kwargs)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{name} cannot be loaded; give a folder or a Hub id. {error}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{name} cannot be loaded; give a folder or a Hub id. {reason}") from error
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
             f"{name} lacks {len(missing)} weights of {kind.__name__} ({', '.join(missing[:3])}, ...);"

@@ -15,8 +15,9 @@ from pycocotools import mask as coco_mask
 # What `read_segmentation` returns: polygons, each (2P,) float64 pixels x0, y0, x1, y1, ..., or one compressed RLE.
 Shape = list[Any] | dict[str, Any]
 
-# pycocotools walks along every edge in fifths of a pixel: what lies further out would cost minutes and memory.
 _MAX_COORDINATE = 1e6
+# The longest outline of an object: pycocotools walks along it in fifths of a pixel and keeps 40 bytes of each pixel.
+MAX_OUTLINE_PIXELS = 1e7
 # Output pixels that are interpolated at a time: the intermediate floats stay in the cache.
 _CHUNK_PIXELS = 1 << 17
 
@@ -106,7 +107,19 @@ def _read_polygons(segmentation: Any) -> list[np.ndarray] | None:
             polygons.append(polygon.astype(np.float64))
     if not polygons and len(rows) > 2 and all(len(row) == 2 for row in rows):
         raise ValueError(f"{len(rows)} pairs are points of one polygon; flatten them to [[x0, y0, x1, y1, ...]]")
+    _check_outline(polygons)
     return polygons or None
+
+
+def _check_outline(polygons: Sequence[np.ndarray]) -> None:
+    """Raises ValueError where the way from the origin along all edges is longer than pycocotools should walk."""
+    points = [polygon.reshape(-1, 2) for polygon in polygons]
+    length = sum(np.abs(np.diff(ring, axis=0, prepend=0, append=ring[:1])).max(1).sum() for ring in points)
+    if length > MAX_OUTLINE_PIXELS:
+        raise ValueError(
+            f"the outline of the polygons is {length:.3g} pixels long, more than {MAX_OUTLINE_PIXELS:g}; give"
+            " coordinates in pixels of the picture, or raise transformers_rfdetr.masks.MAX_OUTLINE_PIXELS"
+        )
 
 
 def _read_rle(rle: Mapping[str, Any], image_size: tuple[int, int]) -> dict[str, Any] | None:
@@ -180,6 +193,9 @@ def rasterize(shapes: Sequence[Shape], image_size: tuple[int, int], output_size:
     floor((i + 0.5) * H / h). So both lie where the picture's own bilinear resize puts the object. (The "nearest" of
     rfdetr's and the port's mask transforms lies up to half an output pixel beside it: on COCO photographs at 432 x 432
     its median IoU with the drawn polygon is 0.957, that of this rule 0.989.)
+
+    Raises:
+        ValueError: polygons that reach far out of a small picture are too long to draw at a large output size.
     """
     (height, width), (out_height, out_width) = image_size, output_size
     every_row, every_column = np.arange(out_height), np.arange(out_width)
@@ -190,6 +206,7 @@ def rasterize(shapes: Sequence[Shape], image_size: tuple[int, int], output_size:
             rle, row_of, column_of = shape, nearest_row, nearest_column
         else:
             scaled = [(polygon.reshape(-1, 2) * (out_width / width, out_height / height)).ravel() for polygon in shape]
+            _check_outline(scaled)
             rle = coco_mask.merge(coco_mask.frPyObjects(scaled, out_height, out_width))
             row_of, column_of = every_row, every_column
         # Only the object's box is copied.

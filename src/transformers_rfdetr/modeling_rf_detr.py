@@ -36,6 +36,9 @@ from .modeling_rf_detr_dinov2 import RfDetrDinov2Backbone, attend, recomputed
 
 # -- outputs ---------------------------------------------------------------------------------------------------------
 
+# Of a label that is not looked for: a score of 0, and finite in half precision.
+NO_CLASS_LOGIT = -1e4
+
 
 @dataclass
 class RfDetrOutput(ModelOutput):
@@ -853,7 +856,7 @@ class RfDetrForObjectDetection(RfDetrModel):
         if labels:
             logits = logits.clone()
             for label in labels:
-                logits[..., label] = -1e4  # a score of 0, and finite in half precision
+                logits[..., label] = NO_CLASS_LOGIT
         return logits
 
     # Outside of compiled graphs, which would be made anew for every number of objects; what it calls is compiled.

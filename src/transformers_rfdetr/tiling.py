@@ -181,7 +181,8 @@ def merge_tiles(found: Sequence[tuple[Tile, Instances]], image_size: tuple[int, 
        common to both, or half of the smaller piece. Those that agree in most pixels come first; an object has but one
        piece of each tile, so that neighbours that one tile tells apart stay apart.
     3. A piece that goes on behind the border of its tile is a part of the object there that covers half of what both
-       see of it: its tile has split that object. Right beside another part, or one seen whole, it is a neighbour.
+       see of it: its tile has split that object, or found it twice. Right beside another part of its own tile, or one
+       seen whole, it is a neighbour.
     4. An object that a tile sees whole has that tile's mask, box and score, of several the one where it lies deepest.
        Of others each pixel is decided by the tile that it belongs to, where that has a piece of it, otherwise by those
        that have; the box is the union of the pieces' boxes, the score that of the largest piece.
@@ -299,21 +300,22 @@ class _Pieces:
         left, top = self.tiles[self.tile_of[piece], :2]
         return mask[_window(rectangle, left, top)]
 
-    def shapes(self, pieces: np.ndarray) -> Any:
+    def shapes(self, pieces: Sequence[int] | np.ndarray) -> Any:
         """What pycocotools compares: n RLEs of the picture, or (n, 4) x, y, width, height."""
         if self.masks is not None:
-            return [self.placed[piece] for piece in pieces.tolist()]
+            return [self.placed[int(piece)] for piece in pieces]
         boxes = self.boxes[pieces]
         return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
 
     def tells_apart(self, piece: int, group: list[int]) -> bool:
-        """Whether the tile of a piece has another one (or this one) in a group, not split from it by the border."""
+        """Whether the tile of a piece has another one in a group, neither split from it by the border nor its copy."""
         others = [other for other in group if self.tile_of[other] == self.tile_of[piece]]
         if not others:
             return False
         one, extents = self.extents[piece], self.extents[others]
         gaps = (np.maximum(one[:2], extents[:, :2]) - np.minimum(one[2:], extents[:, 2:])).max(1)
-        return bool((gaps < _REACH).any()) or not self.is_cut[[piece, *others]].all()
+        alike = coco_mask.iou(self.shapes([piece]), self.shapes(others), [0] * len(others))[0]
+        return bool(((gaps < _REACH) & (alike <= 0.5)).any()) or not self.is_cut[[piece, *others]].all()
 
     def unite(self, group: list[int]) -> tuple[int, np.ndarray, dict[str, Any] | None]:
         """The pieces of one object -> the piece that has its score and class, its box, its mask."""
@@ -411,7 +413,7 @@ def _group(pieces: _Pieces, links: list[Link], continued: dict[int, tuple[float,
             join(one, other)
     for piece, (_, around) in continued.items():
         one, other = group_of[around], group_of[piece]
-        if not any(pieces.tells_apart(each, one) for each in other):
+        if one is not other and not any(pieces.tells_apart(each, one) for each in other):
             join(one, other)
     return list({id(group): group for group in group_of.values()}.values())
 

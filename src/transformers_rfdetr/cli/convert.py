@@ -41,7 +41,7 @@ def convert(
         source,
         output,
         variant=variant,
-        class_names=None if class_names is None else read_names(class_names),
+        class_names=None if class_names is None else read_names("--class-names", class_names),
         ema=ema,
         trust_checkpoint=trust_checkpoint,
         push_to_hub=push_to_hub,

@@ -31,8 +31,8 @@ def read_size(option: str, text: str) -> int | tuple[int, int]:
     return (int(height), int(width)) if width else int(height)
 
 
-def read_names(given: str) -> list[str]:
-    """ "cat,dog" or a text file with a name a line -> the names.
+def read_names(option: str, given: str) -> list[str]:
+    """Names as "cat,dog" or in a text file with one a line -> the names.
 
     Raises:
         ValueError: there is no such file, it is no text, or a name is empty.
@@ -42,11 +42,11 @@ def read_names(given: str) -> list[str]:
         try:
             names = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
         except UnicodeDecodeError as error:
-            raise ValueError(f"--class-names {path} is no text in UTF-8: {error}") from error
+            raise ValueError(f"{option} {path} is no text in UTF-8: {error}") from error
     elif path.suffix == ".txt" or path.name != given:
-        raise ValueError(f"--class-names {given} is no file; give one with a name a line, or 'cat,dog,...'")
+        raise ValueError(f"{option} {given} is no file; give one with a name a line, or 'cat,dog,...'")
     else:
         names = given.split(",")
     if "" in (stripped := [name.strip() for name in names]) or not stripped:
-        raise ValueError(f"--class-names {given} has a name that is empty, at label {[*stripped, ''].index('')}")
+        raise ValueError(f"{option} {given} has a name that is empty, at label {[*stripped, ''].index('')}")
     return stripped

@@ -3,23 +3,33 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from http.client import HTTPException
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.error import URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
 import typer
+from PIL import Image
 
-from ..bulk_prediction import VIDEO_SUFFIXES, Picture, Summary, UnreadablePictureError, list_pictures, predict_to_folder
+from ..bulk_prediction import (
+    Picture,
+    Summary,
+    UnreadablePictureError,
+    check_settings,
+    fingerprint,
+    list_pictures,
+    predict_to_folder,
+    write_settings,
+)
 from ..loading import load
 from ..video import VideoSummary, predict_video
 from .errors import one_line_errors
-from .options import read_dtype, read_size
+from .options import read_dtype, read_names, read_size
 
 EXAMPLE = """examples:
 
@@ -33,9 +43,11 @@ transformers-rfdetr predict my-model survey.tif --tile auto --overlap 0.25
 
 torchrun --nproc-per-node 8 -m transformers_rfdetr.cli.app predict my-model photos/
 
-exit code: 0 if all went well, 1 if pictures could not be read (the others are done), 2 for wrong arguments
+exit code: 0 if all went well, 1 if pictures could not be read (the others are done; of several processes each ends with
+0 all the same), 2 for wrong arguments
 """
 _STREAM = re.compile(r"(rtsp|rtsps|rtmp|rtmps|udp|tcp|srt)://", re.IGNORECASE)
+VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".m3u8"}
 _NUM_NAMED = 20
 
 
@@ -55,7 +67,7 @@ def predict(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
     tile: Annotated[
-        str | None, typer.Option(metavar="auto|N|HxW", help="cut large pictures into tiles of this many pixels")
+        str | None, typer.Option(metavar="auto|N|HxW", help="cut pictures of any size into tiles of this many pixels")
     ] = None,
     overlap: Annotated[float, typer.Option(help="of neighbouring tiles, as a part of their side")] = 0.2,
     pictures: Annotated[bool, typer.Option(help="write what is found drawn over each picture or video")] = True,
@@ -66,7 +78,7 @@ def predict(
     track: Annotated[bool, typer.Option("--track", help="number the objects of a video from frame to frame")] = False,
     max_frames: Annotated[int | None, typer.Option(help="end a video or stream after so many")] = None,
     patience: Annotated[float, typer.Option(help="seconds without a frame after which a stream has ended")] = 60.0,
-    show: Annotated[bool, typer.Option("--show", help="show it in a window too; q ends it")] = False,
+    show: Annotated[bool, typer.Option("--show", help="show it in a window too; a key goes on, q ends it")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="stop at the first picture that cannot be read")] = False,
 ) -> None:
     """Find instances in pictures, folders, data sets, videos, cameras and streams.
@@ -76,77 +88,128 @@ def predict(
     """
     if (sources is None) == (dataset is None):
         raise ValueError("give either sources (files, folders, URLs, ...) or --dataset")
-    videos = [source for source in sources or [] if _is_video(source)]
-    rows = None if dataset is None else _open_dataset(dataset, split)
-    items = list_pictures([source for source in sources or [] if source not in videos])
-    videos += [item.key for item in items if Path(item.key).suffix.lower() in VIDEO_SUFFIXES]
-    items = [item for item in items if item.key not in videos]
-    if rows is not None:
-        items = [Picture(f"{dataset} {split} {index}", index, f"{index:07d}.jpg") for index in range(len(rows))]
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    on_picture = _open_window() if show else None
+    rows = None if dataset is None else _open_dataset(dataset, split)
+    streams = [source for source in sources or [] if _is_stream(source, is_alone=len(sources or []) == 1)]
+    items = list_pictures([source for source in sources or [] if source not in streams], leave_out=output)
+    if rows is not None:
+        items = [Picture(f"{index:07d}.jpg", index) for index in range(len(rows))]
+    videos = [item for item in items if rows is None and Path(item.name).suffix.lower() in VIDEO_SUFFIXES]
+    items = [item for item in items if item not in videos]
+    videos += [Picture(_name_of_stream(source), source) for source in streams]
+    _check_that_it_applies(bool(items), bool(videos), tile, save_crops, track, max_frames)
+    show_picture = _open_window() if show else None
     if device == "auto" and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     loaded, processor = load(model, device=device, dtype=read_dtype(dtype))
+    is_a_class = classes in loaded.config.id2label.values()
     shared: dict[str, Any] = {
         "threshold": threshold,
-        "classes": None if classes is None else [name.strip() for name in classes.split(",")],
+        "classes": None if classes is None else [classes] if is_a_class else sorted(read_names("--classes", classes)),
         "batch_size": batch_size,
         "progress": rank == 0,
     }
-    failed = False
+    origin = {
+        "model": _absolute(model),
+        "sources": [f"{dataset} {split}"] if dataset else sorted({_absolute(source) for source in sources or []}),
+        "dtype": dtype,
+        "track": track,
+        "max_frames": max_frames,
+    }
+    failed: list[tuple[str, str]] = []
+    limit = Image.MAX_IMAGE_PIXELS
     try:
-        if items:
+        if tile is not None:
+            Image.MAX_IMAGE_PIXELS = None  # Pillow's limit is for pictures that were not expected to be so large
+        if items or not videos:
             summary = predict_to_folder(
                 loaded,
                 processor,
                 items,
                 output,
-                model_name=model,
+                origin=origin,
                 dataset=rows,
-                tile=None if tile is None else 0 if tile == "auto" else read_size("--tile", tile),
+                tile=tile if tile in (None, "auto") else read_size("--tile", tile),
                 overlap=overlap,
                 draw=pictures,
                 crops=save_crops,
                 color_by=color_by or "class",
                 strict=strict,
                 shard=(rank, world),
-                on_picture=None if on_picture is None else lambda _, image, found: on_picture(found.draw(image)),
+                on_picture=None
+                if show_picture is None
+                else lambda image, found: show_picture(found.draw(image, color_by=color_by or "class"), 0),
                 **shared,
             )
             _report(summary, output, rank, world)
-            failed = bool(summary.failed)
-        for index, source in enumerate(videos):
-            if index % world == rank:
-                style = {"track": track, "color_by": color_by, "max_frames": max_frames, "patience": patience}
-                _predict_video(loaded, processor, source, output / "videos", pictures, on_picture, **style, **shared)
+            failed += summary.failed
+        settings = {**origin, "weights": fingerprint(loaded), "threshold": threshold, "classes": shared["classes"]}
+        if videos:
+            check_settings(output, settings)
+        for video in videos[rank::world]:
+            style = {"track": track, "color_by": color_by, "max_frames": max_frames, "patience": patience}
+            try:
+                _predict_video(loaded, processor, video, output, settings, pictures, show_picture, **style, **shared)
+            except (ValueError, OSError) as error:
+                if strict or len(videos) == 1:
+                    raise
+                failed.append((video.name, str(error)))
+                typer.echo(f"  not done: {_printable(f'{video.name}: {error}')}", err=True)
     except UnreadablePictureError as error:
-        typer.echo(f"predict: {error}; without --strict the others are done", err=True)
+        typer.echo(f"predict: {_printable(str(error))}; without --strict the others are done", err=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
-        typer.echo(f"\nstopped; what was done is in {output}, and the same command goes on from there", err=True)
+        typer.echo(f"\nstopped; the same command goes on: pictures that are done stay in {output}", err=True)
         raise typer.Exit(130) from None
-    if failed:
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+    # One process of several that fails would have the others stopped.
+    if failed and world == 1:
         raise typer.Exit(1)
 
 
-def _is_video(source: str) -> bool:
-    """Whether a source is a video or stream by its name or, of an http(s) URL, by what the server says it is."""
-    if _STREAM.match(source) or (source.isdigit() and not Path(source).exists()):
+def _check_that_it_applies(
+    pictures: bool, videos: bool, tile: str | None, save_crops: bool, track: bool, max_frames: int | None
+) -> None:
+    """ValueError for an option that would do nothing."""
+    for given, option in ((tile is not None, "--tile"), (save_crops, "--save-crops")):
+        if given and not pictures:
+            raise ValueError(f"{option} is for pictures, and the sources are videos; leave it out")
+    for given, option in ((track, "--track"), (max_frames is not None, "--max-frames")):
+        if given and not videos:
+            raise ValueError(f"{option} is for videos, and the sources have none; leave it out")
+
+
+def _absolute(name: str) -> str:
+    """The same from every working directory, where it is a path that is there."""
+    return str(Path(name).expanduser().absolute()) if os.path.exists(os.path.expanduser(name)) else name
+
+
+def _is_stream(source: str, is_alone: bool) -> bool:
+    """Whether a source is a camera, a stream, or a video on a server: by its name or by what the server says it is."""
+    if _STREAM.match(source) or (source.isdecimal() and not Path(source).exists()):
         return True
     if not source.startswith(("http://", "https://")):
-        return Path(source).suffix.lower() in VIDEO_SUFFIXES and Path(source).expanduser().is_file()
+        return False
     suffix = Path(urlsplit(source).path).suffix.lower()
-    if suffix in VIDEO_SUFFIXES or not suffix:
-        if suffix:
-            return True
-        try:
-            request = Request(source, headers={"User-Agent": "transformers-rfdetr"})
-            with urlopen(request, timeout=30) as response:
-                return response.headers.get_content_maintype() in ("video", "multipart")
-        except (URLError, OSError, ValueError):
-            return False  # reading it as a picture says what is wrong
-    return False
+    if suffix or not is_alone:  # of many without an ending none is asked twice
+        return suffix in VIDEO_SUFFIXES
+    try:
+        request = Request(source, headers={"User-Agent": "transformers-rfdetr"})
+        with urlopen(request, timeout=30) as response:
+            return response.headers.get_content_maintype() in ("video", "multipart")
+    except (OSError, ValueError, HTTPException):
+        return False  # reading it as a picture says what is wrong
+
+
+def _name_of_stream(source: str) -> str:
+    """Of a video on a server its own name; of a camera or a stream, which is another one each time, with the time."""
+    place = urlsplit(source)
+    if place.scheme.startswith("http") and Path(place.path).suffix.lower() in VIDEO_SUFFIXES - {".m3u8"}:
+        return Path(place.path).name
+    title = f"{place.hostname}{place.path}" if place.scheme else f"camera {source}"
+    safe = re.sub(r"[^\w.-]+", "_", title).strip("_") or "stream"
+    return f"{safe} {datetime.now():%Y-%m-%d %H-%M-%S}.mp4"
 
 
 def _open_dataset(name: str, split: str) -> Sequence[Any]:
@@ -168,45 +231,45 @@ def _open_dataset(name: str, split: str) -> Sequence[Any]:
 def _predict_video(
     model: Any,
     processor: Any,
-    source: str,
-    folder: Path,
+    video: Picture,
+    output: Path,
+    settings: Mapping[str, Any],
     pictures: bool,
-    window: Callable[[Any], None] | None,
+    window: Callable[[Any, int], None] | None,
     **options: Any,
 ) -> None:
-    is_file = Path(source).expanduser().is_file()
-    place = urlsplit(source) if "://" in source else None
-    stem = Path(source).stem if is_file else f"{place.hostname}{place.path}" if place else f"camera {source}"
-    name = re.sub(r"[^\w .-]+", "_", stem).strip("_")
-    if not is_file:
-        name += f" {datetime.now():%Y-%m-%d %H-%M-%S}"
-    video, lines = folder / f"{name}.mp4", folder / f"{name}.jsonl"
+    drawn_to = output / "videos" / video.name
+    if drawn_to.suffix.lower() != ".mp4":
+        drawn_to = drawn_to.with_name(f"{drawn_to.name}.mp4")
+    lines, unfinished = (drawn_to.with_name(f"{drawn_to.stem}{end}") for end in (".jsonl", ".unfinished.jsonl"))
     if lines.exists():
-        typer.echo(f"{source}: done before, in {lines}")
+        typer.echo(f"{_printable(video.name)}: done before, in {lines}")
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{name}.unfinished.jsonl"
-    partial.unlink(missing_ok=True)
+    write_settings(output, settings)
+    drawn_to.parent.mkdir(parents=True, exist_ok=True)
     done = predict_video(
         model,
         processor,
-        source,
-        video if pictures else None,
-        jsonl=partial,
-        on_frame=None if window is None else lambda frame, found, drawn: window(drawn or found.draw(frame.picture)),
+        video.source,
+        drawn_to if pictures else None,
+        jsonl=unfinished,
+        on_frame=None if window is None else lambda frame, found, drawn: window(drawn or found.draw(frame.picture), 1),
         **options,
     )
-    if done.interrupted and is_file:
-        typer.echo(f"{_video_line(source, done)}; stopped before its end")
-        raise KeyboardInterrupt
-    partial.rename(lines)
-    typer.echo(f"{_video_line(source, done)}: {video if pictures else lines}")
+    if not done.interrupted or not Path(video.source).is_file():
+        unfinished.rename(lines)
+    typer.echo(f"{_video_line(video.name, done)}: {drawn_to if pictures else lines}")
     if done.interrupted:
         raise KeyboardInterrupt
 
 
+def _printable(text: str) -> str:
+    """A text that may have names of files in it, which need not be UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def _video_line(source: str, done: VideoSummary) -> str:
-    line = f"{re.sub('//[^/@]*@', '//', source)}: {done.frames} frames at {done.frames_per_second:.1f} a second"
+    line = f"{_printable(source)}: {done.frames} frames at {done.frames_per_second:.1f} a second"
     trouble = {"undecodable": done.undecodable, "dropped": done.dropped, "reopened": done.reopened}
     return line + "".join(f", {count} {what}" for what, count in trouble.items() if count)
 
@@ -216,18 +279,18 @@ def _report(summary: Summary, output: Path, rank: int, world: int) -> None:
     before = f", {summary.skipped} done before" if summary.skipped else ""
     typer.echo(f"{summary.instances} instances in {summary.done} pictures{before}{share}")
     for key, reason in summary.failed[:_NUM_NAMED]:
-        typer.echo(f"  not read: {reason if key in reason else f'{key}: {reason}'}", err=True)
+        typer.echo(f"  not read: {_printable(reason if key in reason else f'{key}: {reason}')}", err=True)
     if summary.failed:
         more = f", {len(summary.failed) - _NUM_NAMED} more than listed here" * (len(summary.failed) > _NUM_NAMED)
         typer.echo(f"{len(summary.failed)} pictures could not be read{more}", err=True)
     if summary.complete:
         typer.echo(f"{output / 'predictions.jsonl'}, {output / 'predictions.coco.json'}")
-    else:
+    elif world > 1:
         typer.echo("other processes have not finished; whichever is the last one writes the results of all")
 
 
-def _open_window() -> Callable[[Any], None]:
-    """A function that shows a picture in a window, and raises KeyboardInterrupt when q is pressed there."""
+def _open_window() -> Callable[[Any, int], None]:
+    """A function that shows a picture in a window for a while, and raises KeyboardInterrupt when q is pressed there."""
     if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         raise ValueError(
             "--show needs a display, and there is none (DISPLAY is not set); look at the files in --output"
@@ -235,11 +298,11 @@ def _open_window() -> Callable[[Any], None]:
     try:
         import cv2
     except ImportError as error:
-        raise ImportError('--show needs OpenCV: pip install "transformers-rfdetr[vision]"') from error
+        raise ImportError("--show needs OpenCV: pip install opencv-python") from error
 
-    def show(picture: Any) -> None:
+    def show(picture: Any, milliseconds: int) -> None:
         cv2.imshow("transformers-rfdetr", np.asarray(picture)[..., ::-1])
-        if cv2.waitKey(1) & 0xFF == ord("q"):
+        if cv2.waitKey(milliseconds) & 0xFF == ord("q"):  # 0 waits for a key
             raise KeyboardInterrupt
 
     return show

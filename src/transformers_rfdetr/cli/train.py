@@ -124,7 +124,7 @@ def train(
         "resolution": resolution,
         "seed": seed,
         "device": device,
-        "class_names": None if class_names is None else read_names(class_names),
+        "class_names": None if class_names is None else read_names("--class-names", class_names),
         "push_to_hub": push_to_hub,
     }
     given = [(name, value) for name, value in options.items() if value is not None]
@@ -172,6 +172,8 @@ def read_recipe(path: Path | None, given: Iterable[tuple[str, Any]]) -> dict[str
             raise ValueError(f"{name} is missing; give {remedy}, or {name}: in the file of --config")
     if isinstance(recipe.get("resolution"), str):
         recipe["resolution"] = read_size("--resolution", recipe["resolution"])
+    if recipe.get("num_train_epochs", 1) <= 0 and recipe.get("max_steps", 0) <= 0:
+        raise ValueError(f"--epochs {recipe['num_train_epochs']:g} trains nothing; give a number above 0")
     recipe |= {name: _absolute(recipe[name]) for name in ("model", "data")}
     recipe["output"] = str(Path(recipe["output"]).expanduser().absolute())
     kept = {name: value for name, value in recipe.items() if name in _OPTIONS or value != defaults[name]}
@@ -254,6 +256,8 @@ def _absolute(place: Any) -> Any:
     """The same from every working directory, where it is a path that is there."""
     if isinstance(place, Mapping):
         return {name: _absolute(part) for name, part in place.items()}
+    if not isinstance(place, str):
+        raise ValueError(f"{place!r:.60} is no path; give a folder, a file or a data set on the Hub")
     path = Path(place).expanduser()
     return str(path.absolute()) if path.exists() else place
 
@@ -336,7 +340,10 @@ def _training_arguments(recipe: Mapping[str, Any]) -> Any:
         fields["use_cpu"] = True
     if "push_to_hub" in recipe:
         fields |= {"push_to_hub": True, "hub_model_id": recipe["push_to_hub"], "hub_strategy": "end"}
-    return RfDetrTrainingArguments(recipe["output"], **fields)
+    try:
+        return RfDetrTrainingArguments(recipe["output"], **fields)
+    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:  # transformers does not look at all of them
+        raise ValueError(f"the training arguments do not fit together: {type(error).__name__}: {error}") from error
 
 
 def _load_model(recipe: Mapping[str, Any], data: Any) -> tuple[Any, Any]:
@@ -359,7 +366,7 @@ def find_checkpoint(output: Path, recipe: Mapping[str, Any]) -> str | None:
 
     remedy = "give another --output, or --no-resume to move what is there aside and begin anew"
     traces = _traces(output)
-    if not traces:
+    if all(trace.name == RECIPE_NAME for trace in traces):  # nothing, or a run that left nothing to go on from
         return None
     if not (output / RECIPE_NAME).is_file():
         raise ValueError(f"{output} holds {traces[0].name} and no {RECIPE_NAME} that says of which run; {remedy}")
