@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 
-from transformers_rfdetr.masks import measure, rasterize, read_segmentation, region_to_rle, upsample_masks
+from transformers_rfdetr.masks import mask_areas, measure, rasterize, read_segmentation, region_to_rle, upsample_masks
 
 SIZE = (10, 12)  # height, width
 SQUARE = [3, 2, 7, 2, 7, 5, 3, 5]  # columns 3..6, rows 2..4
@@ -365,3 +365,8 @@ class TestUpsampleMasks:
         expected = F.interpolate(logits[None, :, :20, :30], (300, 200), mode="bilinear", align_corners=False)[0] > 0
         masks = paste(upsample_masks(logits, (300, 200), 0.0, valid_size=(20.0, 30.0)), (300, 200))
         assert torch.equal(masks, expected)
+
+
+def test_more_masks_than_pycocotools_takes_at_once_have_their_areas():
+    masks = [np.asfortranarray(np.arange(300) < count)[:, None].astype(np.uint8) for count in range(300)]
+    assert mask_areas([coco_mask.encode(np.asfortranarray(mask)) for mask in masks]).tolist() == list(range(300))

@@ -1,6 +1,6 @@
-"""Whatever comes in: the right result, by another program or a plain reference, or a ValueError that says what is wrong.
+"""Whatever comes in: the right result, by another program or a plain reference, or a ValueError that says why not.
 
-Hypothesis draws the cases, the same in every run: 600 by default, ten times as many in the long run.
+Hypothesis draws the cases, the same in every run: 900 by default, ten times as many in the long run.
 """
 
 import copy
@@ -56,8 +56,7 @@ def outcome(function: Callable, *arguments: Any, **named: Any) -> tuple[Any, str
     try:
         return function(*arguments, **named), None
     except ValueError as error:
-        assert str(error), "an error without a word"
-        return None, str(error)
+        return None, str(error) or pytest.fail("an error without a word")
 
 
 # -- shapes ----------------------------------------------------------------------------------------------------------
@@ -73,7 +72,7 @@ def polygons(draw: Callable) -> list[list[float]]:
     return [[2.5, 2.5, *rows[0]], *rows[1:]] if rows else []
 
 
-@holds(80, shape=polygons(), size=SIZES, output=SIZES)
+@holds(60, shape=polygons(), size=SIZES, output=SIZES)
 def test_polygons_cover_what_pycocotools_draws(shape, size, output):
     read, refused = outcome(read_segmentation, shape, size)
     rings = [row for row in shape if len(row) >= 6]
@@ -306,20 +305,15 @@ FILLS = st.sampled_from([0, 1, 0.5, 255, 256, -1, 70_000, math.nan, math.inf])
 @holds(60, dtype=ARRAY_TYPES, shape=SHAPES | st.tuples(SIDES, SIDES, st.just(3)), fill=FILLS, as_tensor=st.booleans())
 def test_arrays_of_every_type_are_scaled_by_their_range_or_refused(dtype, shape, fill, as_tensor):
     with np.errstate(all="ignore"):
-        image = np.full(shape, 0 if dtype in ("U2", "O") or not np.isfinite(fill) and dtype[0] in "ui>" else fill)
+        image = np.full(shape, 0 if dtype in ("U2", "O") or (not np.isfinite(fill) and dtype[0] in "ui>") else fill)
         image = image.astype(dtype)
     value = image.flat[0] if image.size else 0
     given_image = torch.from_numpy(image) if as_tensor and dtype not in (">i2", "U2", "O") else image
     inputs, refused = outcome(processor(), [given_image], return_tensors="pt")
     if refused is not None:
         assert refused.startswith("image 0: ")
-        # An 8-bit picture of a usual shape is always read.
-        assert (
-            dtype != "uint8"
-            or image.ndim not in (2, 3)
-            or (image.ndim == 3 and shape != (*shape[:2], 3))
-            or not image.size
-        )
+        # An 8-bit picture whose channels can be but last is always read.
+        assert dtype != "uint8" or not image.size or image.ndim != 3 or shape[2] != 3 or shape[0] in (1, 3, 4)
         return
     check_inputs(inputs)
     full = {"bool": 1, "uint16": 65535, "float16": 1, "float64": 1}.get(dtype, 255)
@@ -337,12 +331,12 @@ def test_arrays_of_every_type_are_scaled_by_their_range_or_refused(dtype, shape,
     ),
 )
 def test_a_processor_has_a_size_or_says_why_not(size):
-    made, refused = outcome(RfDetrImageProcessor, size=size)
-    if refused is None:
-        width = outcome(made, np.zeros((5, 7, 3), np.uint8), return_tensors="pt")[0]["pixel_values"].shape[-1]
-        assert width >= 1
-    else:
-        assert "size" in refused
+    def width() -> int:
+        inputs = RfDetrImageProcessor(size=size)(np.zeros((5, 7, 3), np.uint8), return_tensors="pt")
+        return inputs["pixel_values"].shape[-1]
+
+    read, refused = outcome(width)
+    assert "size" in refused if read is None else read >= 1
 
 
 NUMBERS = st.floats(-30, 60, width=32) | st.integers(-5, 60)
@@ -553,23 +547,26 @@ BACKBONE = {
     "image_size": st.sampled_from([12, 24, [12, 24]]),
     "out_indices": st.sampled_from([[1], [1, 2], [0, 4], [2, 3, 4]]),
 }
-ANY_FIELD = st.sampled_from(
-    [*WHOLE, "dropout", "class_cost", "focal_alpha", "giou_loss_coefficient", "mask_point_sample_ratio", "resolution"]
-    + [
-        "auxiliary_loss",
-        "id2label",
-        "label2id",
-        "dtype",
-        "backbone_config",
-        "layer_norm_eps",
-        "to_dict",
-        "per_layer_config",
-    ]
+ODD = (
+    "auxiliary_loss",
+    "class_cost",
+    "dropout",
+    "dtype",
+    "focal_alpha",
+    "giou_loss_coefficient",
+    "id2label",
+    "label2id",
 )
-ANY_BACKBONE_FIELD = st.sampled_from(
-    [*BACKBONE, "out_features", "drop_path_rate", "layerscale_value", "initializer_range", "num_hidden_layers"]
-    + ["mlp_ratio", "num_labels", "stage_names", "_out_indices"]
+ODD += ("backbone_config", "layer_norm_eps", "mask_point_sample_ratio", "per_layer_config", "resolution", "to_dict")
+ODD_BACKBONE = (
+    "drop_path_rate",
+    "initializer_range",
+    "layerscale_value",
+    "mlp_ratio",
+    "num_hidden_layers",
+    "num_labels",
 )
+ODD_BACKBONE += ("out_features", "stage_names", "_out_indices")
 
 
 def check_that_it_runs(config: Any) -> None:
@@ -593,14 +590,14 @@ def test_a_configuration_is_refused_or_its_model_runs(top, backbone):
         check_that_it_runs(config)
 
 
-@holds(50, field=ANY_FIELD, value=JUNK)
+@holds(50, field=st.sampled_from([*WHOLE, *ODD]), value=JUNK)
 def test_a_configuration_with_one_odd_value_is_refused_or_its_model_runs(field, value):
     config, refused = outcome(small_config, **{field: value if field != "backbone_config" else {"image_size": value}})
     if refused is None:
         check_that_it_runs(config)
 
 
-@holds(30, field=ANY_BACKBONE_FIELD, value=JUNK)
+@holds(30, field=st.sampled_from([*BACKBONE, *ODD_BACKBONE]), value=JUNK)
 def test_a_backbone_with_one_odd_value_is_refused_or_its_model_runs(field, value):
     config, refused = outcome(small_config, backbone_config={field: value})
     if refused is None:

@@ -87,7 +87,18 @@ def test_the_fine_tuning_streaming_and_metrics_blocks_run_one_after_the_other(tm
     names = run(BLOCKS[4], {}, **names)
     assert names["numbers"]["segm_AP"] >= 0
     assert float(capsys.readouterr().out.splitlines()[-1]) == 0
-    assert len(BLOCKS) == 5
+
+    # To a stand-in for the Hub: test_hub pushes to a server.
+    uploads = []
+    monkeypatch.setattr("transformers_rfdetr.trainer.create_repository", lambda name, **_: name)
+    monkeypatch.setattr("transformers_rfdetr.trainer.upload", lambda _, files, *__, **___: uploads.append(files))
+    run(BLOCKS[5], {}, **names)
+    [files] = uploads
+    assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"} <= {
+        file.name for file in files
+    }
+    assert "user/buildings" in (Path("runs/stream") / "README.md").read_text(encoding="utf-8")
+    assert len(BLOCKS) == 6
 
 
 def rows_of_the_recipe() -> dict[str, tuple[str, str]]:

@@ -277,9 +277,9 @@ def reading(what: str) -> Iterator[None]:
     """Turns what transformers raises for values that it does not expect, and for what is no JSON, into a ValueError."""
     try:
         yield
-    except ValueError:
-        raise
     except Exception as error:  # TypeError, AttributeError, KeyError, RecursionError, ...
+        if isinstance(error, ValueError) and not isinstance(error, UnicodeDecodeError):
+            raise
         if isinstance(error, OSError) and not isinstance(error.__context__, json.JSONDecodeError | UnicodeDecodeError):
             raise
         reason = f"{type(error).__name__} {error!s:.200}"
@@ -606,6 +606,8 @@ class RfDetrConfig(PreTrainedConfig):
             raise ValueError(
                 f"projector_scale {self.projector_scale} must name levels of {list(PROJECTOR_SCALES)}, fine to coarse"
             )
+        if "P3" in levels and self.backbone_config.hidden_size < 2:
+            raise ValueError("projector_scale 'P3' halves the backbone's hidden_size, which is 1; give 2 or more")
         for heads in ("decoder_self_attention_heads", "decoder_cross_attention_heads"):
             if self.d_model % getattr(self, heads):
                 raise ValueError(f"d_model {self.d_model} is not a multiple of {heads} {getattr(self, heads)}")

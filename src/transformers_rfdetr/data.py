@@ -483,7 +483,7 @@ def upright_size(picture: Any) -> tuple[int, int]:
         try:
             with PIL.Image.open(BytesIO(picture) if isinstance(picture, bytes) else picture) as opened:
                 return upright_size(opened)
-        except (OSError, ValueError, SyntaxError) as error:
+        except Exception as error:  # Pillow's are many, among them that of too many pixels
             raise ValueError(f"{picture!r:.200} cannot be opened as an image: {error}") from error
     # A PNG's own `getexif` decodes the whole file first, in case there is EXIF behind the pixels.
     turned = (PIL.Image.Image.getexif(picture).get(_ORIENTATION) or 1) >= 5
@@ -504,8 +504,8 @@ def coco_categories(coco: Mapping[str, Any]) -> dict[int, str]:
     classes: dict[int, str] = {}
     for category in entries(coco, "categories"):
         number = category.get("id")
-        if not isinstance(number, Hashable):
-            raise ValueError(f"category id {number!r:.60} is no number; number the categories")
+        if not is_index(number):
+            raise ValueError(f"category id {number!r:.60} is not a whole number of at least 0; number the categories")
         if number in classes:
             raise ValueError(f"category id {number!r} is defined twice; remove one of the two definitions")
         classes[number] = str(category.get("name", number))
@@ -517,9 +517,8 @@ def entries(coco: Mapping[str, Any], key: str) -> Sequence[Mapping[str, Any]]:
     found = coco.get(key)
     found = [] if found is None else found
     if not isinstance(found, list | tuple):
-        raise ValueError(
-            f"{key!r} is a {type(found).__name__}, not a list as in COCO's instances JSON; export it again"
-        )
+        kind = type(found).__name__
+        raise ValueError(f"{key!r} is a {kind}, not a list as in COCO's instances JSON; export it again")
     wrong = next((index for index, entry in enumerate(found) if not isinstance(entry, Mapping)), None)
     if wrong is not None:
         raise ValueError(f"entry {wrong} of {key!r} is {found[wrong]!r:.60}, not a dictionary; correct or remove it")

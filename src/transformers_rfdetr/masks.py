@@ -70,7 +70,10 @@ def _read_bitmap(segmentation: Any, image_size: tuple[int, int]) -> np.ndarray |
     # One or two rows of another length than the picture's are polygons; so are rows of unequal lengths.
     if len(lengths) != 1 or 0 in lengths or (size[0] <= 2 and not fits and not must_be):
         return None
-    values = np.asarray(segmentation)
+    try:
+        values = np.asarray(segmentation)
+    except ValueError:  # a list among the numbers
+        return None
     if values.ndim != 2 or values.dtype.kind not in "biuf":
         return None
     highest = values.max()
@@ -177,6 +180,11 @@ def _decompress(counts: bytes) -> np.ndarray | None:
 def to_rle(shape: Shape, image_size: tuple[int, int]) -> dict[str, Any]:
     """A shape in a picture of `image_size` -> one compressed RLE, polygons united, by pycocotools."""
     return shape if isinstance(shape, dict) else coco_mask.merge(coco_mask.frPyObjects(shape, *image_size))
+
+
+def mask_areas(rles: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Pixels of each RLE, (N,) float64. One at a time: pycocotools refuses more than 255 of them on numpy 2."""
+    return np.array([coco_mask.area(rle) for rle in rles], np.float64)
 
 
 def measure(shape: Shape, image_size: tuple[int, int]) -> tuple[list[float], float]:

@@ -20,7 +20,7 @@ from pycocotools.cocoeval import COCOeval
 from transformers.utils import logging
 
 from .image_processing_rf_detr import are_numbers, located, plain, read_target_sizes, select_detections, valid_size
-from .masks import measure, read_segmentation, region_to_rle, upsample_masks
+from .masks import mask_areas, measure, read_segmentation, region_to_rle, upsample_masks
 
 logger = logging.get_logger(__name__)
 
@@ -469,7 +469,7 @@ class InstanceSegmentationEvaluator:
         ]
         if kind == "segm" and indices:
             rles = detections.masks.rles(indices)
-            for one, rle, area in zip(found, rles, coco_mask.area(rles).tolist(), strict=True):
+            for one, rle, area in zip(found, rles, mask_areas(rles).tolist(), strict=True):
                 one |= {"segmentation": rle, "area": area}
         return found
 

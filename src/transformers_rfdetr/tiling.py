@@ -23,7 +23,7 @@ from .configuration_rf_detr import as_pair, check_resolution, read_size
 from .image_processing_rf_detr import RfDetrImageProcessor, _channels_first, _decode, _read_image
 from .inference import InferenceModel, predict
 from .instances import Instances
-from .masks import region_to_rle
+from .masks import mask_areas, region_to_rle
 from .modeling_rf_detr import RfDetrForObjectDetection
 
 # What ends closer than this to an inner border of its tile may go on behind it. The mask head's cells are 4 pixels.
@@ -167,7 +167,7 @@ def _without_padding(found: Instances, tile: Tile) -> Instances:
     kept, masks = (boxes[:, 2:] > boxes[:, :2]).all(1), found.masks
     if masks:
         masks = [region_to_rle(_decoded(mask)[: tile.height, : tile.width], 0, 0, size) for mask in masks]
-        kept &= _areas(masks) > 0
+        kept &= mask_areas(masks) > 0
     return replace(found, boxes=boxes, masks=masks, image_size=size).select(kept)
 
 
@@ -236,7 +236,7 @@ class _Pieces:
         self.masks = None  # as they are in their tiles
         if instances[0].masks is not None:
             self.masks = [mask for each in instances for mask in each.masks or []]
-            self.areas = _areas(self.masks)
+            self.areas = mask_areas(self.masks)
             x, y, width, height = coco_mask.toBbox(self.masks).T
             of_masks = np.stack([x, y, x + width, y + height], axis=1) + corners
             rounded = np.concatenate([np.floor(self.boxes[:, :2]), np.ceil(self.boxes[:, 2:])], axis=1)
@@ -442,8 +442,3 @@ def _corner(extent: np.ndarray) -> tuple[int, int]:
 
 def _decoded(mask: dict[str, Any]) -> np.ndarray:
     return coco_mask.decode(mask).view(bool)
-
-
-def _areas(masks: Sequence[dict[str, Any]]) -> np.ndarray:
-    """RLEs -> their pixels (N,). One at a time: pycocotools cannot count more than 255 of them on numpy 2."""
-    return np.array([coco_mask.area(mask) for mask in masks], np.float64)

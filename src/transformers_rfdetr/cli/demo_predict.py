@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from .. import RfDetrConfig, RfDetrForInstanceSegmentation, RfDetrImageProcessor, load, predict
 from ..demo_data import CATEGORIES, draw_scene
 from ..image_processing_rf_detr import located, read_rgb
+from ..masks import mask_areas
 
 _RANDOM_TOP_K = 3
 
@@ -85,7 +85,7 @@ def _predict(source: str | None, model_name: str | None, threshold: float | None
     print(f"{len(found) or 'No'} instances score above {threshold:g} in {source or 'a drawn picture'} ({size} pixels)")
     if len(found):
         print(f"{'id':>3}  {'label':<16} {'score':>6}  {'box x0 y0 x1 y1':^23}  {'area':>8}")
-    areas = coco_mask.area(found.masks) if found.masks else (found.boxes[:, 2:] - found.boxes[:, :2]).prod(1)
+    areas = mask_areas(found.masks) if found.masks else (found.boxes[:, 2:] - found.boxes[:, :2]).prod(1)
     for index, (name, score, box, area) in enumerate(zip(found.names, found.scores, found.boxes, areas, strict=True)):
         sides = " ".join(f"{side:5.0f}" for side in box)
         print(f"{index:>3}  {name:<16} {score:>6.3f}  {sides}  {area:>8.0f}")
