@@ -150,7 +150,7 @@ def test_02_trains_a_model_that_finds_buildings(run, capsys):
     assert max(entry.get("eval_segm_AP50", 0) for entry in names["history"]) > 0.15
     assert len(names["found"]) >= 1
     assert "building" in capsys.readouterr().out
-    assert [picture.size for picture in shown if isinstance(picture, PIL.Image.Image)][-1][0] > 2 * 4 * 96
+    assert [picture.size for picture in shown if isinstance(picture, PIL.Image.Image)][-1][0] > 2 * 2 * 192
 
 
 @pytest.mark.long
