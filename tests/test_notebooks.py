@@ -18,6 +18,7 @@ import torch
 from pycocotools import mask as coco_mask
 
 from transformers_rfdetr import RfDetrTrainingArguments, resolve_variant
+from transformers_rfdetr.masks import read_segmentation, to_rle
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 MARK = '# CHANGE THIS: what stands after "real:" takes a real checkpoint and your own pictures.'
@@ -121,7 +122,7 @@ def test_one_marked_cell_has_the_lines_to_change_and_values_that_can_be_taken(pa
 def test_01_finds_the_buildings_that_it_learned(run):
     names, shown = run("01_predict")
     objects = names["coco"]["annotations"]
-    truth = [coco_mask.merge(coco_mask.frPyObjects(one["segmentation"], 360, 480)) for one in objects]
+    truth = [to_rle(read_segmentation(one["segmentation"], (360, 480)), (360, 480)) for one in objects]
     best = coco_mask.iou(names["found"].masks, truth, [0] * len(truth)).max(0)
     # So short a training may miss one where the processor rounds otherwise.
     assert len(truth) == 3
