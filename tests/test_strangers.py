@@ -305,6 +305,11 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
+@pytest.fixture(autouse=True)
+def pillows_own_limit(monkeypatch):
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 89_478_485)  # rfdetr lifts it when it is imported
+
+
 @pytest.fixture(scope="module")
 def bomb(tmp_path_factory):
     """A PNG of a few kilobytes that says it is 30,000 x 30,000 pixels."""

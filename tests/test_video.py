@@ -528,6 +528,15 @@ def test_a_model_finds_in_a_video_what_it_finds_in_its_pictures(tmp_path):
         assert (one.masks, one.names, one.track_ids) == (other.masks, other.names, None)
 
 
+@pytest.fixture
+def ctrl_c():
+    """Python's own answer to Ctrl-C, which a shell takes away from what it starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("track", [False, True])
 def test_ctrl_c_leaves_files_that_hold_the_frames_so_far(squares, tmp_path, track):
     def press_ctrl_c(frame, instances, drawn):
@@ -541,6 +550,7 @@ def test_ctrl_c_leaves_files_that_hold_the_frames_so_far(squares, tmp_path, trac
     assert sorted(path.name for path in tmp_path.iterdir()) == ["found.jsonl", "found.mp4", "squares.mp4"]
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_the_wait_for_a_stream_that_is_silent(tmp_path, monkeypatch):
     monkeypatch.setattr(video, "predict", find_squares)
     monkeypatch.setattr(video, "_TIMEOUT", 2.0)
