@@ -317,7 +317,7 @@ def test_a_model_that_float16_cannot_hold_is_refused_before_anything_is_written(
 
 def test_the_command_exports_and_ends_with_what_was_measured(chosen):
     assert chosen.result.exit_code == 0, chosen.result.output
-    lines = chosen.result.output.strip().splitlines()
+    lines = chosen.result.stdout.strip().splitlines()
     assert lines[-2].startswith(f"{chosen.path}: ")
     assert lines[-2].endswith("MB, float32, batches of 2")
     assert lines[-1].startswith("Largest differences from PyTorch on 1 pictures: scores ")
