@@ -311,6 +311,24 @@ def test_evaluation_prints_and_writes_the_numbers_of_the_metric(finished, data, 
     assert "--split test is not in" in refusal("evaluate", folder, data, "--split", "test")
 
 
+def test_a_report_says_from_which_score_on_detections_count(finished, data, tmp_path):
+    command = ["evaluate", finished.output / "model", data, "--device", "cpu", "--report", tmp_path]
+    assert run(*command, "--threshold", "0.6").exit_code == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "but of detections above 0.6" in page
+    assert "whatever their score" not in page
+
+
+def test_pictures_may_lie_elsewhere_than_their_json(finished, data, tmp_path):
+    annotations = data / "valid" / "_annotations.coco.json"
+    shutil.copyfile(annotations, tmp_path / "only.json")
+    command = ["evaluate", finished.output / "model", tmp_path / "only.json", "--split", "train", "--device", "cpu"]
+    assert "image_folder" in refusal(*command)
+    assert run(*command, "--image-folder", annotations.parent).exit_code == 0
+    recipe = train.read_recipe(None, [("model", "m"), ("data", "d"), ("output", "o"), ("image_folder", str(tmp_path))])
+    assert recipe["image_folder"] == str(tmp_path)
+
+
 def test_a_table_has_a_line_each_for_masks_and_boxes_and_a_dash_for_what_is_not_there():
     names = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100"]
     numbers = {f"bbox_{name}": index / 10 for index, name in enumerate(names)} | {"bbox_AP_large": -1.0}

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from transformers_rfdetr import RfDetrImageProcessor, bulk_prediction, load, predict, predict_tiled
 from transformers_rfdetr.cli import predict as command
 from transformers_rfdetr.instances import Instances
-from transformers_rfdetr.video import VideoReader, VideoWriter
+from transformers_rfdetr.video import VideoReader, VideoSummary, VideoWriter
 
 from small_models import small_model
 
@@ -442,6 +442,45 @@ def test_large_pictures_are_cut_into_tiles(model: Path, tmp_path: Path):
     assert refused.exit_code == 2
     assert "50" in refused.output
     assert not (tmp_path / "other").exists()
+
+
+def test_passwords_in_urls_are_written_nowhere(model: Path, server: str, tmp_path: Path):
+    port = server.rpartition(":")[2]
+    addresses = [f"http://me:hush@127.0.0.1:{port}/missing.png?key=hush", f"{server}/1.png?key=hush"]
+    done = run(model, *addresses, "-o", tmp_path / "out")
+    assert done.exit_code == 1
+    assert "missing.png" in done.output
+    written = [path.read_bytes() for path in (tmp_path / "out").rglob("*.json*")]
+    assert len(written) == 3
+    assert not any(b"hush" in content for content in [*written, done.output.encode()])
+    renewed = [address.replace("hush", "other") for address in addresses]
+    assert "1 done before" in run(model, *renewed, "-o", tmp_path / "out").output
+
+
+@pytest.mark.parametrize(("name", "is_done"), [("http://h/a/x.mp4", False), ("rtsp://h/live", True)])
+def test_a_video_on_a_server_that_was_stopped_is_not_done_and_a_stream_is(
+    name: str, is_done: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def stop(*arguments, jsonl, **_):
+        Path(jsonl).write_text("{}\n")
+        return VideoSummary(1, 1.0, 1.0, 0, 0, 0, interrupted=True, is_cut=False)
+
+    monkeypatch.setattr(command, "predict_video", stop)
+    assert run(model, name, "-o", tmp_path).exit_code == 130
+    lines = [path.name for path in (tmp_path / "videos").iterdir()]
+    assert len(lines) == 1
+    assert lines[0].endswith(".unfinished.jsonl") is not is_done
+
+
+def test_a_video_of_which_the_connection_was_lost_is_no_result(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    cut = VideoSummary(1, 1.0, 1.0, 0, 0, 0, interrupted=False, is_cut=True)
+    monkeypatch.setattr(command, "predict_video", lambda *_, **__: cut)
+    done = run(model, "http://h/a/x.mp4", "http://h/b/x.mp4", "-o", tmp_path)
+    assert done.exit_code == 1
+    assert "x.mp4: the connection ended after 1 frames" in done.output
+    assert "x-2.mp4: the connection ended" in done.output
 
 
 WRONG = {

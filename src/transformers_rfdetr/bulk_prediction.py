@@ -18,7 +18,8 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -105,16 +106,19 @@ def list_pictures(sources: Sequence[str], leave_out: str | os.PathLike[str] | No
             found |= {match: Path(match).name for match in matches if match not in found and os.path.isfile(match)}
         else:
             raise ValueError(f"{source!r} is no file, folder, pattern with matches or http(s) URL; check its spelling")
-    taken: set[str] = set()
-    pictures = []
-    for source, wanted in found.items():
+    return [Picture(name, source) for name, source in zip(distinct(found.values()), found, strict=True)]
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """Names of files, of which those that come again get a number: a.jpg, a-2.jpg."""
+    taken: dict[str, None] = {}
+    for wanted in names:
         name, count = wanted, 1
         while name in taken:
             count += 1
             name = str(Path(wanted).with_stem(f"{Path(wanted).stem}-{count}"))
-        taken.add(name)
-        pictures.append(Picture(name, source))
-    return pictures
+        taken[name] = None
+    return list(taken)
 
 
 def _files_in(folder: Path, hidden: Path | None) -> list[Path]:
@@ -229,8 +233,10 @@ def predict_to_folder(
             with part.open("a", encoding="utf-8") as lines:
                 for picture, image in batch:
                     bar.update()
-                    line = {"image": picture.name, "source": _without_query(picture.source)}
+                    line = {"image": picture.name, "source": redacted(picture.source)}
                     problem = image if isinstance(image, str) else None
+                    if problem and isinstance(picture.source, str):  # of which a message shows the beginning
+                        problem = problem.replace(picture.source[:200], redacted(picture.source))
                     instances = None if problem else next(found)
                     if instances is not None:
                         try:
@@ -314,15 +320,19 @@ def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
             file.write(json.dumps(settings, indent=1))
 
 
-def _without_query(source: Any) -> Any:
-    """A source as it may be written down: the query of a URL may hold a password."""
-    return source.partition("?")[0] if isinstance(source, str) and "://" in source else source
+def redacted(source: Any) -> Any:
+    """A source as it may be written down and shown: the user and the query of a URL may hold a password."""
+    if not isinstance(source, str) or "://" not in source:
+        return source
+    scheme, _, rest = source.partition("?")[0].partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[IO[str]]:
     """A text file that takes the place of `path` when all of it has been written."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
     with partial.open("w", encoding="utf-8") as file:
         yield file
     partial.replace(path)
@@ -361,7 +371,7 @@ def _save(picture: Image.Image, path: Path) -> None:
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind not in ("JPEG", "PNG", "WEBP", "BMP", "TIFF"):
         path, kind = path.with_name(f"{path.name}.png"), "PNG"
-    partial = path.with_name(f".{os.getpid()}.partial")
+    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
     picture.save(partial, kind, **({"quality": 92} if kind in ("JPEG", "WEBP") else {}))
     partial.replace(path)
 

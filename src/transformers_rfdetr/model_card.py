@@ -627,7 +627,7 @@ def _persist(action: Callable[[], _Result], repo_id: str, kept: str) -> _Result:
 
 def _may_pass(status: int | None, causes: Iterable[BaseException | None]) -> bool:
     if status is not None:
-        return status in (408, 429) or status >= 500
+        return status in (408, 409, 412, 429) or status >= 500  # 409, 412: of two commits at a time
     return any(
         isinstance(cause, ConnectionError | TimeoutError) or type(cause).__module__.startswith("httpx")
         for cause in causes

@@ -88,6 +88,7 @@ class Analysis:
             counts objects that were missed, the last row detections that are false.
         images: One for each picture, the worst first.
         min_score: What a detection had to exceed to count in `confusion` and `images`.
+        score_threshold: What it had to exceed to count at all; None for nothing, as in COCO.
     """
 
     metrics: dict[str, Any]
@@ -96,6 +97,7 @@ class Analysis:
     confusion: np.ndarray
     images: list[ImageQuality]
     min_score: float
+    score_threshold: float | None = None
 
 
 def analyse(
@@ -145,7 +147,9 @@ def analyse(
             name = str(sample.get("file_name") or f"image {sample['image_id']}")
             images.append(_compare(index, name, truth, is_crowd, detections, confusion))
     images.sort(key=lambda image: (image.quality, -image.num_errors))
-    return Analysis(evaluator.compute(), names, evaluator.precision_curves(), confusion, images, min_score)
+    return Analysis(
+        evaluator.compute(), names, evaluator.precision_curves(), confusion, images, min_score, score_threshold
+    )
 
 
 def write_report(
@@ -205,7 +209,7 @@ def save_report(
         _Section("training", "Training", f'<div class="charts">{"".join(charts)}</div>' if charts else ""),
         _Section("worst", "Worst pictures", _gallery(worst, dataset)),
         _Section("best", "Best pictures", _gallery(best, dataset)),
-        _Section("how", "How this is counted", _EXPLANATION.format(analysis.min_score)),
+        _Section("how", "How this is counted", _explanation(analysis)),
     ]
     path = Path(folder) / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -321,6 +325,12 @@ class _Section(NamedTuple):
     key: str
     title: str
     body: str
+
+
+def _explanation(analysis: Analysis) -> str:
+    threshold = analysis.score_threshold
+    counted = "of all detections, whatever their score" if threshold is None else f"but of detections above {threshold}"
+    return _EXPLANATION.format(counted, max(analysis.min_score, threshold or 0.0))
 
 
 def _page(title: str, sections: Iterable[_Section]) -> str:
@@ -701,9 +711,9 @@ _TOOLBAR = """<div class="toolbar" role="group" aria-label="layers of the pictur
 <span class="hint">click an instance to hide it, <kbd>Esc</kbd> brings all back</span>
 </div>"""
 
-_EXPLANATION = """<p>AP and AR are COCO's: of all detections, whatever their score, averaged over IoU thresholds from
-0.5 to 0.95; AP50 and AP75 at one of them; small, medium and large are objects of less than 32², less than 96² and more
-pixels; AR 1, 10 and 100 allow that many detections of a class in a picture. “–” stands where there is no object.</p>
+_EXPLANATION = """<p>AP and AR are COCO's, {}, averaged over IoU thresholds from 0.5 to 0.95; AP50 and
+AP75 at one of them; small, medium and large are objects of less than 32², less than 96² and more pixels; AR 1, 10 and
+100 allow that many detections of a class in a picture. “–” stands where there is no object.</p>
 <p>Mean IoU unites the masks of a class that score above 0.5, and sums intersection and union over all pictures.</p>
 <p>In the columns found, missed and false, in the confusion matrix and on the pictures only detections that score above
 {} count. The best first, each takes the free object of its class with the highest IoU, if that is at least 0.5; what is

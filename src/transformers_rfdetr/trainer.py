@@ -78,6 +78,7 @@ from .visualization import draw_instances
 
 logger = logging.get_logger(__name__)
 
+_UPLOADS = HfApi()  # its one thread makes commits one after the other
 _STATE_NAME = "rf_detr_state.json"
 _WEIGHTS_NAME = "rf_detr_training_weights.safetensors"
 _RECIPE = FlipAndCrop()
@@ -757,7 +758,7 @@ class RfDetrTrainer(Trainer):
         files = [path for path in files if path.is_file()]
         if blocking:
             return upload(folder, files, self.hub_model_id, **settings)
-        return HfApi().run_as_future(upload, folder, files, self.hub_model_id, **settings)
+        return _UPLOADS.run_as_future(upload, folder, files, self.hub_model_id, **settings)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload the model of a checkpoint in the background, and all of it where `hub_strategy` says so."""
@@ -785,7 +786,7 @@ class RfDetrTrainer(Trainer):
             "commit_message": f"Training in progress, update {self.state.global_step}",
         }
         jobs = [
-            HfApi().run_as_future(upload, *part, self.hub_model_id, path_in_repo=path_in_repo, **settings)
+            _UPLOADS.run_as_future(upload, *part, self.hub_model_id, path_in_repo=path_in_repo, **settings)
             for *part, path_in_repo in parts
         ]
         for job in jobs:

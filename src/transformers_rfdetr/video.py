@@ -75,6 +75,7 @@ class VideoReader:
         undecodable: Frames that could not be decoded, so far.
         reopened: Times that a live source was opened again.
         dropped: Frames of a live source that came too fast.
+        is_cut: Whether a source with a length ended before it.
 
     Raises:
         ValueError: there is no such source, it is no video, or, also while reading, it never delivered a frame.
@@ -90,6 +91,7 @@ class VideoReader:
         self.num_frames: int | None = None
         self.is_live = False
         self.undecodable = self.reopened = self.dropped = 0
+        self.is_cut = False
         self._source = _read_source(source)
         self._frames: deque[Frame] = deque()
         self._changed = threading.Condition()  # guards the frames and the three below
@@ -257,6 +259,7 @@ class VideoReader:
             problem = f" ({_reason(error)})"
         length = 0.0 if self.is_live else _length(container, stream) or 0.0
         if problem or reached < length - max(0.5, 0.01 * length):
+            self.is_cut = True
             logger.warning(
                 f"{self._source.name} is cut{problem}: it ends after {reached:.1f} of {length:.1f} s, and so does what"
                 " is made of it"
@@ -403,6 +406,7 @@ class VideoSummary:
         reopened: As of `VideoReader`.
         dropped: As of `VideoReader`.
         interrupted: Whether Ctrl-C ended it.
+        is_cut: As of `VideoReader`.
     """
 
     frames: int
@@ -412,6 +416,7 @@ class VideoSummary:
     reopened: int
     dropped: int
     interrupted: bool
+    is_cut: bool
 
 
 def predict_video(
@@ -489,7 +494,7 @@ def predict_video(
         interrupted = True
     taken = time.perf_counter() - started
     counts = (reader.undecodable, reader.reopened, reader.dropped) if reader is not None else (0, 0, 0)
-    return VideoSummary(frames, taken, frames / taken, *counts, interrupted)
+    return VideoSummary(frames, taken, frames / taken, *counts, interrupted, reader is not None and reader.is_cut)
 
 
 class _Sinks:

@@ -38,6 +38,9 @@ def evaluate(
     threshold: Annotated[
         float | None, typer.Option(help="score that a detection must exceed; COCO's numbers have none")
     ] = None,
+    image_folder: Annotated[
+        str | None, typer.Option(help="where the pictures are, if not beside the JSON or data.yaml")
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(metavar="DIR", help="write a page of curves, tables and the worst pictures there")
     ] = None,
@@ -53,7 +56,7 @@ def evaluate(
             raise ValueError(f"--output {output} is a folder; give a file such as {output / 'metrics.json'}")
     if report is not None:
         report.mkdir(parents=True, exist_ok=True)
-    splits = load_instance_dataset(data)
+    splits = load_instance_dataset(data, image_folder=image_folder)
     if split not in splits:
         raise ValueError(f"--split {split} is not in {data}, which has {', '.join(splits)}; give one of these")
     dataset = splits[split]
@@ -68,17 +71,18 @@ def evaluate(
     typer.echo(format_numbers(numbers))
     if per_class:
         typer.echo(format_classes(numbers["per_class"]))
-    if report is not None:
-        page = save_report(report, analysis, dataset, training=_run_of(model), title=f"{model} on {split} of {data}")
-        typer.echo(f"the report is {page}")
     if output is not None:
         facts = {"model": model, "data": data, "split": split, "num_pictures": len(dataset), "threshold": threshold}
         output.write_text(json.dumps(facts | numbers, indent=1), encoding="utf-8")
+    if report is not None:
+        page = save_report(report, analysis, dataset, training=_run_of(model), title=f"{model} on {split} of {data}")
+        typer.echo(f"the report is {page}")
 
 
 def _run_of(model: str) -> Path | None:
     """The output folder of the training that left a model, if it is one in it."""
-    for folder in (Path(model), Path(model).parent):
+    path = Path(model).expanduser()
+    for folder in (path, path.absolute().parent) if path.is_dir() else ():
         if any(folder.glob("checkpoint-*/trainer_state.json")):
             return folder
     return None

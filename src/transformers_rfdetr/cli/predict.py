@@ -21,9 +21,11 @@ from ..bulk_prediction import (
     Summary,
     UnreadablePictureError,
     check_settings,
+    distinct,
     fingerprint,
     list_pictures,
     predict_to_folder,
+    redacted,
     write_settings,
 )
 from ..loading import load
@@ -96,7 +98,8 @@ def predict(
         items = [Picture(f"{index:07d}.jpg", index) for index in range(len(rows))]
     videos = [item for item in items if rows is None and Path(item.name).suffix.lower() in VIDEO_SUFFIXES]
     items = [item for item in items if item not in videos]
-    videos += [Picture(_name_of_stream(source), source) for source in streams]
+    names = distinct([*(video.name for video in videos), *map(_name_of_stream, streams)])
+    videos = [Picture(*both) for both in zip(names, [*(video.source for video in videos), *streams], strict=True)]
     _check_that_it_applies(bool(items), bool(videos), tile, save_crops, track, max_frames)
     show_picture = _open_window() if show else None
     if device == "auto" and torch.cuda.is_available():
@@ -111,7 +114,7 @@ def predict(
     }
     origin = {
         "model": _absolute(model),
-        "sources": [f"{dataset} {split}"] if dataset else sorted({_absolute(source) for source in sources or []}),
+        "sources": [f"{dataset} {split}"] if dataset else sorted({redacted(_absolute(s)) for s in sources or []}),
         "dtype": dtype,
         "track": track,
         "max_frames": max_frames,
@@ -144,6 +147,7 @@ def predict(
             _report(summary, output, rank, world)
             failed += summary.failed
         settings = {**origin, "weights": fingerprint(loaded), "threshold": threshold, "classes": shared["classes"]}
+        settings["pictures"] = pictures
         if videos:
             check_settings(output, settings)
         for video in videos[rank::world]:
@@ -202,10 +206,17 @@ def _is_stream(source: str, is_alone: bool) -> bool:
         return False  # reading it as a picture says what is wrong
 
 
+def _is_endless(source: str) -> bool:
+    """Whether a video is a camera or a stream, and no file here or on a server."""
+    place = urlsplit(source)
+    is_there = place.scheme.startswith("http") and Path(place.path).suffix.lower() in VIDEO_SUFFIXES - {".m3u8"}
+    return not is_there and not Path(source).is_file()
+
+
 def _name_of_stream(source: str) -> str:
     """Of a video on a server its own name; of a camera or a stream, which is another one each time, with the time."""
     place = urlsplit(source)
-    if place.scheme.startswith("http") and Path(place.path).suffix.lower() in VIDEO_SUFFIXES - {".m3u8"}:
+    if not _is_endless(source):
         return Path(place.path).name
     title = f"{place.hostname}{place.path}" if place.scheme else f"camera {source}"
     safe = re.sub(r"[^\w.-]+", "_", title).strip("_") or "stream"
@@ -225,7 +236,20 @@ def _open_dataset(name: str, split: str) -> Sequence[Any]:
     columns = [column for column, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     if not columns:
         raise ValueError(f"--dataset {name} has no column of pictures, only {', '.join(rows.features)}")
-    return rows[columns[0]]
+    return _Column(rows, columns[0])
+
+
+class _Column(Sequence):
+    """The pictures of a data set, each decoded when it is asked for: before 4.0, `datasets` decodes all at once."""
+
+    def __init__(self, rows: Any, column: str) -> None:
+        self._rows, self._column = rows, column
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._rows[index][self._column]
 
 
 def _predict_video(
@@ -256,7 +280,10 @@ def _predict_video(
         on_frame=None if window is None else lambda frame, found, drawn: window(drawn or found.draw(frame.picture), 1),
         **options,
     )
-    if not done.interrupted or not Path(video.source).is_file():
+    is_there = not Path(video.source).is_file() and not _is_endless(video.source)
+    if done.is_cut and is_there:
+        raise ValueError(f"the connection ended after {done.frames} frames; the same command begins it again")
+    if unfinished.exists() and (not done.interrupted or _is_endless(video.source)):
         unfinished.rename(lines)
     typer.echo(f"{_video_line(video.name, done)}: {drawn_to if pictures else lines}")
     if done.interrupted:

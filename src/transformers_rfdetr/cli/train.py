@@ -46,7 +46,9 @@ _OPTIONS: dict[str, set[Any]] = {
     "device": {str},
     "resolution": {int, str, list},
     "class_names": {list, dict},
+    "image_folder": {str},
     "push_to_hub": {str},
+    "private": {bool},
 }
 _ALIASES = {
     "epochs": "num_train_epochs",
@@ -56,7 +58,18 @@ _ALIASES = {
 }
 # Settings of the run's place and looks: what is trained does not depend on them.
 _FREE = {
-    *("output", "device", "use_cpu", "push_to_hub", "versions", "report_to", "run_name", "project", "disable_tqdm"),
+    *(
+        "private",
+        "output",
+        "device",
+        "use_cpu",
+        "push_to_hub",
+        "versions",
+        "report_to",
+        "run_name",
+        "project",
+        "disable_tqdm",
+    ),
     *("log_level", "save_total_limit", "per_device_eval_batch_size", "dataloader_num_workers"),
     *("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_pin_memory"),
 }
@@ -105,9 +118,14 @@ def train(
     resume: Annotated[
         bool, typer.Option(help="go on from the last checkpoint in OUTPUT, or move what is there aside and begin anew")
     ] = True,
-    push_to_hub: Annotated[
-        str | None, typer.Option(metavar="USER/NAME", help="upload the model there in the end")
+    image_folder: Annotated[
+        str | None, typer.Option(help="where the pictures are, if not beside the JSON or data.yaml")
     ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="USER/NAME", help="upload the model there in the end, its card shows validation pictures"),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="create that repository as a private one")] = False,
 ) -> None:
     """Fine-tune a model, evaluate it on the split validation, and save it as OUTPUT/model.
 
@@ -125,7 +143,9 @@ def train(
         "seed": seed,
         "device": device,
         "class_names": None if class_names is None else read_names("--class-names", class_names),
+        "image_folder": image_folder,
         "push_to_hub": push_to_hub,
+        "private": private or None,
     }
     given = [(name, value) for name, value in options.items() if value is not None]
     recipe = read_recipe(config, [*map(_read_setting, settings or []), *given])
@@ -174,7 +194,7 @@ def read_recipe(path: Path | None, given: Iterable[tuple[str, Any]]) -> dict[str
         recipe["resolution"] = read_size("--resolution", recipe["resolution"])
     if recipe.get("num_train_epochs", 1) <= 0 and recipe.get("max_steps", 0) <= 0:
         raise ValueError(f"--epochs {recipe['num_train_epochs']:g} trains nothing; give a number above 0")
-    recipe |= {name: _absolute(recipe[name]) for name in ("model", "data")}
+    recipe |= {name: _absolute(recipe[name]) for name in ("model", "data", "image_folder") if name in recipe}
     recipe["output"] = str(Path(recipe["output"]).expanduser().absolute())
     kept = {name: value for name, value in recipe.items() if name in _OPTIONS or value != defaults[name]}
     return _plain({name: kept[name] for name in sorted(kept, key=lambda name: (name not in _OPTIONS, name))})
@@ -294,7 +314,9 @@ def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
 
     arguments = _training_arguments(recipe)
     is_first, output = arguments.process_index == 0, Path(recipe["output"])
-    data = load_instance_dataset(recipe["data"], class_names=recipe.get("class_names"))
+    data = load_instance_dataset(
+        recipe["data"], class_names=recipe.get("class_names"), image_folder=recipe.get("image_folder")
+    )
     if "train" not in data:
         raise ValueError(f"{recipe['data']} has the splits {', '.join(data)}, and no train; rename one, or add it")
     names = dict(zip(data.category_ids, data.id2label.values(), strict=True))
@@ -324,7 +346,7 @@ def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
             typer.echo(format_numbers({name.removeprefix("eval_"): value for name, value in numbers.items()}))
         typer.echo(f"The model is in {saved}")
     if "push_to_hub" in recipe:
-        trainer.push_to_hub()
+        trainer.push_to_hub(private=recipe.get("private"))
 
 
 def _training_arguments(recipe: Mapping[str, Any]) -> Any:
