@@ -417,9 +417,9 @@ class TestPage:
         assert [words.count(f"mean of classes {ap:.3f}") for ap in (21 / 30,)] == [4]  # keys and lines of two charts
 
     def test_ticks_are_round_numbers_within_the_axis(self):
-        assert report._ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
-        assert report._ticks(0, 37) == [0, 5, 10, 15, 20, 25, 30, 35]
-        assert report._ticks(0, 9.3e-4) == pytest.approx([0, 2e-4, 4e-4, 6e-4, 8e-4])
+        assert report.ticks(0, 1, most=9) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+        assert report.ticks(0, 37, most=9) == [0, 5, 10, 15, 20, 25, 30, 35]
+        assert report.ticks(0, 9.3e-4, most=9) == pytest.approx([0, 2e-4, 4e-4, 6e-4, 8e-4])
 
 
 def browse(page, *flags, profile, address=""):

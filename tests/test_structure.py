@@ -37,10 +37,10 @@ ORDER = [
     "data_sources",
     "metrics",
     "torch_metric",
+    "model_card",
     "report",
     "check_data",
     "optimization",
-    "model_card",
     "trainer",
     "__init__",
 ]

@@ -26,6 +26,7 @@ from pycocotools import mask as coco_mask
 from .instances import Instances
 from .masks import measure, rasterize, read_segmentation, to_rle
 from .metrics import InstanceSegmentationEvaluator, detect_in_dataset
+from .model_card import ticks
 
 _MIN_IOU = 0.5  # of a detection and its object
 _LONGEST_SIDE = 640  # of a picture on the page, in pixels
@@ -526,11 +527,11 @@ def _chart(
         return left + (x - x_low) / (x_high - x_low) * width, top + (y_high - y) / (y_high - y_low) * height
 
     parts = []
-    for x in _ticks(x_low, x_high):
+    for x in ticks(x_low, x_high, most=9):
         at, _ = place(x, 0)
         parts.append(f'<path class="grid" d="M{at:.1f} {top}v{height}"/>')
         parts.append(f'<text x="{at:.1f}" y="{top + height + 17}" text-anchor="middle">{x:g}</text>')
-    for y in _ticks(y_low, y_high):
+    for y in ticks(y_low, y_high, most=9):
         _, at = place(0, y)
         parts.append(f'<path class="grid" d="M{left} {at:.1f}h{width}"/>')
         parts.append(f'<text x="{left - 7}" y="{at + 4:.1f}" text-anchor="end">{y:g}</text>')
@@ -551,14 +552,6 @@ def _chart(
         f'<svg viewBox="0 0 {left + width + 14} {top + height + 44}" role="img" aria-label="{title}">{"".join(parts)}'
         f"</svg><ul>{key}</ul></figure>"
     )
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Four to ten round numbers from `low` to `high`."""
-    unit = 10.0 ** math.floor(math.log10((high - low) / 5))
-    step = next(unit * factor for factor in (1, 2, 5, 10) if (high - low) / (unit * factor) <= 8)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [number * step for number in range(first, last + 1)]
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What several commands read from their arguments."""
 
+import os
 import re
 from pathlib import Path
 
@@ -29,6 +30,11 @@ def read_size(option: str, text: str) -> int | tuple[int, int]:
         raise ValueError(f"{option} {text} is no number of pixels; give a side such as 432, or HxW such as 432x576")
     height, _, width = text.partition("x")
     return (int(height), int(width)) if width else int(height)
+
+
+def absolute(name: str) -> str:
+    """The same from every working directory, where it is a path that is there; otherwise the name as it is."""
+    return str(Path(name).expanduser().absolute()) if os.path.exists(os.path.expanduser(name)) else name
 
 
 def read_names(option: str, given: str) -> list[str]:

@@ -31,7 +31,7 @@ from ..bulk_prediction import (
 from ..loading import load
 from ..video import VideoSummary, predict_video
 from .errors import one_line_errors
-from .options import read_dtype, read_names, read_size
+from .options import absolute, read_dtype, read_names, read_size
 
 EXAMPLE = """examples:
 
@@ -113,8 +113,8 @@ def predict(
         "progress": rank == 0,
     }
     origin = {
-        "model": _absolute(model),
-        "sources": [f"{dataset} {split}"] if dataset else sorted({redacted(_absolute(s)) for s in sources or []}),
+        "model": absolute(model),
+        "sources": [f"{dataset} {split}"] if dataset else sorted({redacted(absolute(s)) for s in sources or []}),
         "dtype": dtype,
         "track": track,
         "max_frames": max_frames,
@@ -146,9 +146,9 @@ def predict(
             )
             _report(summary, output, rank, world)
             failed += summary.failed
-        settings = {**origin, "weights": fingerprint(loaded), "threshold": threshold, "classes": shared["classes"]}
-        settings["pictures"] = pictures
+        settings = {**origin, "threshold": threshold, "classes": shared["classes"], "pictures": pictures}
         if videos:
+            settings["weights"] = fingerprint(loaded)
             check_settings(output, settings)
         for video in videos[rank::world]:
             style = {"track": track, "color_by": color_by, "max_frames": max_frames, "patience": patience}
@@ -182,11 +182,6 @@ def _check_that_it_applies(
     for given, option in ((track, "--track"), (max_frames is not None, "--max-frames")):
         if given and not videos:
             raise ValueError(f"{option} is for videos, and the sources have none; leave it out")
-
-
-def _absolute(name: str) -> str:
-    """The same from every working directory, where it is a path that is there."""
-    return str(Path(name).expanduser().absolute()) if os.path.exists(os.path.expanduser(name)) else name
 
 
 def _is_stream(source: str, is_alone: bool) -> bool:

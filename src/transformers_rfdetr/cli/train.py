@@ -23,7 +23,7 @@ from ..data_sources import load_instance_dataset
 from ..loading import load
 from .errors import one_line_errors
 from .evaluate import format_numbers
-from .options import read_names, read_size
+from .options import absolute, read_names, read_size
 
 EXAMPLE = """examples:
 
@@ -278,8 +278,7 @@ def _absolute(place: Any) -> Any:
         return {name: _absolute(part) for name, part in place.items()}
     if not isinstance(place, str):
         raise ValueError(f"{place!r:.60} is no path; give a folder, a file or a data set on the Hub")
-    path = Path(place).expanduser()
-    return str(path.absolute()) if path.exists() else place
+    return absolute(place)
 
 
 def _plain(recipe: Mapping[str, Any]) -> dict[str, Any]:
