@@ -5,7 +5,7 @@ It answers what `huggingface_hub` asks of the Hub for models. Tests talk to it b
 
 A fault is a dictionary: `method` and `path` (a regular expression) of the requests that it meets, `times` how many of
 them (1), `status` the answer, with `headers`. Status 0 cuts the connection: of an upload half of the body was read, of
-a download half of it was sent.
+a download half of it was sent. Status -1 reads half of an upload, and holds it there until the faults are replaced.
 """
 
 import base64
@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
@@ -99,6 +100,7 @@ class Handler(BaseHTTPRequestHandler):
     """One connection."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body of an answer are two packets; the second one would wait for 40 ms
     server: HubServer
 
     def handle_request(self) -> None:
@@ -161,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def _fail(self, fault: dict[str, Any]) -> None:
-        if fault["status"]:
+        if fault["status"] > 0:
             refusal = Refusal(fault["status"], "as asked for")
             refusal.headers |= fault.get("headers", {})
             raise refusal
@@ -169,7 +171,9 @@ class Handler(BaseHTTPRequestHandler):
             self.may_cut_answer = True
             return
         self.rfile.read(self._length() // 2)
-        self._note(0)
+        self._note(fault["status"])
+        while fault["status"] < 0 and fault in self.server.faults:
+            time.sleep(0.01)
         raise Cut
 
     def _control(self) -> None:

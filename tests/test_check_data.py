@@ -369,6 +369,24 @@ def test_the_size_at_which_all_objects_lie_inside_is_taken(tmp_path, stated, sha
         assert sample["image"].size == change[::-1]
 
 
+# A copy is there whole or not at all
+
+
+def test_a_copy_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
+    path = write_coco(tmp_path / "data" / "train.json", [image(1, "a.png")], [square(1)])
+    picture(0).save(path.parent / "a.png")
+
+    def interrupt(copy, changes, left):
+        assert (copy.folder / "train" / "a.png").is_file()
+        assert not (tmp_path / "fixed").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check_data.RepairedCopy, "write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        check_dataset(path, fix=tmp_path / "fixed")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["data"]
+
+
 # Ids and categories
 
 

@@ -1,6 +1,7 @@
 """Conversion of rfdetr's checkpoints on files that the tests make: forms, names, classes, and what can be wrong."""
 
 import argparse
+import functools
 import os
 import pickle
 import signal
@@ -27,8 +28,9 @@ from transformers_rfdetr import (
 from transformers_rfdetr.cli.app import app
 from transformers_rfdetr.configuration_rf_detr import COCO_ID2LABEL, COCO_NAMES, VARIANTS
 from transformers_rfdetr.conversion import convert_to_rfdetr, convert_to_transformers, format_changes
-from transformers_rfdetr.rfdetr_files import read_rfdetr_file
+from transformers_rfdetr.rfdetr_files import read_rfdetr_file, write_rfdetr_file
 
+from faults import attempt
 from small_models import randomised, stand_in_config
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "conversion_scripts"
@@ -654,8 +656,8 @@ def test_an_interrupted_conversion_leaves_nothing(model, save, tmp_path, monkeyp
     convert_to_transformers(path, tmp_path / "fine")
     before = sorted(tmp_path.iterdir())
 
-    def interrupt(*args, **kwargs):
-        Path(args[1]).write_bytes(b"half of it")
+    def interrupt(content, target, *args):
+        Path(target if isinstance(target, Path) else target.name).write_bytes(b"half of it")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(conversion, "save_file", interrupt)
@@ -670,28 +672,22 @@ def test_an_interrupted_conversion_leaves_nothing(model, save, tmp_path, monkeyp
 @pytest.mark.skipif(os.name != "posix", reason="kills a process")
 def test_a_killed_conversion_leaves_no_folder_of_that_name_and_the_next_run_makes_it(model, save, tmp_path):
     path = save(legacy(model))
-    code = f"""
-import pathlib, time
-from transformers_rfdetr import conversion
-conversion.ENCODERS["dinov2_windowed_small"] = (32, 2, 0)
-def stop(tensors, name, metadata):
-    pathlib.Path(name).write_bytes(b"half of it")
-    print("writing", flush=True)
-    time.sleep(60)
-conversion.save_file = stop
-conversion.convert_to_transformers({str(path)!r}, {str(tmp_path / "there")!r})
-"""
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "writing\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    assert not (tmp_path / "there").exists()
-    convert_to_transformers(path, tmp_path / "there")
+    convert_to_transformers(path, tmp_path / "fine")
+    job = functools.partial(convert_to_transformers, path, tmp_path / "there")
+    for fault in ({"longest": 10_000}, *({"dies_at": place} for place in range(0, 10, 2))):
+        assert attempt(job, **fault).signal in (signal.SIGKILL, signal.SIGXFSZ)
+        assert not (tmp_path / "there").exists(), fault
+    job()
     assert_equal(weights_in(tmp_path / "there"), model.state_dict())
 
 
 # The way back
+
+
+def test_a_model_is_the_same_file_whenever_and_under_whatever_name_it_is_written(model, tmp_path):
+    for name in ("one.pth", "other.pth"):
+        write_rfdetr_file(tmp_path / name, model.state_dict(), "RFDETRSegNano", {"num_queries": 4}, None)
+    assert (tmp_path / "one.pth").read_bytes() == (tmp_path / "other.pth").read_bytes()
 
 
 def test_our_own_heads_get_the_row_that_rfdetr_takes_for_no_class(tmp_path):

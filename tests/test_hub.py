@@ -1,12 +1,14 @@
 """Pushing and pulling by the real client against a Hub on loopback, the model card, code without the package, LoRA.
 
-HF_ENDPOINT is read when huggingface_hub is imported, so the checks of one process run in a session of their own, one
-after the other: this file as a program. What each of them said is what the tests look at.
+HF_ENDPOINT is read when huggingface_hub is imported, so the checks run in a session of their own, one after the other.
+What each of them said is what the tests look at.
 """
 
 import json
+import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -108,11 +110,19 @@ def fields(config: Any) -> dict[str, Any]:
 
 def assert_same(found: torch.nn.Module, expected: torch.nn.Module) -> None:
     assert type(found) is type(expected)
-    assert weights(found).keys() == weights(expected).keys()
-    for name, tensor in weights(expected).items():
-        assert torch.equal(weights(found)[name], tensor), name
+    loaded, right = weights(found), weights(expected)
+    assert loaded.keys() == right.keys()
+    for name, tensor in right.items():
+        assert torch.equal(loaded[name], tensor), name
     one, other = fields(found.config), fields(expected.config)
     assert one == other, [(key, one.get(key), other.get(key)) for key in one | other if one.get(key) != other.get(key)]
+
+
+def quick_trainer(folder: Path) -> RfDetrTrainer:
+    """One update on two pictures, and nothing that is evaluated or saved on the way."""
+    settings = QUICK | {"max_steps": 1, "save_strategy": "no", "eval_strategy": "no"}
+    model = RfDetrForInstanceSegmentation(small_config(num_labels=1))
+    return RfDetrTrainer(model, RfDetrTrainingArguments(str(folder), **settings), train_dataset=drawn(2))
 
 
 def card_of(name: str, **settings: Any) -> str:
@@ -236,6 +246,30 @@ def check_an_upload_that_is_cut_goes_on_where_it_was(hub: Hub) -> None:
     assert_same(AutoModelForInstanceSegmentation.from_pretrained("me/cut"), model)
 
 
+def check_a_push_that_is_killed_leaves_both_sides_as_they_were(hub: Hub) -> None:
+    """`kill -9` when the Hub has half of the weights."""
+    before = small_model(num_labels=1, num_queries=4)
+    commit = before.push_to_hub("me/killed").oid
+    trainer = quick_trainer(hub.folder / "killed")
+    hub.faults({"method": "PUT", "path": "^/lfs/", "status": -1, "times": 1000})
+    child = multiprocessing.get_context("fork").Process(target=trainer.push_to_hub, kwargs={"num_pictures": 0})
+    child.start()
+    for _ in range(1000):
+        if hub.requests("PUT", "/lfs/") or not child.is_alive():
+            break
+        child.join(0.02)
+    child.kill()
+    child.join()
+    assert (child.exitcode, hub.requests("PUT", "/lfs/")) == (-signal.SIGKILL, [-1])
+    hub.faults()
+    assert hub._control("api/models/me/killed")["sha"] == commit
+    assert_same(AutoModelForInstanceSegmentation.from_pretrained("me/killed"), before)
+    assert_same(RfDetrForInstanceSegmentation.from_pretrained(hub.folder / "killed"), trainer.model)
+    trainer.push_to_hub(num_pictures=0)
+    assert hub.requests("PUT", "/lfs/") == [200]
+    assert_same(load("me/killed")[0], trainer.model.eval())
+
+
 def check_too_many_requests_and_errors_of_the_server_are_waited_for(hub: Hub) -> None:
     model = small_model()
     hub.faults(
@@ -277,7 +311,8 @@ def check_a_run_pushes_its_model_with_card_and_pictures_and_nothing_else(hub: Hu
     settings |= {"hub_strategy": "checkpoint"}
     hub.faults()
     with token(""):
-        trainer = build_trainer(hub.folder / "run", num_train_epochs=2, **settings)
+        data = {"train_dataset": drawn(4), "eval_dataset": drawn(3, 100)}
+        trainer = build_trainer(hub.folder / "run", data, **settings)
         trainer.train()
         numbers = trainer.evaluate(drawn(3, 200), metric_key_prefix="test")
         model_files = {"config.json", "model.safetensors", "preprocessor_config.json"}
@@ -314,7 +349,7 @@ def check_a_run_pushes_its_model_with_card_and_pictures_and_nothing_else(hub: Hu
 
 def check_a_run_whose_push_fails_is_whole_on_disk(hub: Hub) -> None:
     hub.faults({"method": "POST", "path": "/commit/", "status": 500, "times": 100})
-    trainer = build_trainer(hub.folder / "failed", max_steps=1, save_strategy="no", eval_strategy="no")
+    trainer = quick_trainer(hub.folder / "failed")
     trainer.train()
     message = refused(lambda: trainer.push_to_hub(with_code=True, num_pictures=0))
     assert "me/failed was not pushed: " in message, message
@@ -344,7 +379,26 @@ def check_code_is_pushed_where_it_is_asked_for(hub: Hub) -> None:
 
 CHECKS = [name for name in dict(globals()) if name.startswith("check_")]
 
-# Runs where the package cannot be imported, as a child of the session above.
+# The arguments: the folder of this file, one for the session, and what comes below. Importing torch and transformers
+# takes longer than most of the rest, so it is done once, and the session of the checks is forked off.
+SESSIONS = """
+import os, shutil, sys
+import torch, transformers.image_utils, transformers.modeling_utils
+
+torch.set_num_threads(1)
+tests, folder, without_the_package = sys.argv[1:]
+if os.fork() == 0:
+    sys.path.insert(0, tests)
+    import test_hub
+    test_hub.run_checks(folder)
+    sys.exit()
+os.wait()
+shutil.rmtree(os.environ["HF_HOME"])  # what has been downloaded
+os.chdir(folder)
+exec(without_the_package)
+"""
+
+# Runs where the package cannot be imported, and was not before.
 WITHOUT_THE_PACKAGE = """
 import sys
 sys.modules["transformers_rfdetr"] = None  # every import of it fails
@@ -388,10 +442,10 @@ AutoImageProcessor.from_pretrained("saved", trust_remote_code=True)
 """
 
 
-def environment(url: str, home: Path) -> dict[str, str]:
+def environment(url: str, folder: Path) -> dict[str, str]:
     return os.environ | {
         "HF_ENDPOINT": url,
-        "HF_HOME": str(home),
+        "HF_HOME": str(folder / "home"),
         "HF_TOKEN": "token-of-me",
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -416,18 +470,15 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         return json.loads(results.read_text())
     server = HubServer()
     try:
-        command = [sys.executable, __file__, str(folder)]
-        done = subprocess.run(command, env=environment(server.url, folder / "home"), capture_output=True, text=True)
-        found = json.loads((folder / "checks.json").read_text()) if done.returncode == 0 else {}
-        command = [sys.executable, "-c", WITHOUT_THE_PACKAGE]
-        bare = subprocess.run(
-            command, env=environment(server.url, folder / "other"), cwd=folder, capture_output=True, text=True
-        )
+        command = [sys.executable, "-c", SESSIONS, str(Path(__file__).parent), str(folder), WITHOUT_THE_PACKAGE]
+        done = subprocess.run(command, env=environment(server.url, folder), capture_output=True, text=True)
+        checks = folder / "checks.json"
+        found = json.loads(checks.read_text()) if checks.is_file() else {}
     finally:
         server.shutdown()
         server.server_close()
         found = {name: found.get(name, f"did not run: {done.stderr[-2000:]}") for name in CHECKS}
-        found["code"] = bare.stderr[-3000:] if bare.returncode else ""
+        found["code"] = done.stderr[-3000:] if done.returncode else ""
         results.with_suffix(".tmp").write_text(json.dumps(found))
         results.with_suffix(".tmp").rename(results)
     return found
@@ -670,8 +721,8 @@ def test_a_lora_is_trained_saved_loaded_and_merged(tmp_path):
     compile(blocks_of(card)[0], "card", "exec")
 
 
-def run_checks(folder: Path) -> dict[str, str]:
-    hub, found = Hub(folder), {}
+def run_checks(folder: str) -> None:
+    hub, found = Hub(Path(folder)), {}
     for name in CHECKS:
         try:
             globals()[name](hub)
@@ -679,10 +730,4 @@ def run_checks(folder: Path) -> dict[str, str]:
         except Exception:
             found[name] = traceback.format_exc()
             hub.faults()
-    return found
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    where = Path(sys.argv[1])
-    (where / "checks.json").write_text(json.dumps(run_checks(where)))
+    Path(folder, "checks.json").write_text(json.dumps(found))

@@ -274,6 +274,22 @@ def test_names_that_are_no_utf8_or_long_do_not_end_a_run(model: Path, few: Path,
     assert run(model, folder, "-o", tmp_path / "out", "--save-crops").exit_code == 1
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's device that is always full")
+def test_a_full_disk_is_named_with_the_file_and_the_same_command_goes_on(
+    model: Path, few: Path, whole: Path, tmp_path: Path
+):
+    part = tmp_path / "out" / "parts" / "0-of-1.jsonl"
+    part.parent.mkdir(parents=True)
+    shutil.copyfile(whole / "settings.json", tmp_path / "out" / "settings.json")
+    part.symlink_to("/dev/full")
+    done = run(model, few, "-o", tmp_path / "out", "--batch-size", "1")
+    assert done.exit_code == 2, done.output
+    assert f"{part} cannot be written: No space left on device; free some space, and the same command" in done.output
+    part.unlink()
+    assert run(model, few, "-o", tmp_path / "out", "--batch-size", "1").exit_code == 0
+    assert (tmp_path / "out" / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
+
+
 def test_a_class_with_a_comma_in_its_name_can_be_chosen(tmp_path: Path, few: Path):
     model = small_model(id2label={0: "cat", 1: "dog, big", 2: "dog", 3: "bird"})
     model.save_pretrained(tmp_path / "model")

@@ -3,9 +3,7 @@
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from transformers_rfdetr.optimization import WeightAverage, copy_whole, paramete
 from transformers_rfdetr.trainer import RfDetrTrainer, RfDetrTrainingArguments, newest_checkpoint
 
 import training_run
+from faults import attempt
 from small_models import pixels, small_config, small_model, targets
 from training_run import QUICK, build_trainer, drawn, on_two_processes
 
@@ -632,9 +631,11 @@ def test_a_run_killed_in_the_middle_of_an_epoch_resumes_bit_for_bit(workers, tmp
     whole.train()
 
     killed = tmp_path / "killed"
-    command = [sys.executable, training_run.__file__, str(killed), json.dumps(settings), "11"]
-    ended = subprocess.run(command, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
-    assert ended.returncode == -9, ended.stderr.decode()[-2000:]
+
+    def train_until_it_is_killed() -> None:
+        build_trainer(killed, {"callbacks": [training_run.Die(11)]}, **settings).train()
+
+    assert attempt(train_until_it_is_killed).signal == signal.SIGKILL
     (killed / "checkpoint-9").mkdir()  # a kill in the middle of a checkpoint leaves a folder without a state
     (killed / "checkpoint-12").mkdir()
     assert newest_checkpoint(str(killed)) == str(killed / "checkpoint-8")

@@ -12,6 +12,7 @@ import transformers_rfdetr
 PACKAGE = Path(transformers_rfdetr.__file__).parent
 # Later files may import earlier ones.
 ORDER = [
+    "files",
     "masks",
     "configuration_rf_detr",
     "loss_rf_detr",
@@ -22,8 +23,9 @@ ORDER = [
     "registration",
     "published_weights",
     "rfdetr_files",
-    "conversion",
     "visualization",
+    "model_card",
+    "conversion",
     "instances",
     "inference",
     "loading",
@@ -37,10 +39,11 @@ ORDER = [
     "data_sources",
     "metrics",
     "torch_metric",
-    "model_card",
     "report",
+    "repair_data",
     "check_data",
     "optimization",
+    "recovery",
     "trainer",
     "__init__",
 ]

@@ -6,6 +6,7 @@ here with PyAV, films that were written are decoded here with PyAV; the streams 
 
 import _thread
 import json
+import os
 import signal
 import struct
 import sys
@@ -391,6 +392,30 @@ def test_no_picture_makes_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(os.name != "posix", reason="limits the lengths of files")
+def test_a_file_that_finds_no_room_goes_and_leaves_the_old_one(tmp_path):
+    import resource
+
+    path = tmp_path / "film.mp4"
+    path.write_text("the old one")
+    noise = np.random.default_rng(0).integers(0, 256, (60, 48, 64, 3), np.uint8)
+
+    def write_all():
+        with VideoWriter(path, 25, (64, 48)) as writer:
+            for index, pixels in enumerate(noise):
+                writer.write(Image.fromarray(pixels), 0.04 * index)
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"film\.mp4 cannot be written: File too large; nothing of it is left"):
+            write_all()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == "the old one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_path_that_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"as MP4, .*film\.avi has another suffix; name it .*film\.mp4"):
         VideoWriter(tmp_path / "film.avi", 25, (64, 48))
@@ -526,6 +551,12 @@ def test_a_model_finds_in_a_video_what_it_finds_in_its_pictures(tmp_path):
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one.boxes, other.boxes)
         assert (one.masks, one.names, one.track_ids) == (other.masks, other.names, None)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's device that is always full")
+def test_lines_that_find_no_room_are_named_with_their_file(squares):
+    with pytest.raises(OSError, match=r"^/dev/full cannot be written: No space left on device; free some space"):
+        predict_video(None, None, squares, jsonl="/dev/full", progress=False)
 
 
 @pytest.fixture

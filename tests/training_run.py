@@ -1,10 +1,8 @@
 """One small fine-tuning run on drawn pictures, the same in this process, in a process that dies, and on two."""
 
-import json
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed
 import torch.multiprocessing
+from accelerate.state import AcceleratorState
 from transformers import TrainerCallback
 
 from transformers_rfdetr import RfDetrForInstanceSegmentation
@@ -49,7 +48,10 @@ def build_trainer(folder: Path | str, trainer: dict[str, Any] | None = None, **s
     model = RfDetrForInstanceSegmentation(small_config(num_labels=1))
     with torch.no_grad():
         model.class_embed.bias.fill_(0.5)  # scores above one half, so that there is a mean IoU
-    given = {"train_dataset": drawn(10), "eval_dataset": drawn(7, 100)} | (trainer or {})
+    given = dict(trainer or {})
+    for name, (num_pictures, first_seed) in {"train_dataset": (10, 0), "eval_dataset": (7, 100)}.items():
+        if name not in given:
+            given[name] = drawn(num_pictures, first_seed)
     return RfDetrTrainer(model, RfDetrTrainingArguments(str(folder), **(QUICK | settings)), **given)
 
 
@@ -64,27 +66,25 @@ class Die(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _rank(rank: int, folder: str, job: Callable[[str], Any]) -> None:
+def note_free_port(folder: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (folder / "port").write_text(str(free.getsockname()[1]))
+
+
+def run_rank(rank: int, folder: str, job: Callable[[str], Any]) -> None:
+    """One process of two that find each other at the port noted in the folder."""
     port = Path(folder, "port").read_text()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the process that this one is a fork of
     torch.save(job(folder), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def on_two_processes(folder: Path, job: Callable[[str], Any]) -> list[Any]:
-    """What `job(folder)` returns on each of two processes, started as torchrun does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        (folder / "port").write_text(str(free.getsockname()[1]))
-    torch.multiprocessing.spawn(_rank, (str(folder), job), nprocs=2)
+    """What `job(folder)` returns on each of two processes, which find each other as torchrun's do."""
+    note_free_port(folder)
+    torch.multiprocessing.start_processes(run_rank, (str(folder), job), nprocs=2, start_method="fork")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder, settings, step = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
-    run = build_trainer(folder, **settings)
-    run.add_callback(Die(step))
-    run.train()

@@ -18,13 +18,12 @@ import hashlib
 import json
 import mmap
 import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from PIL import Image
@@ -32,6 +31,7 @@ from pycocotools import mask as coco_mask
 from transformers.utils import logging
 
 from .configuration_rf_detr import RfDetrConfig, is_no_class
+from .files import explained, whole_file, write_text
 from .image_processing_rf_detr import read_rgb
 from .inference import predict
 from .instances import Instances, check_color_by
@@ -39,6 +39,7 @@ from .tiling import predict_tiled
 
 _READERS = 4  # threads; Pillow decodes outside of Python's lock
 _LONGEST_NAME = 40  # characters of a class's name in that of a file
+_GOES_ON = "free some space, and the same command goes on where it stopped"
 
 
 class UnreadablePictureError(ValueError):
@@ -230,7 +231,7 @@ def predict_to_folder(
             found = iter(find(images))
             write_settings(folder, settings)  # which are possible, as has just been seen
             part.parent.mkdir(exist_ok=True)
-            with part.open("a", encoding="utf-8") as lines:
+            with explained(part, _GOES_ON), part.open("a", encoding="utf-8") as lines:
                 for picture, image in batch:
                     bar.update()
                     line = {"image": picture.name, "source": redacted(picture.source)}
@@ -316,8 +317,7 @@ def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Note what a folder's predictions are made with, once."""
     if not (folder / "settings.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with _replacing(folder / "settings.json") as file:
-            file.write(json.dumps(settings, indent=1))
+        write_text(folder / "settings.json", json.dumps(settings, indent=1))
 
 
 def redacted(source: Any) -> Any:
@@ -327,15 +327,6 @@ def redacted(source: Any) -> Any:
     scheme, _, rest = source.partition("?")[0].partition("://")
     host, slash, path = rest.partition("/")
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[str]]:
-    """A text file that takes the place of `path` when all of it has been written."""
-    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        yield file
-    partial.replace(path)
 
 
 def _write_line(lines: Any, record: Mapping[str, Any]) -> None:
@@ -371,9 +362,8 @@ def _save(picture: Image.Image, path: Path) -> None:
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind not in ("JPEG", "PNG", "WEBP", "BMP", "TIFF"):
         path, kind = path.with_name(f"{path.name}.png"), "PNG"
-    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
-    picture.save(partial, kind, **({"quality": 92} if kind in ("JPEG", "WEBP") else {}))
-    partial.replace(path)
+    with whole_file(path, _GOES_ON) as partial:
+        picture.save(partial, kind, **({"quality": 92} if kind in ("JPEG", "WEBP") else {}))
 
 
 def _save_crops(instances: Instances, image: Image.Image, path: Path) -> None:
@@ -404,8 +394,10 @@ def _merge(folder: Path, keys: Sequence[str], config: RfDetrConfig) -> bool:
     number = 0
     with ExitStack() as stack:
         files = {path: stack.enter_context(path.open("rb")) for path in {path for path, _, _ in places.values()}}
-        lines = stack.enter_context(_replacing(folder / "predictions.jsonl"))
-        coco = stack.enter_context(_replacing(folder / "predictions.coco.json"))
+        lines, coco = (
+            stack.enter_context(stack.enter_context(whole_file(folder / name)).open("w", encoding="utf-8"))
+            for name in ("predictions.jsonl", "predictions.coco.json")
+        )
         coco.write(f'{{"categories": {json.dumps(categories)},\n"annotations": [')
         for key in order:
             path, place, has_failed = places[key]

@@ -7,14 +7,13 @@ at the same time what stands in its place in a repaired copy.
 
 import hashlib
 import itertools
-import json
 import math
 import os
-import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from io import BytesIO
@@ -24,32 +23,32 @@ from typing import Any, NamedTuple
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
+from PIL.ExifTags import Base
 from pycocotools import mask as coco_mask
 from transformers.utils import logging
 
-from .data import _ORIENTATION, _has_shape, _with_box_and_area, checked_classes, one_label_map, upright_size
+from .data import _has_shape, _with_box_and_area, one_label_map, upright_size
 from .data_sources import (
-    _PICTURE_SUFFIXES,
-    _ArrowRows,
-    _coco_files,
-    _hub_classes,
-    _is_hub_split,
-    _load_rows,
-    _numbered,
-    _parents,
-    _read_class_names,
-    _read_coco,
-    _read_text,
-    _read_yolo_line,
-    _RowReader,
-    _split_name,
-    _yolo_file,
-    _yolo_label_file,
-    _yolo_pictures,
-    _yolo_root,
+    PICTURE_SUFFIXES,
+    ArrowRows,
+    coco_files,
+    is_hub_split,
+    load_rows,
+    parent_ids,
+    read_coco,
+    read_hub,
+    read_text,
+    read_yolo_description,
+    read_yolo_line,
+    split_name,
+    yolo_file,
+    yolo_label_file,
+    yolo_pictures,
 )
+from .files import whole_file, whole_folder
 from .image_processing_rf_detr import _clamp_box, are_numbers, is_index, located, plain, read_rgb
 from .masks import Shape, measure, read_segmentation, to_rle
+from .repair_data import RepairedCopy
 from .visualization import draw_instances
 
 SEVERITIES = ("error", "warning", "info")
@@ -272,31 +271,32 @@ def check_dataset(
         raise ValueError("fix repairs files, and these are rows of datasets; correct them with `Dataset.map`")
     _check_categories(splits)
     findings = _Findings(is_listed=fix is not None)
-    copy = None if fix is None else _Copy(Path(fix), splits)
     gallery = None if overlays is None else _Gallery()
     twins, counts = _Twins(), {}
-    for split in splits:
-        for problem in split.problems:
-            findings.add(split.name, problem)
-        counts[split.name] = tally = _Tally(images=len(split.images))
-        for image, seen in _look_at_all(split, num_queries, workers):
-            tally.add(seen)
-            seen.problems += twins.compare(split.name, image, seen.picture)
-            for problem in seen.problems:
-                findings.add(split.name, problem, image, in_copy=seen.way is not None)
-            if copy is not None:
-                copy.add(split, image, seen)
-            if gallery is not None:
-                gallery.offer(split, image, seen)
-        twins.end_split()
-        for problem in tally.compare_classes():
-            findings.add(split.name, problem)
-    for split, path in _unlisted(splits):
-        findings.add(split.name, Problem("unlisted_file", str(path)))
-    if not any(tally.objects_with_mask for tally in counts.values()):
-        findings.forget("object_without_mask")  # a data set of boxes
-    if copy is not None:
-        copy.write(findings)
+    with nullcontext() if fix is None else whole_folder(Path(fix).expanduser()) as folder:
+        copy = None if folder is None else RepairedCopy(folder, {split.name: split.head() for split in splits})
+        for split in splits:
+            for problem in split.problems:
+                findings.add(split.name, problem)
+            counts[split.name] = tally = _Tally(images=len(split.images))
+            for image, seen in _look_at_all(split, num_queries, workers):
+                tally.add(seen)
+                seen.problems += twins.compare(split.name, image, seen.picture)
+                for problem in seen.problems:
+                    findings.add(split.name, problem, image, in_copy=seen.way is not None)
+                if copy is not None and seen.way is not None:
+                    copy.add(split.name, image.repaired(seen.size), seen.repaired, image.source, seen.way)
+                if gallery is not None:
+                    gallery.offer(split, image, seen)
+            twins.end_split()
+            for problem in tally.compare_classes():
+                findings.add(split.name, problem)
+        for split, path in _unlisted(splits):
+            findings.add(split.name, Problem("unlisted_file", str(path)))
+        if not any(tally.objects_with_mask for tally in counts.values()):
+            findings.forget("object_without_mask")  # a data set of boxes
+        if copy is not None:
+            copy.write(findings.changes, findings.left)
     if gallery is not None:
         gallery.write(Path(overlays))
     return DataReport(str(source), {name: tally.to_dict() for name, tally in counts.items()}, findings.sorted())
@@ -393,6 +393,10 @@ class _Image:
     def name(self) -> Any:
         return self.record.get("file_name")
 
+    def repaired(self, size: tuple[int, int]) -> dict[str, Any]:
+        """The entry in a repaired copy."""
+        return self.record | {"id": self.copy_id, "height": size[0], "width": size[1]}
+
     def leave_out(self, kind: str, detail: str, why: str = "") -> None:
         self.problems.append(Problem(kind, detail, change=f"{_LEFT_OUT}{why}"))
         self.is_kept = False
@@ -415,6 +419,12 @@ class _Split:
     def note(self, kind: str, detail: str, annotation_id: Any = None, change: str | None = _LEFT_OUT) -> None:
         self.problems.append(Problem(kind, detail, annotation_id, change))
 
+    def head(self) -> dict[str, Any]:
+        """What a repaired copy has of it, but for images and annotations."""
+        known = [entry for entry in self.categories if entry["id"] not in self.unclear | self.groups]
+        categories = [entry | {"name": _named(entry)["name"]} for entry in known]
+        return {**self.rest, "images": [], "annotations": [], "categories": categories}
+
     def used(self) -> set[Any]:
         """The category ids of the annotations, as far as they are defined."""
         given = (annotation.get("category_id") for image in self.images for annotation in image.annotations)
@@ -427,24 +437,24 @@ _Find = Callable[[int, Mapping[str, Any]], tuple[Any, Problem | None]]
 
 def _read_source(source: Any, image_folder: Any) -> list[_Split]:
     is_mapping = isinstance(source, Mapping) and source
-    if _is_hub_split(source) or (is_mapping and all(map(_is_hub_split, source.values()))):
+    if is_hub_split(source) or (is_mapping and all(map(is_hub_split, source.values()))):
         return _row_splits(source)
     if not is_mapping and not isinstance(source, str | os.PathLike):
         raise ValueError(f"{source!r:.200} is no source of data; give a folder, a COCO JSON or a data.yaml")
     path = None if is_mapping else Path(source).expanduser()
-    if files := _coco_files(source if path is None else path):
+    if files := coco_files(source if path is None else path):
         return [_coco_split(name, *found, image_folder) for name, found in files.items()]
     if image_folder is not None:
         raise ValueError(f"image_folder is for COCO files, and {path} is none; leave it out")
-    if yaml_file := _yolo_file(path):
+    if yaml_file := yolo_file(path):
         return _yolo_splits(yaml_file)
-    return _row_splits(_load_rows(source, False, {}))
+    return _row_splits(load_rows(source, False, {}))
 
 
 def _coco_split(name: str, path: Path, folders: Sequence[Path], image_folder: Any) -> _Split:
     given = image_folder.get(name) if isinstance(image_folder, Mapping) else image_folder
     with located(str(path)):
-        coco = _read_coco(path)
+        coco = read_coco(path)
         for key in ("images", "annotations", "categories"):
             if not isinstance(coco.get(key), list) and (key in coco or key != "annotations"):
                 kind = type(coco[key]).__name__ if key in coco else "missing"
@@ -558,9 +568,9 @@ def _attach_annotations(split: _Split, annotations: Sequence[Any], by_id: Mappin
 
 
 def _yolo_splits(path: Path) -> list[_Split]:
-    classes, root, places = _read_yolo_description(path)
-    pictures = {key: _yolo_pictures(root, place, key) for key, place in places.items()}
-    known = {_yolo_label_file(picture) for found in pictures.values() for picture in found}
+    classes, root, places = read_yolo_description(path)
+    pictures = {key: yolo_pictures(root, place, key) for key, place in places.items()}
+    known = {yolo_label_file(picture) for found in pictures.values() for picture in found}
     splits = []
     for key, found in pictures.items():
         images, problems = [], []
@@ -572,33 +582,14 @@ def _yolo_splits(path: Path) -> list[_Split]:
             problems.append(faults)
         categories = [{"id": number, "name": name} for number, name in classes.items()]
         coco = {"images": images, "annotations": annotations, "categories": categories}
-        split = _build_split(_split_name(key), coco, root, partial(_find_listed, found))
+        split = _build_split(split_name(key), coco, root, partial(_find_listed, found))
         for image, faults in zip(split.images, problems, strict=True):
             image.problems += faults
-        folders = {_yolo_label_file(picture).parent for picture in found} - {picture.parent for picture in found}
+        folders = {yolo_label_file(picture).parent for picture in found} - {picture.parent for picture in found}
         for label in sorted(label for folder in folders for label in folder.glob("*.txt") if label not in known):
             split.note("annotation_of_missing_image", f"{label} belongs to no picture")
         splits.append(split)
     return splits
-
-
-def _read_yolo_description(path: Path) -> tuple[dict[int, str], Path, dict[str, Any]]:
-    """Classes, the folder that places are relative to, and the places of each split."""
-    import yaml  # transformers needs it
-
-    with located(str(path)):
-        try:
-            description = yaml.safe_load(_read_text(path))
-        except (yaml.YAMLError, RecursionError) as error:
-            raise ValueError(f"this is no YAML: {error}; export it again") from error
-        if not isinstance(description, Mapping):
-            raise ValueError("there are no keys; give 'names' and 'train'")
-        classes = checked_classes(_read_class_names(description.get("names") or _numbered(description.get("nc"))))
-        root = _yolo_root(path, description, None)
-        keys = [key for key in ("train", "val", "valid", "test") if description.get(key)]
-        if not keys:
-            raise ValueError(f"the keys are {list(description)}; give 'train', 'val' or 'test' with pictures")
-        return classes, root, {key: description[key] for key in keys}
 
 
 def _read_yolo_picture(
@@ -613,16 +604,16 @@ def _read_yolo_picture(
         return entry, [], []
     entry |= {"height": size[0], "width": size[1]}
     objects, problems = [], []
-    labels = _yolo_label_file(path)
+    labels = yolo_label_file(path)
     try:
-        lines = _read_text(labels).splitlines() if labels.is_file() else []
+        lines = read_text(labels).splitlines() if labels.is_file() else []
     except ValueError as error:
         return entry, [], [Problem("invalid_label_line", str(error), change=_LEFT_OUT)]
     for line_number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            found = _with_box_and_area(_read_yolo_line(line.split(), size, classes), size)
+            found = _with_box_and_area(read_yolo_line(line.split(), size, classes), size)
             objects.append({**found, "image_id": number})
         except ValueError as error:
             problems.append(
@@ -631,24 +622,18 @@ def _read_yolo_picture(
     return entry, objects, problems
 
 
-def _find_listed(pictures: Sequence[Path], position: int, entry: Mapping[str, Any]) -> tuple[Path, None]:
-    return pictures[position], None
+def _find_listed(sources: Sequence[Any], position: int, entry: Mapping[str, Any]) -> tuple[Any, None]:
+    return sources[position], None
 
 
 def _row_splits(source: Any) -> list[_Split]:
     """Rows of the library datasets."""
-    given = {str(getattr(source, "split", None) or "train"): source} if _is_hub_split(source) else source
-    rows = {_split_name(name): split for name, split in given.items()}
-    if streams := [name for name, split in rows.items() if not hasattr(split, "num_rows")]:
-        raise ValueError(f"{streams} are streams; load them without streaming=True, to read all of them")
-    readers = {name: _RowReader.of(split) for name, split in rows.items()}
-    classes = _hub_classes(readers, rows, None, False)
+    if not all(hasattr(split, "num_rows") for split in ([source] if is_hub_split(source) else source.values())):
+        raise ValueError("these rows are streams; load them without streaming=True, to read all of them")
+    rows, readers, classes = read_hub(source)
     splits = []
     for name, split in rows.items():
-        reader = readers[name]
-        if reader.category_kind == "string":
-            reader = reader._replace(id_of={text: category for category, text in classes.items()})
-        table = _ArrowRows(split, reader)
+        table = ArrowRows(split, readers[name])
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         for index, record in enumerate(table.scan(f"Annotations of {name}")):
@@ -658,12 +643,9 @@ def _row_splits(source: Any) -> list[_Split]:
             annotations += [{"id": first + i, **item, "image_id": number} for i, item in enumerate(objects)]
         categories = [{"id": category, "name": text} for category, text in classes.items()]
         coco = {"images": images, "annotations": annotations, "categories": categories}
-        splits.append(_build_split(name, coco, None, partial(_find_row, table)))
+        sources = [partial(table.encoded, index, {}) for index in range(len(images))]
+        splits.append(_build_split(name, coco, None, partial(_find_listed, sources)))
     return splits
-
-
-def _find_row(table: _ArrowRows, position: int, entry: Mapping[str, Any]) -> tuple[Any, None]:
-    return partial(table.encoded, position, {}), None
 
 
 # Categories
@@ -672,7 +654,7 @@ def _find_row(table: _ArrowRows, position: int, entry: Mapping[str, Any]) -> tup
 def _check_categories(splits: Sequence[_Split]) -> None:
     used = {split.name: split.used() for split in splits}
     named = [{"categories": [_named(category) for category in split.categories]} for split in splits]
-    groups = _parents(named) - set().union(*used.values())
+    groups = parent_ids(named) - set().union(*used.values())
     for split in splits:
         split.groups = groups
         ids: dict[str, int] = {}
@@ -748,7 +730,7 @@ def _read_picture(source: Any) -> _Picture:
         with PIL.Image.open(BytesIO(content)) as picture:
             kind = "truncated_image"
             picture.load()
-            given = picture.getexif().get(_ORIENTATION)
+            given = picture.getexif().get(Base.Orientation)
             orientation = given if given in range(2, 9) else 1
             upright = picture if orientation == 1 else PIL.ImageOps.exif_transpose(picture)
             size = (upright.height, upright.width)
@@ -824,7 +806,7 @@ def _unlisted(splits: Sequence[_Split]) -> Iterator[tuple[_Split, Path]]:
         for folder in sorted(found - searched):
             searched.add(folder)
             for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-                if Path(entry.name).suffix.lower() in _PICTURE_SUFFIXES and entry.path not in named and entry.is_file():
+                if Path(entry.name).suffix.lower() in PICTURE_SUFFIXES and entry.path not in named and entry.is_file():
                     yield split, Path(entry.path)
 
 
@@ -1133,7 +1115,7 @@ def _side(start: np.ndarray, end: np.ndarray, points: np.ndarray) -> np.ndarray:
     return np.sign(cross) * (np.abs(cross) > 1e-6)
 
 
-# The repaired copy
+# Where it is written
 
 
 def _roots(source: Any, splits: Sequence[_Split]) -> list[Path]:
@@ -1152,94 +1134,6 @@ def _check_output(option: str, folder: Path, roots: Iterable[Path]) -> None:
         raise ValueError(f"{option} {folder} is a file; give a new folder")
     if option == "fix" and path.exists() and any(path.iterdir()):
         raise ValueError(f"{option} {folder} is not empty; give a new folder")
-
-
-class _Copy:
-    """Writes the splits without what is wrong in them."""
-
-    def __init__(self, output: Path, splits: Sequence[_Split]) -> None:
-        self.output = output.expanduser()
-        self._categories, self._numbers = _unite_categories(splits)
-        self._content: dict[str, dict[str, Any]] = {
-            split.name: {**split.rest, "images": [], "annotations": [], "categories": self._categories}
-            for split in splits
-        }
-        self._notes = [
-            {"kind": "category", "split": split.name, "image_id": None, "file_name": None, "annotation_id": None}
-            | {"detail": f"category {number} {name!r}", "change": f"id {self._numbers[name]}"}
-            for split in splits
-            for number, name in split.classes.items()
-            if number not in split.unclear | split.groups and self._numbers[name] != number
-        ]
-        self._exported = self._content.keys() <= _EXPORTED.keys()
-
-    def _folder(self, split: str) -> Path:
-        return self.output / (_EXPORTED[split] if self._exported else split)
-
-    def add(self, split: _Split, image: _Image, seen: _Seen) -> None:
-        """Write the picture, and keep its annotations for [`write`]."""
-        if seen.way is None:
-            return
-        name = os.path.normpath(image.name)
-        _write_picture(image.source, self._folder(split.name) / name, seen.way)
-        height, width = seen.size
-        content = self._content[split.name]
-        content["images"].append(
-            image.record | {"id": image.copy_id, "file_name": name, "height": height, "width": width}
-        )
-        for annotation in seen.repaired:
-            number = annotation["category_id"]
-            if number not in split.unclear:
-                category = self._numbers[split.classes[number]]
-                content["annotations"].append(annotation | {"image_id": image.copy_id, "category_id": category})
-
-    def write(self, findings: _Findings) -> None:
-        """Write the annotations, and what was changed."""
-        for name, content in self._content.items():
-            if self._exported:
-                path = self._folder(name) / "_annotations.coco.json"
-            else:
-                path = self.output / "annotations" / f"instances_{name}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(content), encoding="utf-8")
-        changes = {"changes": self._notes + findings.changes, "left": findings.left}
-        (self.output / "changes.json").write_text(json.dumps(changes, indent=1), encoding="utf-8")
-
-
-_EXPORTED = {"train": "train", "validation": "valid", "test": "test"}  # the folders of Roboflow's exports
-
-
-def _unite_categories(splits: Sequence[_Split]) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """One list of categories for all splits, and id by name: the first that has it, a free one where that is taken."""
-    numbers: dict[str, int] = {}
-    categories = []
-    for split in splits:
-        for category in split.categories:
-            number, name = category["id"], _named(category)["name"]
-            if name in numbers or number in split.unclear | split.groups:
-                continue
-            numbers[name] = 1 + max(numbers.values()) if number in numbers.values() else number
-            categories.append(category | {"id": numbers[name], "name": name})
-    return categories, numbers
-
-
-def _write_picture(source: Path, target: Path, way: str) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():  # the file of two images
-        return
-    if way == "link":
-        try:
-            os.link(os.path.realpath(source), target)
-        except OSError:  # another disk, or one that knows no links
-            shutil.copyfile(source, target)
-        return
-    with PIL.Image.open(source) as opened:
-        picture = PIL.ImageOps.exif_transpose(opened) if way == "upright" else opened.copy()
-        picture.info.pop("xmp", None)  # which may hold the orientation again
-        exif = picture.getexif()
-        exif.pop(_ORIENTATION, None)
-        kind = "JPEG" if opened.format == "MPO" else opened.format  # of some cameras: a JPEG with others behind it
-        picture.save(target, kind, exif=exif, icc_profile=opened.info.get("icc_profile"), quality=95, subsampling=0)
 
 
 # Overlays
@@ -1269,7 +1163,8 @@ class _Gallery:
         for number, (split, image, problems) in enumerate(logging.tqdm(shown, desc="Drawing", delay=2)):
             stem = Path(str(image.id if image.name is None else image.name)).stem
             drawn = _draw(read_rgb(PIL.Image.open(BytesIO(_content(image.source)))), image, split.classes, problems)
-            drawn.save(folder / f"{number:02}_{split.name}_{stem}.jpg", quality=90)
+            with whole_file(folder / f"{number:02}_{split.name}_{stem}.jpg") as partial_file:
+                drawn.save(partial_file, "JPEG", quality=90)
 
 
 def _draw(

@@ -9,10 +9,7 @@ import functools
 import math
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +41,9 @@ from .configuration_rf_detr import (
     resolve_variant,
     squeeze_name,
 )
+from .files import whole_folder
 from .image_processing_rf_detr import RfDetrImageProcessor, located
+from .model_card import escape
 from .modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection
 from .published_weights import PUBLISHED, download_weights, md5_of, published_file
 from .rfdetr_files import read_rfdetr_file, shape_of, write_rfdetr_file
@@ -160,7 +159,7 @@ def convert_to_transformers(
     state_dict, config, changes, is_published = read_rfdetr_model(
         path, variant=variant, class_names=class_names, ema=ema, trust_checkpoint=trust_checkpoint
     )
-    with _new_folder(output) as folder:
+    with whole_folder(output) as folder:
         config.save_pretrained(folder)
         RfDetrImageProcessor.from_config(config).save_pretrained(folder)
         save_file(_unshared(state_dict), folder / "model.safetensors", {"format": "pt"})
@@ -607,22 +606,6 @@ def _check_is_new(folder: Path) -> None:
         raise ValueError(f"{folder} is there already; give another name, or remove it")
 
 
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill that takes its name when all is written, and goes when anything fails."""
-    folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-    try:
-        partial.chmod(0o755)
-        yield partial
-        if folder.exists():
-            folder.rmdir()
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 _CARD = """
 # {title}
 
@@ -665,21 +648,16 @@ def _model_card(
         tags=["rf-detr", "instance-segmentation" if masks else "object-detection"],
     )
     text = _CARD.format(
-        title=_plain(Path(name).name),
+        title=escape(Path(name).name),
         name=name,
-        source=_plain(source),
+        source=escape(source),
         task="instance segmentation" if masks else "object detection",
         auto="AutoModelForInstanceSegmentation" if masks else "AutoModelForObjectDetection",
         post_process="post_process_instance_segmentation" if masks else "post_process_object_detection",
         resolution=config.resolution,
         queries=config.num_queries,
         labels=len(names),
-        classes="\n".join(f"| {label} | {_plain(name)} |" for label, name in names.items()),
-        changes="\n".join(f"| {' | '.join(map(_plain, change))} |" for change in changes) or "| nothing | | |",
+        classes="\n".join(f"| {label} | {escape(name)} |" for label, name in names.items()),
+        changes="\n".join(f"| {' | '.join(map(escape, change))} |" for change in changes) or "| nothing | | |",
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown shows as it is, whatever it holds."""
-    return re.sub(r"([\\`*_{}\[\]<>#|&~!])", r"\\\1", " ".join(text.split()))

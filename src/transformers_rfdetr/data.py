@@ -171,6 +171,16 @@ class InstanceDataset(_Labelled, torch.utils.data.Dataset):
             found.append((index if name is None else name, int(counts[index])))
         return found
 
+    def names_of(self, image_ids: Iterable[int]) -> list[str]:
+        """File names, or "image_id 7" where there is none, of images in the order of their ids given."""
+        found, wanted = {}, set(image_ids := list(image_ids))
+        for index in range(len(self)):
+            record = self._rows.record(index)
+            image_id = record["image_id"] if self._tally.keeps_image_ids else index
+            if image_id in wanted:
+                found[image_id] = record.get("file_name")
+        return [str(found.get(image_id) or f"image_id {image_id}") for image_id in image_ids]
+
     def with_processor(
         self,
         processor: RfDetrImageProcessor,

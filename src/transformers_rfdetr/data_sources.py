@@ -52,7 +52,7 @@ _FIELDS = {
     "iscrowd": ("iscrowd", "is_crowd", "crowd"),
 }
 _SPLITS = {"valid": "validation", "val": "validation", "dev": "validation"}
-_PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 _SCAN_ROWS = 500  # that are translated at a time
 _FORMS = (
     "a data set id on the Hub, a data set of the library datasets, a folder that it reads, a COCO JSON or a mapping of"
@@ -114,15 +114,15 @@ def load_instance_dataset(
         ImportError: the library datasets is needed and not installed.
     """
     is_mapping = isinstance(source, Mapping) and source
-    if _is_hub_split(source) or (is_mapping and all(map(_is_hub_split, source.values()))):
+    if is_hub_split(source) or (is_mapping and all(map(is_hub_split, source.values()))):
         return _load_hub(source, class_names)
     if not is_mapping and not isinstance(source, str | os.PathLike):
         raise ValueError(f"{source!r:.200} is no source of data; give {_FORMS}")
     path = None if is_mapping else Path(source).expanduser()
-    files = _coco_files(source if path is None else path)
-    yaml_file = None if files or path is None else _yolo_file(path)
+    files = coco_files(source if path is None else path)
+    yaml_file = None if files or path is None else yolo_file(path)
     if not files and yaml_file is None:
-        return _load_hub(_load_rows(source, streaming, load_dataset_arguments), class_names)
+        return _load_hub(load_rows(source, streaming, load_dataset_arguments), class_names)
     if streaming or load_dataset_arguments:
         given = [*(["streaming"] if streaming else []), *load_dataset_arguments]
         raise ValueError(f"{given} are for rows that `datasets.load_dataset` reads, not for {source!s}; leave them out")
@@ -131,11 +131,13 @@ def load_instance_dataset(
     )
 
 
-def _split_name(name: str) -> str:
+def split_name(name: str) -> str:
+    """What a split is called here: "val" is "validation"."""
     return _SPLITS.get(name, name)
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A text file; ValueError if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -161,15 +163,15 @@ def _refuse_other_names(classes: Mapping[int, str], class_names: Any) -> None:
 # COCO files
 
 
-def _coco_files(source: Path | Mapping[str, Any]) -> dict[str, tuple[Path, list[Path]]]:
+def coco_files(source: Path | Mapping[str, Any]) -> dict[str, tuple[Path, list[Path]]]:
     """Split -> JSON and the folders that its pictures may lie in; empty where the source is of another form."""
     if isinstance(source, Mapping):
-        paths = {_split_name(split): Path(path).expanduser() for split, path in source.items()}
+        paths = {split_name(split): Path(path).expanduser() for split, path in source.items()}
         return {split: (path, [path.parent, path.parent / "images"]) for split, path in paths.items()}
     if source.suffix.lower() == ".json":
         return {"train": (source, [source.parent, source.parent / "images"])}
     exported = [source / split / "_annotations.coco.json" for split in ("train", "valid", "test")]
-    if files := {_split_name(path.parent.name): (path, [path.parent]) for path in exported if path.is_file()}:
+    if files := {split_name(path.parent.name): (path, [path.parent]) for path in exported if path.is_file()}:
         return files
     if (source / "_annotations.coco.json").is_file():
         return {"train": (source / "_annotations.coco.json", [source])}
@@ -177,12 +179,13 @@ def _coco_files(source: Path | Mapping[str, Any]) -> dict[str, tuple[Path, list[
     for path in sorted(source.glob("annotations/instances_*.json")):
         name = path.stem.removeprefix("instances_")  # train2017
         folders = [source / name, source / "images" / name, source / "images"]
-        official[_split_name(re.sub(r"\d+$", "", name))] = (path, folders)
+        official[split_name(re.sub(r"\d+$", "", name))] = (path, folders)
     return {split: official[split] for split in sorted(official, key=lambda split: (split != "train", split))}
 
 
-def _read_coco(path: Path) -> dict[str, Any]:
-    text = _read_text(path)
+def read_coco(path: Path) -> dict[str, Any]:
+    """A COCO JSON, whatever it holds; ValueError if that is no dict."""
+    text = read_text(path)
     try:
         coco = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -196,7 +199,7 @@ def _load_coco(files: Mapping[str, tuple[Path, list[Path]]], image_folder: Any, 
     read, classes = {}, {}
     for split, (path, _) in files.items():
         with located(str(path)):
-            read[split] = _read_coco(path)
+            read[split] = read_coco(path)
             classes[split] = coco_categories(read[split])
     used = {
         split: {
@@ -206,7 +209,7 @@ def _load_coco(files: Mapping[str, tuple[Path, list[Path]]], image_folder: Any, 
         }
         for split, coco in read.items()
     }
-    for parent in _parents(read.values()) - set().union(*used.values()):
+    for parent in parent_ids(read.values()) - set().union(*used.values()):
         for named in classes.values():
             named.pop(parent, None)
     for split, ids in used.items():  # before the splits are compared: the more precise message
@@ -225,7 +228,7 @@ def _load_coco(files: Mapping[str, tuple[Path, list[Path]]], image_folder: Any, 
     return InstanceDatasets(splits)
 
 
-def _parents(cocos: Iterable[Mapping[str, Any]]) -> set[int]:
+def parent_ids(cocos: Iterable[Mapping[str, Any]]) -> set[int]:
     """Ids of the categories that are listed only to group others, as Roboflow's exports do."""
     categories = [category for coco in cocos for category in entries(coco, "categories")]
     groups = [category.get("supercategory") for category in categories]
@@ -246,7 +249,8 @@ def _picture_folder(coco: Mapping[str, Any], folders: Sequence[Path]) -> Path:
 # YOLO
 
 
-def _yolo_file(path: Path) -> Path | None:
+def yolo_file(path: Path) -> Path | None:
+    """The data.yaml that a path is or has in it."""
     if path.suffix.lower() in (".yaml", ".yml"):
         return path
     found = [path / name for name in ("data.yaml", "data.yml", "dataset.yaml") if (path / name).is_file()]
@@ -254,30 +258,38 @@ def _yolo_file(path: Path) -> Path | None:
 
 
 def _load_yolo(path: Path, image_folder: Any, class_names: Any) -> InstanceDatasets:
+    classes, root, places = read_yolo_description(path, image_folder, class_names)
+    splits = {}
+    with located(str(path)):
+        for key, place in places.items():
+            tally = Tally(classes)
+            records = _yolo_records(yolo_pictures(root, place, key), root, classes)
+            splits[split_name(key)] = InstanceDataset.of_rows(tally, PackedRows(tally.watch(records), root))
+    return InstanceDatasets(splits)
+
+
+def read_yolo_description(
+    path: Path, image_folder: Any = None, class_names: Any = None
+) -> tuple[dict[int, str], Path, dict[str, Any]]:
+    """A data.yaml -> classes, the folder that places are relative to, and the places of each split."""
     import yaml  # transformers needs it
 
     try:
-        description = yaml.safe_load(_read_text(path))
+        description = yaml.safe_load(read_text(path))
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} is no YAML: {error}; export it again") from error
     if not isinstance(description, dict):
-        raise ValueError(f"{path} holds no keys; it needs 'names' and 'train'")
+        raise ValueError(f"{path} holds no keys; give 'names' and 'train'")
     with located(str(path)):
         names = description.get("names")
-        given = names or class_names or _numbered(description.get("nc"))
-        classes = checked_classes(_read_class_names(given))
+        classes = checked_classes(_read_class_names(names or class_names or _numbered(description.get("nc"))))
         if names:
             _refuse_other_names(classes, class_names)
         root = _yolo_root(path, description, image_folder)
-        splits = {}
-        for key in ("train", "val", "valid", "test"):
-            if description.get(key):
-                tally = Tally(classes)
-                records = _yolo_records(_yolo_pictures(root, description[key], key), root, classes)
-                splits[_split_name(key)] = InstanceDataset.of_rows(tally, PackedRows(tally.watch(records), root))
-        if not splits:
+        places = {key: description[key] for key in ("train", "val", "valid", "test") if description.get(key)}
+        if not places:
             raise ValueError(f"the keys are {list(description)}; give 'train', 'val' or 'test' with pictures")
-    return InstanceDatasets(splits)
+    return classes, root, places
 
 
 def _numbered(number: Any) -> list[str]:
@@ -304,7 +316,7 @@ def _yolo_root(path: Path, description: Mapping[str, Any], image_folder: Any) ->
     return path.parent / place
 
 
-def _yolo_pictures(root: Path, places: Any, key: str) -> list[Path]:
+def yolo_pictures(root: Path, places: Any, key: str) -> list[Path]:
     """What a data.yaml says of one split -> its pictures, in the order of their names or of the list."""
     found: list[Path] = []
     for place in places if isinstance(places, list) else [places]:
@@ -318,9 +330,9 @@ def _yolo_pictures(root: Path, places: Any, key: str) -> list[Path]:
         if path is None:
             raise ValueError(f"{key}: {options[0]} is not there; correct {key!r}, or 'path', which is {root}")
         if path.is_dir():
-            found += sorted(item for item in path.rglob("*") if item.suffix.lower() in _PICTURE_SUFFIXES)
+            found += sorted(item for item in path.rglob("*") if item.suffix.lower() in PICTURE_SUFFIXES)
         else:
-            lines = (line.strip() for line in _read_text(path).splitlines())
+            lines = (line.strip() for line in read_text(path).splitlines())
             found += [path.parent / line for line in lines if line]
     if not found:
         raise ValueError(f"{key}: there are no pictures in {places!r} of {root}; correct {key!r}")
@@ -340,18 +352,18 @@ def _yolo_records(pictures: Sequence[Path], root: Path, classes: Mapping[int, st
     for number, path in enumerate(pictures):
         size = upright_size(path)
         annotations = []
-        labels = _yolo_label_file(path)
-        lines = _read_text(labels).splitlines() if labels.is_file() else []
+        labels = yolo_label_file(path)
+        lines = read_text(labels).splitlines() if labels.is_file() else []
         for line_number, line in enumerate(lines, start=1):
             if line.strip():
                 with located(f"{labels}, line {line_number}"):
-                    annotations.append(_read_yolo_line(line.split(), size, classes))
+                    annotations.append(read_yolo_line(line.split(), size, classes))
         name = os.path.relpath(path, root) if path.is_relative_to(root) else str(path)
         head = {"image_id": number, "file_name": name, "width": size[1], "height": size[0]}
         yield {**head, "annotations": annotations}
 
 
-def _yolo_label_file(picture: Path) -> Path:
+def yolo_label_file(picture: Path) -> Path:
     """.../images/a/1.jpg -> .../labels/a/1.txt; beside the picture where no folder is called images."""
     parts = list(picture.parts)
     folders = [i for i, part in enumerate(parts) if part == "images"]
@@ -360,7 +372,7 @@ def _yolo_label_file(picture: Path) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
-def _read_yolo_line(words: Sequence[str], size: tuple[int, int], classes: Mapping[int, str]) -> dict[str, Any]:
+def read_yolo_line(words: Sequence[str], size: tuple[int, int], classes: Mapping[int, str]) -> dict[str, Any]:
     """`class x0 y0 x1 y1 x2 y2 ...` or `class cx cy w h`, in fractions of the picture -> an annotation in pixels."""
     rule = "a line is 'class x0 y0 x1 y1 x2 y2 ...', three points or more, or 'class cx cy w h'"
     try:
@@ -386,7 +398,7 @@ def _read_yolo_line(words: Sequence[str], size: tuple[int, int], classes: Mappin
 # Rows of the library datasets
 
 
-def _is_hub_split(source: Any) -> bool:
+def is_hub_split(source: Any) -> bool:
     """Whether it is a Dataset or an IterableDataset."""
     return hasattr(source, "features") and hasattr(source, "select_columns")
 
@@ -402,7 +414,7 @@ def _import_datasets() -> Any:
     return datasets
 
 
-def _load_rows(source: Any, streaming: bool, arguments: Mapping[str, Any]) -> Any:
+def load_rows(source: Any, streaming: bool, arguments: Mapping[str, Any]) -> Any:
     """A Hub id or a folder -> one split, or a mapping of them."""
     name, path = str(source), Path(source).expanduser()
     if not path.is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
@@ -418,33 +430,38 @@ def _load_rows(source: Any, streaming: bool, arguments: Mapping[str, Any]) -> An
 
 def _load_hub(source: Any, class_names: Any) -> InstanceDatasets:
     """A Dataset or IterableDataset, or a mapping of splits to them."""
-    splits = {str(getattr(source, "split", None) or "train"): source} if _is_hub_split(source) else source
-    read = {_split_name(name): split for name, split in splits.items()}
-    readers = {}
-    for name, split in read.items():
-        with located(f"split {name!r}"):
-            readers[name] = _RowReader.of(split)
-    streams = [name for name, split in read.items() if not hasattr(split, "num_rows")]
-    classes = _hub_classes(readers, read, class_names, bool(streams))
+    read, readers, classes = read_hub(source, class_names)
     result: dict[str, InstanceDataset | InstanceStream] = {}
     for name, split in read.items():
         reader = readers[name]
-        if reader.category_kind == "string":
-            reader = reader._replace(id_of={text: category for category, text in classes.items()})
-        if name in streams:
+        if not hasattr(split, "num_rows"):  # a stream
             needed = split.with_format(None).select_columns([*reader.columns.values()])
             result[name] = InstanceStream(needed, reader, classes)
             continue
-        tally, rows = Tally(classes), _ArrowRows(split, reader)
+        tally, rows = Tally(classes), ArrowRows(split, reader)
         with located(f"split {name!r}"):
             deque(tally.watch(rows.scan(f"Annotations of {name}")), maxlen=0)
         result[name] = InstanceDataset.of_rows(tally, rows)
     return InstanceDatasets(result)
 
 
-def _hub_classes(
-    readers: Mapping[str, "_RowReader"], splits: Mapping[str, Any], class_names: Any, is_stream: bool
-) -> dict[int, str]:
+def read_hub(source: Any, class_names: Any = None) -> tuple[dict[str, Any], dict[str, "RowReader"], dict[int, str]]:
+    """A Dataset or IterableDataset, or a mapping to them -> splits, how their rows are read, and the classes of all."""
+    given = {str(getattr(source, "split", None) or "train"): source} if is_hub_split(source) else source
+    splits = {split_name(name): split for name, split in given.items()}
+    readers = {}
+    for name, split in splits.items():
+        with located(f"split {name!r}"):
+            readers[name] = RowReader.of(split)
+    classes = _hub_classes(readers, splits, class_names)
+    ids = {text: category for category, text in classes.items()}
+    for name, reader in readers.items():
+        if reader.category_kind == "string":
+            readers[name] = reader._replace(id_of=ids)
+    return splits, readers, classes
+
+
+def _hub_classes(readers: Mapping[str, "RowReader"], splits: Mapping[str, Any], class_names: Any) -> dict[int, str]:
     """The classes of all splits: those that the features name, or `class_names`, or what the rows hold."""
     kinds = {reader.category_kind for reader in readers.values()}
     if len(kinds) > 1:
@@ -456,14 +473,14 @@ def _hub_classes(
         return classes
     if class_names is not None:
         return checked_classes(_read_class_names(class_names))
-    if is_stream:
+    if not all(hasattr(split, "num_rows") for split in splits.values()):  # streams
         raise ValueError(
             "the data do not name their classes, and a stream cannot be searched for them; give class_names, a list"
             " of names or {id: name}"
         )
     found: set[Any] = set()
     for name, split in splits.items():
-        for index, record in enumerate(_ArrowRows(split, readers[name]).scan(f"Classes of {name}")):
+        for index, record in enumerate(ArrowRows(split, readers[name]).scan(f"Classes of {name}")):
             ids = {annotation.get("category_id") for annotation in record["annotations"]}
             if None in ids:
                 raise ValueError(f"split {name!r}, {place_of(record, index)}: an object has no category; give it one")
@@ -473,7 +490,7 @@ def _hub_classes(
     return checked_classes({category: str(category) for category in found})
 
 
-class _RowReader(NamedTuple):
+class RowReader(NamedTuple):
     """How the rows of a data set become records."""
 
     columns: dict[str, str]  # our name -> theirs
@@ -483,7 +500,7 @@ class _RowReader(NamedTuple):
     id_of: Mapping[str, int] | None = None  # category id of a text
 
     @classmethod
-    def of(cls, split: Any) -> "_RowReader":
+    def of(cls, split: Any) -> "RowReader":
         """The reader for a Dataset or IterableDataset."""
         features = split.features
         if features is None:  # of a stream that declares none
@@ -565,10 +582,10 @@ def _transposed(value: Any) -> Any:
     return [dict(zip(columns, entries, strict=True)) for entries in zip(*columns.values(), strict=True)]
 
 
-class _ArrowRows:
+class ArrowRows:
     """Records that are translated from Arrow when they are read; no picture is decoded for them."""
 
-    def __init__(self, split: Any, reader: _RowReader) -> None:
+    def __init__(self, split: Any, reader: RowReader) -> None:
         self.reader = reader
         image = reader.columns["image"]
         split = split.with_format(None)

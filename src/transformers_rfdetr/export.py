@@ -11,11 +11,11 @@ import importlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .configuration_rf_detr import as_pair, check_resolution, is_no_class, read_size
 from .demo_data import draw_scene
+from .files import explained
 from .image_processing_rf_detr import RfDetrImageProcessor, is_index
 from .inference import Choices, difference, fix_size
 from .modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection
@@ -337,15 +338,11 @@ def _metadata(
 def _new_files(output: Path) -> Iterator[Path]:
     """A path to write to, in a folder of its own; the files there take their places when all is done, or go."""
     output = output.resolve()
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    try:
-        partial.mkdir(parents=True)
-        yield partial / output.name
-        for path in sorted(partial.iterdir()):  # .bin before .xml
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with explained(output), TemporaryDirectory(prefix=".", suffix=".partial", dir=output.parent) as partial:
+        yield Path(partial, output.name)
+        for path in sorted(Path(partial).iterdir()):  # .bin before .xml
             os.replace(path, output.with_name(path.name))
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 # The check

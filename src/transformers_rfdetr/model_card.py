@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from transformers.utils import logging
 
 from .configuration_rf_detr import RfDetrConfig, is_no_class
+from .files import write_text
 from .visualization import color_of
 
 logger = logging.get_logger(__name__)
@@ -467,7 +468,7 @@ def add_code(folder: Path) -> list[Path]:
             if any("Segmentation" in architecture for architecture in stored.get("architectures") or []):
                 auto_map = auto_map | _SEGMENTATION_MAP
             text = json.dumps(stored | {"auto_map": auto_map}, indent=2, sort_keys=True)
-            path.write_text(f"{text}\n", encoding="utf-8")
+            write_text(path, f"{text}\n")
     return [Path(shutil.copyfile(Path(__file__).parent / name, folder / name)) for name in CODE_FILES]
 
 
@@ -551,7 +552,7 @@ def _add_card(
             with_code=with_code,
             tags=tags,
         )
-        (folder / "README.md").write_text(text, encoding="utf-8")
+        write_text(folder / "README.md", text)
     elif tags:
         card = ModelCard.load(api.hf_hub_download(repo_id, "README.md", revision=revision))
         card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))

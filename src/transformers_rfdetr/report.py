@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from .files import write_text
 from .instances import Instances
 from .masks import measure, rasterize, read_segmentation, to_rle
 from .metrics import InstanceSegmentationEvaluator, detect_in_dataset
@@ -215,7 +216,7 @@ def save_report(
     path = Path(folder) / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     # Names of files may hold what is no UTF-8.
-    path.write_text(_page(title, sections), encoding="utf-8", errors="replace")
+    write_text(path, _page(title, sections), errors="replace")
     return path
 
 

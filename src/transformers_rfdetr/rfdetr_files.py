@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .checkpoint_layouts import Change
+from .files import whole_file
 
 logger = logging.get_logger(__name__)
 
@@ -289,9 +290,6 @@ def write_rfdetr_file(
         "model_name": model_name,
         "model_config": model_config,
     }
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        torch.save(content, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    # torch names the archive inside after a path that it is given, and that one is new each time.
+    with whole_file(path) as partial, partial.open("wb") as file:
+        torch.save(content, file)

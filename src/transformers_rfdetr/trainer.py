@@ -8,10 +8,9 @@ of masks in evaluation, and resumes to the same numbers as a run that was not in
 import copy
 import json
 import math
-import os
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     EvalLoopOutput,
@@ -47,6 +47,7 @@ from .data import (
     collate_fn,
 )
 from .data_sources import load_instance_dataset
+from .files import explained
 from .image_processing_rf_detr import RfDetrImageProcessor
 from .inference import predict
 from .masks import read_segmentation, to_rle
@@ -74,13 +75,21 @@ from .optimization import (
     training_sizes,
     whole,
 )
+from .recovery import (
+    STATE_NAME,
+    WEIGHTS_NAME,
+    UpdateGuard,
+    damage,
+    explained_deaths,
+    newest_checkpoint,
+    replace_folder,
+    restore_folder,
+)
 from .visualization import draw_instances
 
 logger = logging.get_logger(__name__)
 
 _UPLOADS = HfApi()  # its one thread makes commits one after the other
-_STATE_NAME = "rf_detr_state.json"
-_WEIGHTS_NAME = "rf_detr_training_weights.safetensors"
 _RECIPE = FlipAndCrop()
 # Of the output folder what goes to the Hub. Not training_args.bin: it is a pickle, and holds the token.
 _PUSHED = ("config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json", "adapter_*")
@@ -128,6 +137,9 @@ class RfDetrTrainingArguments(TrainingArguments):
             windows) more or less.
         drop_path: Stochastic depth of DINOv2's last block, in [0, 1); the configuration's by default.
         freeze_backbone: Whether DINOv2 stays as it is.
+        non_finite_loss: What follows an update whose loss or gradient is NaN or infinite. "stop" ends the run with the
+            names of its pictures; "skip" leaves the update out and warns, until 10 in a row were. In both the weights
+            stay as they were before it.
 
     Raises:
         ValueError: a value out of its range.
@@ -173,6 +185,7 @@ class RfDetrTrainingArguments(TrainingArguments):
     multi_scale: bool = True
     drop_path: float | None = None
     freeze_backbone: bool = False
+    non_finite_loss: str = "stop"
 
     def __post_init__(self) -> None:
         for name, fine, rule in (
@@ -186,6 +199,7 @@ class RfDetrTrainingArguments(TrainingArguments):
             ("early_stopping_patience", self.early_stopping_patience >= 1, "at least 1"),
             ("early_stopping_min_delta", self.early_stopping_min_delta >= 0, "at least 0"),
             ("drop_path", self.drop_path is None or 0 <= self.drop_path < 1, "in [0, 1)"),
+            ("non_finite_loss", self.non_finite_loss in ("stop", "skip"), "'stop' or 'skip'"),
             ("early_stopping", not self.early_stopping or self.eval_strategy != "no", "False without eval_strategy"),
             ("deepspeed", not self.deepspeed, "left out: the average of the weights is not sharded; take FSDP"),
         ):
@@ -316,6 +330,11 @@ class RfDetrTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}  # of the terms of the loss since the last log entry
         self._step_loss: Tensor | None = None  # transformers' sum of the loss since then
         self._terms: dict[str, float] = {}  # of the log entry that is being written
+        self._guard = UpdateGuard(args.non_finite_loss, self._names_of)
+        self._update_loss: Tensor | None = None  # transformers' sum of the loss over the update that is running
+        self._update_sums: dict[str, Tensor] = {}  # of the terms over it
+        self._num_skipped = 0  # updates since the last log entry that were left out
+        self._dropped: Tensor | None = None  # of transformers' sum of the loss what they added to it
         self._best: dict[str, float] = {}  # by kind of weights
         self._resumed: dict[str, Any] | None = None  # what a checkpoint holds that is not taken up yet
         self._evaluation: _Evaluation | None = None  # the last one, whose ground truth may serve again
@@ -379,6 +398,12 @@ class RfDetrTrainer(Trainer):
         return self._average is not None and self.is_in_train
 
     # -- data --------------------------------------------------------------------------------------------------------
+
+    def _names_of(self, image_ids: Sequence[int]) -> list[str]:
+        dataset = _raw(self.train_dataset)
+        if isinstance(dataset, InstanceDataset):
+            return dataset.names_of(image_ids)
+        return [f"image_id {image_id}" for image_id in image_ids]
 
     def _training_sizes(self) -> list[tuple[int, int]]:
         size, backbone = self.processing_class.size, self.model.config.backbone_config
@@ -446,15 +471,39 @@ class RfDetrTrainer(Trainer):
                 that was killed while it wrote one goes on from the one before.
             *args: As of `Trainer.train`.
             **kwargs: As of `Trainer.train`.
+
+        Raises:
+            ValueError: the checkpoint is not whole.
+            FloatingPointError: an update is not finite (see `non_finite_loss`).
+            OSError: the disk is full; a process that reads pictures, or another one of the run, is gone
+                (ChildProcessError, ConnectionAbortedError). What is on disk is whole.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
+        elif resume_from_checkpoint and (reason := damage(resume_from_checkpoint)):
+            raise ValueError(
+                f"{resume_from_checkpoint} is not a whole checkpoint: {reason}; resume_from_checkpoint=True takes the"
+                f" newest whole one of {self.args.output_dir}"
+            )
+        if self.args.should_save:
+            for kind in ("ema", "regular", "total"):
+                restore_folder(Path(self.args.output_dir, f"best_{kind}"))
+            if not resume_from_checkpoint:
+                self._warn_of_an_earlier_run()
         # Nothing of a run before this one is left; a checkpoint brings its own.
         self._best, self._resumed, self._average = {}, None, None
         self._measured = {}
         if self.is_world_process_zero():
             self._describe_data()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with explained_deaths(self.args.output_dir):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _warn_of_an_earlier_run(self) -> None:
+        with suppress(ValueError):
+            logger.warning(
+                f"{newest_checkpoint(self.args.output_dir)} is of an earlier run, which this one may overwrite; pass"
+                " resume_from_checkpoint=True to go on with that run, or another output_dir"
+            )
 
     def _describe_data(self) -> None:
         parts = {"train": self.train_dataset, "validation": self.eval_dataset}
@@ -521,7 +570,23 @@ class RfDetrTrainer(Trainer):
             draw = np.random.default_rng([self.args.seed, self.state.global_step]).integers(len(self._sizes))
             inputs = resize_batch(inputs, self._sizes[draw])
         loss = super().training_step(model, inputs, *args, **kwargs)
+        loss = torch.where(loss.isfinite(), loss, 0)  # for the log, which leaves out the update that it belongs to
+        self._update_loss = loss if self._update_loss is None else self._update_loss + loss
         return loss if resumed is None else resumed.to(loss.device) + loss
+
+    def _finish_update(self) -> bool:
+        """Whether the weights may take the gradients; if not, what the log has of this update goes."""
+        loss, self._update_loss = self._update_loss, None
+        sums, self._update_sums = self._update_sums, {}
+        if self._guard.passes(self.model, self.accelerator, self.state.global_step + 1):
+            for name, value in sums.items():
+                self._sums[name] = self._sums.get(name, 0) + value
+            return True
+        if self.accelerator.scaler is None:  # which leaves the step out by itself
+            self.optimizer.zero_grad()
+        self._num_skipped += 1
+        self._dropped = loss if self._dropped is None else self._dropped + loss
+        return False
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -533,19 +598,31 @@ class RfDetrTrainer(Trainer):
         """
         outputs = model(**inputs, num_objects=self._num_objects)
         loss = outputs["loss"] * (self.accelerator.num_processes * self.current_gradient_accumulation_steps)
+        self._guard.watch(loss, inputs["labels"], outputs)
         for name in _TERMS & outputs["loss_dict"].keys():
-            self._sums[name] = self._sums.get(name, 0) + outputs["loss_dict"][name]
+            self._update_sums[name] = self._update_sums.get(name, 0) + outputs["loss_dict"][name]
         return (loss, outputs) if return_outputs else loss
 
     # -- log ---------------------------------------------------------------------------------------------------------
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self._dropped is not None:
+            tr_loss -= self._dropped
+            self._dropped = None
         self._step_loss = tr_loss
         num_steps = self.state.global_step - self._globalstep_last_logged
-        if self.control.should_log and num_steps and self._sums:
+        if self.control.should_log and num_steps:
+            num_kept = num_steps - self._num_skipped
             sums = {name: self.accelerator.reduce(value, reduction="sum") for name, value in sorted(self._sums.items())}
-            self._terms = {name: value.item() / num_steps for name, value in sums.items()}
+            self._terms = {name: value.item() / num_kept for name, value in sums.items()}
             self._sums = {}
+            if self._num_skipped:
+                self._terms["skipped_updates"] = self._num_skipped
+                if num_kept:
+                    tr_loss *= num_steps / num_kept  # transformers divides by all of them
+                else:
+                    self._terms["loss"] = float("nan")
+                self._num_skipped = 0
         super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -566,7 +643,8 @@ class RfDetrTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The numbers of a data set; `eval_per_class` is a dictionary, of which the log gets one number a class."""
-        metrics = super().evaluate(*args, **kwargs)
+        with explained_deaths(self.args.output_dir):
+            metrics = super().evaluate(*args, **kwargs)
         return metrics | self._per_class
 
     def evaluation_loop(
@@ -980,14 +1058,24 @@ class RfDetrTrainer(Trainer):
         if not better.get(kind, True):
             return
         root = Path(self._get_output_dir(trial))
-        with self._average.in_model() if kind == "ema" else nullcontext():
-            self._write_model(str(root / f".best_{kind}"))
-        for other in [kind] + ["total"] * better.get("total", True):
-            self._best[other] = value
+        written = root / f".best_{kind}"
+        try:
+            with explained(root / f"best_{kind}", remedy=self._remedy()):
+                with self._average.in_model() if kind == "ema" else nullcontext():
+                    self._write_model(str(written))
+                for other in [kind] + ["total"] * better.get("total", True):
+                    self._best[other] = value
+                    if self.args.should_save:
+                        replace_folder(written, root / f"best_{other}")
+        finally:
             if self.args.should_save:
-                replace_folder(root / f".best_{kind}", root / f"best_{other}")
-        if self.args.should_save:
-            shutil.rmtree(root / f".best_{kind}")
+                shutil.rmtree(written, ignore_errors=True)
+
+    def _remedy(self) -> str:
+        return (
+            "nothing is left of what was begun, and what was whole still is; free some space, or lower"
+            " save_total_limit, and train with resume_from_checkpoint=True"
+        )
 
     def _load_best_model(self) -> None:
         """Load the best of all weights, which with `eval_base_model` need not be the ones of the best checkpoint."""
@@ -1007,9 +1095,22 @@ class RfDetrTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint: first what transformers does not know, last its state, which marks it as whole."""
         folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        folder.mkdir(parents=True, exist_ok=True)
-        self._save_recipe(folder)
-        super()._save_checkpoint(model, trial)
+        if self.args.should_save:  # of an earlier run
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        try:
+            with explained(folder, remedy=self._remedy()):
+                folder.mkdir(parents=True, exist_ok=True)
+                self._save_recipe(folder)
+                super()._save_checkpoint(model, trial)
+        except OSError:
+            if self.args.should_save and damage(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The last that every process writes, before the first one writes the state."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
     def _save_recipe(self, folder: Path) -> None:
         gather = self.accelerator.gather
@@ -1025,27 +1126,30 @@ class RfDetrTrainer(Trainer):
         if not self.args.should_save:
             return
         if tensors:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / _WEIGHTS_NAME)
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_NAME)
+        files = ["*model*.safetensors"] + [WEIGHTS_NAME] * bool(tensors)
         state = {
+            "files": files + ["optimizer*", "scheduler.pt", "rng_state*"] * (not self.args.save_only_model),
             "num_updates": self._average.num_updates if self._average is not None else 0,
             "best": self._best,
             "sums_since_log": sums,
+            "skipped_since_log": self._num_skipped,
             "last_logged_step": self._globalstep_last_logged,
             "total_loss": self._total_loss_scalar,
         }
-        (folder / _STATE_NAME).write_text(json.dumps(state, indent=1), encoding="utf-8")
+        (folder / STATE_NAME).write_text(json.dumps(state, indent=1), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the weights that training goes on with; the model file of a checkpoint holds their average."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         folder = Path(resume_from_checkpoint)
         self._resumed = None
-        if not (folder / _STATE_NAME).is_file():
+        if not (folder / STATE_NAME).is_file():
             return
-        self._resumed = json.loads((folder / _STATE_NAME).read_text(encoding="utf-8"))
+        self._resumed = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
         self._best = dict(self._resumed["best"])
-        if (folder / _WEIGHTS_NAME).is_file():
-            tensors = load_file(folder / _WEIGHTS_NAME)
+        if (folder / WEIGHTS_NAME).is_file():
+            tensors = load_file(folder / WEIGHTS_NAME)
             for name, parameter in (model or self.model).named_parameters():
                 if f"weights.{name}" in tensors:
                     copy_whole(parameter, tensors[f"weights.{name}"])
@@ -1078,6 +1182,7 @@ class RfDetrTrainer(Trainer):
         }
         self._globalstep_last_logged = resumed["last_logged_step"]
         self._total_loss_scalar = resumed["total_loss"]
+        self._num_skipped = resumed.get("skipped_since_log", 0)
         if hasattr(self, "_initial_global_step"):  # newer transformers averages over the steps of this call only
             self._initial_global_step = 0
         loss = sums.pop("loss")
@@ -1103,12 +1208,16 @@ class _Recipe(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.trainer._sums = {}
+        self.trainer._sums, self.trainer._num_skipped = {}, 0
         if args.ema:
             self.trainer._start_average()
 
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.is_taken = self.trainer._finish_update()
+
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if self.trainer._average is not None and not self.trainer.accelerator.optimizer_step_was_skipped:
+        is_taken = self.is_taken and not self.trainer.accelerator.optimizer_step_was_skipped
+        if self.trainer._average is not None and is_taken:
             self.trainer._average.update()
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -1201,35 +1310,6 @@ def adopt_classes(config: RfDetrConfig, dataset: InstanceDataset | InstanceStrea
 def _shorten(names: Mapping[int, str]) -> str:
     text = ", ".join(f"{label}: {name}" for label, name in list(names.items())[:4])
     return f"{{{text}{', ...' if len(names) > 4 else ''}}}"
-
-
-def newest_checkpoint(output_dir: str) -> str:
-    """The newest checkpoint of a folder whose state, written last, can be read.
-
-    Raises:
-        ValueError: there is none.
-    """
-    checkpoints = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    numbered = [path for path in checkpoints if path.name.rpartition("-")[2].isdigit()]
-    for path in sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        try:
-            TrainerState.load_from_json(str(path / "trainer_state.json"))
-            return str(path)
-        except (OSError, ValueError, TypeError):
-            logger.warning(f"{path} is not a whole checkpoint; looking for an older one")
-    raise ValueError(f"no whole checkpoint in {output_dir}; train without resume_from_checkpoint first")
-
-
-def replace_folder(source: Path, target: Path) -> None:
-    """Copy the weights, configuration and processor in `source` to `target`, which is never there in part."""
-    fresh, old = target.with_name(f".new_{target.name}"), target.with_name(f".old_{target.name}")
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    shutil.copytree(source, fresh, ignore=shutil.ignore_patterns("training_args.bin"))
-    if target.exists():
-        os.replace(target, old)
-    os.replace(fresh, target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
+from .files import explained, whole_file
 from .inference import predict
 from .instances import Instances
 
@@ -312,25 +313,32 @@ class VideoWriter:
     """
 
     def __init__(self, path: str | os.PathLike[str], fps: float, size: tuple[int, int]) -> None:
-        av = _import_av()
-        self.path, self.size = check_video_output(path), size
-        self._partial = self.path.with_name(f".{self.path.name}.partial")
-        self._container = av.open(str(self._partial), "w", format="mp4")
+        _import_av()
+        self.path, self.size, self.fps = check_video_output(path), size, fps
+        self._container: Any = None  # open from the first picture on
+        self._last_pts = -1
+
+    def _open(self, av: Any) -> None:
         # Builds of FFmpeg without GPL parts have no x264.
         codec, options = (
             ("libx264", {"crf": "20", "preset": "veryfast"})
             if "libx264" in av.codecs_available
             else ("mpeg4", {"qmin": "2", "qmax": "5"})
         )
-        self._stream = self._container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
-        self._stream.width, self._stream.height = (side + side % 2 for side in size)
-        self._stream.pix_fmt = "yuv420p"
-        self._stream.codec_context.time_base = _TICK
-        self._last_pts = -1
+        rate = Fraction(self.fps).limit_denominator(1001)
+        with ExitStack() as stack:
+            container = av.open(str(stack.enter_context(whole_file(self.path))), "w", format="mp4")
+            self._stream = container.add_stream(codec, rate=rate, options=options)
+            self._stream.width, self._stream.height = (side + side % 2 for side in self.size)
+            self._stream.pix_fmt = "yuv420p"
+            self._stream.codec_context.time_base = _TICK
+            self._container, self._file = container, stack.pop_all()
 
     def write(self, picture: Image.Image, seconds: float) -> None:
         """Append a picture that is shown from `seconds` on; a time not after the last one is moved behind it."""
         av = _import_av()
+        if self._container is None:
+            self._open(av)
         if picture.size != self.size:
             picture = picture.resize(self.size)
         pixels = np.asarray(picture.convert("RGB"))
@@ -338,21 +346,16 @@ class VideoWriter:
         frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
         self._last_pts = max(round(seconds / _TICK), self._last_pts + 1)
         frame.pts, frame.time_base = self._last_pts, _TICK
-        self._container.mux(self._stream.encode(frame))
+        with explained(self.path):
+            self._container.mux(self._stream.encode(frame))
 
     def close(self) -> None:
         """Finish the file and give it its name."""
         container, self._container = self._container, None
-        if container is None:
-            return
-        try:
-            if self._last_pts >= 0:
+        if container is not None:
+            with self._file:
                 container.mux(self._stream.encode(None))
-            container.close()
-            if self._last_pts >= 0:
-                os.replace(self._partial, self.path)
-        finally:
-            self._partial.unlink(missing_ok=True)
+                container.close()
 
     def __enter__(self) -> "VideoWriter":
         return self
@@ -477,7 +480,10 @@ def predict_video(
             rate = reader.fps or _USUAL_RATE
             tracker = Tracker(rate, start_score=min(threshold, 0.5)) if track else None
             color_by = color_by or ("instance" if track else "class")
-            lines = None if jsonl is None else stack.enter_context(open(jsonl, "w", encoding="utf-8"))
+            lines = None
+            if jsonl is not None:
+                stack.enter_context(explained(Path(jsonl), "free some space, or give another place"))
+                lines = stack.enter_context(open(jsonl, "w", encoding="utf-8"))
             sinks = _Sinks(stack, output, lines, rate, color_by, on_frame)
             totals = [total for total in (reader.num_frames, max_frames) if total is not None]
             bar = logging.tqdm(total=min(totals, default=None), desc="Video", unit=" frames", disable=not progress)

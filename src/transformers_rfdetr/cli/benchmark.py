@@ -20,6 +20,7 @@ from transformers.utils import logging
 from .. import __version__
 from ..configuration_rf_detr import as_pair, check_resolution
 from ..demo_data import draw_scene
+from ..files import write_text
 from ..inference import compile_for_inference, predict
 from ..loading import load
 from .errors import one_line_errors
@@ -75,7 +76,7 @@ def benchmark(
         versions = {"transformers_rfdetr": __version__, "transformers": transformers.__version__}
         numbers["versions"] = versions | {"torch": str(torch.__version__)}
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+        write_text(json_file, json.dumps(numbers, indent=1))
 
 
 def measure(model: Any, processor: Any, *, batch_size: int, compiled: bool, runs: int) -> dict[str, Any]:

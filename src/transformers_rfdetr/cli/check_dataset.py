@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import check_data
+from ..files import write_text
 from .errors import one_line_errors
 
 EXAMPLE = """examples:
@@ -50,7 +51,7 @@ def check_dataset(
         typer.echo(str(report))
         if as_json is not None:
             json_file.parent.mkdir(parents=True, exist_ok=True)
-            json_file.write_text(as_json, encoding="utf-8")
+            write_text(json_file, as_json)
         if fix is not None:
             typer.echo(f"The repaired copy is in {fix}; {fix / 'changes.json'} lists what is different.")
     if report.has_errors:

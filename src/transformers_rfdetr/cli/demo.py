@@ -26,6 +26,7 @@ from .. import (
     load_instance_dataset,
 )
 from ..demo_data import draw_scene
+from ..files import whole_file, write_text
 from ..masks import rasterize, read_segmentation
 from ..visualization import draw_instances
 from .evaluate import format_numbers
@@ -83,8 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     numbers = evaluate_instance_segmentation(model, processor, data["validation"])
     print(format_numbers(numbers))
     picture = options.output / "predictions.png"
-    _draw_predictions(model, processor, data["validation"]).save(picture)
-    (options.output / "metrics.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+    with whole_file(picture) as partial:
+        _draw_predictions(model, processor, data["validation"]).save(partial, "PNG")
+    write_text(options.output / "metrics.json", json.dumps(numbers, indent=1))
     print(
         f"{time.perf_counter() - started:.0f} s. The model is in {saved}, its predictions beside the ground truth in "
         f"{picture}, the data in {options.output / 'data'}"
@@ -125,7 +127,7 @@ def _draw_data(folder: Path, counts: dict[str, int]) -> Any:
             images.append({"id": seed, "file_name": name, "height": _SIZE, "width": _SIZE})
             annotations += [{**item, "id": len(annotations) + i} for i, item in enumerate(objects, start=1)]
         coco = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "building"}]}
-        (folder / split / "_annotations.coco.json").write_text(json.dumps(coco), encoding="utf-8")
+        write_text(folder / split / "_annotations.coco.json", json.dumps(coco))
     return load_instance_dataset(folder)
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from .. import RfDetrConfig, RfDetrForInstanceSegmentation, RfDetrImageProcessor, load, predict
 from ..demo_data import CATEGORIES, draw_scene
+from ..files import whole_file
 from ..image_processing_rf_detr import located, read_rgb
 from ..masks import mask_areas
 
@@ -64,7 +65,8 @@ def _predict(source: str | None, model_name: str | None, threshold: float | None
         threshold = 0.5 if model_name else 0.0
     if not 0 <= threshold <= 1:
         raise ValueError(f"--threshold {threshold} is outside [0, 1]; give a score such as 0.5")
-    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
+    kind = Image.registered_extensions().get(output.suffix.lower())
+    if kind not in Image.SAVE:
         raise ValueError(f"--output {output} has no ending of a picture's format; give one such as overlay.png")
     image = draw_scene(seed=0)[0] if source is None else read_rgb(source)
     if model_name is None:
@@ -79,7 +81,8 @@ def _predict(source: str | None, model_name: str | None, threshold: float | None
     top_k = None if model_name else _RANDOM_TOP_K
     [found] = predict(model, processor, image, threshold=threshold, top_k=top_k)
     output.parent.mkdir(parents=True, exist_ok=True)
-    found.draw(image, color_by="instance").save(output)
+    with whole_file(output) as partial:
+        found.draw(image, color_by="instance").save(partial, kind)
 
     size = f"{image.width} x {image.height}"
     print(f"{len(found) or 'No'} instances score above {threshold:g} in {source or 'a drawn picture'} ({size} pixels)")

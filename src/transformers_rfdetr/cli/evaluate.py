@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..data_sources import load_instance_dataset
+from ..files import write_text
 from ..loading import load
 from ..metrics import evaluate_instance_segmentation
 from ..report import analyse, save_report
@@ -73,7 +74,7 @@ def evaluate(
         typer.echo(format_classes(numbers["per_class"]))
     if output is not None:
         facts = {"model": model, "data": data, "split": split, "num_pictures": len(dataset), "threshold": threshold}
-        output.write_text(json.dumps(facts | numbers, indent=1), encoding="utf-8")
+        write_text(output, json.dumps(facts | numbers, indent=1))
     if report is not None:
         page = save_report(report, analysis, dataset, training=_run_of(model), title=f"{model} on {split} of {data}")
         typer.echo(f"the report is {page}")

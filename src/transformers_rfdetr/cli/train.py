@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import os
 import re
 import shutil
 import types
@@ -20,6 +19,7 @@ from transformers import TrainerCallback, set_seed
 from .. import __version__
 from ..configuration_rf_detr import is_no_class
 from ..data_sources import load_instance_dataset
+from ..files import write_text
 from ..loading import load
 from .errors import one_line_errors
 from .evaluate import format_numbers
@@ -340,7 +340,7 @@ def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
     trainer.save_model(str(saved), _internal_call=True)  # True: it is pushed below
     numbers = trainer.evaluate() if trainer.eval_dataset is not None else {}
     if is_first:
-        (saved / RECIPE_NAME).write_text(_as_yaml(recipe), encoding="utf-8")
+        write_text(saved / RECIPE_NAME, _as_yaml(recipe))
         if numbers:
             typer.echo(format_numbers({name.removeprefix("eval_"): value for name, value in numbers.items()}))
         typer.echo(f"The model is in {saved}")
@@ -422,9 +422,7 @@ def _prepare_folder(output: Path, recipe: Mapping[str, Any], resume: bool) -> No
             shutil.move(path, aside / path.name)
         typer.echo(f"The run that was in {output} is in {aside} now")
     output.mkdir(parents=True, exist_ok=True)
-    partial = output / f".{RECIPE_NAME}"
-    partial.write_text(_as_yaml(recipe), encoding="utf-8")
-    os.replace(partial, output / RECIPE_NAME)
+    write_text(output / RECIPE_NAME, _as_yaml(recipe))
 
 
 def _as_yaml(recipe: Mapping[str, Any]) -> str:
@@ -447,4 +445,4 @@ class _KeepRecipe(TrainerCallback):
         folders = (f"checkpoint-{state.global_step}", "best_total", "best_ema", "best_regular")
         for folder in folders if args.should_save else ():
             if (path := Path(args.output_dir, folder)).is_dir():
-                (path / RECIPE_NAME).write_text(self.text, encoding="utf-8")
+                write_text(path / RECIPE_NAME, self.text)

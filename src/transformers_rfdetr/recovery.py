@@ -1,0 +1,222 @@
+"""What a training run does when something breaks: updates that are not finite, checkpoints cut off, dead processes."""
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from .optimization import whole
+
+logger = logging.get_logger(__name__)
+
+STATE_NAME = "rf_detr_state.json"
+WEIGHTS_NAME = "rf_detr_training_weights.safetensors"
+_MOST_NAMES = 16
+_MOST_SKIPPED_IN_A_ROW = 10
+
+
+# -- updates that are not finite -------------------------------------------------------------------------------------
+
+
+class UpdateGuard:
+    """Lets no update reach the weights whose loss or gradient is not finite on any process.
+
+    A loss of NaN means that predictions, targets or the gradients' sum over the window are broken; one step on it
+    makes every weight, and their average, NaN. The check costs one small sum over the processes for each update.
+
+    Args:
+        policy: "stop" raises; "skip" leaves the update out, until that was so 10 times in a row.
+        names_of: Image ids -> how a message calls the images.
+    """
+
+    def __init__(self, policy: str, names_of: Callable[[Sequence[int]], list[str]]) -> None:
+        self.policy, self.names_of = policy, names_of
+        self.num_in_a_row = 0
+        self._window: list[tuple[Tensor, list[Mapping[str, Tensor]], Tensor]] = []
+
+    def watch(self, loss: Tensor, labels: Sequence[Mapping[str, Tensor]], outputs: Mapping[str, Any]) -> None:
+        """Note a micro-batch: its loss, its B images, and which of them have finite predictions."""
+        parts = (outputs["logits"], outputs["pred_boxes"])
+        finite = torch.stack([part.detach().float().flatten(1).sum(1) for part in parts]).isfinite().all(0)
+        self._window.append((loss.detach(), list(labels), finite))
+
+    def passes(self, model: nn.Module, accelerator: Any, update: int) -> bool:
+        """Whether the update may reach the weights; called on every process when its gradients are complete.
+
+        Raises:
+            FloatingPointError: it may not, and the policy is "stop"; the weights are still those before it.
+        """
+        window, self._window = self._window, []
+        finite = torch.stack([loss for loss, _, _ in window]).isfinite().all()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if gradients and accelerator.scaler is None:  # which looks for overflow itself, and expects it now and then
+            finite = finite & whole(torch.nn.utils.get_total_norm(gradients)).isfinite().to(finite.device)
+        broken = accelerator.reduce((~finite).float(), reduction="sum").item()
+        if not broken:
+            self.num_in_a_row = 0
+            return True
+        self.num_in_a_row += 1
+        found = _gathered(self._describe(window), accelerator.num_processes)
+        is_of_loss = any(losses for losses, _ in found)
+        problem = f"the {'loss' if is_of_loss else 'gradient'} of update {update} is not finite"
+        names = [name for losses, names in found for name in names if losses or not is_of_loss]
+        listed = ", ".join(names[:_MOST_NAMES]) + f" and {len(names) - _MOST_NAMES} more" * (len(names) > _MOST_NAMES)
+        bad_weights = [name for name, weight in model.named_parameters() if not whole(weight.detach()).isfinite().all()]
+        if bad_weights:
+            raise FloatingPointError(
+                f"{problem} because weights of the model are not, such as {bad_weights[0]}; go on from an earlier"
+                " checkpoint, or train from another one"
+            )
+        problem += f", with the pictures {listed}"
+        if self.policy == "stop" or self.num_in_a_row == _MOST_SKIPPED_IN_A_ROW:
+            often = "" if self.policy == "stop" else f", and {self.num_in_a_row} updates in a row were skipped"
+            raise FloatingPointError(
+                f"{problem}{often}. The weights were not changed. Look at these pictures and their annotations"
+                " (`transformers-rfdetr check-dataset`), lower the learning rate, or train in float32 or bf16"
+                + ("; non_finite_loss='skip' leaves such updates out." if self.policy == "stop" else ".")
+            )
+        logger.warning(f"{problem}; it is left out")
+        return False
+
+    def _describe(self, window: Sequence[tuple[Tensor, list[Mapping[str, Tensor]], Tensor]]) -> tuple[bool, list[str]]:
+        """Whether a loss of this process is broken, and the images that may have done it."""
+        broken = [part for part in window if not part[0].isfinite()]
+        images = []
+        for _, labels, finite in broken or window:
+            chosen = [target for target, is_fine in zip(labels, finite.tolist(), strict=True) if not is_fine]
+            images += chosen or labels  # its mask or its targets, so that it may be any of them
+        ids = [int(target["image_id"]) for target in images if "image_id" in target]
+        return bool(broken), list(dict.fromkeys(self.names_of(ids)))
+
+
+def _gathered(value: Any, num_processes: int) -> list[Any]:
+    values = [value] * num_processes
+    if num_processes > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def newest_checkpoint(output_dir: str | os.PathLike[str]) -> str:
+    """The newest whole checkpoint of a folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    checkpoints = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    numbered = [path for path in checkpoints if path.name.rpartition("-")[2].isdigit()]
+    for path in sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        reason = damage(path) or ("" if (path / STATE_NAME).is_file() else f"it has no {STATE_NAME}")
+        if not reason:
+            return str(path)
+        logger.warning(f"{path} is not a whole checkpoint ({reason}); looking for an older one")
+    raise ValueError(f"no whole checkpoint in {output_dir}; train without resume_from_checkpoint first")
+
+
+def damage(checkpoint: str | os.PathLike[str]) -> str | None:
+    """Why a checkpoint is not whole, or None if it is: its state, written last, and what the files say of their length.
+
+    Of the files only the headers are read.
+    """
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        return "it is no folder"
+    try:
+        TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        ours = json.loads((folder / STATE_NAME).read_text(encoding="utf-8")) if (folder / STATE_NAME).is_file() else {}
+        indices = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.index.json")]
+    except (OSError, ValueError, TypeError) as error:
+        return f"its state cannot be read: {error}"
+    wanted = {name for index in indices for name in index["weight_map"].values()} | set(ours.get("files", ()))
+    missing = sorted(name for name in wanted if not any(folder.glob(name)))
+    if missing:
+        return f"{missing[0]} is missing"
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError as error:
+            return f"{path.name} is cut off: {error}"
+    broken = [path.name for path in folder.glob("*.pt*") if path.is_file() and not zipfile.is_zipfile(path)]
+    return f"{broken[0]} is cut off" if broken else None
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Copy a model folder to `target`, which is never there in part; [`restore_folder`] mends a kill in between."""
+    restore_folder(target)
+    fresh, old = _beside(target)
+    try:
+        fresh.mkdir()
+        for path in source.iterdir():
+            if path.name != "training_args.bin":
+                shutil.copyfile(path, fresh / path.name)
+    except OSError:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    if target.exists():
+        os.replace(target, old)
+    os.replace(fresh, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_folder(target: Path) -> None:
+    """Give a folder that was being replaced when its process was killed its name back."""
+    fresh, old = _beside(target)
+    if old.exists() and not target.exists():
+        os.replace(old, target)
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _beside(target: Path) -> tuple[Path, Path]:
+    return target.with_name(f".new_{target.name}"), target.with_name(f".old_{target.name}")
+
+
+# -- processes -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def explained_deaths(output_dir: str | os.PathLike[str]) -> Iterator[None]:
+    """Say in words what it means that a process which reads pictures, or another one of the run, is gone.
+
+    Raises:
+        ChildProcessError: a worker of a data loader was killed.
+        ConnectionAbortedError: another process of the run is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if "DataLoader worker" in text and ("killed" in text or "exited unexpectedly" in text):
+            raise ChildProcessError(
+                f"a process that reads pictures ended: {text.rstrip('. ')}. Mostly memory was short: pass a lower"
+                " dataloader_num_workers (0 reads in this process) or per_device_train_batch_size, or give a container"
+                f" more shared memory (docker run --shm-size 8g).{_going_on(output_dir)}"
+            ) from error
+        if isinstance(error, torch.distributed.DistError) or "gloo" in text:
+            raise ConnectionAbortedError(
+                "another process of this run is gone, or cannot be reached; its own message, or the system's (short"
+                f" memory?), says why.{_going_on(output_dir)} This one saw: {text}"
+            ) from error
+        raise
+
+
+def _going_on(output_dir: str | os.PathLike[str]) -> str:
+    with suppress(ValueError):
+        return f" resume_from_checkpoint=True goes on from {newest_checkpoint(output_dir)}."
+    return ""

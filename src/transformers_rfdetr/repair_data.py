@@ -1,0 +1,104 @@
+"""A repaired copy of a data set: files in COCO's form, and the list of what is not as it was.
+
+What is repaired, and how, is decided by `check_data`; here it is put together and written.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import PIL.ImageOps
+from PIL.ExifTags import Base
+
+_EXPORTED = {"train": "train", "validation": "valid", "test": "test"}  # the folders of Roboflow's exports
+
+
+class RepairedCopy:
+    """Writes splits with one list of categories for all of them.
+
+    Args:
+        folder: What is filled.
+        splits: The JSON of each, with empty lists of images and annotations; an id of its `categories` has one name.
+    """
+
+    def __init__(self, folder: Path, splits: Mapping[str, Mapping[str, Any]]) -> None:
+        self.folder = folder
+        self._exported = splits.keys() <= _EXPORTED.keys()
+        united, ids = _unite_categories(split["categories"] for split in splits.values())
+        self._content = {name: {**split, "categories": united} for name, split in splits.items()}
+        names = {split: {entry["id"]: entry["name"] for entry in splits[split]["categories"]} for split in splits}
+        self._numbers = {split: {number: ids[name] for number, name in names[split].items()} for split in splits}
+        self._notes = [
+            {"kind": "category", "split": split, "image_id": None, "file_name": None, "annotation_id": None}
+            | {"detail": f"category {number} {name!r}", "change": f"id {ids[name]}"}
+            for split in splits
+            for number, name in names[split].items()
+            if ids[name] != number
+        ]
+
+    def add(
+        self, split: str, image: Mapping[str, Any], annotations: Iterable[Mapping[str, Any]], source: Path, way: str
+    ) -> None:
+        """Write a picture, and keep its annotations for [`write`]; those of no category are left out.
+
+        `image` is its entry in the copy; `way` is "link" for the file as it is, "upright" to turn it as EXIF says, or
+        "stored" not to turn it, the latter two without EXIF's tag.
+        """
+        name = os.path.normpath(image["file_name"])
+        _write_picture(source, self._folder(split) / name, way)
+        content, numbers = self._content[split], self._numbers[split]
+        content["images"].append({**image, "file_name": name})
+        content["annotations"] += [
+            {**annotation, "image_id": image["id"], "category_id": numbers[annotation["category_id"]]}
+            for annotation in annotations
+            if annotation["category_id"] in numbers
+        ]
+
+    def write(self, changes: Sequence[Mapping[str, Any]], left: Sequence[Mapping[str, Any]]) -> None:
+        """Write the annotations, and `changes.json`: what was changed, and what is as odd as it was."""
+        for split, content in self._content.items():
+            if self._exported:
+                path = self._folder(split) / "_annotations.coco.json"
+            else:
+                path = self.folder / "annotations" / f"instances_{split}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(content), encoding="utf-8")
+        listed = {"changes": [*self._notes, *changes], "left": left}
+        (self.folder / "changes.json").write_text(json.dumps(listed, indent=1), encoding="utf-8")
+
+    def _folder(self, split: str) -> Path:
+        return self.folder / (_EXPORTED[split] if self._exported else split)
+
+
+def _unite_categories(splits: Iterable[list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """One list of categories for all splits, and id by name: the first that has it, a free one where that is taken."""
+    numbers: dict[str, int] = {}
+    united = []
+    for number, category in ((entry["id"], entry) for entries in splits for entry in entries):
+        if (name := category["name"]) not in numbers:
+            numbers[name] = 1 + max(numbers.values()) if number in numbers.values() else number
+            united.append({**category, "id": numbers[name]})
+    return united, numbers
+
+
+def _write_picture(source: Path, target: Path, way: str) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():  # the file of two images
+        return
+    if way == "link":
+        try:
+            os.link(os.path.realpath(source), target)
+        except OSError:  # another disk, or one that knows no links
+            shutil.copyfile(source, target)
+        return
+    with PIL.Image.open(source) as opened:
+        picture = PIL.ImageOps.exif_transpose(opened) if way == "upright" else opened.copy()
+        picture.info.pop("xmp", None)  # which may hold the orientation again
+        exif = picture.getexif()
+        exif.pop(Base.Orientation, None)
+        kind = "JPEG" if opened.format == "MPO" else opened.format  # of some cameras: a JPEG with others behind it
+        picture.save(target, kind, exif=exif, icc_profile=opened.info.get("icc_profile"), quality=95, subsampling=0)
