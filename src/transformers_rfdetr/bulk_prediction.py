@@ -217,11 +217,18 @@ def predict_to_folder(
         tiles: dict[str, Any] = {"tile": None if tile == "auto" else tile, "overlap": overlap, **wanted}
         return [predict_tiled(model, processor, image, **tiles) for image in images]
 
-    def write(picture: Picture, image: Image.Image, instances: Instances) -> None:
-        if draw:
-            _save(instances.draw(image, color_by=color_by), folder / "pictures" / picture.name)
-        if crops:
-            _save_crops(instances, image, folder / "crops" / picture.name)
+    def write(picture: Picture, image: Image.Image, instances: Instances) -> str | None:
+        """The files of a picture -> why they cannot be made, if it is the picture's fault."""
+        try:
+            if draw:
+                _save(instances.draw(image, color_by=color_by), folder / "pictures" / picture.name)
+            if crops:
+                _save_crops(instances, image, folder / "crops" / picture.name)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            return f"the name is too long for the files that are made of it: {error.strerror}"
+        return None
 
     part = folder / "parts" / f"{rank}-of-{world}.jsonl"
     _drop_half_line(part)
@@ -235,19 +242,15 @@ def predict_to_folder(
                 for picture, image in batch:
                     bar.update()
                     line = {"image": picture.name, "source": redacted(picture.source)}
-                    problem = image if isinstance(image, str) else None
-                    if problem and isinstance(picture.source, str):  # of which a message shows the beginning
-                        problem = problem.replace(picture.source[:200], redacted(picture.source))
-                    instances = None if problem else next(found)
-                    if instances is not None:
-                        try:
-                            write(picture, image, instances)
-                        except OSError as error:
-                            if error.errno != errno.ENAMETOOLONG:
-                                raise
-                            problem = f"the name is too long for the files that are made of it: {error.strerror}"
-                    if problem is not None or instances is None:
-                        summary.failed.append((picture.name, str(problem)))
+                    if isinstance(image, Image.Image):
+                        instances = next(found)
+                        problem = write(picture, image, instances)
+                    else:
+                        problem = image
+                        if isinstance(picture.source, str):  # of which a message shows the beginning
+                            problem = problem.replace(picture.source[:200], redacted(picture.source))
+                    if problem is not None:
+                        summary.failed.append((picture.name, problem))
                         _write_line(lines, {**line, "error": problem})
                         if strict:
                             raise UnreadablePictureError(f"{picture.name}: {problem}")

@@ -27,7 +27,7 @@ from PIL.ExifTags import Base
 from pycocotools import mask as coco_mask
 from transformers.utils import logging
 
-from .data import _has_shape, _with_box_and_area, one_label_map, upright_size
+from .data import has_shape, one_label_map, upright_size, with_box_and_area
 from .data_sources import (
     PICTURE_SUFFIXES,
     ArrowRows,
@@ -46,7 +46,7 @@ from .data_sources import (
     yolo_pictures,
 )
 from .files import whole_file, whole_folder
-from .image_processing_rf_detr import _clamp_box, are_numbers, is_index, located, plain, read_rgb
+from .image_processing_rf_detr import are_numbers, clamp_box, is_index, located, plain, read_rgb
 from .masks import Shape, measure, read_segmentation, to_rle
 from .repair_data import RepairedCopy
 from .visualization import draw_instances
@@ -613,7 +613,7 @@ def _read_yolo_picture(
         if not line.strip():
             continue
         try:
-            found = _with_box_and_area(read_yolo_line(line.split(), size, classes), size)
+            found = with_box_and_area(read_yolo_line(line.split(), size, classes), size)
             objects.append({**found, "image_id": number})
         except ValueError as error:
             problems.append(
@@ -984,7 +984,7 @@ class _Examination:
             del self.repaired["segmentation"]
             return None
         if shape is None or not area:
-            if _has_shape(given):
+            if has_shape(given):
                 self._note("empty_segmentation", f"{given!r:.80}", "segmentation removed")
             elif not self.is_crowd:
                 self._note("object_without_mask")
@@ -1028,7 +1028,7 @@ class _Examination:
         self, given: list[float], size: tuple[int, int], mask: tuple[list[float], float] | None
     ) -> list[float]:
         """A legal box, clipped to the picture."""
-        x0, y0, x1, y1 = _clamp_box(given, size)
+        x0, y0, x1, y1 = clamp_box(given, size)
         box = [x0, y0, x1 - x0, y1 - y0]
         if _distance(given, box) > 1:
             self._note("box_beyond_edge", f"bbox {given!r:.80}", f"bbox {box}")
@@ -1077,7 +1077,7 @@ def _box_fault(box: Any, size: tuple[int, int]) -> str | None:
         return "invalid_box"
     if min(box[2:]) <= 0:
         return "inverted_box" if min(box[2:]) < 0 else "empty_box"
-    x0, y0, x1, y1 = _clamp_box(box, size)
+    x0, y0, x1, y1 = clamp_box(box, size)
     return "box_outside" if x1 <= x0 or y1 <= y0 else None
 
 

@@ -290,7 +290,7 @@ def _complete(
     annotations = []
     for position, given in enumerate(record["annotations"]):
         with located(f"annotation {position} (id {given.get('id')})"):
-            annotation = _with_box_and_area(given, size)
+            annotation = with_box_and_area(given, size)
         if first_id is not None:
             annotation["id"] = first_id + position
         annotation["iscrowd"] = int(annotation.get("iscrowd") or 0)
@@ -298,7 +298,7 @@ def _complete(
     return head, annotations
 
 
-def _with_box_and_area(annotation: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+def with_box_and_area(annotation: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
     """The annotation with `bbox` and `area`, from its shape where they are missing, the area otherwise from its box."""
     complete = dict(annotation)
     box, area = annotation.get("bbox"), annotation.get("area")
@@ -312,7 +312,7 @@ def _with_box_and_area(annotation: Mapping[str, Any], size: tuple[int, int]) -> 
     return complete
 
 
-def _has_shape(segmentation: Any) -> bool:
+def has_shape(segmentation: Any) -> bool:
     """Whether there is an RLE, a bitmap or a polygon; whether it encloses a pixel is not looked at."""
     if isinstance(segmentation, Mapping) or not isinstance(segmentation, Iterable):
         return segmentation is not None
@@ -365,7 +365,7 @@ class Tally:
             for annotation in record["annotations"]:
                 ids.append(annotation["id"] if is_index(annotation.get("id")) else 0)
                 self._label.append(self.label_of[annotation["category_id"]])
-                self._flags.append(bool(annotation.get("iscrowd")) + 2 * _has_shape(annotation.get("segmentation")))
+                self._flags.append(bool(annotation.get("iscrowd")) + 2 * has_shape(annotation.get("segmentation")))
             self.first.append(len(ids))
             yield record
         self.keeps_ids = min(ids, default=1) > 0 and len(np.unique(ids)) == len(ids)

@@ -232,7 +232,7 @@ class RfDetrImageProcessor(BaseImageProcessor):
         pixels, orig_sizes = [], []
         for index, image in enumerate(images):
             with located(f"image {index}"):
-                picture = _read_image(image, self.do_rescale, self.rescale_factor, input_data_format)
+                picture = read_image(image, self.do_rescale, self.rescale_factor, input_data_format)
             orig_sizes.append((picture.shape[1], picture.shape[2]))
             pixels.append(self._resize_and_normalize(picture))
         sizes = [(picture.shape[1], picture.shape[2]) for picture in pixels]
@@ -255,7 +255,7 @@ class RfDetrImageProcessor(BaseImageProcessor):
 
     def read(self, image: Any) -> torch.Tensor:
         """One image in any form that [`preprocess`] takes -> (3, H, W) float32 of its own size, scaled."""
-        return _read_image(image, self.do_rescale, self.rescale_factor, None)
+        return read_image(image, self.do_rescale, self.rescale_factor, None)
 
     def _resize_and_normalize(self, picture: torch.Tensor) -> torch.Tensor:
         """(3, H, W) original -> (3, H, W) of the model's input, without padding."""
@@ -314,7 +314,7 @@ class RfDetrImageProcessor(BaseImageProcessor):
             if shape is not None and (box is None or area is None):
                 shape_box, shape_area = measure(shape, orig_size)
                 box, area = box or shape_box, shape_area if area is None else area
-            x0, y0, x1, y1 = _clamp_box(box or [0, 0, 0, 0], orig_size)
+            x0, y0, x1, y1 = clamp_box(box or [0, 0, 0, 0], orig_size)
             if x1 <= x0 or y1 <= y0 or (with_masks and shape is None):
                 num_dropped += 1
                 continue
@@ -566,14 +566,14 @@ def _as_list(images: Any) -> list[Any]:
 
 def read_rgb(image: PIL.Image.Image | str | os.PathLike[str]) -> PIL.Image.Image:
     """A picture, or its path, URL or base64 -> 8-bit RGB, upright (EXIF), with the values that the processor reads."""
-    pixels = _decode(image)
+    pixels = decode_image(image)
     if pixels.dtype != np.uint8:
-        scaled = _read_image(pixels, do_rescale=True, rescale_factor=1 / 255, input_data_format=None)
+        scaled = read_image(pixels, do_rescale=True, rescale_factor=1 / 255, input_data_format=None)
         pixels = (scaled * 255).round().byte().permute(1, 2, 0).numpy()
     return PIL.Image.fromarray(pixels)
 
 
-def _decode(image: PIL.Image.Image | str | os.PathLike[str]) -> np.ndarray:
+def decode_image(image: PIL.Image.Image | str | os.PathLike[str]) -> np.ndarray:
     """A picture, or its path, URL or base64 -> upright, (H, W, 3) uint8 or, of 16 or 32 bits a pixel, (H, W)."""
     source = image
     try:
@@ -616,10 +616,10 @@ def _open(source: str) -> PIL.Image.Image:
         return image
 
 
-def _read_image(image: Any, do_rescale: bool, rescale_factor: float, input_data_format: str | None) -> torch.Tensor:
+def read_image(image: Any, do_rescale: bool, rescale_factor: float, input_data_format: str | None) -> torch.Tensor:
     """Any image -> (3, H, W) float32, scaled to [0, 1] where `do_rescale`."""
     if isinstance(image, str | os.PathLike | PIL.Image.Image):
-        image, input_data_format = _decode(image), "channels_last"
+        image, input_data_format = decode_image(image), "channels_last"
     if isinstance(image, np.ndarray):
         if image.dtype.kind not in "biuf":
             raise ValueError(f"an array of {image.dtype} is no image; pass numbers")
@@ -629,7 +629,7 @@ def _read_image(image: Any, do_rescale: bool, rescale_factor: float, input_data_
     if image.is_complex():
         raise ValueError(f"a tensor of {image.dtype} is no image; pass real numbers")
 
-    picture = _channels_first(image.detach(), input_data_format)
+    picture = put_channels_first(image.detach(), input_data_format)
     if 0 in picture.shape:
         raise ValueError(f"shape {tuple(image.shape)} has no pixels; leave the image out")
     values = picture.to(torch.float32, memory_format=torch.contiguous_format)
@@ -659,7 +659,7 @@ def _read_image(image: Any, do_rescale: bool, rescale_factor: float, input_data_
     return values.expand(3, -1, -1)
 
 
-def _channels_first(image: torch.Tensor, input_data_format: str | None) -> torch.Tensor:
+def put_channels_first(image: torch.Tensor, input_data_format: str | None) -> torch.Tensor:
     """(H, W), (H, W, channels) or (channels, H, W) -> (1 or 3, H, W)."""
     shape = tuple(image.shape)
     if image.ndim == 2:
@@ -736,7 +736,7 @@ def _read_target_head(target: Any, index: int, orig_size: tuple[int, int]) -> tu
     return int(image_id), where
 
 
-def _clamp_box(box: Sequence[float], image_size: tuple[int, int]) -> tuple[float, float, float, float]:
+def clamp_box(box: Sequence[float], image_size: tuple[int, int]) -> tuple[float, float, float, float]:
     """[x, y, width, height] -> x0, y0, x1, y1 inside the picture; without an area where it lies outside."""
     x, y, width, height = box
     return max(x, 0), max(y, 0), min(x + width, image_size[1]), min(y + height, image_size[0])

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .configuration_rf_detr import as_pair, check_resolution, read_size
-from .image_processing_rf_detr import RfDetrImageProcessor, _channels_first, _decode, _read_image
+from .image_processing_rf_detr import RfDetrImageProcessor, decode_image, put_channels_first, read_image
 from .inference import InferenceModel, predict
 from .instances import Instances
 from .masks import mask_areas, region_to_rle
@@ -139,18 +139,18 @@ def _pixels(processor: RfDetrImageProcessor, image: Any) -> Tensor:
     """A picture in any form -> (1 or 3, H, W), upright, in its own type: a quarter of what float32 would take."""
     data_format = None
     if isinstance(image, str | os.PathLike | PIL.Image.Image):
-        image, data_format = _decode(image), "channels_last"
+        image, data_format = decode_image(image), "channels_last"
     if isinstance(image, np.ndarray) and image.dtype.kind in "biuf":
         image = torch.from_numpy(np.require(image, image.dtype.newbyteorder("="), ["C", "W"]))
     if not isinstance(image, Tensor):
         return processor.read(image)  # it knows what is wrong with it
-    return _channels_first(image.detach(), data_format)
+    return put_channels_first(image.detach(), data_format)
 
 
 def _crop(processor: RfDetrImageProcessor, pixels: Tensor, tile: Tile, size: tuple[int, int]) -> Tensor:
     """A tile of (1 or 3, H, W) -> (3, *size) float32, scaled; the mean colour where the picture has ended."""
     inside = pixels[:, tile.top : tile.top + tile.height, tile.left : tile.left + tile.width]
-    picture = _read_image(inside, processor.do_rescale, processor.rescale_factor, "channels_first")
+    picture = read_image(inside, processor.do_rescale, processor.rescale_factor, "channels_first")
     if picture.shape[1:] == size:
         return picture
     filled = picture.new_tensor(processor.image_mean)[:, None, None].repeat(1, *size)

@@ -47,7 +47,7 @@ from .data import (
     collate_fn,
 )
 from .data_sources import load_instance_dataset
-from .files import explained
+from .files import explained, write_text
 from .image_processing_rf_detr import RfDetrImageProcessor
 from .inference import predict
 from .masks import read_segmentation, to_rle
@@ -99,6 +99,10 @@ _DRAWN_SCORE = 0.5
 _MOST_NAMES = 10  # of objects in a picture, so that something is left to see
 # Terms of the last layer, which are logged beside the loss.
 _TERMS = {"loss_ce", "loss_bbox", "loss_giou", "loss_mask_ce", "loss_mask_dice"}
+_FULL_DISK = (
+    "nothing is left of what was begun, and what was whole still is; free some space, or lower save_total_limit, and"
+    " train with resume_from_checkpoint=True"
+)
 _THRESHOLD_NOTE = (
     "Detections up to a score of {} (`eval_score_threshold`) are not evaluated: the AP is not COCO's, which has no"
     " threshold."
@@ -327,14 +331,8 @@ class RfDetrTrainer(Trainer):
         self.eval_annotations = eval_annotations
         self._average: WeightAverage | None = None
         self._num_objects: Tensor | None = None  # of the accumulation window that is running
-        self._sums: dict[str, Tensor] = {}  # of the terms of the loss since the last log entry
         self._step_loss: Tensor | None = None  # transformers' sum of the loss since then
         self._terms: dict[str, float] = {}  # of the log entry that is being written
-        self._guard = UpdateGuard(args.non_finite_loss, self._names_of)
-        self._update_loss: Tensor | None = None  # transformers' sum of the loss over the update that is running
-        self._update_sums: dict[str, Tensor] = {}  # of the terms over it
-        self._num_skipped = 0  # updates since the last log entry that were left out
-        self._dropped: Tensor | None = None  # of transformers' sum of the loss what they added to it
         self._best: dict[str, float] = {}  # by kind of weights
         self._resumed: dict[str, Any] | None = None  # what a checkpoint holds that is not taken up yet
         self._evaluation: _Evaluation | None = None  # the last one, whose ground truth may serve again
@@ -349,6 +347,7 @@ class RfDetrTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self._forget_updates()
         if not hasattr(self.model, "set_drop_path"):
             raise ValueError(
                 f"{type(self.model).__module__}.{type(self.model).__name__} is no model of transformers_rfdetr;"
@@ -571,13 +570,21 @@ class RfDetrTrainer(Trainer):
             inputs = resize_batch(inputs, self._sizes[draw])
         loss = super().training_step(model, inputs, *args, **kwargs)
         loss = torch.where(loss.isfinite(), loss, 0)  # for the log, which leaves out the update that it belongs to
-        self._update_loss = loss if self._update_loss is None else self._update_loss + loss
+        self._update_sums["loss"] = self._update_sums.get("loss", 0) + loss
         return loss if resumed is None else resumed.to(loss.device) + loss
+
+    def _forget_updates(self) -> None:
+        """Begin with nothing of an earlier call, which may have ended in the middle of an update."""
+        self._guard = UpdateGuard(self.args.non_finite_loss, self._names_of)
+        self._sums: dict[str, Tensor] = {}  # of the terms of the loss since the last log entry
+        self._update_sums: dict[str, Tensor] = {}  # of the loss and its terms over the update that is running
+        self._num_skipped = 0  # updates since the last log entry that were left out
+        self._dropped: Tensor | float = 0.0  # their loss, which transformers' sum still has
 
     def _finish_update(self) -> bool:
         """Whether the weights may take the gradients; if not, what the log has of this update goes."""
-        loss, self._update_loss = self._update_loss, None
         sums, self._update_sums = self._update_sums, {}
+        loss = sums.pop("loss")
         if self._guard.passes(self.model, self.accelerator, self.state.global_step + 1):
             for name, value in sums.items():
                 self._sums[name] = self._sums.get(name, 0) + value
@@ -585,7 +592,7 @@ class RfDetrTrainer(Trainer):
         if self.accelerator.scaler is None:  # which leaves the step out by itself
             self.optimizer.zero_grad()
         self._num_skipped += 1
-        self._dropped = loss if self._dropped is None else self._dropped + loss
+        self._dropped = self._dropped + loss
         return False
 
     def compute_loss(
@@ -606,9 +613,8 @@ class RfDetrTrainer(Trainer):
     # -- log ---------------------------------------------------------------------------------------------------------
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        if self._dropped is not None:
-            tr_loss -= self._dropped
-            self._dropped = None
+        tr_loss -= self._dropped
+        self._dropped = 0.0
         self._step_loss = tr_loss
         num_steps = self.state.global_step - self._globalstep_last_logged
         if self.control.should_log and num_steps:
@@ -911,7 +917,7 @@ class RfDetrTrainer(Trainer):
         run.pictures = self._draw_run(folder, num_pictures)
         settings = {name: value for name, value in self.args.to_dict().items() if name not in _LOCAL}
         settings = {name: value for name, value in settings.items() if not name.startswith(("hub_", "push_to_hub"))}
-        (folder / RECIPE).write_text(f"{json.dumps(settings, indent=2, sort_keys=True)}\n", encoding="utf-8")
+        write_text(folder / RECIPE, f"{json.dumps(settings, indent=2, sort_keys=True)}\n")
         text = model_card(
             self.hub_model_id or folder.absolute().name,
             self.model.config,
@@ -923,7 +929,7 @@ class RfDetrTrainer(Trainer):
             license=license,
             language=language,
         )
-        (folder / "README.md").write_text(text, encoding="utf-8")
+        write_text(folder / "README.md", text)
 
     def _describe_run(self) -> Run:
         """What the arguments, the data and the log say."""
@@ -1060,7 +1066,7 @@ class RfDetrTrainer(Trainer):
         root = Path(self._get_output_dir(trial))
         written = root / f".best_{kind}"
         try:
-            with explained(root / f"best_{kind}", remedy=self._remedy()):
+            with explained(root / f"best_{kind}", _FULL_DISK):
                 with self._average.in_model() if kind == "ema" else nullcontext():
                     self._write_model(str(written))
                 for other in [kind] + ["total"] * better.get("total", True):
@@ -1070,12 +1076,6 @@ class RfDetrTrainer(Trainer):
         finally:
             if self.args.should_save:
                 shutil.rmtree(written, ignore_errors=True)
-
-    def _remedy(self) -> str:
-        return (
-            "nothing is left of what was begun, and what was whole still is; free some space, or lower"
-            " save_total_limit, and train with resume_from_checkpoint=True"
-        )
 
     def _load_best_model(self) -> None:
         """Load the best of all weights, which with `eval_base_model` need not be the ones of the best checkpoint."""
@@ -1098,7 +1098,7 @@ class RfDetrTrainer(Trainer):
         if self.args.should_save:  # of an earlier run
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         try:
-            with explained(folder, remedy=self._remedy()):
+            with explained(folder, _FULL_DISK):
                 folder.mkdir(parents=True, exist_ok=True)
                 self._save_recipe(folder)
                 super()._save_checkpoint(model, trial)
@@ -1208,7 +1208,7 @@ class _Recipe(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.trainer._sums, self.trainer._num_skipped = {}, 0
+        self.trainer._forget_updates()
         if args.ema:
             self.trainer._start_average()
 
