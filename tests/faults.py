@@ -25,6 +25,8 @@ import safetensors.torch
 import torch
 import tqdm.auto
 
+from transformers_rfdetr.files import is_partial
+
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link"}
 
 
@@ -172,11 +174,10 @@ def full_disk(room: int) -> Iterator[_Disk]:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """The files under a folder; not what a killed process has left under a hidden name, which nothing reads."""
+    """The files under a folder, but for what a killed process has begun."""
     paths = (path for path in folder.rglob("*") if path.is_file())
-    names = {str(path.relative_to(folder)): path for path in paths}
     return {
-        name: path.read_bytes()
-        for name, path in names.items()
-        if not any(part.startswith(".") for part in Path(name).parts)
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in paths
+        if not any(is_partial(part) for part in (path, *path.relative_to(folder).parents))
     }

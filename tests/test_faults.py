@@ -1,5 +1,6 @@
 """Killed processes, full disks, and losses that are no numbers: what was whole stays, and the next run goes on."""
 
+import errno
 import functools
 import json
 import math
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -24,8 +26,8 @@ from transformers_rfdetr.bulk_prediction import list_pictures, predict_to_folder
 from transformers_rfdetr.check_data import check_dataset
 from transformers_rfdetr.data import InstanceDataset, collate_fn
 from transformers_rfdetr.demo_data import draw_dataset
-from transformers_rfdetr.files import whole_folder, write_text
-from transformers_rfdetr.recovery import damage, newest_checkpoint, restore_folder
+from transformers_rfdetr.files import DiskError, explained, whole_folder, write_text
+from transformers_rfdetr.recovery import damage, explained_deaths, newest_checkpoint, restore_folder
 from transformers_rfdetr.trainer import RfDetrTrainer
 
 import training_run
@@ -216,17 +218,19 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "reason"),
     [
-        (lambda folder: cut(folder / "model.safetensors"), "model.safetensors is cut off"),
+        (lambda folder: cut(folder / "model.safetensors"), r"model.safetensors has \d+ of \d+ bytes"),
         (
             lambda folder: cut(folder / "rf_detr_training_weights.safetensors"),
             "rf_detr_training_weights.safetensors is cut off",
         ),
-        (lambda folder: cut(folder / "optimizer.pt"), "optimizer.pt is cut off"),
-        (lambda folder: cut(folder / "trainer_state.json"), "its state cannot be read"),
-        (lambda folder: cut(folder / "rf_detr_state.json"), "its state cannot be read"),
-        (lambda folder: (folder / "model.safetensors").unlink(), r"\*model\*.safetensors is missing"),
-        (lambda folder: (folder / "optimizer.pt").unlink(), r"optimizer\* is missing"),
-        (lambda folder: (folder / "rng_state.pth").unlink(), r"rng_state\* is missing"),
+        (lambda folder: cut(folder / "optimizer.pt"), r"optimizer.pt has \d+ of \d+ bytes"),
+        (lambda folder: cut(folder / "trainer_state.json"), "a file is missing or cannot be read: Expecting"),
+        (lambda folder: cut(folder / "rf_detr_state.json"), r"rf_detr_state.json has \d+ of \d+ bytes"),
+        (lambda folder: cut(folder / "rf_detr_files.json"), "a file is missing or cannot be read: Expecting"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "No such file.*model.safetensors"),
+        (lambda folder: (folder / "optimizer.pt").unlink(), "No such file.*optimizer.pt"),
+        (lambda folder: (folder / "rng_state.pth").unlink(), "No such file.*rng_state.pth"),
         (shutil.rmtree, "it is no folder"),
     ],
 )
@@ -253,6 +257,19 @@ def test_a_checkpoint_of_another_run_is_not_whole_while_it_is_written_over(saves
     assert attempt(save, longest=100_000).signal == signal.SIGXFSZ
     with pytest.raises(ValueError, match="no whole checkpoint"):
         newest_checkpoint("run")
+
+
+def test_nothing_of_another_runs_checkpoint_stays_in_one_that_is_written_over(saves, tmp_path):
+    shutil.copytree(saves.cases[0].run / "checkpoint-8", tmp_path / "checkpoint-1")
+    settings = PLAIN | {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "save_only_model": True}
+    build_trainer(tmp_path, **settings).train()
+    assert damage(tmp_path / "checkpoint-1") is None
+    assert not set(tree(tmp_path / "checkpoint-1")) & {
+        "rf_detr_training_weights.safetensors",
+        "optimizer.pt",
+        "rng_state.pth",
+        "rf_detr_files.json",
+    }
 
 
 def test_a_run_into_the_folder_of_another_one_warns(saves, tmp_path, hf_log):
@@ -320,7 +337,8 @@ PLAIN = {
 def train_poisoned(folder: Path, *image_ids: int, **settings: Any) -> Watch:
     watch = Watch()
     trainer = build_trainer(folder, {"data_collator": Poison(*image_ids), "callbacks": [watch]}, **(PLAIN | settings))
-    trainer.train()
+    watch.train_loss = trainer.train().training_loss
+    assert trainer.state.log_history[-1]["train_loss"] == watch.train_loss
     return watch
 
 
@@ -343,6 +361,9 @@ def test_a_skipped_update_changes_nothing_and_the_others_are_as_ever(skipping, t
 def test_the_log_leaves_skipped_updates_out_of_its_mean(skipping, tmp_path):
     logged = train_poisoned(tmp_path, 3, non_finite_loss="skip", logging_steps=3)
     assert logged.skipped == [1, 1]
+    kept = [loss for loss in skipping.losses if math.isfinite(loss)]
+    for watch in (logged, skipping):
+        assert watch.train_loss == pytest.approx(sum(kept) / 4, rel=1e-6)
     for epoch, mean in enumerate(logged.losses):
         kept = [loss for loss in skipping.losses[3 * epoch : 3 * epoch + 3] if math.isfinite(loss)]
         assert len(kept) == 2
@@ -384,6 +405,14 @@ def test_skipping_ends_after_ten_updates_in_a_row(tmp_path, hf_log):
     with pytest.raises(FloatingPointError, match="10 updates in a row were skipped"):
         train_poisoned(tmp_path, *range(10), non_finite_loss="skip", num_train_epochs=4)
     assert hf_log.text.count("it is left out") == 9
+
+
+def test_a_call_after_one_that_was_stopped_begins_anew(tmp_path):
+    trainer = build_trainer(tmp_path, {"data_collator": Poison(*range(10))}, **PLAIN, non_finite_loss="skip")
+    trainer.args.num_train_epochs = 4
+    for _ in range(2):
+        with pytest.raises(FloatingPointError, match=r"update 10 .* 10 updates in a row were skipped"):
+            trainer.train()
 
 
 def test_broken_weights_are_not_blamed_on_the_pictures(tmp_path):
@@ -562,8 +591,11 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     for settings in ({"longest": 10}, {"longest": 10, "dies_of_length": False}, {"room": 10}, {"dies_at": 1}):
         attempt(job, **settings)
         assert target.read_text() == "before"
-    assert attempt(job).num_changes == 3  # opened, renamed, and nothing of it left to remove
+    target.chmod(0o600)
+    assert attempt(job).num_changes >= 2  # opened, renamed
     assert target.read_text() == "x" * 1000
+    assert target.stat().st_mode & 0o777 == 0o600
+    assert list(tmp_path.iterdir()) != [target]  # of those that were killed
 
 
 def test_links_and_pipes_are_written_where_they_lead(tmp_path):
@@ -574,6 +606,45 @@ def test_links_and_pipes_are_written_where_they_lead(tmp_path):
     assert (tmp_path / "file").read_text() == "after"
     write_text("/dev/null", "gone")
     assert not Path("/dev/null").is_file()
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_text(tmp_path / "pipe", "through")
+    assert os.read(reader, 100) == b"through"
+    os.close(reader)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_of_the_disk"),
+    [
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+        (SafetensorError("Error while serializing: I/O error: No such file or directory (os error 2)"), False),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (PermissionError(errno.EACCES, "Permission denied"), False),
+        (shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")]), True),
+        (RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 576 vs 534"), True),
+        (RuntimeError("shapes differ"), False),
+    ],
+)
+def test_only_what_the_disk_has_done_is_blamed_on_it(error, is_of_the_disk, tmp_path):
+    with pytest.raises(type(error) if not is_of_the_disk else DiskError) as raised, explained(tmp_path / "file"):
+        raise error
+    assert ("file cannot be written: " in str(raised.value)) == is_of_the_disk
+
+
+@pytest.mark.parametrize(
+    ("text", "num_processes", "is_explained"),
+    [
+        ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:2", 2, True),
+        ("NCCL error: remote process exited or there was a network error", 2, True),
+        ("NCCL error: Duplicate GPU detected", 2, False),
+        ("Connection closed by peer", 1, False),
+        ("cannot read data/igloos/1.png", 2, False),
+    ],
+)
+def test_only_a_process_that_is_gone_is_called_so(text, num_processes, is_explained):
+    expected = ConnectionAbortedError if is_explained else RuntimeError
+    with pytest.raises(expected, match=re.escape(text)), explained_deaths(num_processes):
+        raise RuntimeError(text)
 
 
 def test_a_folder_takes_its_name_when_it_is_full(tmp_path):

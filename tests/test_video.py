@@ -408,7 +408,7 @@ def test_a_file_that_finds_no_room_goes_and_leaves_the_old_one(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"film\.mp4 cannot be written: File too large; nothing of it is left"):
+        with pytest.raises(OSError, match=r"film\.mp4 cannot be written: File too large; free some space"):
             write_all()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

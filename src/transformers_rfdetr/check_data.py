@@ -45,7 +45,7 @@ from .data_sources import (
     yolo_label_file,
     yolo_pictures,
 )
-from .files import whole_file, whole_folder
+from .files import is_partial, whole_file, whole_folder
 from .image_processing_rf_detr import are_numbers, clamp_box, is_index, located, plain, read_rgb
 from .masks import Shape, measure, read_segmentation, to_rle
 from .repair_data import RepairedCopy
@@ -1132,7 +1132,7 @@ def _check_output(option: str, folder: Path, roots: Iterable[Path]) -> None:
             raise ValueError(f"{option} {folder} lies in {root}, which is only read; give a folder outside of it")
     if path.exists() and not path.is_dir():
         raise ValueError(f"{option} {folder} is a file; give a new folder")
-    if option == "fix" and path.exists() and any(path.iterdir()):
+    if option == "fix" and path.exists() and any(not is_partial(inside) for inside in path.iterdir()):
         raise ValueError(f"{option} {folder} is not empty; give a new folder")
 
 

@@ -6,6 +6,7 @@ process that is killed leaves that hidden file; nothing reads it, and it may be 
 
 import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -16,9 +17,11 @@ from safetensors import SafetensorError
 
 # What the system says where it is the disk that stops a write, and not its caller.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+_REMEDY = "free some space, or give another place"
 
 
-_REMEDY = "nothing of it is left; free some space, or give another place"
+class DiskError(OSError):
+    """A file or folder could not be written, because the disk is full or broken."""
 
 
 @contextmanager
@@ -26,23 +29,35 @@ def whole_file(path: str | os.PathLike[str], remedy: str = _REMEDY) -> Iterator[
     """A path to write to; the file there takes the place of `path` when the block ends, or goes when it fails.
 
     Args:
-        path: In a folder that exists. A pipe or a device is written as it is; of a link, what it points to.
+        path: In a folder that exists. Of a link what it points to is replaced. Pipes and devices are written as they
+            are, and so is a file in a folder that nothing may be added to.
         remedy: What an error about the disk says at its end.
 
     Raises:
-        OSError: the disk is full or broken; `path` is what it was.
+        DiskError: `path` is what it was.
     """
-    path = Path(path).resolve()
-    is_special = path.exists() and not path.is_file()
-    partial = path if is_special else _partial(path)
+    path, given = Path(path).resolve(), Path(path).absolute()
+    if path.exists() and not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    is_special = (given.exists() and not given.is_file()) or str(given).startswith(("/dev/std", "/dev/fd/", "/proc/"))
+    if is_special or (path.exists() and not os.access(path.parent, os.W_OK)):
+        with explained(given, remedy):
+            yield given
+        return
+    partial = _partial(path)
     try:
         with explained(path, remedy):
             yield partial
-            if not is_special:
+            if path.exists():
+                shutil.copymode(path, partial)
+            try:
                 os.replace(partial, path)
+            except OSError as error:  # a file that is mounted, as into a container
+                if error.errno != errno.EBUSY:
+                    raise
+                shutil.copyfile(partial, path)
     finally:
-        if not is_special:
-            partial.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str, errors: str = "strict") -> None:
@@ -59,17 +74,18 @@ def whole_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         folder: One that does not exist, or an empty one. Folders above it are made.
 
     Raises:
-        OSError: the disk is full or broken.
+        DiskError: nothing is left.
     """
     folder = Path(folder).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    is_mount = folder.is_mount()  # which cannot be renamed over
-    partial = _partial(folder / "inside" if is_mount else folder)
+    # What is mounted cannot be renamed over, and a folder may be all that one is allowed to write to.
+    is_fixed = folder.exists() and (folder.is_mount() or not os.access(folder.parent, os.W_OK))
+    partial = _partial(folder / "inside" if is_fixed else folder)
     try:
         with explained(folder):
             partial.mkdir()
             yield partial
-            if is_mount:
+            if is_fixed:
                 for path in partial.iterdir():
                     os.replace(path, folder / path.name)
             else:
@@ -82,28 +98,38 @@ def whole_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def explained(path: Path, remedy: str = _REMEDY) -> Iterator[None]:
-    """Let what a full or broken disk raises inside, an OSError or a library's own error, name file and remedy."""
+    """Raise a DiskError with file and remedy for what a full or broken disk raises inside, by whatever library."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = disk_error(error)
         if reason is None:
             raise
-        told = OSError(f"{path} cannot be written: {reason}; {remedy}")
-        told.errno = getattr(error, "errno", None)
+        told = DiskError(f"{path} cannot be written: {reason}; {remedy}")
+        told.errno = _errno(error)
         raise told from error
 
 
 def disk_error(error: BaseException) -> str | None:
-    """What a full or broken disk has to do with an error of a write, or None if it is of another kind."""
-    if isinstance(error, OSError):
-        return error.strerror if error.errno in _DISK_ERRORS else None
-    text = str(error)
-    if isinstance(error, SafetensorError):
-        return text if "os error" in text.lower() or "i/o error" in text.lower() else None
+    """What a full or broken disk has to do with an error of a write, or None if it is of another kind, or was told."""
+    if isinstance(error, OSError | SafetensorError):
+        number = _errno(error)
+        return os.strerror(number) if number in _DISK_ERRORS and not isinstance(error, DiskError) else None
     # torch.save has no error of its own, and does not say what the system said.
-    is_of_torch = any(words in text for words in ("inline_container", "PytorchStreamWriter", "iostream error"))
+    is_of_torch = any(words in str(error) for words in ("inline_container", "PytorchStreamWriter", "iostream error"))
     return "the disk took a part only" if is_of_torch else None
+
+
+def _errno(error: BaseException) -> int | None:
+    """The system's number of an error, which safetensors and shutil.copytree have in their texts only."""
+    number = getattr(error, "errno", None)
+    found = re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", str(error)) if number is None else None
+    return int(found[1] or found[2]) if found else number
+
+
+def is_partial(path: Path) -> bool:
+    """Whether a file or folder is what a process that was killed had begun."""
+    return path.name.startswith(".") and path.name.endswith(".partial")
 
 
 def _partial(path: Path) -> Path:

@@ -3,14 +3,13 @@
 import json
 import os
 import shutil
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import TrainerState
@@ -24,6 +23,7 @@ logger = logging.get_logger(__name__)
 
 STATE_NAME = "rf_detr_state.json"
 WEIGHTS_NAME = "rf_detr_training_weights.safetensors"
+FILES_NAME = "rf_detr_files.json"
 _MOST_NAMES = 16
 _MOST_SKIPPED_IN_A_ROW = 10
 
@@ -45,13 +45,13 @@ class UpdateGuard:
     def __init__(self, policy: str, names_of: Callable[[Sequence[int]], list[str]]) -> None:
         self.policy, self.names_of = policy, names_of
         self.num_in_a_row = 0
-        self._window: list[tuple[Tensor, list[Mapping[str, Tensor]], Tensor]] = []
+        self._window: list[_Batch] = []
 
     def watch(self, loss: Tensor, labels: Sequence[Mapping[str, Tensor]], outputs: Mapping[str, Any]) -> None:
         """Note a micro-batch: its loss, its B images, and which of them have finite predictions."""
         parts = (outputs["logits"], outputs["pred_boxes"])
         finite = torch.stack([part.detach().float().flatten(1).sum(1) for part in parts]).isfinite().all(0)
-        self._window.append((loss.detach(), list(labels), finite))
+        self._window.append(_Batch(loss.detach(), [target.get("image_id") for target in labels], finite))
 
     def passes(self, model: nn.Module, accelerator: Any, update: int) -> bool:
         """Whether the update may reach the weights; called on every process when its gradients are complete.
@@ -60,7 +60,9 @@ class UpdateGuard:
             FloatingPointError: it may not, and the policy is "stop"; the weights are still those before it.
         """
         window, self._window = self._window, []
-        finite = torch.stack([loss for loss, _, _ in window]).isfinite().all()
+        if not window:  # compute_loss is another one's
+            return True
+        finite = torch.stack([batch.loss for batch in window]).isfinite().all()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if gradients and accelerator.scaler is None:  # which looks for overflow itself, and expects it now and then
             finite = finite & whole(torch.nn.utils.get_total_norm(gradients)).isfinite().to(finite.device)
@@ -69,7 +71,7 @@ class UpdateGuard:
             self.num_in_a_row = 0
             return True
         self.num_in_a_row += 1
-        found = _gathered(self._describe(window), accelerator.num_processes)
+        found = gather_object([self._describe(window)])
         is_of_loss = any(losses for losses, _ in found)
         problem = f"the {'loss' if is_of_loss else 'gradient'} of update {update} is not finite"
         names = [name for losses, names in found for name in names if losses or not is_of_loss]
@@ -81,7 +83,7 @@ class UpdateGuard:
                 " checkpoint, or train from another one"
             )
         problem += f", with the pictures {listed}"
-        if self.policy == "stop" or self.num_in_a_row == _MOST_SKIPPED_IN_A_ROW:
+        if self.policy == "stop" or self.num_in_a_row >= _MOST_SKIPPED_IN_A_ROW:
             often = "" if self.policy == "stop" else f", and {self.num_in_a_row} updates in a row were skipped"
             raise FloatingPointError(
                 f"{problem}{often}. The weights were not changed. Look at these pictures and their annotations"
@@ -91,22 +93,22 @@ class UpdateGuard:
         logger.warning(f"{problem}; it is left out")
         return False
 
-    def _describe(self, window: Sequence[tuple[Tensor, list[Mapping[str, Tensor]], Tensor]]) -> tuple[bool, list[str]]:
+    def _describe(self, window: Sequence["_Batch"]) -> tuple[bool, list[str]]:
         """Whether a loss of this process is broken, and the images that may have done it."""
-        broken = [part for part in window if not part[0].isfinite()]
-        images = []
-        for _, labels, finite in broken or window:
-            chosen = [target for target, is_fine in zip(labels, finite.tolist(), strict=True) if not is_fine]
-            images += chosen or labels  # its mask or its targets, so that it may be any of them
-        ids = [int(target["image_id"]) for target in images if "image_id" in target]
-        return bool(broken), list(dict.fromkeys(self.names_of(ids)))
+        broken = [batch for batch in window if not batch.loss.isfinite()]
+        ids = []
+        for batch in broken or window:
+            chosen = [
+                ident for ident, is_fine in zip(batch.image_ids, batch.finite.tolist(), strict=True) if not is_fine
+            ]
+            ids += chosen or batch.image_ids  # its masks or its targets, so that it may be any of them
+        return bool(broken), list(dict.fromkeys(self.names_of([int(ident) for ident in ids if ident is not None])))
 
 
-def _gathered(value: Any, num_processes: int) -> list[Any]:
-    values = [value] * num_processes
-    if num_processes > 1:
-        torch.distributed.all_gather_object(values, value)
-    return values
+class _Batch(NamedTuple):
+    loss: Tensor
+    image_ids: list[Tensor | None]
+    finite: Tensor  # (B,) bool, whether the predictions of an image are
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------
@@ -128,32 +130,31 @@ def newest_checkpoint(output_dir: str | os.PathLike[str]) -> str:
     raise ValueError(f"no whole checkpoint in {output_dir}; train without resume_from_checkpoint first")
 
 
-def damage(checkpoint: str | os.PathLike[str]) -> str | None:
-    """Why a checkpoint is not whole, or None if it is: its state, written last, and what the files say of their length.
+def list_files(checkpoint: str | os.PathLike[str]) -> None:
+    """Note names and sizes of what is in a checkpoint, as the last but for its state."""
+    folder = Path(checkpoint)
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    (folder / FILES_NAME).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
 
-    Of the files only the headers are read.
-    """
+
+def damage(checkpoint: str | os.PathLike[str]) -> str | None:
+    """Why a checkpoint is not whole, or None if it is: its state, written last, and the lengths of its files."""
     folder = Path(checkpoint)
     if not folder.is_dir():
         return "it is no folder"
     try:
         TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
-        ours = json.loads((folder / STATE_NAME).read_text(encoding="utf-8")) if (folder / STATE_NAME).is_file() else {}
-        indices = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.index.json")]
-    except (OSError, ValueError, TypeError) as error:
-        return f"its state cannot be read: {error}"
-    wanted = {name for index in indices for name in index["weight_map"].values()} | set(ours.get("files", ()))
-    missing = sorted(name for name in wanted if not any(folder.glob(name)))
-    if missing:
-        return f"{missing[0]} is missing"
-    for path in folder.glob("*.safetensors"):
-        try:
-            with safe_open(path, "pt"):
+        listed = (folder / FILES_NAME).is_file()  # not of the stock Trainer, and where there is a model only
+        sizes = json.loads((folder / FILES_NAME).read_text(encoding="utf-8")) if listed else {}
+        for name, size in sizes.items():
+            if (found := (folder / name).stat().st_size) != size:
+                return f"{name} has {found} of {size} bytes"
+        for path in folder.rglob("*.safetensors"):
+            with safe_open(path, "pt"):  # which compares the length with the header's
                 pass
-        except SafetensorError as error:
-            return f"{path.name} is cut off: {error}"
-    broken = [path.name for path in folder.glob("*.pt*") if path.is_file() and not zipfile.is_zipfile(path)]
-    return f"{broken[0]} is cut off" if broken else None
+    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+        return f"a file is missing or cannot be read: {error}"
+    return None
 
 
 def replace_folder(source: Path, target: Path) -> None:
@@ -161,10 +162,9 @@ def replace_folder(source: Path, target: Path) -> None:
     restore_folder(target)
     fresh, old = _beside(target)
     try:
-        fresh.mkdir()
-        for path in source.iterdir():
-            if path.name != "training_args.bin":
-                shutil.copyfile(path, fresh / path.name)
+        shutil.copytree(
+            source, fresh, ignore=shutil.ignore_patterns("training_args.bin"), copy_function=shutil.copyfile
+        )
     except OSError:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
@@ -172,6 +172,12 @@ def replace_folder(source: Path, target: Path) -> None:
         os.replace(target, old)
     os.replace(fresh, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_best(output_dir: str | os.PathLike[str]) -> None:
+    """Do so for the best models of a run."""
+    for kind in ("ema", "regular", "total"):
+        restore_folder(Path(output_dir, f"best_{kind}"))
 
 
 def restore_folder(target: Path) -> None:
@@ -191,8 +197,12 @@ def _beside(target: Path) -> tuple[Path, Path]:
 
 
 @contextmanager
-def explained_deaths(output_dir: str | os.PathLike[str]) -> Iterator[None]:
+def explained_deaths(num_processes: int, resumed_from: str | os.PathLike[str] | None = None) -> Iterator[None]:
     """Say in words what it means that a process which reads pictures, or another one of the run, is gone.
+
+    Args:
+        num_processes: Of the run.
+        resumed_from: The output folder, where there is a training to be resumed.
 
     Raises:
         ChildProcessError: a worker of a data loader was killed.
@@ -201,22 +211,31 @@ def explained_deaths(output_dir: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = str(error)
+        text, remedy = str(error), ""
+        if resumed_from is not None:
+            with suppress(ValueError):
+                remedy = f" resume_from_checkpoint=True goes on from {newest_checkpoint(resumed_from)}."
         if "DataLoader worker" in text and ("killed" in text or "exited unexpectedly" in text):
             raise ChildProcessError(
                 f"a process that reads pictures ended: {text.rstrip('. ')}. Mostly memory was short: pass a lower"
                 " dataloader_num_workers (0 reads in this process) or per_device_train_batch_size, or give a container"
-                f" more shared memory (docker run --shm-size 8g).{_going_on(output_dir)}"
+                f" more shared memory (docker run --shm-size 8g).{remedy}"
             ) from error
-        if isinstance(error, torch.distributed.DistError) or "gloo" in text:
+        if num_processes > 1 and any(words in text.lower() for words in _GONE):
             raise ConnectionAbortedError(
                 "another process of this run is gone, or cannot be reached; its own message, or the system's (short"
-                f" memory?), says why.{_going_on(output_dir)} This one saw: {text}"
+                f" memory?), says why.{remedy} This one saw: {text}"
             ) from error
         raise
 
 
-def _going_on(output_dir: str | os.PathLike[str]) -> str:
-    with suppress(ValueError):
-        return f" resume_from_checkpoint=True goes on from {newest_checkpoint(output_dir)}."
-    return ""
+# What gloo and NCCL say.
+_GONE = (
+    "connection closed",
+    "connection reset",
+    "broken pipe",
+    "remote process",
+    "remote peer",
+    "timed out",
+    "timeout",
+)

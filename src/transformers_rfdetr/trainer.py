@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed
 import transformers
+from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ from .data import (
     collate_fn,
 )
 from .data_sources import load_instance_dataset
-from .files import explained, write_text
+from .files import explained, whole_file, write_text
 from .image_processing_rf_detr import RfDetrImageProcessor
 from .inference import predict
 from .masks import read_segmentation, to_rle
@@ -81,9 +82,10 @@ from .recovery import (
     UpdateGuard,
     damage,
     explained_deaths,
+    list_files,
     newest_checkpoint,
     replace_folder,
-    restore_folder,
+    restore_best,
 )
 from .visualization import draw_instances
 
@@ -478,15 +480,14 @@ class RfDetrTrainer(Trainer):
                 (ChildProcessError, ConnectionAbortedError). What is on disk is whole.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = self._newest_checkpoint()
         elif resume_from_checkpoint and (reason := damage(resume_from_checkpoint)):
             raise ValueError(
                 f"{resume_from_checkpoint} is not a whole checkpoint: {reason}; resume_from_checkpoint=True takes the"
                 f" newest whole one of {self.args.output_dir}"
             )
         if self.args.should_save:
-            for kind in ("ema", "regular", "total"):
-                restore_folder(Path(self.args.output_dir, f"best_{kind}"))
+            restore_best(self.args.output_dir)
             if not resume_from_checkpoint:
                 self._warn_of_an_earlier_run()
         # Nothing of a run before this one is left; a checkpoint brings its own.
@@ -494,8 +495,23 @@ class RfDetrTrainer(Trainer):
         self._measured = {}
         if self.is_world_process_zero():
             self._describe_data()
-        with explained_deaths(self.args.output_dir):
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+        with explained_deaths(self.args.world_size, self.args.output_dir):
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        mean = output.training_loss * self._share_of_run()
+        return output._replace(training_loss=mean, metrics={**output.metrics, "train_loss": mean})
+
+    def _newest_checkpoint(self) -> str:
+        """The first process's choice, on all of them: a file system may show them different folders."""
+        found: list[Any] = [None]
+        if self.args.process_index == 0:
+            try:
+                found = [newest_checkpoint(self.args.output_dir)]
+            except ValueError as error:
+                found = [error]
+        broadcast_object_list(found)
+        if isinstance(found[0], ValueError):
+            raise found[0]
+        return found[0]
 
     def _warn_of_an_earlier_run(self) -> None:
         with suppress(ValueError):
@@ -578,7 +594,10 @@ class RfDetrTrainer(Trainer):
         self._guard = UpdateGuard(self.args.non_finite_loss, self._names_of)
         self._sums: dict[str, Tensor] = {}  # of the terms of the loss since the last log entry
         self._update_sums: dict[str, Tensor] = {}  # of the loss and its terms over the update that is running
-        self._num_skipped = 0  # updates since the last log entry that were left out
+        self._num_skipped = self._num_skipped_in_all = (
+            0  # updates that were left out, since the last log entry and in all
+        )
+        self._share_of_window = 1.0  # steps of a log entry by those of them that were kept
         self._dropped: Tensor | float = 0.0  # their loss, which transformers' sum still has
 
     def _finish_update(self) -> bool:
@@ -589,11 +608,21 @@ class RfDetrTrainer(Trainer):
             for name, value in sums.items():
                 self._sums[name] = self._sums.get(name, 0) + value
             return True
-        if self.accelerator.scaler is None:  # which leaves the step out by itself
+        if self.accelerator.scaler is None or self.args.max_grad_norm:
             self.optimizer.zero_grad()
+        else:  # a scaler that has not looked for overflow yet needs gradients, and leaves the step out if they overflow
+            next(weight.grad for weight in self.model.parameters() if weight.grad is not None).fill_(float("inf"))
         self._num_skipped += 1
+        self._num_skipped_in_all += 1
         self._dropped = self._dropped + loss
         return False
+
+    def _share_of_run(self) -> float:
+        """All steps of the run, by which transformers divides the sum of the loss, by those that were kept."""
+        num_kept = self.state.global_step - self._num_skipped_in_all
+        if num_kept == 0:
+            return float("nan")
+        return self.state.global_step / num_kept
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -624,17 +653,17 @@ class RfDetrTrainer(Trainer):
             self._sums = {}
             if self._num_skipped:
                 self._terms["skipped_updates"] = self._num_skipped
-                if num_kept:
-                    tr_loss *= num_steps / num_kept  # transformers divides by all of them
-                else:
-                    self._terms["loss"] = float("nan")
-                self._num_skipped = 0
+            # transformers divides by all of them
+            self._share_of_window = num_steps / num_kept if num_kept else float("nan")
+            self._num_skipped = 0
         super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Log numbers, beside the loss its terms of the last layer."""
         if "loss" in logs:
-            logs = {**logs, **self._terms}
+            logs = {**logs, **self._terms, "loss": logs["loss"] * self._share_of_window}
+        if "train_loss" in logs:
+            logs = {**logs, "train_loss": logs["train_loss"] * self._share_of_run()}
         super().log(logs, *args, **kwargs)
 
     def log_metrics(self, split: str, metrics: dict[str, Any]) -> None:
@@ -649,7 +678,7 @@ class RfDetrTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The numbers of a data set; `eval_per_class` is a dictionary, of which the log gets one number a class."""
-        with explained_deaths(self.args.output_dir):
+        with explained_deaths(self.args.world_size):
             metrics = super().evaluate(*args, **kwargs)
         return metrics | self._per_class
 
@@ -855,7 +884,11 @@ class RfDetrTrainer(Trainer):
         self.callback_handler.on_push_begin(args, self.state, self.control)
         checkpoint, folder = Path(checkpoint_folder), Path(args.output_dir)
         # Copies, because an old checkpoint may be deleted while it is uploaded.
-        files = [Path(shutil.copyfile(path, folder / path.name)) for path in _model_files(checkpoint)]
+        files = []
+        for path in _model_files(checkpoint):
+            with whole_file(folder / path.name) as partial:
+                shutil.copyfile(path, partial)
+            files.append(folder / path.name)
         parts = [(folder, files, "")]
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             whole_state = [
@@ -1065,6 +1098,8 @@ class RfDetrTrainer(Trainer):
             return
         root = Path(self._get_output_dir(trial))
         written = root / f".best_{kind}"
+        if self.args.should_save:
+            shutil.rmtree(written, ignore_errors=True)  # of a run that was killed
         try:
             with explained(root / f"best_{kind}", _FULL_DISK):
                 with self._average.in_model() if kind == "ema" else nullcontext():
@@ -1095,11 +1130,12 @@ class RfDetrTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint: first what transformers does not know, last its state, which marks it as whole."""
         folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.args.should_save:  # of an earlier run
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         try:
             with explained(folder, _FULL_DISK):
-                folder.mkdir(parents=True, exist_ok=True)
+                if self.args.should_save:
+                    (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # so that it is not whole from now on
+                    shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
+                    folder.mkdir(parents=True)
                 self._save_recipe(folder)
                 super()._save_checkpoint(model, trial)
         except OSError:
@@ -1111,6 +1147,8 @@ class RfDetrTrainer(Trainer):
         """The last that every process writes, before the first one writes the state."""
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            list_files(output_dir)
 
     def _save_recipe(self, folder: Path) -> None:
         gather = self.accelerator.gather
@@ -1127,13 +1165,11 @@ class RfDetrTrainer(Trainer):
             return
         if tensors:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_NAME)
-        files = ["*model*.safetensors"] + [WEIGHTS_NAME] * bool(tensors)
         state = {
-            "files": files + ["optimizer*", "scheduler.pt", "rng_state*"] * (not self.args.save_only_model),
             "num_updates": self._average.num_updates if self._average is not None else 0,
             "best": self._best,
             "sums_since_log": sums,
-            "skipped_since_log": self._num_skipped,
+            "skipped_updates": [self._num_skipped, self._num_skipped_in_all],
             "last_logged_step": self._globalstep_last_logged,
             "total_loss": self._total_loss_scalar,
         }
@@ -1182,7 +1218,7 @@ class RfDetrTrainer(Trainer):
         }
         self._globalstep_last_logged = resumed["last_logged_step"]
         self._total_loss_scalar = resumed["total_loss"]
-        self._num_skipped = resumed.get("skipped_since_log", 0)
+        self._num_skipped, self._num_skipped_in_all = resumed.get("skipped_updates", (0, 0))
         if hasattr(self, "_initial_global_step"):  # newer transformers averages over the steps of this call only
             self._initial_global_step = 0
         loss = sums.pop("loss")

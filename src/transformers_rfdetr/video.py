@@ -308,7 +308,7 @@ class VideoWriter:
             picture of another size is scaled to this one: a camera that comes back may have changed its.
 
     Raises:
-        ValueError: another suffix, or the folder does not exist.
+        ValueError: another suffix, or the folder does not exist; a picture after [`close`](VideoWriter.close).
         ImportError: PyAV is missing.
     """
 
@@ -338,6 +338,8 @@ class VideoWriter:
         """Append a picture that is shown from `seconds` on; a time not after the last one is moved behind it."""
         av = _import_av()
         if self._container is None:
+            if self._last_pts >= 0:
+                raise ValueError(f"{self.path} is closed; make another VideoWriter")
             self._open(av)
         if picture.size != self.size:
             picture = picture.resize(self.size)

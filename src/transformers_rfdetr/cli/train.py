@@ -309,6 +309,7 @@ def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
         from accelerate.utils import broadcast_object_list
     except ImportError as error:
         raise ImportError('training needs accelerate: pip install "transformers-rfdetr[train]"') from error
+    from ..recovery import restore_best
     from ..trainer import RfDetrTrainer
 
     arguments = _training_arguments(recipe)
@@ -320,6 +321,8 @@ def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
         raise ValueError(f"{recipe['data']} has the splits {', '.join(data)}, and no train; rename one, or add it")
     names = dict(zip(data.category_ids, data.id2label.values(), strict=True))
     recipe = {**recipe, "class_names": names, "versions": _versions()}
+    if is_first:
+        restore_best(output)
     # The first process alone looks and changes: what the others would find depends on when they look.
     [checkpoint] = broadcast_object_list([find_checkpoint(output, recipe) if resume and is_first else None])
     set_seed(arguments.seed)  # of heads for new classes
@@ -383,7 +386,7 @@ def find_checkpoint(output: Path, recipe: Mapping[str, Any]) -> str | None:
     Raises:
         ValueError: the folder holds a run with other settings, or what may be one.
     """
-    from ..trainer import newest_checkpoint
+    from ..recovery import newest_checkpoint
 
     remedy = "give another --output, or --no-resume to move what is there aside and begin anew"
     traces = _traces(output)
