@@ -39,7 +39,7 @@ def whole_file(path: str | os.PathLike[str], remedy: str = _REMEDY) -> Iterator[
     path, given = Path(path).resolve(), Path(path).absolute()
     if path.exists() and not os.access(path, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-    is_special = (given.exists() and not given.is_file()) or str(given).startswith(("/dev/std", "/dev/fd/", "/proc/"))
+    is_special = given.exists() and not given.is_file()
     if is_special or (path.exists() and not os.access(path.parent, os.W_OK)):
         with explained(given, remedy):
             yield given
