@@ -594,9 +594,8 @@ class RfDetrTrainer(Trainer):
         self._guard = UpdateGuard(self.args.non_finite_loss, self._names_of)
         self._sums: dict[str, Tensor] = {}  # of the terms of the loss since the last log entry
         self._update_sums: dict[str, Tensor] = {}  # of the loss and its terms over the update that is running
-        self._num_skipped = self._num_skipped_in_all = (
-            0  # updates that were left out, since the last log entry and in all
-        )
+        self._num_skipped = 0  # updates since the last log entry that were left out
+        self._num_skipped_in_all = 0
         self._share_of_window = 1.0  # steps of a log entry by those of them that were kept
         self._dropped: Tensor | float = 0.0  # their loss, which transformers' sum still has
 
