@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -495,6 +496,16 @@ def test_a_worker_that_is_killed_is_explained_and_the_run_goes_on(use, tmp_path)
         assert math.isfinite(build().evaluate()["eval_loss"])
 
 
+def test_a_temporary_folder_that_workers_cannot_use_is_refused(tmp_path, monkeypatch):
+    (deep := tmp_path / ("d" * 100)).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    monkeypatch.delitem(multiprocessing.current_process()._config, "tempdir", raising=False)
+    trainer = build_trainer(tmp_path, **PLAIN, dataloader_num_workers=1)
+    with pytest.raises(OSError, match=r"cannot hand them over through .*d{100}: AF_UNIX path too long; set TMPDIR"):
+        trainer.train()
+    multiprocessing.current_process()._config.pop("tempdir", None)
+
+
 def die_on_the_second(folder: str, report: Any) -> None:
     """Rank 1 is killed in the third update; rank 0 tells what it sees."""
     trainer = build_trainer(folder, **(PLAIN | {"save_strategy": "steps", "save_steps": 1}))
@@ -659,6 +670,7 @@ def test_a_folder_takes_its_name_when_it_is_full(tmp_path):
 
 MOUNTED = """
 import sys
+import tempfile
 from test_faults import improving_trainer
 trainer = improving_trainer()
 trainer.train(resume_from_checkpoint=sys.argv[1] == "again")

@@ -360,6 +360,7 @@ def test_a_compiled_training_step_has_the_same_gradients_and_any_number_of_objec
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_the_compiled_evaluation_forward_computes_the_same(kind, dynamic):
+    torch.compiler.reset()  # which has a limit of compilations in a process
     model = small_model(kind)
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
     for size in [(2, 48, 48), (1, 48, 48), (3, 96, 120)][: 3 if dynamic else 1]:

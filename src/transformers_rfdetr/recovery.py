@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from multiprocessing.connection import Listener
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -194,6 +196,21 @@ def _beside(target: Path) -> tuple[Path, Path]:
 
 
 # -- processes -------------------------------------------------------------------------------------------------------
+
+
+def check_workers(num_workers: int) -> None:
+    """Raise OSError where processes that read pictures could not hand them over, so that a run would wait for ever.
+
+    They do it through sockets in the temporary folder, whose path may be too long for one.
+    """
+    if num_workers:
+        try:
+            Listener().close()
+        except OSError as error:
+            raise OSError(
+                f"processes that read pictures cannot hand them over through {tempfile.gettempdir()}: {error}; set"
+                " TMPDIR to a short path, such as /tmp, or pass dataloader_num_workers=0"
+            ) from error
 
 
 @contextmanager

@@ -80,6 +80,7 @@ from .recovery import (
     STATE_NAME,
     WEIGHTS_NAME,
     UpdateGuard,
+    check_workers,
     damage,
     explained_deaths,
     list_files,
@@ -490,6 +491,7 @@ class RfDetrTrainer(Trainer):
             restore_best(self.args.output_dir)
             if not resume_from_checkpoint:
                 self._warn_of_an_earlier_run()
+        check_workers(self.args.dataloader_num_workers)
         # Nothing of a run before this one is left; a checkpoint brings its own.
         self._best, self._resumed, self._average = {}, None, None
         self._measured = {}
