@@ -146,8 +146,9 @@ def damage(checkpoint: str | os.PathLike[str]) -> str | None:
         return "it is no folder"
     try:
         TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
-        listed = (folder / FILES_NAME).is_file()  # not of the stock Trainer, and where there is a model only
-        sizes = json.loads((folder / FILES_NAME).read_text(encoding="utf-8")) if listed else {}
+        # The stock Trainer's have no such state.
+        state = _read_json(folder / STATE_NAME) if (folder / STATE_NAME).is_file() else {}
+        sizes = _read_json(folder / FILES_NAME) if state.get("lists_files") else {}
         for name, size in sizes.items():
             if (found := (folder / name).stat().st_size) != size:
                 return f"{name} has {found} of {size} bytes"
@@ -157,6 +158,10 @@ def damage(checkpoint: str | os.PathLike[str]) -> str | None:
     except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         return f"a file is missing or cannot be read: {error}"
     return None
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def replace_folder(source: Path, target: Path) -> None:

@@ -1167,6 +1167,7 @@ class RfDetrTrainer(Trainer):
         if tensors:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_NAME)
         state = {
+            "lists_files": not self.args.save_only_model,
             "num_updates": self._average.num_updates if self._average is not None else 0,
             "best": self._best,
             "sums_since_log": sums,
