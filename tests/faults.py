@@ -11,7 +11,6 @@ import io
 import os
 import pickle
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -59,24 +58,29 @@ def attempt(
     drawn = random.getstate()
     fork = os.fork()
     if fork == 0:
-        random.setstate(drawn)  # which Python draws anew in a fork
-        torch.set_num_threads(1)  # the threads of OpenMP are not forked
-        tqdm.auto.tqdm.set_lock(threading.RLock())  # its own is shared with forks, and kept by one that dies
-        os.close(receiver)
-        ended = _run(job, dies_at, room, longest, dies_of_length)
-        with open(sender, "wb", closefd=False) as report:
-            report.write(pickle.dumps(ended))
-        os._exit(0)
+        try:
+            random.setstate(drawn)  # which Python draws anew in a fork
+            torch.set_num_threads(1)  # the threads of OpenMP are not forked
+            tqdm.auto.tqdm.set_lock(threading.RLock())  # its own is shared with forks, and kept by one that dies
+            os.close(receiver)
+            ended = _run(job, dies_at, room, longest, dies_of_length)
+            with open(sender, "wb", closefd=False) as report:
+                report.write(pickle.dumps(ended))
+        finally:
+            os._exit(0)  # and never goes on as this process
     os.close(sender)
     with open(receiver, "rb") as report:
         told = report.read()
     _, status = os.waitpid(fork, 0)
+    assert told or os.WIFSIGNALED(status), "the fork ended without a word"
     return pickle.loads(told) if told else Ended(os.WTERMSIG(status), None, -1, -1)
 
 
 def _run(
     job: Callable[[], Any], dies_at: int | None, room: int | None, longest: int | None, dies_of_length: bool
 ) -> Ended:
+    import resource  # of POSIX only, as forks are
+
     sys.dont_write_bytecode = True
     is_watching, num_changes = True, 0
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -612,6 +613,7 @@ def test_the_terms_of_the_loss_add_up_to_it_in_the_log(tmp_path):
 # -- resume ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(os.name != "posix", reason="forks and kills a process")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_killed_in_the_middle_of_an_epoch_resumes_bit_for_bit(workers, tmp_path):
     settings = {
