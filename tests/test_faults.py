@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,15 +74,13 @@ def snapshot(run: Path) -> dict[str, dict[str, bytes]]:
     return {folder.name: tree(folder) for folder in run.iterdir() if not folder.name.startswith(".")}
 
 
-def faults_of(clean: Ended, largest: int) -> dict[str, dict[str, Any]]:
+def faults_of(clean: Ended, lengths: Sequence[int], num_parts: int) -> dict[str, dict[str, Any]]:
     """One before every change of the disk, and others in the middle of the files."""
-    lengths = [0, 1, 1000, largest // 3, largest - 1]
-    rooms = [0, 1, *(clean.num_bytes * part // 7 for part in range(1, 7)), clean.num_bytes - 2]
+    parts = (clean.num_bytes * part // num_parts for part in range(1, num_parts))
     return {
         **{f"killed before change {place}": {"dies_at": place} for place in range(clean.num_changes)},
         **{f"killed in a file at byte {length}": {"longest": length} for length in lengths},
-        **{f"a file larger than {length}": {"longest": length, "dies_of_length": False} for length in lengths},
-        **{f"disk full after {room} bytes": {"room": room} for room in rooms},
+        **{f"disk full after {room} bytes": {"room": room} for room in (0, 1, *parts, clean.num_bytes - 2)},
     }
 
 
@@ -127,8 +125,11 @@ def saves(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saves]:
 
                 clean = disturbed("none")
                 largest = max(path.stat().st_size for path in cases[0].run.rglob("*") if path.is_file())
-                for name, fault in faults_of(clean, largest).items():
+                lengths = [0, 1, 1000, largest // 3, largest - 1]
+                for name, fault in faults_of(clean, lengths, num_parts=7).items():
                     disturbed(name, **fault)
+                for length in lengths:
+                    disturbed(f"a file larger than {length}", longest=length, dies_of_length=False)
             return keep_best(metrics, trial)
 
         trainer._determine_best_metric = second_save
@@ -564,22 +565,13 @@ def repairing(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Any]
     return lambda output: check_dataset(folder / "train.json", fix=output, workers=1)
 
 
-def few_faults(clean: Ended) -> dict[str, dict[str, Any]]:
-    rooms = {0, 1, *(clean.num_bytes * part // 5 for part in range(1, 5)), clean.num_bytes - 2}
-    return {
-        **{f"killed before change {place}": {"dies_at": place} for place in range(clean.num_changes)},
-        **{f"killed in a file at byte {length}": {"longest": length} for length in (0, 1, 300, 2000)},
-        **{f"disk full after {room} bytes": {"room": room} for room in sorted(rooms)},
-    }
-
-
 @pytest.mark.parametrize("name", ["predicting", "repairing"])
 def test_whatever_stops_it_nothing_half_is_there_and_the_next_run_ends_it(name, request, tmp_path):
     job = request.getfixturevalue(name)
     clean = attempt(functools.partial(job, tmp_path / "whole"))
     assert (clean.signal, clean.error) == (0, None)
     expected = tree(tmp_path / "whole")
-    for number, (fault, settings) in enumerate(few_faults(clean).items()):
+    for number, (fault, settings) in enumerate(faults_of(clean, [0, 1, 300, 2000], num_parts=5).items()):
         output = tmp_path / str(number)
         ended = attempt(functools.partial(job, output), **settings)
         assert ended.signal or isinstance(ended.error, OSError) or fault.startswith("killed in a file"), fault

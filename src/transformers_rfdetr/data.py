@@ -171,15 +171,15 @@ class InstanceDataset(_Labelled, torch.utils.data.Dataset):
             found.append((index if name is None else name, int(counts[index])))
         return found
 
-    def names_of(self, image_ids: Iterable[int]) -> list[str]:
+    def names_of(self, image_ids: Sequence[int]) -> list[str]:
         """File names, or "image_id 7" where there is none, of images in the order of their ids given."""
-        found, wanted = {}, set(image_ids := list(image_ids))
+        wanted = dict.fromkeys(image_ids)
         for index in range(len(self)):
-            record = self._rows.record(index)
-            image_id = record["image_id"] if self._tally.keeps_image_ids else index
+            record, (image_id, _) = self._rows.record(index), self._ids(index)
+            image_id = record["image_id"] if image_id is None else image_id
             if image_id in wanted:
-                found[image_id] = record.get("file_name")
-        return [str(found.get(image_id) or f"image_id {image_id}") for image_id in image_ids]
+                wanted[image_id] = record.get("file_name")
+        return [str(wanted[image_id] or f"image_id {image_id}") for image_id in image_ids]
 
     def with_processor(
         self,

@@ -181,12 +181,6 @@ def replace_folder(source: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def restore_best(output_dir: str | os.PathLike[str]) -> None:
-    """Do so for the best models of a run."""
-    for kind in ("ema", "regular", "total"):
-        restore_folder(Path(output_dir, f"best_{kind}"))
-
-
 def restore_folder(target: Path) -> None:
     """Give a folder that was being replaced when its process was killed its name back."""
     fresh, old = _beside(target)
@@ -194,6 +188,12 @@ def restore_folder(target: Path) -> None:
         os.replace(old, target)
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def restore_best(output_dir: str | os.PathLike[str]) -> None:
+    """Do so for the best models of a run."""
+    for kind in ("ema", "regular", "total"):
+        restore_folder(Path(output_dir, f"best_{kind}"))
 
 
 def _beside(target: Path) -> tuple[Path, Path]:

@@ -484,7 +484,7 @@ def predict_video(
             color_by = color_by or ("instance" if track else "class")
             lines = None
             if jsonl is not None:
-                stack.enter_context(explained(Path(jsonl), "free some space, or give another place"))
+                stack.enter_context(explained(Path(jsonl)))
                 lines = stack.enter_context(open(jsonl, "w", encoding="utf-8"))
             sinks = _Sinks(stack, output, lines, rate, color_by, on_frame)
             totals = [total for total in (reader.num_frames, max_frames) if total is not None]

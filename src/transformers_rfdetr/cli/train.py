@@ -58,19 +58,8 @@ _ALIASES = {
 }
 # Settings of the run's place and looks: what is trained does not depend on them.
 _FREE = {
-    *(
-        "private",
-        "output",
-        "device",
-        "use_cpu",
-        "push_to_hub",
-        "versions",
-        "report_to",
-        "run_name",
-        "project",
-        "disable_tqdm",
-    ),
-    *("log_level", "save_total_limit", "per_device_eval_batch_size", "dataloader_num_workers"),
+    *("output", "device", "use_cpu", "push_to_hub", "versions", "report_to", "run_name", "project", "disable_tqdm"),
+    *("private", "log_level", "save_total_limit", "per_device_eval_batch_size", "dataloader_num_workers"),
     *("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_pin_memory"),
 }
 _KIND_NAMES = {
