@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers_rfdetr import load, predict, predict_tiled
 from transformers_rfdetr.demo_data import draw_scene
 from transformers_rfdetr.video import VideoWriter, predict_video
-from transformers_rfdetr.visualization import draw_annotations, side_by_side
+from transformers_rfdetr.visualization import draw_annotations, draw_grid
 
 _SEED = 2_000_000  # of pictures that the model was not trained on
 _THRESHOLD = 0.35
@@ -28,7 +28,7 @@ def main(model_folder: str, output: str) -> None:
     found.draw(picture).save(folder / "picture.png")
     labelled = [{**annotation, "category_id": 0} for annotation in annotations]
     truth = draw_annotations(picture, labelled, model.config.id2label)
-    side_by_side([truth, found.draw(picture)], ["truth", "found"]).save(folder / "comparison.png")
+    draw_grid([[truth, found.draw(picture)]], ["truth", "found"]).save(folder / "comparison.png")
 
     town, _ = draw_scene(_SEED + 1, (384, 512), metres_per_pixel=0.5)
     predict_tiled(model, processor, town, threshold=_THRESHOLD).draw(town, color_by="instance").save(

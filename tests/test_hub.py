@@ -24,11 +24,11 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, hf_hub_download
 from PIL import Image
-from pycocotools import mask as coco_mask
 from transformers import AutoModelForInstanceSegmentation
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from transformers_rfdetr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection, RfDetrImageProcessor, predict
+from transformers_rfdetr.data import InstanceDataset
 from transformers_rfdetr.loading import load
 from transformers_rfdetr.model_card import (
     CODE_FILES,
@@ -36,12 +36,12 @@ from transformers_rfdetr.model_card import (
     add_code,
     curves_of,
     draw_curves,
-    draw_grid,
     model_card,
     ticks,
 )
-from transformers_rfdetr.trainer import RfDetrTrainer, RfDetrTrainingArguments, _objects_of
-from transformers_rfdetr.visualization import color_of
+from transformers_rfdetr.run_card import draw_examples, numbers_of
+from transformers_rfdetr.trainer import RfDetrTrainer, RfDetrTrainingArguments
+from transformers_rfdetr.visualization import color_of, draw_instances
 
 from hub_server import HubServer
 from small_models import pixels, small_config, small_model
@@ -331,7 +331,7 @@ def check_a_run_pushes_its_model_with_card_and_pictures_and_nothing_else(hub: Hu
     assert processor.to_dict() == trainer.processing_class.to_dict()
     for name in pictures:
         with Image.open(hf_hub_download("me/drawn", name)) as picture:
-            assert picture.width > 200
+            assert picture.width > 2 * 96
     arguments = Path(hf_hub_download("me/drawn", "training_arguments.json")).read_text()
     assert json.loads(arguments)["ema_decay"] == 0.993
     assert not any(word in arguments for word in ("token-of-me", str(hub.folder)))
@@ -636,20 +636,11 @@ def test_a_curve_runs_where_its_numbers_are():
         assert np.abs(colours[y - 20 : y - 10, x] - color_of(0)).sum(axis=1).min() > 200
 
 
-def test_the_grid_has_the_pictures_side_by_side_at_480_pixels():
-    red, blue = (Image.new("RGB", (960, 480), colour) for colour in ("red", "blue"))
-    small = Image.new("L", (100, 60), 128)
-    grid = draw_grid([(red, blue), (small, small)], ["left", "right"])
-    assert draw_grid([(small,)], ["a title that is wider than the picture"]).width > 200
-    assert grid.size == (480 * 2 + 8 * 3, 34 + 240 + 60 + 8 * 2)
-    assert grid.getpixel((8, 34)) == (255, 0, 0)
-    assert grid.getpixel((8 + 479, 34 + 239)) == (255, 0, 0)
-    assert grid.getpixel((8 + 480 + 8, 34)) == (0, 0, 255)
-    assert grid.getpixel((8, 34 + 240 + 8)) == (128, 128, 128)
-    assert grid.getpixel((8 + 480 + 7, 100)) == (255, 255, 255)
-
-
 # -- runs ------------------------------------------------------------------------------------------------------------
+
+
+def numbers_of_run(trainer: RfDetrTrainer) -> dict[str, dict[str, Any]]:
+    return numbers_of(trainer.args, trainer.state, [""], "segm_AP")
 
 
 def test_the_numbers_of_a_run_are_those_of_the_weights_that_it_kept(tmp_path):
@@ -662,27 +653,34 @@ def test_the_numbers_of_a_run_are_those_of_the_weights_that_it_kept(tmp_path):
         {"eval_segm_AP": 0.9, "step": 10},  # of some other data set
     ]
     trainer.state.log_history, trainer.state.global_step = log, 10
-    [[title, best]] = trainer._results().items()
+    [[title, best]] = numbers_of_run(trainer).items()
     assert (title, best["segm_AP"], best["bbox_AP"]) == ("validation", 0.3, 0.1)
     assert best["per_class"] == {"roof": {"segm_AP": 0.7}}
     trainer.args.load_best_model_at_end = False
-    assert trainer._results()["validation"]["segm_AP"] == 0.2
+    assert numbers_of_run(trainer)["validation"]["segm_AP"] == 0.2
     trainer.state.global_step = 12
-    assert list(trainer._results()) == ["validation at update 10"]
+    assert list(numbers_of_run(trainer)) == ["validation at update 10"]
     log[1] |= {"eval_base_segm_AP": 0.5, "eval_base_bbox_AP": 0.6}
     trainer.args.load_best_model_at_end = True
-    assert trainer._results()["validation"]["bbox_AP"] == 0.6
+    assert numbers_of_run(trainer)["validation"]["bbox_AP"] == 0.6
 
 
-def test_crowds_are_not_drawn_and_objects_without_a_mask_are_boxes():
+def test_crowds_are_not_drawn_and_objects_without_a_mask_are_boxes(monkeypatch):
+    picture = Image.new("RGB", (9, 8), "gray")
     square = {"bbox": [1.0, 2.0, 4.0, 3.0], "segmentation": [[1, 2, 5, 2, 5, 5, 1, 5]], "category_id": 0, "iscrowd": 0}
-    sample = {"height": 8, "width": 9, "annotations": [square, square | {"iscrowd": 1, "category_id": 1}]}
-    masks, boxes, labels = _objects_of(sample, True)
-    assert (boxes, labels) == (None, [0])
-    assert coco_mask.decode(masks[0]).sum() == 12
-    sample["annotations"].append(square | {"segmentation": None, "category_id": 1})
-    assert _objects_of(sample, True) == (None, [(1.0, 2.0, 5.0, 5.0)] * 2, [0, 1])
-    assert _objects_of(sample, False) == _objects_of(sample, True)
+    crowd = square | {"bbox": [0.0, 0.0, 9.0, 8.0], "iscrowd": 1}
+    mask = np.zeros((8, 9), bool)
+    mask[2:5, 1:5] = True
+    model, data = small_model(num_labels=1), drawn(1)
+    monkeypatch.setattr(InstanceDataset, "__getitem__", lambda self, index: sample)
+    for annotations, shapes in (
+        ([square, crowd], {"masks": [mask]}),
+        ([square, square | {"segmentation": None}], {"boxes": [(1, 2, 5, 5)] * 2}),
+    ):
+        sample = {"image": picture, "height": 8, "width": 9, "annotations": annotations}
+        [(truth, found)] = draw_examples(model, RfDetrImageProcessor(size=48), data, 1)
+        assert np.array_equal(truth, draw_instances(picture, **shapes)), shapes
+        assert np.array_equal(found, picture)  # random weights are sure of nothing
 
 
 # peft asks transformers >= 5.23 by an old name.

@@ -9,7 +9,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from transformers_rfdetr.instances import Instances
-from transformers_rfdetr.visualization import color_of, draw_annotations, draw_instances, side_by_side
+from transformers_rfdetr.visualization import color_of, draw_annotations, draw_grid, draw_instances
 
 SIZE = (60, 80)
 
@@ -153,11 +153,21 @@ def test_ground_truth_is_drawn_from_polygons_and_from_boxes():
     assert draw_annotations(picture, [], {}).tobytes() == picture.tobytes()
 
 
-def test_pictures_stand_side_by_side_under_their_titles():
-    pictures = [Image.new("RGB", (80, 60), color) for color in ("red", "blue")]
-    row = side_by_side(pictures, ["truth", "found"])
-    assert row.width > 160
-    assert row.height > 60
-    assert row.getpixel((40, row.height - 1)) == (255, 0, 0)
-    assert row.getpixel((row.width - 1, row.height - 1)) == (0, 0, 255)
-    assert min(row.crop((0, 0, 80, row.height - 60)).convert("L").getextrema()) < 100  # letters
+def test_pictures_stand_in_rows_under_the_titles_of_their_columns():
+    red, blue = (Image.new("RGB", (80, 60), colour) for colour in ("red", "blue"))
+    grey = Image.new("RGB", (30, 20), (128, 128, 128))
+    grid = draw_grid([(red, blue), (grey, grey)], ["truth", "found"])
+    head, gap = grid.height - 60 - 20 - 4, 4
+    assert grid.width == 2 * 80 + gap
+    assert grid.getpixel((0, head)) == grid.getpixel((79, head + 59)) == (255, 0, 0)
+    assert grid.getpixel((80 + gap, head)) == (0, 0, 255)
+    assert grid.getpixel((80 + gap, head + 60 + gap)) == (128, 128, 128)
+    assert grid.getpixel((82, head + 30)) == grid.getpixel((60, grid.height - 1)) == (255, 255, 255)
+    for left in (0, 80 + gap):
+        assert min(grid.crop((left, 0, left + 80, head)).convert("L").getextrema()) < 100  # letters
+
+
+def test_a_column_is_as_wide_as_its_title_and_without_titles_there_is_no_line_of_text():
+    small = Image.new("RGB", (100, 60))
+    assert draw_grid([(small,)], ["a title that is wider than the picture"]).width > 150
+    assert draw_grid([(small, small)]).size == (2 * 100 + 4, 60)

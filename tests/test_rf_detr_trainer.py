@@ -22,7 +22,8 @@ from transformers_rfdetr.demo_data import draw_dataset
 from transformers_rfdetr.loss_rf_detr import fixed_points
 from transformers_rfdetr.metrics import evaluate_instance_segmentation
 from transformers_rfdetr.optimization import WeightAverage, copy_whole, parameter_groups, whole
-from transformers_rfdetr.trainer import RfDetrTrainer, RfDetrTrainingArguments, newest_checkpoint
+from transformers_rfdetr.recovery import newest_checkpoint
+from transformers_rfdetr.trainer import RfDetrTrainer, RfDetrTrainingArguments
 
 import training_run
 from faults import attempt

@@ -44,6 +44,8 @@ ORDER = [
     "check_data",
     "optimization",
     "recovery",
+    "training_arguments",
+    "run_card",
     "trainer",
     "__init__",
 ]

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from .report import analyse, write_report
     from .tiling import predict_tiled
     from .torch_metric import InstanceSegmentationMetric
-    from .trainer import RfDetrTrainer, RfDetrTrainingArguments
+    from .trainer import RfDetrTrainer
+    from .training_arguments import RfDetrTrainingArguments
     from .video import predict_video
 
 __version__ = "0.1.0"
@@ -75,7 +76,7 @@ _LATER = {
     "evaluate_instance_segmentation": "metrics",
     "InstanceSegmentationMetric": "torch_metric",
     "RfDetrTrainer": "trainer",
-    "RfDetrTrainingArguments": "trainer",
+    "RfDetrTrainingArguments": "training_arguments",
 }
 
 register()

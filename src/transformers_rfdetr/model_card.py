@@ -1,6 +1,6 @@
 """What goes to the Hub beside the weights: the model card, its pictures, the code; and the upload itself.
 
-[`model_card`], [`draw_curves`] and [`draw_grid`] turn facts into text and pictures and read nothing else.
+[`model_card`] and [`draw_curves`] turn facts into text and pictures and read nothing else.
 """
 
 import json
@@ -313,7 +313,6 @@ _SCALE = 2  # drawn this much larger, then reduced: Pillow's lines have no smoot
 _PANEL = (560, 340)
 _MARGINS = (64, 40, 20, 72)  # left, top, right, bottom of a panel's axes
 _INK, _FAINT = (60, 60, 60), (225, 225, 225)
-_CELL = 480  # longest side of a picture in the grid
 
 Points = Sequence[tuple[float, float]]
 
@@ -398,33 +397,6 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     power = 10 ** math.floor(math.log10(size))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= size * (1 - 1e-9))
     return [number * step for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-def draw_grid(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> Image.Image:
-    """Pictures in rows under the titles of the columns; each is reduced to 480 pixels on its longer side."""
-    font, gap, head = ImageFont.load_default(size=18), 8, 34
-    small = [[_reduced(picture) for picture in row] for row in rows]
-    widths = [
-        max(math.ceil(font.getlength(title)), *(row[column].width for row in small))
-        for column, title in enumerate(titles)
-    ]
-    heights = [max(picture.height for picture in row) for row in small]
-    grid = Image.new("RGB", (sum(widths) + gap * (len(widths) + 1), head + sum(heights) + gap * len(heights)), "white")
-    x = gap
-    for column, title in enumerate(titles):
-        ImageDraw.Draw(grid).text((x, head / 2), title, _INK, font, anchor="lm")
-        y = head
-        for row, height in zip(small, heights, strict=True):
-            grid.paste(row[column], (x, y))
-            y += height + gap
-        x += widths[column] + gap
-    return grid
-
-
-def _reduced(picture: Image.Image) -> Image.Image:
-    reduced = picture.convert("RGB")
-    reduced.thumbnail((_CELL, _CELL), Image.Resampling.LANCZOS)
-    return reduced
 
 
 # -- the code --------------------------------------------------------------------------------------------------------

@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed
-import transformers
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
@@ -50,8 +49,6 @@ from .data import (
 from .data_sources import load_instance_dataset
 from .files import explained, whole_file, write_text
 from .image_processing_rf_detr import RfDetrImageProcessor
-from .inference import predict
-from .masks import read_segmentation, to_rle
 from .metrics import InstanceSegmentationEvaluator, category_of_labels, detect, with_categories
 from .model_card import (
     CURVES,
@@ -62,7 +59,6 @@ from .model_card import (
     create_repository,
     curves_of,
     draw_curves,
-    draw_grid,
     is_hub_id,
     model_card,
     upload,
@@ -88,7 +84,9 @@ from .recovery import (
     replace_folder,
     restore_best,
 )
-from .visualization import draw_instances
+from .run_card import DRAWN_SCORE, draw_examples, numbers_of, recipe_of
+from .training_arguments import RfDetrTrainingArguments, base_key, best_key, deciding, note_on_numbers
+from .visualization import draw_grid
 
 logger = logging.get_logger(__name__)
 
@@ -98,143 +96,12 @@ _RECIPE = FlipAndCrop()
 _PUSHED = ("config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json", "adapter_*")
 # Arguments that say nothing of the recipe but where it ran.
 _LOCAL = ("output_dir", "logging_dir", "run_name", "project", "local_rank", "resume_from_checkpoint")
-_DRAWN_SCORE = 0.5
-_MOST_NAMES = 10  # of objects in a picture, so that something is left to see
 # Terms of the last layer, which are logged beside the loss.
 _TERMS = {"loss_ce", "loss_bbox", "loss_giou", "loss_mask_ce", "loss_mask_dice"}
 _FULL_DISK = (
     "nothing is left of what was begun, and what was whole still is; free some space, or lower save_total_limit, and"
     " train with resume_from_checkpoint=True"
 )
-_THRESHOLD_NOTE = (
-    "Detections up to a score of {} (`eval_score_threshold`) are not evaluated: the AP is not COCO's, which has no"
-    " threshold."
-)
-
-
-@dataclass
-class RfDetrTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with what instance segmentation needs, and RF-DETR's recipe as fields.
-
-    Everything of `TrainingArguments` can be set. Fields of it with another default here: batches of 4 x 4 accumulated
-    pictures, 100 epochs, AdamW at 1e-4 with weight decay 1e-4, gradients clipped at a norm of 0.1, bf16 (else fp16) on
-    a GPU, evaluation and checkpoint once an epoch, the newest checkpoint and the best one kept, the best one by mask AP
-    (box AP for detection) loaded at the end, a log entry every 10 steps, nothing removed from the samples. With other
-    strategies than "epoch" for both, `load_best_model_at_end` is False unless it is set.
-
-    Args:
-        learning_rate_encoder: Learning rate of DINOv2 after its last block, before the decays.
-        layer_decay: Factor from one block of DINOv2 to the one before it, in (0, 1].
-        component_decay: Factor of the decoder's learning rate, and twice of DINOv2's, in (0, 1].
-        lr_scheduler_type: "step", which is "constant_with_warmup" and one drop; or another one of transformers, such
-            as "cosine". `warmup_steps` is linear warm-up.
-        lr_drop_epochs: Epochs after which "constant_with_warmup" drops to a tenth.
-        ema: Whether to average the weights. The average is what is evaluated, saved in every checkpoint and left in
-            the model after training.
-        ema_decay: Decay of the average after many updates, in [0, 1).
-        ema_tau: Updates after which the decay has reached 63 % of `ema_decay`.
-        eval_base_model: Whether to evaluate the weights themselves too, as `eval_base_*`.
-        eval_score_threshold: Score that a detection must exceed to be evaluated. COCO's metrics are defined without
-            one; any other value than 0 is named in the log and in the model card.
-        early_stopping: Whether to stop when the metric stays.
-        early_stopping_patience: Evaluations without an improvement after which training stops.
-        early_stopping_min_delta: What an improvement must exceed.
-        early_stopping_use_ema: Whether only the average counts for it; otherwise the better of both.
-        multi_scale: Whether each training step draws its resolution around the model's: up to 5 blocks (patch size x
-            windows) more or less.
-        drop_path: Stochastic depth of DINOv2's last block, in [0, 1); the configuration's by default.
-        freeze_backbone: Whether DINOv2 stays as it is.
-        non_finite_loss: What follows an update whose loss or gradient is NaN or infinite. "stop" ends the run with the
-            names of its pictures; "skip" leaves the update out and warns, until 10 in a row were. In both the weights
-            stay as they were before it.
-
-    Raises:
-        ValueError: a value out of its range.
-    """
-
-    per_device_train_batch_size: int = 4
-    gradient_accumulation_steps: int = 4
-    num_train_epochs: float = 100
-    learning_rate: float = 1e-4
-    weight_decay: float = 1e-4
-    max_grad_norm: float = 0.1
-    lr_scheduler_type: str = "step"
-    bf16: bool | None = None
-    fp16: bool = False
-    data_seed: int | None = None
-    dataloader_pin_memory: bool = True
-    eval_strategy: str = "epoch"
-    save_strategy: str = "epoch"
-    save_total_limit: int | None = 2
-    load_best_model_at_end: bool | None = None
-    metric_for_best_model: str | None = None
-    eval_steps: float | None = None
-    logging_steps: float = 10
-    logging_nan_inf_filter: bool = False
-    remove_unused_columns: bool = False
-    eval_do_concat_batches: bool = False
-    dataloader_num_workers: int = 2
-    ddp_find_unused_parameters: bool | None = False
-
-    learning_rate_encoder: float = 1.5e-4
-    layer_decay: float = 0.8
-    component_decay: float = 0.7
-    lr_drop_epochs: float = 100
-    ema: bool = True
-    ema_decay: float = 0.993
-    ema_tau: float = 100.0
-    eval_base_model: bool = False
-    eval_score_threshold: float = 0.0
-    early_stopping: bool = False
-    early_stopping_patience: int = 10
-    early_stopping_min_delta: float = 0.001
-    early_stopping_use_ema: bool = False
-    multi_scale: bool = True
-    drop_path: float | None = None
-    freeze_backbone: bool = False
-    non_finite_loss: str = "stop"
-
-    def __post_init__(self) -> None:
-        for name, fine, rule in (
-            ("learning_rate_encoder", self.learning_rate_encoder >= 0, "at least 0"),
-            ("layer_decay", 0 < self.layer_decay <= 1, "in (0, 1]; 1 decays nothing"),
-            ("component_decay", 0 < self.component_decay <= 1, "in (0, 1]; 1 decays nothing"),
-            ("lr_drop_epochs", self.lr_drop_epochs > 0, "above 0"),
-            ("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1); 0.993 is the recipe's"),
-            ("ema_tau", self.ema_tau >= 0, "at least 0"),
-            ("eval_score_threshold", 0 <= self.eval_score_threshold < 1, "in [0, 1); 0 evaluates every detection"),
-            ("early_stopping_patience", self.early_stopping_patience >= 1, "at least 1"),
-            ("early_stopping_min_delta", self.early_stopping_min_delta >= 0, "at least 0"),
-            ("drop_path", self.drop_path is None or 0 <= self.drop_path < 1, "in [0, 1)"),
-            ("non_finite_loss", self.non_finite_loss in ("stop", "skip"), "'stop' or 'skip'"),
-            ("early_stopping", not self.early_stopping or self.eval_strategy != "no", "False without eval_strategy"),
-            ("deepspeed", not self.deepspeed, "left out: the average of the weights is not sharded; take FSDP"),
-        ):
-            if not fine:
-                raise ValueError(f"{name} {getattr(self, name)} must be {rule}")
-        if self.bf16 is None:
-            on_gpu = torch.cuda.is_available() and not self.use_cpu
-            self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)
-            self.fp16 = self.fp16 or (on_gpu and not self.bf16)
-        self.dataloader_pin_memory &= torch.cuda.is_available() and not self.use_cpu
-        if self.load_best_model_at_end is None:
-            self.load_best_model_at_end = "epoch" == self.eval_strategy == self.save_strategy
-        if self.eval_strategy == "steps" and self.eval_steps is None:
-            self.eval_steps = self.save_steps  # transformers' own choice, logging_steps, is too often for mask AP
-        if self.metric_for_best_model is None:
-            self.metric_for_best_model = "loss" if self.prediction_loss_only else "segm_AP"
-        if self.metric_for_best_model.removeprefix("eval_").startswith("base_"):
-            raise ValueError(
-                f"metric_for_best_model {self.metric_for_best_model!r} is of the weights only; name the metric itself, "
-                "eval_base_model=True compares both"
-            )
-        if self.data_seed is None:
-            self.data_seed = self.seed  # the order of the pictures must not depend on draws before the run
-        # An early stop must find its count again when the run resumes.
-        self.restore_callback_states_from_checkpoint |= self.early_stopping
-        if self.lr_scheduler_type == "step":
-            self.lr_scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP
-        super().__post_init__()
 
 
 class RfDetrTrainer(Trainer):
@@ -360,8 +227,8 @@ class RfDetrTrainer(Trainer):
             self.processing_class = RfDetrImageProcessor.from_config(self.model.config)
         if not self._has_masks:
             args.metric_for_best_model = args.metric_for_best_model.replace("segm_", "bbox_")
-        if args.eval_score_threshold:
-            logger.warning(_THRESHOLD_NOTE.format(args.eval_score_threshold))
+        if note := note_on_numbers(args):
+            logger.warning(note)
         self._sizes = self._training_sizes() if args.multi_scale else []
         self.train_dataset = self._prepare_training(self.train_dataset)
         self._set_up_model()
@@ -394,6 +261,10 @@ class RfDetrTrainer(Trainer):
     @property
     def _has_masks(self) -> bool:
         return hasattr(self.model, "segmentation_head")
+
+    @property
+    def _kind(self) -> str:
+        return "segm_AP" if self._has_masks else "bbox_AP"
 
     @property
     def _averages(self) -> bool:
@@ -504,16 +375,20 @@ class RfDetrTrainer(Trainer):
 
     def _newest_checkpoint(self) -> str:
         """The first process's choice, on all of them: a file system may show them different folders."""
-        found: list[Any] = [None]
+        return self._from_first(lambda: newest_checkpoint(self.args.output_dir))
+
+    def _from_first(self, work: Callable[[], Any]) -> Any:
+        """What the first process's `work` returns or raises, on all of them."""
+        answer: list[Any] = [None]
         if self.args.process_index == 0:
             try:
-                found = [newest_checkpoint(self.args.output_dir)]
-            except ValueError as error:
-                found = [error]
-        broadcast_object_list(found)
-        if isinstance(found[0], ValueError):
-            raise found[0]
-        return found[0]
+                answer = [work()]
+            except Exception as error:  # the others wait for an answer
+                answer = [error]
+        broadcast_object_list(answer)
+        if isinstance(answer[0], Exception):
+            raise answer[0]
+        return answer[0]
 
     def _warn_of_an_earlier_run(self) -> None:
         with suppress(ValueError):
@@ -695,7 +570,7 @@ class RfDetrTrainer(Trainer):
         arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         base: dict[str, Any] = {}
         if self._averages and self.args.eval_base_model:
-            base = {_base(key): value for key, value in self._stream(*arguments).metrics.items()}
+            base = {base_key(key): value for key, value in self._stream(*arguments).metrics.items()}
         with self._evaluated_weights():
             output = self._stream(*arguments)
         output.metrics.update(base)
@@ -711,9 +586,8 @@ class RfDetrTrainer(Trainer):
             self._measured[self._title(evaluation.dataset, prefix)] = dict(results)
         per_class = results.pop("per_class", {})
         self._per_class = {f"{prefix}_per_class": per_class}
-        kind = "segm_AP" if self._has_masks else "bbox_AP"
         if len(per_class) > 1:  # for the log, which takes numbers only
-            results |= {f"{kind}/{category}": numbers[kind] for category, numbers in per_class.items()}
+            results |= {f"{self._kind}/{category}": numbers[self._kind] for category, numbers in per_class.items()}
         output.metrics.update({f"{prefix}_{name}": value for name, value in results.items()})
         if description == "Prediction":
             output = output._replace(predictions=list(evaluation.evaluator.predictions()))
@@ -789,26 +663,20 @@ class RfDetrTrainer(Trainer):
 
     def _gather(self, evaluation: "_Evaluation") -> dict[str, Any]:
         """The numbers of all processes' results, computed by the first one, on all of them."""
-        results: list[Any] = [None]
         parts: list[Any] = [(evaluation.evaluator.state(), evaluation.loss, evaluation.num_objects)]
         if self.args.world_size > 1:
             is_first = self.args.process_index == 0
             gathered = [None] * self.args.world_size if is_first else None
             torch.distributed.gather_object(parts[0], gathered)
             parts = gathered or []
-        if self.args.process_index == 0:
-            try:
-                for state, _, _ in parts[1:]:
-                    evaluation.evaluator.merge(state)
-                loss = sum(part[1] for part in parts) / max(1, sum(part[2] for part in parts))
-                results = [{"loss": loss, **(evaluation.evaluator.compute() if len(evaluation.evaluator) else {})}]
-            except Exception as error:  # the others wait for an answer
-                results = [error]
-        if self.args.world_size > 1:
-            torch.distributed.broadcast_object_list(results)
-        if isinstance(results[0], Exception):
-            raise results[0]
-        return results[0]
+
+        def numbers() -> dict[str, Any]:
+            for state, _, _ in parts[1:]:
+                evaluation.evaluator.merge(state)
+            loss = sum(part[1] for part in parts) / max(1, sum(part[2] for part in parts))
+            return {"loss": loss, **(evaluation.evaluator.compute() if len(evaluation.evaluator) else {})}
+
+        return self._from_first(numbers)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -971,74 +839,23 @@ class RfDetrTrainer(Trainer):
         known = {"train": self.train_dataset}
         known |= self.eval_dataset if isinstance(self.eval_dataset, dict) else {"validation": self.eval_dataset}
         counts = {name: part.dataset.counts() for name, part in known.items() if isinstance(part, PreparedDataset)}
+        splits = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else [""]
         base = getattr(config, "_name_or_path", None)
         return Run(
             base_model=base if is_hub_id(base) else None,
             splits={name: (len(known[name]), sum(c.objects for c in of.values())) for name, of in counts.items()},
             objects={config.id2label[label]: count.objects for label, count in counts.get("train", {}).items()},
-            results=self._results(),
-            recipe=self._recipe(),
-            note=_THRESHOLD_NOTE.format(args.eval_score_threshold) if args.eval_score_threshold else None,
+            results=numbers_of(args, self.state, splits, self._kind) | self._measured,
+            recipe=recipe_of(args, self.state, self._sizes, self.augmentation),
+            note=note_on_numbers(args),
             is_adapter=hasattr(self.model, "peft_config"),
         )
-
-    def _recipe(self) -> dict[str, Any]:
-        args, sizes = self.args, [size if size[0] != size[1] else size[0] for size in self._sizes]
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-        if args.lr_scheduler_type == SchedulerType.CONSTANT_WITH_WARMUP:
-            schedule = f"a tenth after {args.lr_drop_epochs:g} epochs"
-        return {
-            "epochs": f"{self.state.epoch or 0:g}",
-            "updates": self.state.global_step,
-            "pictures of an update": batch,
-            "learning rate": f"{args.learning_rate:g}, of DINOv2 {args.learning_rate_encoder:g}",
-            "decay of the rate": f"{args.layer_decay:g} a block of DINOv2, {args.component_decay:g} a component",
-            "schedule": schedule,
-            "weight decay": f"{args.weight_decay:g}",
-            "largest gradient norm": f"{args.max_grad_norm:g}",
-            "average of the weights": f"decay {args.ema_decay:g}, tau {args.ema_tau:g}" if args.ema else "none",
-            "resolution": f"drawn from {', '.join(map(str, sizes))}" if sizes else "the model's",
-            "augmentation": "none" if self.augmentation is None else type(self.augmentation).__name__,
-            "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
-            "seed": args.seed,
-            "versions": f"transformers {transformers.__version__}, torch {torch.__version__}",
-        }
 
     def _title(self, dataset: Any, prefix: str) -> str:
         """What a data set is called in the card: the prefix of its numbers, or "validation"."""
         given = prefix.removeprefix("eval").strip("_")
         own = not isinstance(self.eval_dataset, dict) and dataset is _raw(self.eval_dataset)
         return given or ("validation" if own else f"{len(dataset)} other pictures")
-
-    def _results(self) -> dict[str, dict[str, Any]]:
-        """The numbers of the weights that the model has: those of the best evaluation in training, and later ones."""
-        history = self.state.log_history
-        ends = [index for index, entry in enumerate(history) if "train_runtime" in entry]
-        history = history[: ends[-1]] if ends else history
-        key = _best_key(self.args)
-        entries = [entry for entry in history if key in entry]
-        if not entries:
-            return dict(self._measured)
-        sign = 1 if self.args.greater_is_better else -1
-        chosen = entries[-1]
-        if self.args.load_best_model_at_end:
-            chosen = max(entries, key=lambda entry: sign * deciding(self.args, entry)[key])
-        step = chosen["step"]
-        flat = {name: value for entry in history if entry.get("step") == step for name, value in entry.items()}
-        is_base = deciding(self.args, flat)[key] != flat[key]
-        results = {}
-        for name in self.eval_dataset if isinstance(self.eval_dataset, dict) else [""]:
-            prefix = f"eval_{name}_" if name else "eval_"
-            prefix = _base(prefix) if is_base else prefix
-            numbers = {k.removeprefix(prefix): value for k, value in flat.items() if k.startswith(prefix)}
-            kind = "segm_AP" if self._has_masks else "bbox_AP"
-            numbers["per_class"] = {
-                k.removeprefix(f"{kind}/"): {kind: value} for k, value in numbers.items() if k.startswith(f"{kind}/")
-            }
-            is_final = self.args.load_best_model_at_end or step == self.state.global_step
-            results[(name or "validation") + ("" if is_final else f" at update {step}")] = numbers
-        return results | self._measured
 
     def _draw_run(self, folder: Path, num_pictures: int) -> dict[str, str]:
         """Write the pictures of the card -> their files and captions."""
@@ -1049,44 +866,24 @@ class RfDetrTrainer(Trainer):
             draw_curves(panels).save(folder / CURVES)
             drawn[CURVES] = "Loss and average precision during training"
         dataset = _raw(next(iter(self.eval_dataset.values())) if is_many else self.eval_dataset)
-        # Sharded weights would need every process.
-        rows = [] if self.is_fsdp_enabled else self._examples(dataset, num_pictures)
+        rows = []
+        if not self.is_fsdp_enabled:  # sharded weights would need every process
+            with self._evaluated_weights():
+                rows = draw_examples(self.model, self.processing_class, dataset, num_pictures)
         if rows:
-            draw_grid(rows, ["ground truth", f"predictions above {_DRAWN_SCORE:g}"]).save(folder / GRID)
-            drawn[GRID] = f"Ground truth, and predictions with a score above {_DRAWN_SCORE:g}"
+            draw_grid(rows, ["ground truth", f"predictions above {DRAWN_SCORE:g}"]).save(folder / GRID)
+            drawn[GRID] = f"Ground truth, and predictions with a score above {DRAWN_SCORE:g}"
         for stale in {CURVES, GRID} - drawn.keys():
             (folder / stale).unlink(missing_ok=True)
         return drawn
 
-    def _examples(self, dataset: Any, count: int) -> list[tuple[Any, Any]]:
-        """The first pictures with objects, with ground truth and with predictions drawn over them."""
-        if not isinstance(dataset, InstanceDataset):
-            return []
-        samples: list[dict[str, Any]] = []
-        for index in range(min(len(dataset), 16 * count)):
-            if len(samples) < count:
-                sample = dataset[index]
-                samples += [sample] * bool(sample["annotations"])
-        if not samples:
-            return []
-        images = [sample["image"] for sample in samples]
-        with self._evaluated_weights():
-            found = predict(self.model, self.processing_class, images, threshold=_DRAWN_SCORE)
-        names = self.model.config.id2label
-        truth = [_draw_objects(sample["image"], *_objects_of(sample, self._has_masks), names) for sample in samples]
-        predicted = [
-            _draw_objects(image, one.masks, None if self._has_masks else one.boxes, one.labels.tolist(), names)
-            for image, one in zip(images, found, strict=True)
-        ]
-        return list(zip(truth, predicted, strict=True))
-
     def _determine_best_metric(self, metrics: dict[str, Any], trial: Any) -> bool:
         """Keep the best weights of each kind, and of all."""
-        key = _best_key(self.args)
+        key = best_key(self.args)
         if key in metrics:
             self._keep_best("ema" if self._averages else "regular", metrics[key], trial)
-        if _base(key) in metrics:
-            self._keep_best("regular", metrics[_base(key)], trial)
+        if base_key(key) in metrics:
+            self._keep_best("regular", metrics[base_key(key)], trial)
         return super()._determine_best_metric(deciding(self.args, metrics), trial)
 
     def _keep_best(self, kind: str, value: float, trial: Any) -> None:
@@ -1288,23 +1085,6 @@ class _EarlyStopping(EarlyStoppingCallback):
         return state
 
 
-def _best_key(args: RfDetrTrainingArguments) -> str:
-    return "eval_" + args.metric_for_best_model.removeprefix("eval_")
-
-
-def _base(key: str) -> str:
-    """The name of a metric of the weights themselves."""
-    return key.replace("eval_", "eval_base_", 1)
-
-
-def deciding(args: RfDetrTrainingArguments, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Metrics in which the one for the best model is the better of average and weights, where both are evaluated."""
-    key = _best_key(args)
-    if _base(key) not in metrics:
-        return metrics
-    return {**metrics, key: (max if args.greater_is_better else min)(metrics[key], metrics[_base(key)])}
-
-
 def _raw(dataset: Any) -> Any:
     """The data set that a prepared one is made of."""
     if isinstance(dataset, PreparedDataset):
@@ -1357,23 +1137,3 @@ def _as_list(value: Any) -> list[Any]:
 def _model_files(folder: Path) -> list[Path]:
     """What `from_pretrained` reads in a folder, not in folders inside it."""
     return [path for pattern in _PUSHED for path in sorted(folder.glob(pattern))]
-
-
-def _objects_of(sample: Mapping[str, Any], has_masks: bool) -> tuple[list[Any] | None, list[Any] | None, list[int]]:
-    """RLEs, or boxes_xyxy where one has no mask, and labels of a sample's objects, crowds left out."""
-    size = (sample["height"], sample["width"])
-    objects = [annotation for annotation in sample["annotations"] if not annotation["iscrowd"]]
-    labels = [annotation["category_id"] for annotation in objects]
-    shapes = [read_segmentation(annotation.get("segmentation"), size) for annotation in objects]
-    if has_masks and all(shape is not None for shape in shapes):
-        return [to_rle(shape, size) for shape in shapes], None, labels
-    boxes = [annotation["bbox"] for annotation in objects]
-    return None, [(x, y, x + width, y + height) for x, y, width, height in boxes], labels
-
-
-def _draw_objects(image: Any, masks: Any, boxes: Any, labels: list[int], names: Mapping[int, str]) -> Any:
-    """The picture with objects in colours of their classes; with names where these do not hide it."""
-    if len(names) == 1:
-        return draw_instances(image, masks, boxes)
-    titles = [names[label] for label in labels] if len(labels) <= _MOST_NAMES else None
-    return draw_instances(image, masks, boxes, titles, color_indices=labels)

@@ -1,6 +1,7 @@
 """Draws instances on a picture. N instances; H W pixels of the picture; boxes_xyxy in its pixels."""
 
 import colorsys
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -138,26 +139,32 @@ def draw_annotations(
     return draw_instances(image, None, boxes, **style)
 
 
-def side_by_side(pictures: Sequence[Image.Image], titles: Sequence[str] | None = None) -> Image.Image:
-    """Pictures of one height in a row, with a line of text over each: a picture, its ground truth, what was found.
+def draw_grid(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str] | None = None) -> Image.Image:
+    """Pictures in rows, such as a picture, its ground truth and what was found, under the titles of the columns.
+
+    Gaps and letters grow with the pictures.
 
     Args:
-        pictures: At least one.
-        titles: A text for each; none by default.
+        rows: At least one, each of as many pictures of any size.
+        titles: A line of text for each column; none by default.
     """
-    gap = max(4, round(pictures[0].height / 60))
-    font = ImageFont.load_default(max(10, round(pictures[0].height / 20)))
-    top = sum(font.getmetrics()) + gap if titles else 0
-    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
-    row = Image.new("RGB", (width, top + max(picture.height for picture in pictures)), "white")
-    pen = ImageDraw.Draw(row)
-    left = 0
-    for index, picture in enumerate(pictures):
-        row.paste(picture, (left, top))
-        if titles:
-            pen.text((left, 0), titles[index], fill=_DARK, font=font)
-        left += picture.width + gap
-    return row
+    height = max(picture.height for picture in rows[0])
+    gap = max(4, round(height / 60))
+    font = ImageFont.load_default(max(10, round(height / 20)))
+    head = sum(font.getmetrics()) + gap if titles else 0
+    titles = titles or [""] * len(rows[0])
+    columns = zip(titles, zip(*rows, strict=True), strict=True)
+    widths = [max(math.ceil(font.getlength(title)), *(one.width for one in column)) for title, column in columns]
+    heights = [max(picture.height for picture in row) for row in rows]
+    lefts = [sum(widths[:index]) + gap * index for index in range(len(widths) + 1)]
+    tops = [head + sum(heights[:index]) + gap * index for index in range(len(heights) + 1)]
+    grid = Image.new("RGB", (lefts[-1] - gap, tops[-1] - gap), "white")
+    for left, title in zip(lefts, titles, strict=False):
+        ImageDraw.Draw(grid).text((left, 0), title, fill=_DARK, font=font)
+    for top, row in zip(tops, rows, strict=False):
+        for left, picture in zip(lefts, row, strict=False):
+            grid.paste(picture, (left, top))
+    return grid
 
 
 def _to_array(values: Any) -> np.ndarray:

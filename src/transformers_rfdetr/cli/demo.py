@@ -28,7 +28,7 @@ from .. import (
 from ..demo_data import draw_scene
 from ..files import whole_file, write_text
 from ..masks import rasterize, read_segmentation
-from ..visualization import draw_instances
+from ..visualization import draw_grid, draw_instances
 from .evaluate import format_numbers
 
 _SIZE = 96
@@ -190,10 +190,9 @@ def _draw_predictions(
     model: RfDetrForInstanceSegmentation, processor: RfDetrImageProcessor, data: InstanceDataset
 ) -> Image.Image:
     """Rows of three: a held-out picture, its ground truth, what the model finds."""
-    shown = [data[index] for index in range(min(_NUM_SHOWN, len(data)))]
-    tile, gap = 3 * _SIZE, 6
-    sheet = Image.new("RGB", (3 * tile + 2 * gap, len(shown) * (tile + gap) - gap), "white")
-    for row, sample in enumerate(shown):
+    rows = []
+    for index in range(min(_NUM_SHOWN, len(data))):
+        sample = data[index]
         image = sample["image"]
         with torch.no_grad():
             outputs = model(**processor(image, return_tensors="pt"))
@@ -203,13 +202,13 @@ def _draw_predictions(
         shapes = [read_segmentation(item["segmentation"], (_SIZE, _SIZE)) for item in sample["annotations"]]
         truth = rasterize(shapes, (_SIZE, _SIZE), (_SIZE, _SIZE))
         scores = [segment["score"] for segment in found["segments_info"]]
-        for column, (masks, values) in enumerate([(None, None), (truth, None), (found["segmentation"], scores)]):
-            large = image.resize((tile, tile), Image.Resampling.BICUBIC)
-            if masks is not None and len(masks):
-                wide = np.repeat(np.repeat(np.asarray(masks), 3, axis=1), 3, axis=2)
-                large = draw_instances(large, wide, scores=values)
-            sheet.paste(large, (column * (tile + gap), row * (tile + gap)))
-    return sheet
+        large = image.resize((3 * _SIZE, 3 * _SIZE), Image.Resampling.BICUBIC)
+        row = [large]
+        for masks, values in ((truth, None), (found["segmentation"], scores)):
+            wide = np.asarray(masks, bool).reshape(-1, _SIZE, _SIZE).repeat(3, axis=1).repeat(3, axis=2)
+            row.append(draw_instances(large, wide, scores=values))
+        rows.append(row)
+    return draw_grid(rows, ["picture", "ground truth", "found"])
 
 
 if __name__ == "__main__":

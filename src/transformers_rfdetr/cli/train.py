@@ -192,7 +192,7 @@ def read_recipe(path: Path | None, given: Iterable[tuple[str, Any]]) -> dict[str
 def _fields() -> tuple[dict[str, set[Any]], dict[str, Any]]:
     """What each setting may hold; and the defaults of the training arguments."""
     # Not at the top: the other commands run without accelerate.
-    from ..trainer import RfDetrTrainingArguments
+    from ..training_arguments import RfDetrTrainingArguments
 
     hints = typing.get_type_hints(RfDetrTrainingArguments)
     # Tokens do not belong into files, and what is pushed where is said by push_to_hub.
@@ -341,7 +341,7 @@ def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
 
 
 def _training_arguments(recipe: Mapping[str, Any]) -> Any:
-    from ..trainer import RfDetrTrainingArguments
+    from ..training_arguments import RfDetrTrainingArguments
 
     fields = {name: value for name, value in recipe.items() if name not in _OPTIONS}
     device = recipe.get("device", "auto")

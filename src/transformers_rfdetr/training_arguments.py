@@ -1,0 +1,161 @@
+"""The recipe: transformers' TrainingArguments with RF-DETR's defaults and fields."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
+
+
+@dataclass
+class RfDetrTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with what instance segmentation needs, and RF-DETR's recipe as fields.
+
+    Everything of `TrainingArguments` can be set. Fields of it with another default here: batches of 4 x 4 accumulated
+    pictures, 100 epochs, AdamW at 1e-4 with weight decay 1e-4, gradients clipped at a norm of 0.1, bf16 (else fp16) on
+    a GPU, evaluation and checkpoint once an epoch, the newest checkpoint and the best one kept, the best one by mask AP
+    (box AP for detection) loaded at the end, a log entry every 10 steps, nothing removed from the samples. With other
+    strategies than "epoch" for both, `load_best_model_at_end` is False unless it is set.
+
+    Args:
+        learning_rate_encoder: Learning rate of DINOv2 after its last block, before the decays.
+        layer_decay: Factor from one block of DINOv2 to the one before it, in (0, 1].
+        component_decay: Factor of the decoder's learning rate, and twice of DINOv2's, in (0, 1].
+        lr_scheduler_type: "step", which is "constant_with_warmup" and one drop; or another one of transformers, such
+            as "cosine". `warmup_steps` is linear warm-up.
+        lr_drop_epochs: Epochs after which "constant_with_warmup" drops to a tenth.
+        ema: Whether to average the weights. The average is what is evaluated, saved in every checkpoint and left in
+            the model after training.
+        ema_decay: Decay of the average after many updates, in [0, 1).
+        ema_tau: Updates after which the decay has reached 63 % of `ema_decay`.
+        eval_base_model: Whether to evaluate the weights themselves too, as `eval_base_*`.
+        eval_score_threshold: Score that a detection must exceed to be evaluated. COCO's metrics are defined without
+            one; any other value than 0 is named in the log and in the model card.
+        early_stopping: Whether to stop when the metric stays.
+        early_stopping_patience: Evaluations without an improvement after which training stops.
+        early_stopping_min_delta: What an improvement must exceed.
+        early_stopping_use_ema: Whether only the average counts for it; otherwise the better of both.
+        multi_scale: Whether each training step draws its resolution around the model's: up to 5 blocks (patch size x
+            windows) more or less.
+        drop_path: Stochastic depth of DINOv2's last block, in [0, 1); the configuration's by default.
+        freeze_backbone: Whether DINOv2 stays as it is.
+        non_finite_loss: What follows an update whose loss or gradient is NaN or infinite. "stop" ends the run with the
+            names of its pictures; "skip" leaves the update out and warns, until 10 in a row were. In both the weights
+            stay as they were before it.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    per_device_train_batch_size: int = 4
+    gradient_accumulation_steps: int = 4
+    num_train_epochs: float = 100
+    learning_rate: float = 1e-4
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 0.1
+    lr_scheduler_type: str = "step"
+    bf16: bool | None = None
+    fp16: bool = False
+    data_seed: int | None = None
+    dataloader_pin_memory: bool = True
+    eval_strategy: str = "epoch"
+    save_strategy: str = "epoch"
+    save_total_limit: int | None = 2
+    load_best_model_at_end: bool | None = None
+    metric_for_best_model: str | None = None
+    eval_steps: float | None = None
+    logging_steps: float = 10
+    logging_nan_inf_filter: bool = False
+    remove_unused_columns: bool = False
+    eval_do_concat_batches: bool = False
+    dataloader_num_workers: int = 2
+    ddp_find_unused_parameters: bool | None = False
+
+    learning_rate_encoder: float = 1.5e-4
+    layer_decay: float = 0.8
+    component_decay: float = 0.7
+    lr_drop_epochs: float = 100
+    ema: bool = True
+    ema_decay: float = 0.993
+    ema_tau: float = 100.0
+    eval_base_model: bool = False
+    eval_score_threshold: float = 0.0
+    early_stopping: bool = False
+    early_stopping_patience: int = 10
+    early_stopping_min_delta: float = 0.001
+    early_stopping_use_ema: bool = False
+    multi_scale: bool = True
+    drop_path: float | None = None
+    freeze_backbone: bool = False
+    non_finite_loss: str = "stop"
+
+    def __post_init__(self) -> None:
+        for name, fine, rule in (
+            ("learning_rate_encoder", self.learning_rate_encoder >= 0, "at least 0"),
+            ("layer_decay", 0 < self.layer_decay <= 1, "in (0, 1]; 1 decays nothing"),
+            ("component_decay", 0 < self.component_decay <= 1, "in (0, 1]; 1 decays nothing"),
+            ("lr_drop_epochs", self.lr_drop_epochs > 0, "above 0"),
+            ("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1); 0.993 is the recipe's"),
+            ("ema_tau", self.ema_tau >= 0, "at least 0"),
+            ("eval_score_threshold", 0 <= self.eval_score_threshold < 1, "in [0, 1); 0 evaluates every detection"),
+            ("early_stopping_patience", self.early_stopping_patience >= 1, "at least 1"),
+            ("early_stopping_min_delta", self.early_stopping_min_delta >= 0, "at least 0"),
+            ("drop_path", self.drop_path is None or 0 <= self.drop_path < 1, "in [0, 1)"),
+            ("non_finite_loss", self.non_finite_loss in ("stop", "skip"), "'stop' or 'skip'"),
+            ("early_stopping", not self.early_stopping or self.eval_strategy != "no", "False without eval_strategy"),
+            ("deepspeed", not self.deepspeed, "left out: the average of the weights is not sharded; take FSDP"),
+        ):
+            if not fine:
+                raise ValueError(f"{name} {getattr(self, name)} must be {rule}")
+        if self.bf16 is None:
+            on_gpu = torch.cuda.is_available() and not self.use_cpu
+            self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)
+            self.fp16 = self.fp16 or (on_gpu and not self.bf16)
+        self.dataloader_pin_memory &= torch.cuda.is_available() and not self.use_cpu
+        if self.load_best_model_at_end is None:
+            self.load_best_model_at_end = "epoch" == self.eval_strategy == self.save_strategy
+        if self.eval_strategy == "steps" and self.eval_steps is None:
+            self.eval_steps = self.save_steps  # transformers' own choice, logging_steps, is too often for mask AP
+        if self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss" if self.prediction_loss_only else "segm_AP"
+        if self.metric_for_best_model.removeprefix("eval_").startswith("base_"):
+            raise ValueError(
+                f"metric_for_best_model {self.metric_for_best_model!r} is of the weights only; name the metric itself, "
+                "eval_base_model=True compares both"
+            )
+        if self.data_seed is None:
+            self.data_seed = self.seed  # the order of the pictures must not depend on draws before the run
+        # An early stop must find its count again when the run resumes.
+        self.restore_callback_states_from_checkpoint |= self.early_stopping
+        if self.lr_scheduler_type == "step":
+            self.lr_scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP
+        super().__post_init__()
+
+
+def best_key(args: RfDetrTrainingArguments) -> str:
+    """The name that the log gives the metric for the best model."""
+    return "eval_" + args.metric_for_best_model.removeprefix("eval_")
+
+
+def base_key(key: str) -> str:
+    """The name of a metric of the weights themselves."""
+    return key.replace("eval_", "eval_base_", 1)
+
+
+def note_on_numbers(args: RfDetrTrainingArguments) -> str | None:
+    """What a reader of the evaluation's numbers must know."""
+    if not args.eval_score_threshold:
+        return None
+    return (
+        f"Detections up to a score of {args.eval_score_threshold} (`eval_score_threshold`) are not evaluated: the AP is"
+        " not COCO's, which has no threshold."
+    )
+
+
+def deciding(args: RfDetrTrainingArguments, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics in which the one for the best model is the better of average and weights, where both are evaluated."""
+    key = best_key(args)
+    if base_key(key) not in metrics:
+        return metrics
+    return {**metrics, key: (max if args.greater_is_better else min)(metrics[key], metrics[base_key(key)])}
