@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import multiprocessing
+import multiprocessing.util
 import os
 import re
 import shutil
@@ -501,11 +502,10 @@ def test_a_worker_that_is_killed_is_explained_and_the_run_goes_on(use, tmp_path)
 def test_a_temporary_folder_that_workers_cannot_use_is_refused(tmp_path, monkeypatch):
     (deep := tmp_path / ("d" * 100)).mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
-    monkeypatch.delitem(multiprocessing.current_process()._config, "tempdir", raising=False)
+    monkeypatch.setattr(multiprocessing.util, "get_temp_dir", tempfile.gettempdir)  # which is made once for a process
     trainer = build_trainer(tmp_path, **PLAIN, dataloader_num_workers=1)
     with pytest.raises(OSError, match=r"cannot hand them over through .*d{100}: AF_UNIX path too long; set TMPDIR"):
         trainer.train()
-    multiprocessing.current_process()._config.pop("tempdir", None)
 
 
 def die_on_the_second(folder: str, report: Any) -> None:

@@ -73,18 +73,15 @@ class UpdateGuard:
             self.num_in_a_row = 0
             return True
         self.num_in_a_row += 1
-        found = gather_object([self._describe(window)])
-        is_of_loss = any(losses for losses, _ in found)
-        problem = f"the {'loss' if is_of_loss else 'gradient'} of update {update} is not finite"
-        names = [name for losses, names in found for name in names if losses or not is_of_loss]
-        listed = ", ".join(names[:_MOST_NAMES]) + f" and {len(names) - _MOST_NAMES} more" * (len(names) > _MOST_NAMES)
+        what, pictures = self._blame(window)
+        problem = f"the {what} of update {update} is not finite"
         bad_weights = [name for name, weight in model.named_parameters() if not whole(weight.detach()).isfinite().all()]
         if bad_weights:
             raise FloatingPointError(
                 f"{problem} because weights of the model are not, such as {bad_weights[0]}; go on from an earlier"
                 " checkpoint, or train from another one"
             )
-        problem += f", with the pictures {listed}"
+        problem += f", with the pictures {pictures}"
         if self.policy == "stop" or self.num_in_a_row >= _MOST_SKIPPED_IN_A_ROW:
             often = "" if self.policy == "stop" else f", and {self.num_in_a_row} updates in a row were skipped"
             raise FloatingPointError(
@@ -94,6 +91,14 @@ class UpdateGuard:
             )
         logger.warning(f"{problem}; it is left out")
         return False
+
+    def _blame(self, window: Sequence["_Batch"]) -> tuple[str, str]:
+        """What is broken on any process, "loss" or "gradient", and the pictures that may have done it."""
+        found = gather_object([self._describe(window)])
+        is_of_loss = any(losses for losses, _ in found)
+        names = [name for losses, names in found for name in names if losses or not is_of_loss]
+        listed = ", ".join(names[:_MOST_NAMES]) + f" and {len(names) - _MOST_NAMES} more" * (len(names) > _MOST_NAMES)
+        return "loss" if is_of_loss else "gradient", listed
 
     def _describe(self, window: Sequence["_Batch"]) -> tuple[bool, list[str]]:
         """Whether a loss of this process is broken, and the images that may have done it."""
