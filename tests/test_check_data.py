@@ -19,12 +19,23 @@ from transformers_rfdetr import check_data, load_instance_dataset
 from transformers_rfdetr.check_data import KINDS, check_dataset
 from transformers_rfdetr.cli import check_dataset as command
 
+from coco_files import (
+    AREA,
+    BOX,
+    ORIENTATION,
+    RIGHT,
+    SQUARE,
+    content,
+    counts_of,
+    errors_of,
+    image,
+    picture,
+    rle,
+    save_turned,
+    square,
+    write_coco,
+)
 from small_models import shared_folder
-
-SQUARE = [10, 10, 30, 10, 30, 30, 10, 30]
-BOX, AREA = [10, 10, 20, 20], 400  # of the square
-RIGHT = [50, 10, 60, 10, 60, 30, 50, 30]  # at the right edge of a picture of 40 x 60
-ORIENTATION = 0x0112
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -32,52 +43,6 @@ def quiet():
     logging.disable_progress_bar()
     yield
     logging.enable_progress_bar()
-
-
-def picture(seed, size=(40, 60)):
-    """A picture (H, W) of soft areas, like no other seed's."""
-    areas = np.random.default_rng(seed).integers(0, 256, (8, 9, 3), np.uint8)
-    return PIL.Image.fromarray(areas).resize(size[::-1], PIL.Image.Resampling.BICUBIC)
-
-
-def save_turned(path, seed, orientation):
-    exif = PIL.Image.Exif()
-    exif[ORIENTATION] = orientation
-    picture(seed).save(path, exif=exif, quality=95)
-
-
-def square(number, image_id=1, category=1, **changes):
-    """An annotation without a defect; a change to `...` removes the field."""
-    given = {"id": number, "image_id": image_id, "category_id": category, "bbox": BOX, "area": AREA, "iscrowd": 0}
-    given = {**given, "segmentation": [SQUARE], **changes}
-    return {name: value for name, value in given.items() if value is not ...}
-
-
-def rle(size=(40, 60)):
-    """The square as an RLE."""
-    return {"size": list(size), "counts": coco_mask.frPyObjects([SQUARE], *size)[0]["counts"].decode()}
-
-
-def image(number, name, size=(40, 60), **changes):
-    return {"id": number, "file_name": name, "height": size[0], "width": size[1], **changes}
-
-
-def write_coco(path, images, annotations, categories=({"id": 1, "name": "roof"},)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": list(categories)}))
-    return path
-
-
-def counts_of(report):
-    return {(found.kind, found.split): found.count for found in report.findings}
-
-
-def errors_of(report):
-    return {found.kind: found.count for found in report.findings if found.severity == "error"}
-
-
-def content(folder):
-    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 # Every defect, in one data set
@@ -91,7 +56,7 @@ TRAIN_IMAGES = [
     image(6, "turned.jpg", (60, 40)),
     image(7, "upside_down.jpg"),
     image(8, "swapped.jpg"),
-    image(9, "taller.png", (80, 60)),
+    image(9, "taller.png", (20, 60)),
     image(10, "unsized.png", width=None),
     image(11, "nothing.png"),
     image(11, "nothing_2.png"),
@@ -100,11 +65,12 @@ TRAIN_IMAGES = [
     image(14, "../secret.png"),
     image(15, "a.png"),
     image(16, "a_copy.png"),
+    image(17, "lost.png"),
     "text",
 ]
 TRAIN_OBJECTS = [
     square(1),
-    square(2, category=99),
+    square(2, image_id=17, category=99),
     square(3, iscrowd="maybe"),
     square(4, iscrowd=1, segmentation=rle()),
     square(5, bbox="10 10 20 20"),
@@ -147,7 +113,7 @@ CATEGORIES = [
 ]
 ONCE = KINDS.keys() - {
     *("image_without_objects", "object_without_mask", "near_duplicate_across_splits"),
-    *("rle_corrupt", "categories_differ", "invalid_label_line"),
+    *("rle_corrupt", "categories_differ", "no_categories", "invalid_label_line"),
 }
 EXPECTED = {(kind, "train"): 1 for kind in ONCE} | {
     ("rle_corrupt", "train"): 1,
@@ -163,7 +129,16 @@ def defects(tmp_path_factory):
     parent = tmp_path_factory.mktemp("defects")
     train = parent / "data" / "train"
     write_coco(train / "_annotations.coco.json", TRAIN_IMAGES, TRAIN_OBJECTS, CATEGORIES)
-    names = ["a.png", "taller.png", "unsized.png", "nothing.png", "nothing_2.png", "unnumbered.png", "unlisted.png"]
+    names = [
+        "a.png",
+        "taller.png",
+        "unsized.png",
+        "nothing.png",
+        "nothing_2.png",
+        "unnumbered.png",
+        "unlisted.png",
+        "lost.png",
+    ]
     for seed, name in enumerate(names):
         picture(seed).save(train / name)
     picture(20, (100, 100)).save(train / "huge.png")
@@ -203,7 +178,8 @@ def test_every_defect_is_counted_once(defects):
 
 def test_every_kind_but_three_is_in_that_data_set(defects):
     _, report = defects
-    assert {found.kind for found in report.findings} == KINDS.keys() - {"categories_differ", "invalid_label_line"}
+    others = {"categories_differ", "no_categories", "invalid_label_line"}
+    assert {found.kind for found in report.findings} == KINDS.keys() - others
 
 
 def test_an_example_says_where_it_is(defects):
@@ -218,9 +194,9 @@ def test_an_example_says_where_it_is(defects):
 def test_the_splits_are_counted(defects):
     _, report = defects
     classes = report.splits["train"].pop("classes")
-    # 27 annotations of image 1 but for the crowd, and 15 of others.
+    # 26 annotations of image 1 but for the crowd, and 16 of others.
     assert report.splits["train"] == {
-        "images": 17,
+        "images": 18,
         "objects": 41,
         "objects_with_mask": 41 - 8,  # 12, 16, 17, 19, 22, 23, 24 and 25 have none
         "crowds": 1,
@@ -253,7 +229,7 @@ def test_what_the_copy_has_in_place_of_each_defect(defects):
     objects = {item["id"]: item for item in stored["annotations"]}
     assert len(objects) == len(stored["annotations"])
     assert not objects.keys() & {2, 3, 12, 28, 102, 103, 104, 105, 113, 114}
-    assert {202, 203} < objects.keys()  # the second 1, and the one without an id
+    assert {26, 27} < objects.keys()  # the second 1, and the one without an id
     for number in (5, 6, 7, 8, 11):
         assert objects[number]["bbox"] == BOX
     assert objects[9]["bbox"] == [50, 10, 10, 20]
@@ -301,9 +277,9 @@ def test_overlays_begin_with_what_is_odd(defects):
     parent, _ = defects
     names = sorted(path.name for path in (parent / "drawn").iterdir())
     assert names[0] == "00_train_a.jpg"
-    # a, upside_down, swapped, taller, the second nothing, unnumbered, a again, its copy and v are odd; then the others.
-    assert len(names) == 12
-    assert {name[3:] for name in names[9:]} == {"train_turned.jpg", "train_unsized.jpg", "train_nothing.jpg"}
+    # a, upside_down, swapped, taller, the second nothing, unnumbered, a again, its copy, lost and v are odd.
+    assert len(names) == 13
+    assert {name[3:] for name in names[10:]} == {"train_turned.jpg", "train_unsized.jpg", "train_nothing.jpg"}
     drawn, plain = np.asarray(PIL.Image.open(parent / "drawn" / names[0]), int), np.asarray(picture(0), int)
     assert np.abs(drawn - plain)[10:30, 10:30].mean() > 20
 
@@ -331,8 +307,7 @@ def test_values_of_wrong_types_are_findings_and_never_a_crash(tmp_path):
     )
     picture(0).save(path.parent / "a.png")
     report = check_dataset(path, fix=tmp_path / "fixed", overlays=tmp_path / "drawn")
-    # Of the entries two are dicts; numbers of 400 digits stand in an area and in a box.
-    assert report.count("invalid_annotation") == len(ANYTHING) - 2 + 2
+    assert report.count("invalid_annotation") == len(ANYTHING) - 2  # of the entries two are dicts
     assert report.count("invalid_segmentation") >= 5
     assert errors_of(check_dataset(tmp_path / "fixed")) == {}
     str(report)
@@ -347,7 +322,10 @@ def test_values_of_wrong_types_are_findings_and_never_a_crash(tmp_path):
     [
         ((80, 120), SQUARE, 1, None),  # twice as large: of which of the two?
         ((80, 120), [70, 50, 90, 50, 90, 70, 70, 70], 1, None),  # of the large one, which is not there
-        ((80, 60), SQUARE, 1, (40, 60)),  # of other proportions
+        ((80, 60), SQUARE, 1, None),  # of other proportions: stretched, or never measured?
+        ((20, 60), SQUARE, 1, (40, 60)),  # too small for the object
+        (("40", None), SQUARE, 1, (40, 60)),  # the file agrees
+        ((99, None), SQUARE, 1, None),
         ((80, 120), rle(), 1, (40, 60)),  # the RLE tells
         ((40, 60), RIGHT, 6, (40, 60)),  # fits what is stored
         ((40, 60), [10, 45, 30, 45, 30, 55, 10, 55], 6, (60, 40)),  # fits what is upright
@@ -575,8 +553,6 @@ def test_yolo_files_are_read_line_by_line(tmp_path, yolo):
         ("unused_category", "validation"): 2,
     }
     assert errors_of(check_dataset(tmp_path / "fixed")) == {}
-    with pytest.raises(ValueError, match="image_folder is for COCO files"):
-        check_dataset(yolo, image_folder=tmp_path)
     [sample] = load_instance_dataset(tmp_path / "fixed")["train"]
     boxes = [item["bbox"] for item in sample["annotations"]]
     np.testing.assert_allclose(boxes, [[15, 10, 15, 20], [15, 10, 30, 20]], atol=1)  # a drawn triangle is a row short

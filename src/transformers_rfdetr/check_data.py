@@ -7,8 +7,8 @@ at the same time what stands in its place in a repaired copy.
 
 import hashlib
 import itertools
-import math
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from io import BytesIO
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from PIL.ExifTags import Base
 from pycocotools import mask as coco_mask
 from transformers.utils import logging
 
-from .data import has_shape, one_label_map, upright_size, with_box_and_area
+from .data import has_shape, leads_out, one_label_map, upright_size, with_box_and_area
 from .data_sources import (
     PICTURE_SUFFIXES,
     ArrowRows,
@@ -46,9 +46,9 @@ from .data_sources import (
     yolo_pictures,
 )
 from .files import is_partial, whole_file, whole_folder
-from .image_processing_rf_detr import are_numbers, clamp_box, is_index, located, plain, read_rgb
+from .image_processing_rf_detr import are_numbers, clamp_box, is_index, plain, read_rgb
 from .masks import Shape, measure, read_segmentation, to_rle
-from .repair_data import RepairedCopy
+from .repair_data import RepairedCopy, json_value
 from .visualization import draw_instances
 
 SEVERITIES = ("error", "warning", "info")
@@ -71,6 +71,7 @@ KINDS = {
     "size_mismatch": ("error", "height and width are not the file's; correct them, or pair the image with its file"),
     "missing_size": ("info", "height or width is missing; it is taken from the file, which not every program does"),
     "image_without_objects": ("info", "it is trained on as background"),
+    "all_objects_lost": ("warning", "no object of the image can be used, and what shows them is no background"),
     "too_many_objects": ("warning", "a model cannot find more objects than it has queries; cut the picture into tiles"),
     # images of the annotation file
     "invalid_image": ("error", "an entry of 'images' is no dict; remove it"),
@@ -86,9 +87,10 @@ KINDS = {
         "a picture of another split looks the same, and an evaluation says too much; keep both in one split",
     ),
     # categories
+    "no_categories": ("error", "no category can be used, so that every object is lost; define and number them"),
     "invalid_category": ("error", "a category needs a whole number of at least 0 as id; number the categories"),
     "duplicate_category_id": ("error", "two categories have one id; renumber one, and its objects"),
-    "duplicate_category_name": ("error", "two categories have one name; rename one, or give all objects one id"),
+    "duplicate_category_name": ("error", "two categories have one name; name them apart, or give all objects one id"),
     "categories_differ": ("error", "all splits need the categories of the first, under the same ids and names"),
     "unknown_category": ("error", "the object's category is not defined; define it, or correct the object"),
     "unused_category": ("info", "no object of the split has this category"),
@@ -133,6 +135,8 @@ _MOST_OVERLAYS = 50
 _LEFT_OUT = "left out"
 _ALIKE_BITS = 2  # of 64, in which the hashes of two pictures that look the same may differ
 _IMBALANCE = 10
+_MOST_PAIRS = 1 << 20  # of edges of one polygon that are looked at for a crossing: half a second
+_LONGEST_STEM = 50
 _UNREADABLE = (ValueError, TypeError, OverflowError)  # what reading the numbers of a JSON may raise
 
 
@@ -204,7 +208,12 @@ class DataReport:
             lines += [f"{'':17}{_place(example)}" for example in found.examples]
         totals = Counter(found.severity for found in self.findings for _ in range(found.count))
         lines.append(", ".join(f"{severity}: {totals[severity]}" for severity in SEVERITIES))
-        return "\n".join(lines)
+        return "\n".join(map(_printable, lines))
+
+
+def _printable(text: str) -> str:
+    """Text without what moves the cursor or cannot be written: a name may hold anything."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def _place(example: Mapping[str, Any]) -> str:
@@ -248,12 +257,14 @@ def check_dataset(
         source: What `load_instance_dataset` reads, but no stream: a COCO JSON, a mapping of splits to such files, a
             folder with train/_annotations.coco.json or annotations/instances_*.json, a data.yaml of YOLO, rows of the
             library datasets or a data set id on the Hub.
-        image_folder: The pictures of a COCO JSON; or a mapping of splits to folders.
+        image_folder: The pictures of a COCO JSON, or a mapping of splits to folders; of YOLO, the folder that places
+            are relative to.
         num_queries: Of the model that is to be trained.
         workers: Threads that read pictures; as many as there are cores by default.
         fix: A new folder for a repaired copy in COCO's form, with the pictures as hard links where that is possible,
             and `changes.json`: `changes` lists what is not as it was, `left` what is as odd as before. What has one
-            reading is repaired; images and annotations that have none are left out. Reading the copy finds no error.
+            reading is repaired; annotations that have none are left out, and so are images that have none, or that
+            have lost all of their objects. Reading the copy finds no error.
         overlays: A folder for at most 50 pictures with their annotations drawn over them, those with errors and
             warnings first.
 
@@ -261,7 +272,8 @@ def check_dataset(
         What was found. Each kind, its severity and rule stand in `KINDS`.
 
     Raises:
-        ValueError: the source cannot be read at all; `fix` is not empty, or one of the folders lies in the source.
+        ValueError: the source cannot be read at all, or no category of it can be used and there is nothing to `fix`;
+            `fix` is not empty, or one of the folders lies in the source.
     """
     splits = _read_source(source, image_folder)
     for option, folder in (("fix", fix), ("overlays", overlays)):
@@ -270,6 +282,8 @@ def check_dataset(
     if fix is not None and any(split.folder is None for split in splits):
         raise ValueError("fix repairs files, and these are rows of datasets; correct them with `Dataset.map`")
     _check_categories(splits)
+    if fix is not None and not any(split.head()["categories"] for split in splits):
+        raise ValueError("no category can be used, and a repaired copy would hold no object; define and number them")
     findings = _Findings(is_listed=fix is not None)
     gallery = None if overlays is None else _Gallery()
     twins, counts = _Twins(), {}
@@ -285,7 +299,7 @@ def check_dataset(
                 for problem in seen.problems:
                     findings.add(split.name, problem, image, in_copy=seen.way is not None)
                 if copy is not None and seen.way is not None:
-                    copy.add(split.name, image.repaired(seen.size), seen.repaired, image.source, seen.way)
+                    copy.add(split.name, image.repaired(seen.size, split.folder), seen.repaired, image.source, seen.way)
                 if gallery is not None:
                     gallery.offer(split, image, seen)
             twins.end_split()
@@ -347,9 +361,9 @@ class _Findings:
         found = self._found.setdefault((problem.kind, split), Finding(problem.kind, severity, split, 0, rule, []))
         found.count += 1
         place = {
-            "image_id": None if image is None else image.id,
-            "file_name": None if image is None else image.name,
-            "annotation_id": problem.annotation_id,
+            "image_id": None if image is None else json_value(image.id),
+            "file_name": None if image is None else json_value(image.name),
+            "annotation_id": json_value(problem.annotation_id),
             "detail": problem.detail,
         }
         if len(found.examples) < _MOST_EXAMPLES:
@@ -393,9 +407,10 @@ class _Image:
     def name(self) -> Any:
         return self.record.get("file_name")
 
-    def repaired(self, size: tuple[int, int]) -> dict[str, Any]:
-        """The entry in a repaired copy."""
-        return self.record | {"id": self.copy_id, "height": size[0], "width": size[1]}
+    def repaired(self, size: tuple[int, int], folder: Path) -> dict[str, Any]:
+        """The entry in a repaired copy of what lies in a folder."""
+        name = os.path.relpath(os.path.join(folder, self.name), folder)
+        return self.record | {"id": self.copy_id, "file_name": name, "height": size[0], "width": size[1]}
 
     def leave_out(self, kind: str, detail: str, why: str = "") -> None:
         self.problems.append(Problem(kind, detail, change=f"{_LEFT_OUT}{why}"))
@@ -427,8 +442,8 @@ class _Split:
 
     def used(self) -> set[Any]:
         """The category ids of the annotations, as far as they are defined."""
-        given = (annotation.get("category_id") for image in self.images for annotation in image.annotations)
-        return {number for number in given if is_index(number)} & {category["id"] for category in self.categories}
+        given = (as_index(annotation.get("category_id")) for image in self.images for annotation in image.annotations)
+        return set(given) & {category["id"] for category in self.categories}
 
 
 # (position, entry of `images`) -> its source, and what is wrong with it
@@ -444,41 +459,31 @@ def _read_source(source: Any, image_folder: Any) -> list[_Split]:
     path = None if is_mapping else Path(source).expanduser()
     if files := coco_files(source if path is None else path):
         return [_coco_split(name, *found, image_folder) for name, found in files.items()]
-    if image_folder is not None:
-        raise ValueError(f"image_folder is for COCO files, and {path} is none; leave it out")
     if yaml_file := yolo_file(path):
-        return _yolo_splits(yaml_file)
+        return _yolo_splits(yaml_file, image_folder)
+    if image_folder is not None:
+        raise ValueError(f"image_folder is for COCO and YOLO files, and {path} is none; leave it out")
     return _row_splits(load_rows(source, False, {}))
 
 
 def _coco_split(name: str, path: Path, folders: Sequence[Path], image_folder: Any) -> _Split:
     given = image_folder.get(name) if isinstance(image_folder, Mapping) else image_folder
-    with located(str(path)):
-        coco = read_coco(path)
-        for key in ("images", "annotations", "categories"):
-            if not isinstance(coco.get(key), list) and (key in coco or key != "annotations"):
-                kind = type(coco[key]).__name__ if key in coco else "missing"
-                raise ValueError(f"{key!r} is {kind}, not a list as in COCO's instances JSON; export it again")
-    names = [entry["file_name"] for entry in coco["images"] if isinstance(entry, Mapping) and _is_inside(entry)]
+    coco = read_coco(path)
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(coco.get(key), list) and (key != "annotations" or coco.get(key) is not None):
+            kind = type(coco[key]).__name__ if key in coco else "missing"
+            raise ValueError(f"{path}: {key!r} is {kind}, not a list as in COCO's instances JSON; export it again")
     folders = folders if given is None else [Path(given).expanduser()]
-    folder = max(folders, key=lambda folder: sum(os.path.isfile(folder / name) for name in names[:50]))
+    first = [entry for entry in coco["images"] if isinstance(entry, Mapping)][:50]
+    folder = max(folders, key=lambda folder: sum(_find_file(folder, 0, entry)[1] is None for entry in first))
     return _build_split(name, coco, folder, partial(_find_file, folder))
-
-
-def _is_inside(entry: Mapping[str, Any]) -> bool:
-    """Whether there is a file name that stays in its folder."""
-    name = entry.get("file_name")
-    if not isinstance(name, str) or not name:
-        return False
-    path = os.path.normpath(name)
-    return not os.path.isabs(path) and path.split(os.sep)[0] != os.pardir
 
 
 def _find_file(folder: Path, position: int, entry: Mapping[str, Any]) -> tuple[Path | None, Problem | None]:
     name = entry.get("file_name")
     if not isinstance(name, str) or not name:
         return None, Problem("missing_file", f"file_name is {name!r:.60}", change=_LEFT_OUT)
-    if not _is_inside(entry):
+    if leads_out(folder, name):
         return None, Problem("unsafe_file_name", f"{name!r:.200} in {folder}", change=_LEFT_OUT)
     path = folder / name
     if not os.path.isfile(path):
@@ -490,13 +495,14 @@ def _build_split(name: str, coco: Mapping[str, Any], folder: Path | None, find: 
     """COCO's three lists of whatever they hold -> images with their annotations, and problems."""
     split = _Split(name, folder, rest={key: coco[key] for key in coco.keys() - {"images", "annotations", "categories"}})
     for category in coco["categories"]:
-        if isinstance(category, Mapping) and is_index(category.get("id")):
-            split.categories.append(dict(category))
-        else:
-            split.note("invalid_category", f"{category!r:.80}")
+        number = as_index(category.get("id")) if isinstance(category, Mapping) else None
+        if number is not None:
+            split.categories.append(category | {"id": number})
+        if number is None or not is_index(category["id"]):
+            split.note("invalid_category", f"{category!r:.80}", change=_LEFT_OUT if number is None else f"id {number}")
     by_id, pairs = _build_images(split, coco["images"], find)
     _attach_annotations(split, coco.get("annotations") or [], by_id)
-    free = itertools.count(1 + max((number for number in by_id if is_index(number)), default=0))
+    free = (number for number in itertools.count(1) if number not in by_id)
     for first, second in pairs:
         detail = f"{first.id!r:.40} is {first.name!r:.80} too"
         if first.annotations:  # of which picture, nobody knows
@@ -529,24 +535,30 @@ def _build_images(
             image.leave_out("invalid_image_id", f"id {image.id!r:.40}")
             continue
         first = by_id.setdefault(image.id, image)
-        if first is not image and first.name == image.name:
+        if first is not image and _path_of(first) == _path_of(image) is not None:
             image.leave_out("duplicate_image_id", f"{image.id!r:.40} is the same entry twice")
             image.source = None
         elif first is not image:
             pairs.append((first, image))
-        elif isinstance(image.name, str) and by_name.setdefault(os.path.normpath(image.name), image) is not image:
-            other = by_name[os.path.normpath(image.name)]
-            image.problems.append(Problem("duplicate_file_name", f"image {other.id!r:.40} is this file too"))
+        elif (path := _path_of(image)) is not None and by_name.setdefault(path, image) is not image:
+            detail = f"image {by_name[path].id!r:.40} is this file too"
+            image.problems.append(Problem("duplicate_file_name", detail))
     return by_id, pairs
 
 
+def _path_of(image: _Image) -> str | None:
+    """The file name of an image without detours."""
+    return os.path.normpath(image.name) if isinstance(image.name, str) else None
+
+
 def _is_id(value: Any) -> bool:
-    return isinstance(value, int | float | str) and not isinstance(value, bool) and value == value
+    return isinstance(value, str) or are_numbers([value], 1)
 
 
 def _attach_annotations(split: _Split, annotations: Sequence[Any], by_id: Mapping[Any, _Image]) -> None:
     given = (annotation.get("id") for annotation in annotations if isinstance(annotation, Mapping))
-    free = itertools.count(1 + max((number for number in given if is_index(number)), default=0))
+    ids = {number for number in given if is_index(number)}
+    free = (number for number in itertools.count(1) if number not in ids)
     taken: set[int] = set()
     for position, annotation in enumerate(annotations):
         if not isinstance(annotation, Mapping):
@@ -555,8 +567,13 @@ def _attach_annotations(split: _Split, annotations: Sequence[Any], by_id: Mappin
         number, image_id = annotation.get("id"), annotation.get("image_id")
         image = by_id.get(image_id) if _is_id(image_id) else None
         if image is None:
-            split.note("annotation_of_missing_image", f"image_id {image_id!r:.40} is none of {len(by_id)}", number)
-            continue
+            image = by_id.get(_other_form(image_id))
+            detail = f"image_id {image_id!r:.40} is none of {len(by_id)}"
+            if image is None:
+                split.note("annotation_of_missing_image", detail, number)
+                continue
+            detail += f", and {image.id!r:.40} is"
+            split.note("annotation_of_missing_image", detail, number, f"image_id {image.id!r:.40}")
         copy_id = number
         if not is_index(number) or number == 0 or number in taken:
             copy_id = next(free)
@@ -567,8 +584,23 @@ def _attach_annotations(split: _Split, annotations: Sequence[Any], by_id: Mappin
         image.copy_ids.append(copy_id)
 
 
-def _yolo_splits(path: Path) -> list[_Split]:
-    classes, root, places = read_yolo_description(path)
+def as_index(value: Any) -> int | None:
+    """A whole number of at least 0, also one that is written as 3.0 or "3"; None for anything else."""
+    is_text = isinstance(value, str) and value.isdecimal() and len(value) < 20
+    if is_text or (isinstance(value, float) and value.is_integer()):
+        value = int(value)
+    return int(value) if is_index(value) else None
+
+
+def _other_form(number: Any) -> Any:
+    """A number as the text that some tools write, and the other way round; None for anything else."""
+    if is_index(number):
+        return str(number)
+    return int(number) if isinstance(number, str) and number.isdecimal() else None
+
+
+def _yolo_splits(path: Path, image_folder: Any) -> list[_Split]:
+    classes, root, places = read_yolo_description(path, image_folder)
     pictures = {key: yolo_pictures(root, place, key) for key, place in places.items()}
     known = {yolo_label_file(picture) for found in pictures.values() for picture in found}
     splits = []
@@ -586,7 +618,8 @@ def _yolo_splits(path: Path) -> list[_Split]:
         for image, faults in zip(split.images, problems, strict=True):
             image.problems += faults
         folders = {yolo_label_file(picture).parent for picture in found} - {picture.parent for picture in found}
-        for label in sorted(label for folder in folders for label in folder.glob("*.txt") if label not in known):
+        labels = {label for folder in folders for label in folder.glob("*.txt")} - known
+        for label in sorted(label for label in labels if label.name != "classes.txt"):  # of programs that draw labels
             split.note("annotation_of_missing_image", f"{label} belongs to no picture")
         splits.append(split)
     return splits
@@ -600,7 +633,7 @@ def _read_yolo_picture(
     entry = {"id": number, "file_name": os.path.relpath(path, root) if is_below else f"{number}_{path.name}"}
     try:
         size = upright_size(path)
-    except Exception:  # Pillow's are many; they are reported when the picture is decoded
+    except ValueError:  # which is reported when the picture is decoded
         return entry, [], []
     entry |= {"height": size[0], "width": size[1]}
     objects, problems = [], []
@@ -622,8 +655,11 @@ def _read_yolo_picture(
     return entry, objects, problems
 
 
-def _find_listed(sources: Sequence[Any], position: int, entry: Mapping[str, Any]) -> tuple[Any, None]:
-    return sources[position], None
+def _find_listed(sources: Sequence[Any], position: int, entry: Mapping[str, Any]) -> tuple[Any, Problem | None]:
+    source = sources[position]
+    if isinstance(source, Path) and not source.is_file():
+        return None, Problem("missing_file", f"{str(source)[:300]} is not there", change=_LEFT_OUT)
+    return source, None
 
 
 def _row_splits(source: Any) -> list[_Split]:
@@ -636,11 +672,16 @@ def _row_splits(source: Any) -> list[_Split]:
         table = ArrowRows(split, readers[name])
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
+        given = []
         for index, record in enumerate(table.scan(f"Annotations of {name}")):
-            objects, number = record.pop("annotations"), record.pop("image_id", index)
-            images.append({"id": number, **record})
+            objects = record.pop("annotations")
+            given.append(record.pop("image_id", None))
+            images.append({"id": index, **record})
             first = len(annotations) + 1
-            annotations += [{"id": first + i, **item, "image_id": number} for i, item in enumerate(objects)]
+            annotations += [{"id": first + i, **item, "image_id": index} for i, item in enumerate(objects)]
+        if all(map(is_index, given)):  # others are numbered by their rows when they are read
+            images = [image | {"id": number} for image, number in zip(images, given, strict=True)]
+            annotations = [item | {"image_id": given[item["image_id"]]} for item in annotations]
         categories = [{"id": category, "name": text} for category, text in classes.items()]
         coco = {"images": images, "annotations": annotations, "categories": categories}
         sources = [partial(table.encoded, index, {}) for index in range(len(images))]
@@ -657,19 +698,27 @@ def _check_categories(splits: Sequence[_Split]) -> None:
     groups = parent_ids(named) - set().union(*used.values())
     for split in splits:
         split.groups = groups
-        ids: dict[str, int] = {}
-        for number, name in ((category["id"], _named(category)["name"]) for category in split.categories):
+        if not split.categories and any(image.annotations for image in split.images):
+            split.note("no_categories", "", change=None)
+        ids: dict[str, tuple[int, str]] = {}  # id and group of each name
+        for category in split.categories:
+            number, name, parent = _named(category).values()
             if number in split.classes:
                 _note_second(split, number, name)
                 continue
             split.classes[number] = name
             if number in groups:
                 split.note("unused_category", f"{number} {name!r:.60} only groups others")
-            elif ids.setdefault(name, number) != number:
-                split.note("duplicate_category_name", f"{ids[name]} and {number}: {name!r:.60}", change="merged")
+            elif (before := ids.setdefault(name, (number, parent))) != (number, parent):
+                # Without a name, or in different groups, they may be different classes.
+                is_one = before[1] == parent and isinstance(category["name"], str) and bool(name.strip())
+                if not is_one:
+                    split.unclear |= {before[0], number}
+                change = "merged" if is_one else "left out, with their objects: whether they are one cannot be told"
+                split.note("duplicate_category_name", f"{before[0]} and {number}: {name!r:.60}", change=change)
             elif number not in used[split.name]:
                 split.note("unused_category", f"{number} {name!r:.60}", change=None)
-    wrong = {"duplicate_category_id", "duplicate_category_name"}
+    wrong = {"no_categories", "duplicate_category_id", "duplicate_category_name"}
     if wrong & {problem.kind for split in splits for problem in split.problems}:
         return
     first = next((split for split in splits if split.name == "train"), splits[0])
@@ -710,31 +759,36 @@ class _Picture(NamedTuple):
     problem: Problem | None = None
 
 
-def _content(source: Any) -> bytes:
-    """The bytes of the file of an image, or of the pixels of a PIL picture."""
+def _open(source: Any) -> BytesIO | BufferedReader:
+    """The file of an image, or one of the pixels of a PIL picture."""
     value = source() if callable(source) else source
     if isinstance(value, PIL.Image.Image):
         buffer = BytesIO()
         value.save(buffer, "PNG")
-        return buffer.getvalue()
-    return value if isinstance(value, bytes) else Path(value).read_bytes()
+        value = buffer.getvalue()
+    return BytesIO(value) if isinstance(value, bytes) else open(value, "rb")
 
 
 def _read_picture(source: Any) -> _Picture:
     """Decode the file of an image, all of it."""
     kind = "unreadable_image"
     try:
-        content = _content(source)
-        if not content:
-            return _Picture(problem=Problem("empty_file", change=_LEFT_OUT))
-        with PIL.Image.open(BytesIO(content)) as picture:
+        with _open(source) as file:
+            if not file.read(1):
+                return _Picture(problem=Problem("empty_file", change=_LEFT_OUT))
+            file.seek(0)
+            picture = PIL.Image.open(file)
             kind = "truncated_image"
+            given = picture.getexif().get(Base.Orientation)  # which a TIFF no longer has when it is loaded, and upright
             picture.load()
-            given = picture.getexif().get(Base.Orientation)
             orientation = given if given in range(2, 9) else 1
-            upright = picture if orientation == 1 else PIL.ImageOps.exif_transpose(picture)
-            size = (upright.height, upright.width)
-            return _Picture(size, orientation, hashlib.blake2b(content, digest_size=16).digest(), _look_of(upright))
+            upright = PIL.ImageOps.exif_transpose(picture)
+            kind = "unreadable_image"
+            if upright.mode[0] in "IF":
+                read_rgb(upright)  # which refuses values whose scale is unknown
+            file.seek(0)
+            digest = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).digest()
+            return _Picture((upright.height, upright.width), orientation, digest, _look_of(upright))
     except PIL.Image.DecompressionBombError as error:
         return _Picture(problem=Problem("huge_image", str(error), change=_LEFT_OUT))
     except Exception as error:  # Pillow answers broken files with SyntaxError, struct.error, zlib.error and others
@@ -748,6 +802,8 @@ def _look_of(picture: PIL.Image.Image) -> int | None:
     """
     if picture.mode.startswith("I"):
         picture = picture.convert("I").convert("F")
+    elif picture.mode == "LAB":
+        picture = picture.convert("RGB").convert("L")
     elif picture.mode != "F":
         picture = picture.convert("L")
     # Scaled in two steps, since the first one rounds to whole grey levels.
@@ -862,7 +918,10 @@ def _look_at(classes: Mapping[int, str], num_queries: int, image: _Image) -> _Se
             seen.masks += examined.has_mask
             if examined.class_name is not None:
                 seen.classes[examined.class_name] += 1
-    if not seen.objects:
+    if image.annotations and not seen.repaired:
+        seen.way = None
+        seen.problems.append(Problem("all_objects_lost", f"{len(image.annotations)} objects", change=_LEFT_OUT))
+    elif not seen.objects:
         seen.problems.append(Problem("image_without_objects"))
     if seen.objects > num_queries:
         seen.problems.append(Problem("too_many_objects", f"{seen.objects} objects, {num_queries} queries"))
@@ -875,24 +934,26 @@ def _settle_size(image: _Image, picture: _Picture) -> tuple[tuple[int, int] | No
     Where data and file differ, the sizes at which all objects lie inside decide; where both do, nothing can.
     """
     given = [plain(image.record.get(side)) for side in ("height", "width")]
+    sides = [_as_side(side) for side in given]
     actual, turned = picture.size, picture.orientation
-    stated = (int(given[0]), int(given[1])) if all(map(_is_side, given)) else None
     if actual is None:
-        return stated, None, []
+        return (None if None in sides else (sides[0], sides[1])), None, []
     shown = f"{given[0]!r:.20} x {given[1]!r:.20}"
-    if stated is None:
-        kind = "size_mismatch" if all(given) else "missing_size"
-        missing = Problem(kind, f"height x width {shown}", change=f"{actual[0]} x {actual[1]}")
-        way, problems = _settle_turn(image, picture, False)
-        return actual, way, [missing, *problems]
+    stated = (sides[0] or actual[0], sides[1] or actual[1])
     if stated == actual:
-        return actual, *_settle_turn(image, picture, turned >= 5 and actual[0] != actual[1])
+        is_certain = turned >= 5 and actual[0] != actual[1] and None not in sides
+        way, problems = _settle_turn(image, picture, is_certain)
+        if given != list(actual):
+            is_missing = all(side in (None, number) for side, number in zip(given, actual, strict=True))
+            kind = "missing_size" if is_missing else "size_mismatch"
+            change = f"{actual[0]} x {actual[1]}"
+            problems.insert(0, Problem(kind, f"height x width {shown}", change=change))
+        return actual, way, problems
     is_swapped = turned >= 5 and stated == actual[::-1]
     kind = "exif_swapped_size" if is_swapped else "size_mismatch"
     detail = f"height x width {shown}, the picture's {actual[0]} x {actual[1]}"
-    is_scaled = is_swapped or math.isclose(stated[0] * actual[1], stated[1] * actual[0], rel_tol=0.01)
     in_actual, in_stated = _fit(image.annotations, actual), _fit(image.annotations, stated)
-    if not image.annotations or (in_actual and not (in_stated and is_scaled)):
+    if not image.annotations or (in_actual and not in_stated):
         return actual, "link", [Problem(kind, detail, change=f"{actual[0]} x {actual[1]}")]
     if is_swapped and in_stated and not in_actual:
         return stated, "stored", [Problem(kind, detail, change="written as it is stored, without the EXIF tag")]
@@ -900,10 +961,10 @@ def _settle_size(image: _Image, picture: _Picture) -> tuple[tuple[int, int] | No
     return stated, None, [Problem(kind, detail, change=why)]
 
 
-def _is_side(value: Any) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1 << 31 and value == int(value)
-    )
+def _as_side(value: Any) -> int | None:
+    """Pixels, as a number or its text; None for anything else."""
+    number = as_index(value)
+    return number if number and number < 1 << 31 else None
 
 
 def _settle_turn(image: _Image, picture: _Picture, is_certain: bool) -> tuple[str, list[Problem]]:
@@ -924,6 +985,8 @@ def _fit(annotations: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> boo
             box = plain(annotation.get("bbox"))
             if isinstance(shape, dict):
                 continue
+            if not shape and not are_numbers(box, 4):
+                return False
             points = np.concatenate(shape) if shape else [box[0] + box[2], box[1] + box[3]]
             if (np.reshape(points, (-1, 2)).max(0) > (size[1] + 1, size[0] + 1)).any():
                 return False
@@ -948,10 +1011,14 @@ class _Examination:
         self.annotation, self.repaired = annotation, dict(annotation)
         self.problems: list[Problem] = []
         self.is_lost = self.has_mask = False
-        category, crowd = annotation.get("category_id"), plain(annotation.get("iscrowd"))
-        self.class_name = classes.get(category) if is_index(category) else None
+        given, crowd = annotation.get("category_id"), plain(annotation.get("iscrowd"))
+        category = as_index(given)
+        self.class_name = None if category is None else classes.get(category)
         if self.class_name is None:
-            self._lose("unknown_category", f"category_id {category!r:.40}")
+            self._lose("unknown_category", f"category_id {given!r:.40}")
+        elif not is_index(given):
+            self._note("unknown_category", f"category_id {given!r:.40}", f"category_id {category}")
+            self.repaired["category_id"] = category
         if isinstance(crowd, list | dict) or crowd not in (None, 0, 1):
             self._lose("invalid_iscrowd", f"iscrowd {crowd!r:.40}")
             crowd = 0
@@ -1067,7 +1134,7 @@ def _shape_kind(segmentation: Any, size: tuple[int, int]) -> str:
         return "invalid_segmentation"
     if any(len(row) % 2 for row in rows):
         return "polygon_odd_numbers"
-    is_finite = all(map(math.isfinite, itertools.chain(*rows)))
+    is_finite = all(are_numbers(row, len(row)) for row in rows)
     return "invalid_segmentation" if is_finite else "polygon_not_finite"
 
 
@@ -1088,7 +1155,10 @@ def _distance(box: Sequence[float], other: Sequence[float]) -> float:
 
 
 def _crosses_itself(polygon: np.ndarray) -> bool:
-    """Whether two edges of a polygon (2P,) cross; to touch, or to lie on each other, is allowed."""
+    """Whether two edges of a polygon (2P,) cross; to touch, or to lie on each other, is allowed.
+
+    Of one with very many edges above each other nobody knows: False.
+    """
     start = polygon.reshape(-1, 2)
     end = np.roll(start, -1, axis=0)
     order = np.minimum(start, end)[:, 0].argsort()
@@ -1096,6 +1166,8 @@ def _crosses_itself(polygon: np.ndarray) -> bool:
     low, high = np.minimum(start, end), np.maximum(start, end)
     # Of the edges behind it in the order of their left ends, an edge can meet those that begin before it ends.
     stop: Any = np.searchsorted(low[:, 0], high[:, 0], "right")
+    if (stop - np.arange(1, len(start) + 1)).sum() > _MOST_PAIRS:
+        return False
     for first in range(0, len(start), 256):  # P x P pairs would not fit where P is large
         edges = np.arange(first, min(first + 256, len(start)))
         counts = stop[edges] - edges - 1
@@ -1161,9 +1233,10 @@ class _Gallery:
         folder.mkdir(parents=True, exist_ok=True)
         shown = [*self._odd, *self._fine][:_MOST_OVERLAYS]
         for number, (split, image, problems) in enumerate(logging.tqdm(shown, desc="Drawing", delay=2)):
-            stem = Path(str(image.id if image.name is None else image.name)).stem
-            drawn = _draw(read_rgb(PIL.Image.open(BytesIO(_content(image.source)))), image, split.classes, problems)
-            with whole_file(folder / f"{number:02}_{split.name}_{stem}.jpg") as partial_file:
+            stem = re.sub(r"[^\w.-]", "_", Path(str(image.id if image.name is None else image.name)).stem)
+            with _open(image.source) as file:
+                drawn = _draw(read_rgb(PIL.Image.open(file)), image, split.classes, problems)
+            with whole_file(folder / f"{number:02}_{split.name}_{stem[:_LONGEST_STEM]}.jpg") as partial_file:
                 drawn.save(partial_file, "JPEG", quality=90)
 
 

@@ -9,6 +9,7 @@ import os
 from array import array
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,15 +18,15 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 import torch.utils.data
+from PIL.ExifTags import Base
 from transformers import TrainerCallback
 from transformers.utils import logging
 
 from .augmentation import as_augmentation
-from .image_processing_rf_detr import RfDetrImageProcessor, are_numbers, is_index, located, plain, read_rgb
+from .image_processing_rf_detr import RfDetrImageProcessor, are_numbers, clamp_box, is_index, located, plain, read_rgb
 from .masks import measure, read_segmentation
 
 _FIELDS = ("id", "category_id", "bbox", "segmentation", "area", "iscrowd")  # of an annotation
-_ORIENTATION = 0x0112  # the EXIF tag; from 5 on width and height are exchanged
 
 
 class ClassCount(NamedTuple):
@@ -299,7 +300,10 @@ def _complete(
 
 
 def with_box_and_area(annotation: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
-    """The annotation with `bbox` and `area`, from its shape where they are missing, the area otherwise from its box."""
+    """The annotation with `bbox` and `area`, from its shape where they are missing, the area else from its box.
+
+    Of a box the part inside the picture counts, (H, W) in `size`.
+    """
     complete = dict(annotation)
     box, area = annotation.get("bbox"), annotation.get("area")
     if box is None or area is None:
@@ -308,7 +312,8 @@ def with_box_and_area(annotation: Mapping[str, Any], size: tuple[int, int]) -> d
             shape_box, shape_area = measure(shape, size)
             complete |= {"bbox": shape_box if box is None else box, "area": shape_area if area is None else area}
         elif box is not None:
-            complete["area"] = box[2] * box[3]
+            x0, y0, x1, y1 = clamp_box(box, size)
+            complete["area"] = max(0, x1 - x0) * max(0, y1 - y0)
     return complete
 
 
@@ -465,11 +470,8 @@ def leads_out(folder: str | os.PathLike[str], name: Any) -> bool:
     """Whether a file name, relative to the folder or absolute, means a file outside of it; links are followed."""
     if not isinstance(name, str | os.PathLike):
         return False
-    name = os.path.normpath(name)
-    if not os.path.isabs(name):
-        return name.split(os.sep)[0] == os.pardir
     root = os.path.abspath(folder)
-    return os.path.commonpath([root, name]) != root
+    return not Path(os.path.abspath(os.path.join(root, name))).is_relative_to(root)
 
 
 def _kind(pictures: Any) -> str:
@@ -496,8 +498,10 @@ def upright_size(picture: Any) -> tuple[int, int]:
         except Exception as error:  # Pillow's are many, among them that of too many pixels
             raise ValueError(f"{picture!r:.200} cannot be opened as an image: {error}") from error
     # A PNG's own `getexif` decodes the whole file first, in case there is EXIF behind the pixels.
-    turned = (PIL.Image.Image.getexif(picture).get(_ORIENTATION) or 1) >= 5
+    turned = PIL.Image.Image.getexif(picture).get(Base.Orientation) in range(5, 9)  # width and height are exchanged
     width, height = picture.size
+    if turned and picture.format == "TIFF":  # whose size some releases of Pillow give turned already
+        width, height = (picture.tag_v2[tag] for tag in (Base.ImageWidth, Base.ImageLength))
     return (width, height) if turned else (height, width)
 
 

@@ -139,7 +139,7 @@ def split_name(name: str) -> str:
 def read_text(path: Path) -> str:
     """A text file; ValueError if it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # of Windows' programs, some of which put a mark before the text
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}; give an existing text file") from error
 
@@ -198,8 +198,8 @@ def read_coco(path: Path) -> dict[str, Any]:
 def _load_coco(files: Mapping[str, tuple[Path, list[Path]]], image_folder: Any, class_names: Any) -> InstanceDatasets:
     read, classes = {}, {}
     for split, (path, _) in files.items():
+        read[split] = read_coco(path)
         with located(str(path)):
-            read[split] = read_coco(path)
             classes[split] = coco_categories(read[split])
     used = {
         split: {
@@ -262,8 +262,11 @@ def _load_yolo(path: Path, image_folder: Any, class_names: Any) -> InstanceDatas
     splits = {}
     with located(str(path)):
         for key, place in places.items():
-            tally = Tally(classes)
-            records = _yolo_records(yolo_pictures(root, place, key), root, classes)
+            tally, pictures = Tally(classes), yolo_pictures(root, place, key)
+            if missing := [path for path in pictures if not path.is_file()]:
+                shown, total = ", ".join(map(str, missing[:3])), len(pictures)
+                raise ValueError(f"{key}: {len(missing)} of {total} pictures are not there: {shown}; correct {key!r}")
+            records = _yolo_records(pictures, root, classes)
             splits[split_name(key)] = InstanceDataset.of_rows(tally, PackedRows(tally.watch(records), root))
     return InstanceDatasets(splits)
 
@@ -341,10 +344,6 @@ def yolo_pictures(root: Path, places: Any, key: str) -> list[Path]:
         raise ValueError(
             f"{key}: {len(outside)} of {len(found)} pictures lie outside of {root}: {shown}; correct {key!r}"
         )
-    missing = [path for path in found if not path.is_file()]
-    if missing:
-        shown = ", ".join(map(str, missing[:3]))
-        raise ValueError(f"{key}: {len(missing)} of {len(found)} pictures are not there: {shown}; correct {key!r}")
     return found
 
 
@@ -376,7 +375,7 @@ def read_yolo_line(words: Sequence[str], size: tuple[int, int], classes: Mapping
     """`class x0 y0 x1 y1 x2 y2 ...` or `class cx cy w h`, in fractions of the picture -> an annotation in pixels."""
     rule = "a line is 'class x0 y0 x1 y1 x2 y2 ...', three points or more, or 'class cx cy w h'"
     try:
-        category, values = int(words[0]), np.array(words[1:], np.float64)
+        category, values = int(words[0].removesuffix(".0")), np.array(words[1:], np.float64)
     except ValueError as error:
         raise ValueError(f"{' '.join(words)!r:.80} does not hold numbers; {rule}") from error
     if category not in classes:
@@ -505,6 +504,8 @@ class RowReader(NamedTuple):
         features = split.features
         if features is None:  # of a stream that declares none
             features = _import_datasets().Dataset.from_list([next(iter(split))]).features
+        if {"images", "annotations"} <= features.keys():
+            raise ValueError("these rows are the lists of a COCO JSON; give that file itself, as in data/train.json")
         columns = _find(features, _COLUMNS, ("image", "objects"), "row", "rename_column")
         objects = _element(features[columns["objects"]])
         if not isinstance(objects, Mapping):

@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -592,8 +592,14 @@ def decode_image(image: PIL.Image.Image | str | os.PathLike[str]) -> np.ndarray:
 
 def _open(source: str) -> PIL.Image.Image:
     """A path, http(s) URL or base64 string -> the picture in its own mode (transformers clips 16 bits to 8)."""
+    # Not by its path, of which Pillow maps the pixels and turns those of a TIFF wrongly.
+    with _stream(source) as stream, PIL.Image.open(stream) as image:
+        image.load()
+        return image
+
+
+def _stream(source: str) -> BinaryIO:
     path = os.path.expanduser(source)
-    stream: str | BytesIO = path
     if source.startswith(("http://", "https://")):
         request = urllib.request.Request(source, headers={"User-Agent": "transformers-rfdetr"})
         with urllib.request.urlopen(request, timeout=_URL_TIMEOUT_SECONDS) as response:
@@ -603,17 +609,16 @@ def _open(source: str) -> PIL.Image.Image:
                 f"it is larger than {MAX_URL_BYTES} bytes; fetch it yourself, or raise"
                 " transformers_rfdetr.image_processing_rf_detr.MAX_URL_BYTES"
             )
-        stream = BytesIO(content)
-    elif not os.path.isfile(path):
-        encoded = source.partition(",")[2] if source.startswith("data:image/") else source
-        try:
-            stream = BytesIO(base64.b64decode("".join(encoded.split()), validate=True))
-            PIL.Image.open(stream)
-        except (ValueError, OSError) as error:
-            raise ValueError("there is no such file; give a path, an http(s) URL or base64") from error
-    with PIL.Image.open(stream) as image:
-        image.load()
-        return image
+        return BytesIO(content)
+    if os.path.isfile(path):
+        return open(path, "rb")
+    encoded = source.partition(",")[2] if source.startswith("data:image/") else source
+    try:
+        stream = BytesIO(base64.b64decode("".join(encoded.split()), validate=True))
+        PIL.Image.open(stream)
+    except (ValueError, OSError) as error:
+        raise ValueError("there is no such file; give a path, an http(s) URL or base64") from error
+    return stream
 
 
 def read_image(image: Any, do_rescale: bool, rescale_factor: float, input_data_format: str | None) -> torch.Tensor:
@@ -705,7 +710,12 @@ def plain(value: Any) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False
 
 
 def are_numbers(values: Any, count: int) -> bool:

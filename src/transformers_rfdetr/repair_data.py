@@ -3,7 +3,9 @@
 What is repaired, and how, is decided by `check_data`; here it is put together and written.
 """
 
+import itertools
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +16,12 @@ import PIL.Image
 import PIL.ImageOps
 from PIL.ExifTags import Base
 
+# Of pictures that are turned, so that little is lost.
+_SAVED_AS: dict[str, dict[str, Any]] = {
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "WEBP": {"lossless": True},
+    "AVIF": {"quality": 95},
+}
 _EXPORTED = {"train": "train", "validation": "valid", "test": "test"}  # the folders of Roboflow's exports
 
 
@@ -27,6 +35,7 @@ class RepairedCopy:
 
     def __init__(self, folder: Path, splits: Mapping[str, Mapping[str, Any]]) -> None:
         self.folder = folder
+        self._written: dict[Path, tuple[Any, str]] = {}  # file of the copy -> its source, and the way that it came
         self._exported = splits.keys() <= _EXPORTED.keys()
         united, ids = _unite_categories(split["categories"] for split in splits.values())
         self._content = {name: {**split, "categories": united} for name, split in splits.items()}
@@ -48,8 +57,7 @@ class RepairedCopy:
         `image` is its entry in the copy; `way` is "link" for the file as it is, "upright" to turn it as EXIF says, or
         "stored" not to turn it, the latter two without EXIF's tag.
         """
-        name = os.path.normpath(image["file_name"])
-        _write_picture(source, self._folder(split) / name, way)
+        name = self._place_picture(self._folder(split), image["file_name"], source, way)
         content, numbers = self._content[split], self._numbers[split]
         content["images"].append({**image, "file_name": name})
         content["annotations"] += [
@@ -58,20 +66,48 @@ class RepairedCopy:
             if annotation["category_id"] in numbers
         ]
 
+    def _place_picture(self, folder: Path, name: str, source: Path, way: str) -> str:
+        """Write the file of an image -> its name, another one where a file of another kind has that already."""
+        origin, path = (os.path.realpath(source), way), Path(name)
+        for number in itertools.count(2):
+            target = folder / path
+            if target not in self._annotation_files() and self._written.setdefault(target, origin) == origin:
+                break
+            path = path.with_stem(f"{Path(name).stem}_{number}")
+        if not target.exists():  # which it does for the second image of a file
+            _write_picture(source, target, way)
+        return str(path)
+
+    def _annotation_files(self) -> dict[Path, str]:
+        """The files that are written at the end -> their splits."""
+        if self._exported:
+            return {self._folder(split) / "_annotations.coco.json": split for split in self._content}
+        return {self.folder / "annotations" / f"instances_{split}.json": split for split in self._content}
+
     def write(self, changes: Sequence[Mapping[str, Any]], left: Sequence[Mapping[str, Any]]) -> None:
         """Write the annotations, and `changes.json`: what was changed, and what is as odd as it was."""
-        for split, content in self._content.items():
-            if self._exported:
-                path = self._folder(split) / "_annotations.coco.json"
-            else:
-                path = self.folder / "annotations" / f"instances_{split}.json"
+        for path, split in self._annotation_files().items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(content), encoding="utf-8")
+            content = self._content[split]
+            try:
+                text = json.dumps(content, allow_nan=False)
+            except ValueError:  # somewhere in what is not looked at
+                text = json.dumps(json_value(content))
+            path.write_text(text, encoding="utf-8")
         listed = {"changes": [*self._notes, *changes], "left": left}
         (self.folder / "changes.json").write_text(json.dumps(listed, indent=1), encoding="utf-8")
 
     def _folder(self, split: str) -> Path:
         return self.folder / (_EXPORTED[split] if self._exported else split)
+
+
+def json_value(value: Any) -> Any:
+    """A value of a JSON file as every program reads it: null where Python knows a number that is not finite."""
+    if isinstance(value, Mapping):
+        return {key: json_value(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [json_value(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _unite_categories(splits: Iterable[list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], dict[str, int]]:
@@ -87,18 +123,17 @@ def _unite_categories(splits: Iterable[list[dict[str, Any]]]) -> tuple[list[dict
 
 def _write_picture(source: Path, target: Path, way: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():  # the file of two images
-        return
     if way == "link":
         try:
             os.link(os.path.realpath(source), target)
         except OSError:  # another disk, or one that knows no links
             shutil.copyfile(source, target)
         return
-    with PIL.Image.open(source) as opened:
+    with open(source, "rb") as file, PIL.Image.open(file) as opened:
         picture = PIL.ImageOps.exif_transpose(opened) if way == "upright" else opened.copy()
         picture.info.pop("xmp", None)  # which may hold the orientation again
         exif = picture.getexif()
         exif.pop(Base.Orientation, None)
         kind = "JPEG" if opened.format == "MPO" else opened.format  # of some cameras: a JPEG with others behind it
-        picture.save(target, kind, exif=exif, icc_profile=opened.info.get("icc_profile"), quality=95, subsampling=0)
+        profile = opened.info.get("icc_profile")
+        picture.save(target, kind, exif=exif, icc_profile=profile, **_SAVED_AS.get(kind or "", {}))

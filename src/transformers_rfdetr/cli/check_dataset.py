@@ -24,7 +24,12 @@ def check_dataset(
         str, typer.Argument(help="a COCO JSON, a folder with one for each split, a data.yaml of YOLO, or a Hub id")
     ],
     fix: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="write a repaired copy there, with a list of all changes")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="write a repaired copy there, with a list of all changes; pictures are links to the same files, so"
+            " that drawing into one changes both",
+        ),
     ] = None,
     overlays: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="draw up to 50 annotated pictures there, the odd ones first")
@@ -32,7 +37,9 @@ def check_dataset(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="write the report as JSON; - prints nothing else")
     ] = None,
-    image_folder: Annotated[Path | None, typer.Option(help="the pictures of a COCO JSON")] = None,
+    image_folder: Annotated[
+        Path | None, typer.Option(help="the pictures of a COCO JSON; of YOLO what its places are relative to")
+    ] = None,
     num_queries: Annotated[int, typer.Option(help="of the model; images with more objects are named", min=1)] = 200,
     workers: Annotated[int | None, typer.Option(help="threads; as many as cores by default", min=1)] = None,
 ) -> None:
@@ -41,6 +48,8 @@ def check_dataset(
     The exit code is 0 without errors, 1 if there are errors in SOURCE (also when --fix repaired them), and 2 if it
     cannot be read at all. Warnings and remarks do not count.
     """
+    if json_file is not None and json_file.is_file() and not _is_report(json_file):
+        raise ValueError(f"--json {json_file} exists, and is no report of this command; give another name")
     report = check_data.check_dataset(
         source, image_folder=image_folder, num_queries=num_queries, workers=workers, fix=fix, overlays=overlays
     )
@@ -48,11 +57,18 @@ def check_dataset(
     if str(json_file) == "-":
         typer.echo(as_json)
     else:
-        typer.echo(str(report))
         if as_json is not None:
             json_file.parent.mkdir(parents=True, exist_ok=True)
             write_text(json_file, as_json)
+        typer.echo(str(report))
         if fix is not None:
             typer.echo(f"The repaired copy is in {fix}; {fix / 'changes.json'} lists what is different.")
     if report.has_errors:
         raise typer.Exit(1)
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).keys() == {"source", "splits", "findings"}
+    except (ValueError, AttributeError):
+        return False

@@ -1,6 +1,8 @@
 """What a command says when its input is wrong."""
 
 import functools
+import io
+import sys
 from collections.abc import Callable
 
 import typer
@@ -11,6 +13,9 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*args: object, **kwargs: object) -> None:
+        for stream in (sys.stdout, sys.stderr):  # names of files may hold what a terminal cannot show
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
             command(*args, **kwargs)
         except (OSError, ValueError, ImportError, FloatingPointError) as error:
