@@ -269,8 +269,12 @@ GIVEN = ["train", "data", "--model", "m", "--output", "o"]
         (["train", "no/such/data", *GIVEN[2:], "--device", "cpu"], "'no/such/data' is neither a folder nor"),
         (["evaluate", "m", "data", "--batch-size", "0"], "--batch-size 0 must be at least 1"),
         (["evaluate", "m", "data", "--threshold", "1"], "--threshold 1.0 is outside [0, 1)"),
-        (["evaluate", "m", "data", "--output", "."], "--output . is a folder"),
+        (["evaluate", "m", "data", "--output", "."], "evaluate: . is a folder; give the name of a file"),
         (["benchmark", "m", "--runs", "0"], "--runs 0 must be at least 1"),
+        (["benchmark", "m", "--json", "."], ". is a folder; give the name of a file"),
+        (["train", "data", *GIVEN[2:], "--config", "no.yaml"], "no.yaml cannot be read"),
+        ([*GIVEN, "--epochs", "nan"], "--epochs nan trains nothing"),
+        ([*GIVEN, "--set", "gradient_accumulation_steps=0"], "gradient_accumulation_steps 0 must be at least 1"),
         (["benchmark", "m", "--dtype", "int8"], "--dtype int8 is none of float32"),
     ],
 )
@@ -283,7 +287,7 @@ def test_a_command_says_in_a_line_what_is_wrong(arguments, message, tmp_path, mo
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [1", "is no YAML: while parsing"), ("- a\n", "holds no settings"), ("\xff", "is no YAML")],
+    [("a: [1", "is no YAML: while parsing"), ("- a\n", "holds no settings"), ("\xff", "cannot be read")],
 )
 def test_a_file_that_holds_no_settings_is_refused(text, message, tmp_path):
     (tmp_path / "recipe.yaml").write_text(text, encoding="latin-1")
@@ -484,7 +488,7 @@ def test_a_file_of_rfdetr_is_read_without_converting_it(tmp_path, monkeypatch):
 
 def test_what_is_no_model_of_this_kind_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    assert "its config.json is of 'bert' and not of 'rf_detr'" in refusal("info", tmp_path)
+    assert "Its config.json is of 'bert' and not of 'rf_detr'" in refusal("info", tmp_path)
     (tmp_path / "empty").mkdir()
     assert "is no RF-DETR model" in refusal("info", tmp_path / "empty")
     (tmp_path / "notes.txt").write_text("hello")

@@ -343,7 +343,7 @@ def test_the_model_may_be_any_usual_spelling_of_a_published_one(
 
     asked: list[str] = []
     monkeypatch.chdir(tmp_path)
-    Path("rf-detr-seg-small").mkdir()
+    RfDetrConfig().save_pretrained("rf-detr-seg-small")
     monkeypatch.setattr(RfDetrConfig, "from_pretrained", load)
     assert main(["--model", name]) == 2
     assert asked == [loaded]

@@ -28,7 +28,15 @@ from transformers_rfdetr.bulk_prediction import list_pictures, predict_to_folder
 from transformers_rfdetr.check_data import check_dataset
 from transformers_rfdetr.data import InstanceDataset, collate_fn
 from transformers_rfdetr.demo_data import draw_dataset
-from transformers_rfdetr.files import DiskError, explained, whole_folder, write_text
+from transformers_rfdetr.files import (
+    DiskError,
+    check_place,
+    explained,
+    make_folder,
+    whole_file,
+    whole_folder,
+    write_text,
+)
 from transformers_rfdetr.recovery import damage, explained_deaths, newest_checkpoint, restore_folder
 from transformers_rfdetr.trainer import RfDetrTrainer
 
@@ -497,6 +505,24 @@ def test_a_worker_that_is_killed_is_explained_and_the_run_goes_on(use, tmp_path)
         assert trainer.state.global_step == 3
     else:
         assert math.isfinite(build().evaluate()["eval_loss"])
+
+
+def test_a_place_that_may_not_be_written_to_is_named_as_it_was_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    for path in (tmp_path / "a.json", tmp_path / "new" / "folder" / "a.json"):
+        with pytest.raises(PermissionError, match=f"^{path} cannot be written, because {tmp_path} may not be changed"):
+            check_place(path)
+    with (
+        pytest.raises(PermissionError, match=f"^{tmp_path / 'a.json'} cannot be written"),
+        whole_file(tmp_path / "a.json"),
+    ):
+        pass
+    with pytest.raises(IsADirectoryError, match=f"^{tmp_path} is a folder; give the name of a file"):
+        check_place(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match=f"^{tmp_path / 'file'} is a file, or lies in one; give a folder"):
+        make_folder(tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_temporary_folder_that_workers_cannot_use_is_refused(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """`load`: a model and its processor by one name."""
 
+import json
+
 import pytest
 import torch
 
@@ -56,14 +58,30 @@ def test_what_cannot_be_loaded_is_said_with_the_remedy(tmp_path):
     (tmp_path / "model.pth").write_bytes(b"x")
     with pytest.raises(ValueError, match="is a file; make a folder of it with `transformers-rfdetr convert"):
         load(str(tmp_path / "model.pth"))
-    with pytest.raises(ValueError, match="cannot be loaded; give a folder or a Hub id"):
+    with pytest.raises(ValueError, match=r"cannot be loaded; give a folder or a Hub id\. It has no config\.json"):
         load(str(tmp_path))
+    for name, text, message in (
+        ("config.json", '{"model_type": "detr"}', "Its config.json is of 'detr' and not of 'rf_detr'"),
+        ("adapter_config.json", "{}", "It holds an adapter and no whole model: merge that"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load(str(tmp_path))
+    (tmp_path / "adapter_config.json").unlink()
     small_model(RfDetrForObjectDetection).save_pretrained(tmp_path)
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(
         config.replace(RfDetrForObjectDetection.__name__, RfDetrForInstanceSegmentation.__name__)
     )
     with pytest.raises(ValueError, match=r"lacks \d+ weights of RfDetrForInstanceSegmentation \(segmentation_head"):
+        load(str(tmp_path))
+
+
+def test_weights_of_other_shapes_are_laid_to_the_configuration(tmp_path):
+    small_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"decoder_ffn_dim": 2 * config["decoder_ffn_dim"]}))
+    with pytest.raises(ValueError, match=r"Its weights have other shapes than its config\.json says"):
         load(str(tmp_path))
 
 

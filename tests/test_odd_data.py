@@ -372,6 +372,11 @@ def test_a_mark_before_the_text_is_no_part_of_it(one):
         assert str(raised.value).count("train.json") == 1
 
 
+def test_a_picture_is_no_data_set_and_is_not_looked_for_on_the_hub(one):
+    result = CliRunner().invoke(app, [str(one().parent / "a.png")])
+    assert (result.exit_code, "is a file, and no COCO JSON or data.yaml" in result.stderr) == (2, True)
+
+
 # YOLO
 
 

@@ -1,9 +1,11 @@
 """`transformers-rfdetr predict` on pictures: bad files, restarts, shards, data sets, URLs, and what it writes."""
 
 import http.server
+import itertools
 import json
 import os
 import shutil
+import signal
 import sys
 import threading
 import types
@@ -234,6 +236,16 @@ def test_patterns_and_equal_names_are_kept_apart(model: Path, few: Path, tmp_pat
     assert len(list((tmp_path / "both" / "pictures" / few.name).iterdir())) == 7
 
 
+def test_what_is_drawn_over_two_pictures_are_two_files(model: Path, tmp_path: Path):
+    """A GIF becomes a PNG, whose name another picture has already."""
+    (tmp_path / "photos").mkdir()
+    for side, name in ((40, "a.gif"), (20, "a.gif.png"), (30, "a.jpg")):
+        picture(0).resize((side, side)).save(tmp_path / "photos" / name)
+    assert run(model, tmp_path / "photos", "-o", tmp_path / "out").exit_code == 0
+    drawn = {path.name: Image.open(path).width for path in (tmp_path / "out" / "pictures").iterdir()}
+    assert drawn == {"a.gif.png": 40, "a.gif-2.png": 20, "a.jpg": 30}
+
+
 def test_another_source_or_other_weights_are_refused_in_the_same_folder(
     model: Path, few: Path, whole: Path, tmp_path: Path
 ):
@@ -437,6 +449,22 @@ def test_a_video_that_was_stopped_is_begun_again(
     assert len((tmp_path / "videos" / "street.jsonl").read_text().splitlines()) == 10
 
 
+def test_sigterm_ends_a_video_as_ctrl_c_does(model: Path, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Schedulers and containers send it, and a live stream is not there a second time."""
+    shown = itertools.count(1)
+
+    def window(_: Image.Image, milliseconds: int) -> None:
+        if next(shown) == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(command, "_open_window", lambda: window)
+    before = signal.getsignal(signal.SIGTERM)
+    assert run(model, video, "-o", tmp_path, "--show").exit_code == 130
+    assert signal.getsignal(signal.SIGTERM) == before
+    with VideoReader(tmp_path / "videos" / "street.mp4") as written:
+        assert len(list(written)) == 4
+
+
 def test_a_video_in_a_folder_of_pictures_is_a_video(model: Path, video: Path, tmp_path: Path):
     picture(1).save(video.parent / "beside.png")
     done = run(model, video.parent, "-o", tmp_path, "--no-pictures")
@@ -514,19 +542,28 @@ WRONG = {
     "nowhere": (["http://127.0.0.1:1/a b"], "not read"),
     "display": (["{few}", "--show"], "--show needs a display"),
     "color": (["{few}", "--color-by", "size"], "color_by 'size' is neither"),
+    "overlap": (["{few}", "--overlap", "0.3"], "--overlap 0.3 is of tiles"),
+    "url": (["http://[bad"], "http://[bad is no URL: Invalid IPv6 URL"),
+    "of a video": (["{video}", "--threshold", "50"], "threshold 50.0 is outside"),
+    "class in a video": (["{video}", "--classes", "nosuch"], "nosuch"),
+    "frames": (["{video}", "--max-frames", "0"], "max_frames 0 must be at least 1"),
+    "no camera": (["77"], "camera 77"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_arguments_end_with_one_line_and_code_2(
-    case: str, model: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, model: Path, few: Path, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """And leave a folder in which the right command can begin."""
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     arguments, message = WRONG[case]
-    done = run(model, *(argument.format(few=few) for argument in arguments), "-o", tmp_path / "out")
+    given = (argument.format(few=few, video=video) for argument in arguments)
+    done = run(model, *given, "-o", tmp_path / "out")
     assert done.exit_code == (1 if case == "nowhere" else 2), done.output
     assert message in done.output
+    assert (tmp_path / "out").exists() == (case == "nowhere")
 
 
 def test_a_window_shows_each_picture_until_q_is_pressed(

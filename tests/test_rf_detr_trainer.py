@@ -72,6 +72,14 @@ def test_without_evaluation_nothing_is_loaded_at_the_end(tmp_path):
     [
         ("learning_rate_encoder", -1.0),
         ("layer_decay", 0.0),
+        ("num_train_epochs", float("nan")),
+        ("per_device_train_batch_size", 0),
+        ("per_device_eval_batch_size", 0),
+        ("gradient_accumulation_steps", 0),
+        ("learning_rate", float("inf")),
+        ("weight_decay", -1),
+        ("dataloader_num_workers", -1),
+        ("seed", -1),
         ("component_decay", 1.1),
         ("lr_drop_epochs", 0),
         ("ema_decay", 1.0),
@@ -122,6 +130,15 @@ def test_several_gpus_in_one_process_are_refused_with_the_command_to_use(tmp_pat
     monkeypatch.setattr(RfDetrTrainingArguments, "n_gpu", property(lambda self: 4))
     with pytest.raises(ValueError, match=r"torchrun --nproc_per_node=4"):
         build_trainer(tmp_path)
+
+
+def test_a_metric_that_no_evaluation_has_is_refused_before_the_first_step(tmp_path):
+    for name in ("nosuch", "eval_segm_ap", "eval_segm_AP/"):
+        if name.endswith("/"):
+            build_trainer(tmp_path, metric_for_best_model=f"{name}building")
+            continue
+        with pytest.raises(ValueError, match=f"metric_for_best_model '{name}' is none of .* segm_AP50,"):
+            build_trainer(tmp_path, metric_for_best_model=name)
 
 
 def test_compute_metrics_and_plain_arguments_are_refused(tmp_path):

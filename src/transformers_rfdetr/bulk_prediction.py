@@ -206,6 +206,8 @@ def predict_to_folder(
     }
     check_settings(folder, settings)
     done = {name for name, _, _, failed in _lines(folder) if not failed}
+    drawn_names = (_drawn_name(picture.name) for picture in pictures)
+    drawn = dict(zip((picture.name for picture in pictures), distinct(drawn_names), strict=True)) if draw else {}
     mine = [picture for index, picture in enumerate(pictures) if index % world == rank]
     todo = [picture for picture in mine if picture.name not in done]
     summary = Summary(skipped=len(mine) - len(todo))
@@ -221,7 +223,7 @@ def predict_to_folder(
         """The files of a picture -> why they cannot be made, if it is the picture's fault."""
         try:
             if draw:
-                _save(instances.draw(image, color_by=color_by), folder / "pictures" / picture.name)
+                _save(instances.draw(image, color_by=color_by), folder / "pictures" / drawn[picture.name])
             if crops:
                 _save_crops(instances, image, folder / "crops" / picture.name)
         except OSError as error:
@@ -360,11 +362,20 @@ def _lines(folder: Path) -> Iterator[tuple[str, Path, int, bool]]:
                 place += len(line)
 
 
+def _kind_of(name: str) -> str | None:
+    """The kind of picture that its suffix says, of those that we write."""
+    kind = Image.registered_extensions().get(Path(name).suffix.lower())
+    return kind if kind in ("JPEG", "PNG", "WEBP", "BMP", "TIFF") else None
+
+
+def _drawn_name(name: str) -> str:
+    """The file of what is drawn over a picture."""
+    return name if _kind_of(name) else f"{name}.png"
+
+
 def _save(picture: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind not in ("JPEG", "PNG", "WEBP", "BMP", "TIFF"):
-        path, kind = path.with_name(f"{path.name}.png"), "PNG"
+    kind = _kind_of(path.name)
     with whole_file(path, _GOES_ON) as partial:
         picture.save(partial, kind, **({"quality": 92} if kind in ("JPEG", "WEBP") else {}))
 

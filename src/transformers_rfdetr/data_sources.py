@@ -416,6 +416,8 @@ def _import_datasets() -> Any:
 def load_rows(source: Any, streaming: bool, arguments: Mapping[str, Any]) -> Any:
     """A Hub id or a folder -> one split, or a mapping of them."""
     name, path = str(source), Path(source).expanduser()
+    if path.is_file():
+        raise ValueError(f"{name} is a file, and no COCO JSON or data.yaml; give {_FORMS}")
     if not path.is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise ValueError(f"{name!r} is neither a folder nor a data set id; give {_FORMS}")
     datasets = _import_datasets()

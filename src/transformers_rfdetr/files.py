@@ -37,8 +37,7 @@ def whole_file(path: str | os.PathLike[str], remedy: str = _REMEDY) -> Iterator[
         DiskError: `path` is what it was.
     """
     path, given = Path(path).resolve(), Path(path).absolute()
-    if path.exists() and not os.access(path, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    check_place(path)
     is_special = given.exists() and not given.is_file()
     if is_special or (path.exists() and not os.access(path.parent, os.W_OK)):
         with explained(given, remedy):
@@ -58,6 +57,29 @@ def whole_file(path: str | os.PathLike[str], remedy: str = _REMEDY) -> Iterator[
                 shutil.copyfile(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_place(path: str | os.PathLike[str]) -> None:
+    """Raise OSError where [`whole_file`] could not write: before long work, and with the name that was given."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file")
+    above = path if path.exists() else path.absolute().parent
+    while not above.exists():  # it will be made
+        above = above.parent
+    if not os.access(above, os.W_OK):
+        what = "it" if above == path else above
+        raise PermissionError(f"{path} cannot be written, because {what} may not be changed; give another place")
+
+
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """Make a folder, and those above it, unless it is there; raise OSError with the name that was given."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise FileExistsError(f"{path} is a file, or lies in one; give a folder") from error
+    except PermissionError as error:
+        raise PermissionError(f"{path} cannot be made: {error.strerror}; give another place") from error
 
 
 def write_text(path: str | os.PathLike[str], text: str, errors: str = "strict") -> None:

@@ -47,12 +47,16 @@ def load(
         name = str(folder)
     shared = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
     try:
+        if folder.is_dir():
+            _check_folder(folder)
         config = RfDetrConfig.from_pretrained(name, **shared)
         has_masks = any("Segmentation" in architecture for architecture in config.architectures or ["Segmentation"])
         kind = RfDetrForInstanceSegmentation if has_masks else RfDetrForObjectDetection
         model, report = kind.from_pretrained(name, dtype=dtype or torch.float32, output_loading_info=True, **kwargs)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error) or type(error).__name__
+        if "ignore_mismatched_sizes" in reason:
+            reason = "Its weights have other shapes than its config.json says, as listed above; correct config.json."
         raise ValueError(f"{name} cannot be loaded; give a folder or a Hub id. {reason}") from error
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
@@ -66,6 +70,25 @@ def load(
         logger.warning(f"{name} has no preprocessor_config.json: pictures are prepared as its config.json asks for")
         processor = RfDetrImageProcessor.from_config(model.config)
     return model.to(read_device(device)).eval(), processor
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise ValueError for a folder that is no RF-DETR model; transformers would build its default one."""
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            "It holds an adapter and no whole model: merge that into its base model first, with"
+            " PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(another_folder)."
+        )
+    if not (folder / "config.json").is_file():
+        raise ValueError("It has no config.json, as save_pretrained writes it.")
+    check_model_type(str(folder))
+
+
+def check_model_type(name: str) -> None:
+    """Raise ValueError where the config.json of a folder or a repository is of another kind of model."""
+    given = RfDetrConfig.get_config_dict(name)[0].get("model_type")
+    if given != RfDetrConfig.model_type:
+        raise ValueError(f"Its config.json is of {given!r} and not of {RfDetrConfig.model_type!r}.")
 
 
 def read_device(device: torch.device | str | None) -> torch.device:

@@ -665,6 +665,14 @@ def _load_backend(backend: str | None) -> tuple[Any, Any]:
     return faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster
 
 
+def number_names(has_masks: bool) -> list[str]:
+    """What [`InstanceSegmentationEvaluator.compute`] calls its numbers."""
+    empty = (np.zeros((1, *_CURVE)), np.zeros((1, *_CURVE, len(_LIMITS))))
+    kinds = ("segm", "bbox") if has_masks else ("bbox",)
+    names = [f"{kind}_{name}" for kind in kinds for name in _summarize(*empty)]
+    return [*names, "mean_iou", "mean_iou_class_blind"] if has_masks else names
+
+
 def _summarize(precision: np.ndarray, recall: np.ndarray) -> dict[str, float]:
     """Average precision (C, T, A) and recall (C, T, A, L) of categories -> COCO's twelve numbers."""
     numbers = {

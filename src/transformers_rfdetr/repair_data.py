@@ -20,7 +20,7 @@ from PIL.ExifTags import Base
 _SAVED_AS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"lossless": True},
-    "AVIF": {"quality": 95},
+    "AVIF": {"quality": 95, "subsampling": "4:4:4"},
 }
 _EXPORTED = {"train": "train", "validation": "valid", "test": "test"}  # the folders of Roboflow's exports
 

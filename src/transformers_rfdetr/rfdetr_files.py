@@ -90,7 +90,7 @@ def _unpickle(path: Path, trust_checkpoint: bool) -> Any:
         if not trust_checkpoint:
             raise ValueError(
                 f"{path} holds {held} besides tensors, plain containers and namespaces, or is damaged; to load it would"
-                " be to run code from the file. If you know who made it, pass --trust-checkpoint"
+                " be to run code from the file. If you know who made it, convert it with --trust-checkpoint"
                 " (trust_checkpoint=True)"
             ) from error
         logger.warning(f"{path}: running the file's pickle, with {held}, as trust_checkpoint asks for")

@@ -49,7 +49,7 @@ from .data import (
 from .data_sources import load_instance_dataset
 from .files import explained, whole_file, write_text
 from .image_processing_rf_detr import RfDetrImageProcessor
-from .metrics import InstanceSegmentationEvaluator, category_of_labels, detect, with_categories
+from .metrics import InstanceSegmentationEvaluator, category_of_labels, detect, number_names, with_categories
 from .model_card import (
     CURVES,
     GRID,
@@ -227,6 +227,8 @@ class RfDetrTrainer(Trainer):
             self.processing_class = RfDetrImageProcessor.from_config(self.model.config)
         if not self._has_masks:
             args.metric_for_best_model = args.metric_for_best_model.replace("segm_", "bbox_")
+        if args.eval_strategy != "no":
+            self._check_metric()
         if note := note_on_numbers(args):
             logger.warning(note)
         self._sizes = self._training_sizes() if args.multi_scale else []
@@ -240,6 +242,18 @@ class RfDetrTrainer(Trainer):
         self.add_callback(FollowEpoch)
         if args.early_stopping:
             self.add_callback(_EarlyStopping(args.early_stopping_patience, args.early_stopping_min_delta))
+
+    def _check_metric(self) -> None:
+        """Raise for a metric for the best model that the first evaluation would not find."""
+        name = best_key(self.args).removeprefix("eval_")
+        for split in self.eval_dataset if isinstance(self.eval_dataset, dict) else ():
+            name = name.removeprefix(f"{split}_")
+        known = ["loss"] if self.args.prediction_loss_only else ["loss", *number_names(self._has_masks)]
+        if name not in known and not name.startswith(f"{self._kind}/"):
+            raise ValueError(
+                f"metric_for_best_model {self.args.metric_for_best_model!r} is none of what is evaluated; give one of"
+                f" {', '.join(known)}, or {self._kind}/<class>"
+            )
 
     def _set_up_model(self) -> None:
         """What the arguments and the data say about the model, before it trains."""

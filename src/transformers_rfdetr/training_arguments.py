@@ -1,5 +1,6 @@
 """The recipe: transformers' TrainingArguments with RF-DETR's defaults and fields."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +93,14 @@ class RfDetrTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         for name, fine, rule in (
+            ("num_train_epochs", self.num_train_epochs > 0 or self.max_steps > 0, "above 0"),
+            ("per_device_train_batch_size", self.per_device_train_batch_size >= 1, "at least 1"),
+            ("per_device_eval_batch_size", self.per_device_eval_batch_size >= 1, "at least 1"),
+            ("gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, "at least 1; 1 accumulates nothing"),
+            ("learning_rate", 0 <= self.learning_rate < math.inf, "at least 0; 1e-4 is the recipe's"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0; 1e-4 is the recipe's"),
+            ("dataloader_num_workers", self.dataloader_num_workers >= 0, "at least 0; 0 reads in this process"),
+            ("seed", 0 <= self.seed < 1 << 32, "at least 0 and below 2**32"),
             ("learning_rate_encoder", self.learning_rate_encoder >= 0, "at least 0"),
             ("layer_decay", 0 < self.layer_decay <= 1, "in (0, 1]; 1 decays nothing"),
             ("component_decay", 0 < self.component_decay <= 1, "in (0, 1]; 1 decays nothing"),

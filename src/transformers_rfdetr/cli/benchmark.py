@@ -20,7 +20,7 @@ from transformers.utils import logging
 from .. import __version__
 from ..configuration_rf_detr import as_pair, check_resolution
 from ..demo_data import draw_scene
-from ..files import write_text
+from ..files import check_place, make_folder, write_text
 from ..inference import compile_for_inference, predict
 from ..loading import load
 from .errors import one_line_errors
@@ -55,6 +55,8 @@ def benchmark(
     for option, number in (("--batch-size", batch_size), ("--runs", runs)):
         if number < 1:
             raise ValueError(f"{option} {number} must be at least 1")
+    if json_file is not None:
+        check_place(json_file)
     loaded, processor = load(model, device=device, dtype=read_dtype(dtype))
     sides = as_pair(loaded.config.resolution if size is None else read_size("--size", size))
     backbone = loaded.config.backbone_config
@@ -75,7 +77,7 @@ def benchmark(
     if json_file is not None:
         versions = {"transformers_rfdetr": __version__, "transformers": transformers.__version__}
         numbers["versions"] = versions | {"torch": str(torch.__version__)}
-        json_file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(json_file.parent)
         write_text(json_file, json.dumps(numbers, indent=1))
 
 

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from .. import check_data
-from ..files import write_text
-from .errors import one_line_errors
+from ..files import check_place, make_folder, write_text
+from .errors import one_line_errors, terminated_as_interrupted
 
 EXAMPLE = """examples:
 
@@ -19,6 +19,7 @@ transformers-rfdetr check-dataset train.json --image-folder pictures --fix repai
 
 
 @one_line_errors
+@terminated_as_interrupted()
 def check_dataset(
     source: Annotated[
         str, typer.Argument(help="a COCO JSON, a folder with one for each split, a data.yaml of YOLO, or a Hub id")
@@ -48,8 +49,10 @@ def check_dataset(
     The exit code is 0 without errors, 1 if there are errors in SOURCE (also when --fix repaired them), and 2 if it
     cannot be read at all. Warnings and remarks do not count.
     """
-    if json_file is not None and json_file.is_file() and not _is_report(json_file):
-        raise ValueError(f"--json {json_file} exists, and is no report of this command; give another name")
+    if json_file is not None and str(json_file) != "-":
+        check_place(json_file)
+        if json_file.is_file() and not _is_report(json_file):
+            raise ValueError(f"--json {json_file} exists, and is no report of this command; give another name")
     report = check_data.check_dataset(
         source, image_folder=image_folder, num_queries=num_queries, workers=workers, fix=fix, overlays=overlays
     )
@@ -58,7 +61,7 @@ def check_dataset(
         typer.echo(as_json)
     else:
         if as_json is not None:
-            json_file.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(json_file.parent)
             write_text(json_file, as_json)
         typer.echo(str(report))
         if fix is not None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..data_sources import load_instance_dataset
-from ..files import write_text
+from ..files import check_place, make_folder, write_text
 from ..loading import load
 from ..metrics import evaluate_instance_segmentation
 from ..report import analyse, save_report
@@ -52,11 +52,10 @@ def evaluate(
     if threshold is not None and not 0 <= threshold < 1:
         raise ValueError(f"--threshold {threshold} is outside [0, 1); give a score such as 0.5, or leave it out")
     if output is not None:  # what forbids to write is better known now
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if output.is_dir():
-            raise ValueError(f"--output {output} is a folder; give a file such as {output / 'metrics.json'}")
+        check_place(output)
+        make_folder(output.parent)
     if report is not None:
-        report.mkdir(parents=True, exist_ok=True)
+        make_folder(report)
     splits = load_instance_dataset(data, image_folder=image_folder)
     if split not in splits:
         raise ValueError(f"--split {split} is not in {data}, which has {', '.join(splits)}; give one of these")

@@ -23,6 +23,7 @@ from ..configuration_rf_detr import (
 )
 from ..conversion import read_rfdetr_model
 from ..image_processing_rf_detr import RfDetrImageProcessor
+from ..loading import check_model_type
 from ..modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection
 from .errors import one_line_errors
 
@@ -181,11 +182,7 @@ def _read_repository(name: str) -> _Checkpoint:
     """A folder or a repository on the Hub."""
     is_folder = Path(name).is_dir()
     try:
-        fields, _ = RfDetrConfig.get_config_dict(name)
-        if fields.get("model_type") != RfDetrConfig.model_type:
-            raise ValueError(
-                f"its config.json is of {fields.get('model_type')!r} and not of {RfDetrConfig.model_type!r}"
-            )
+        check_model_type(name)
         config = RfDetrConfig.from_pretrained(name)
         cached = None if is_folder else try_to_load_from_cache(name, "model.safetensors")
         files = weight_files(name, None, None, {}) if is_folder else [cached] if isinstance(cached, str) else []

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from http.client import HTTPException
 from pathlib import Path
@@ -30,7 +31,7 @@ from ..bulk_prediction import (
 )
 from ..loading import load
 from ..video import VideoSummary, predict_video
-from .errors import one_line_errors
+from .errors import one_line_errors, terminated_as_interrupted
 from .options import absolute, read_dtype, read_names, read_size
 
 EXAMPLE = """examples:
@@ -54,6 +55,7 @@ _NUM_NAMED = 20
 
 
 @one_line_errors
+@terminated_as_interrupted()
 def predict(
     model: Annotated[str, typer.Argument(help="a folder, a Hub id, or a published name such as rf-detr-seg-medium")],
     sources: Annotated[
@@ -71,7 +73,9 @@ def predict(
     tile: Annotated[
         str | None, typer.Option(metavar="auto|N|HxW", help="cut pictures of any size into tiles of this many pixels")
     ] = None,
-    overlap: Annotated[float, typer.Option(help="of neighbouring tiles, as a part of their side")] = 0.2,
+    overlap: Annotated[
+        float | None, typer.Option(help="of neighbouring tiles, as a part of their side; 0.2 by default")
+    ] = None,
     pictures: Annotated[bool, typer.Option(help="write what is found drawn over each picture or video")] = True,
     save_crops: Annotated[bool, typer.Option("--save-crops", help="write each instance's cut-out")] = False,
     color_by: Annotated[
@@ -101,6 +105,8 @@ def predict(
     names = distinct([*(video.name for video in videos), *map(_name_of_stream, streams)])
     videos = [Picture(*both) for both in zip(names, [*(video.source for video in videos), *streams], strict=True)]
     _check_that_it_applies(bool(items), bool(videos), tile, save_crops, track, max_frames)
+    if overlap is not None and tile is None:
+        raise ValueError(f"--overlap {overlap} is of tiles, and --tile is not given; add --tile auto, or leave it out")
     show_picture = _open_window() if show else None
     if device == "auto" and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -133,7 +139,7 @@ def predict(
                 origin=origin,
                 dataset=rows,
                 tile=tile if tile in (None, "auto") else read_size("--tile", tile),
-                overlap=overlap,
+                overlap=0.2 if overlap is None else overlap,
                 draw=pictures,
                 crops=save_crops,
                 color_by=color_by or "class",
@@ -190,7 +196,10 @@ def _is_stream(source: str, is_alone: bool) -> bool:
         return True
     if not source.startswith(("http://", "https://")):
         return False
-    suffix = Path(urlsplit(source).path).suffix.lower()
+    try:
+        suffix = Path(urlsplit(source).path).suffix.lower()
+    except ValueError as error:
+        raise ValueError(f"{redacted(source)} is no URL: {error}; correct it") from error
     if suffix or not is_alone:  # of many without an ending none is asked twice
         return suffix in VIDEO_SUFFIXES
     try:
@@ -264,17 +273,31 @@ def _predict_video(
     if lines.exists():
         typer.echo(f"{_printable(video.name)}: done before, in {lines}")
         return
-    write_settings(output, settings)
+    is_new = not output.exists()
     drawn_to.parent.mkdir(parents=True, exist_ok=True)
-    done = predict_video(
-        model,
-        processor,
-        video.source,
-        drawn_to if pictures else None,
-        jsonl=unfinished,
-        on_frame=None if window is None else lambda frame, found, drawn: window(drawn or found.draw(frame.picture), 1),
-        **options,
-    )
+
+    def on_frame(frame: Any, found: Any, drawn: Any) -> None:
+        write_settings(output, settings)  # which are possible, as has just been seen
+        if window is not None:
+            window(drawn or found.draw(frame.picture), 1)
+
+    try:
+        done = predict_video(
+            model,
+            processor,
+            video.source,
+            drawn_to if pictures else None,
+            jsonl=unfinished,
+            on_frame=on_frame,
+            **options,
+        )
+    finally:
+        if unfinished.exists() and not unfinished.stat().st_size:
+            unfinished.unlink()
+        with suppress(OSError):  # they hold something
+            drawn_to.parent.rmdir()
+            if is_new:
+                output.rmdir()
     is_there = not Path(video.source).is_file() and not _is_endless(video.source)
     if done.is_cut and is_there:
         raise ValueError(f"the connection ended after {done.frames} frames; the same command begins it again")
@@ -301,6 +324,8 @@ def _report(summary: Summary, output: Path, rank: int, world: int) -> None:
     before = f", {summary.skipped} done before" if summary.skipped else ""
     typer.echo(f"{summary.instances} instances in {summary.done} pictures{before}{share}")
     for key, reason in summary.failed[:_NUM_NAMED]:
+        if "decompression bomb" in reason:
+            reason = f"{reason.rstrip('.')}; --tile auto reads pictures of any size"
         typer.echo(f"  not read: {_printable(reason if key in reason else f'{key}: {reason}')}", err=True)
     if summary.failed:
         more = f", {len(summary.failed) - _NUM_NAMED} more than listed here" * (len(summary.failed) > _NUM_NAMED)

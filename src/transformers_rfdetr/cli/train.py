@@ -18,8 +18,8 @@ from transformers import TrainerCallback, set_seed
 
 from .. import __version__
 from ..configuration_rf_detr import is_no_class
-from ..data_sources import load_instance_dataset
-from ..files import write_text
+from ..data_sources import load_instance_dataset, read_text
+from ..files import make_folder, write_text
 from ..loading import load
 from .errors import one_line_errors
 from .evaluate import format_numbers
@@ -181,7 +181,7 @@ def read_recipe(path: Path | None, given: Iterable[tuple[str, Any]]) -> dict[str
             raise ValueError(f"{name} is missing; give {remedy}, or {name}: in the file of --config")
     if isinstance(recipe.get("resolution"), str):
         recipe["resolution"] = read_size("--resolution", recipe["resolution"])
-    if recipe.get("num_train_epochs", 1) <= 0 and recipe.get("max_steps", 0) <= 0:
+    if not recipe.get("num_train_epochs", 1) > 0 and recipe.get("max_steps", 0) <= 0:
         raise ValueError(f"--epochs {recipe['num_train_epochs']:g} trains nothing; give a number above 0")
     recipe |= {name: _absolute(recipe[name]) for name in ("model", "data", "image_folder") if name in recipe}
     recipe["output"] = str(Path(recipe["output"]).expanduser().absolute())
@@ -253,8 +253,8 @@ def _read_setting(text: str) -> tuple[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.load(read_text(path), _Loader)
+    except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no settings; it needs lines such as `lr: 1e-4`")
@@ -413,7 +413,7 @@ def _prepare_folder(output: Path, recipe: Mapping[str, Any], resume: bool) -> No
         for path in traces:
             shutil.move(path, aside / path.name)
         typer.echo(f"The run that was in {output} is in {aside} now")
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     write_text(output / RECIPE_NAME, _as_yaml(recipe))
 
 
