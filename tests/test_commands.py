@@ -260,7 +260,7 @@ GIVEN = ["train", "data", "--model", "m", "--output", "o"]
         ([*GIVEN, "--set", "ema=yes"], "ema is 'yes'; it must be true or false"),
         ([*GIVEN, "--set", "drop_path=true"], "drop_path is True; it must be a number or null"),
         ([*GIVEN, "--set", "ema"], "--set ema has no value; give NAME=VALUE"),
-        ([*GIVEN, "--set", "ema=[1"], "--set ema=[1: while parsing"),
+        ([*GIVEN, "--set", "ema=[1"], "--set ema=[1 is no YAML: while parsing"),
         ([*GIVEN, "--set", "layer_decay=2"], "layer_decay 2.0 must be in (0, 1]"),
         ([*GIVEN, "--resolution", "100x"], "--resolution 100x is no number of pixels"),
         ([*GIVEN, "--device", "cuda:1"], "device cuda:1 is none of auto, cpu, cuda, mps"),

@@ -520,6 +520,8 @@ def test_a_place_that_may_not_be_written_to_is_named_as_it_was_given(tmp_path, m
     with pytest.raises(IsADirectoryError, match=f"^{tmp_path} is a folder; give the name of a file"):
         check_place(tmp_path)
     (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"because .*file is a file; give another place"):
+        check_place(tmp_path / "file" / "new" / "a.json")
     with pytest.raises(FileExistsError, match=f"^{tmp_path / 'file'} is a file, or lies in one; give a folder"):
         make_folder(tmp_path / "file")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

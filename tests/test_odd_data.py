@@ -98,9 +98,32 @@ def test_a_tiff_is_upright_wherever_it_is_read(tmp_path, one, orientation, mode)
     assert np.array_equal(sample["image"], upright)
 
 
+def test_a_tiff_whose_objects_were_drawn_as_it_is_stored_is_written_so(tmp_path, one):
+    item = square(1, segmentation=[RIGHT], bbox=[50, 10, 10, 20], area=200)
+    for orientation in (5, 6, 7, 8):
+        path = one([item], [image(1, "a.tif")])
+        exif = PIL.Image.Exif()
+        exif[ORIENTATION] = orientation
+        picture(0).save(path.parent / "a.tif", exif=exif)
+        fixed = tmp_path / str(orientation)
+        assert errors_of(check_dataset(path, fix=fixed)) == {"exif_swapped_size": 1}
+        assert counts_of(check_dataset(fixed)) == {}
+        assert np.array_equal(load_instance_dataset(fixed)["train"][0]["image"], picture(0))
+
+
+def test_a_copy_of_a_copy_is_the_same(tmp_path, one):
+    path = one([], [image(1, "a.jpg", (99, 77))])
+    save_turned(path.parent / "a.jpg", 0, 6)
+    check_dataset(path, fix=tmp_path / "fixed")
+    assert check_dataset(tmp_path / "fixed", fix=tmp_path / "again").count("exif_rotation") == 0
+    assert json.loads((tmp_path / "again" / "changes.json").read_text()) == {"changes": [], "left": []}
+    names = ("train/a.jpg", "train/_annotations.coco.json")
+    assert all((tmp_path / "again" / name).read_bytes() == (tmp_path / "fixed" / name).read_bytes() for name in names)
+
+
 @pytest.mark.parametrize("kind", ["webp", "avif", "png"])
 def test_turned_pictures_of_every_kind_are_written_upright(tmp_path, one, kind):
-    if not PIL.features.check(kind) and kind != "png":
+    if kind != "png" and not PIL.features.check(kind):
         pytest.skip(f"Pillow was built without {kind}")
     path = one(images=[image(1, f"a.{kind}", (60, 40))])
     exif = PIL.Image.Exif()
@@ -217,6 +240,19 @@ def test_an_image_whose_objects_are_all_lost_is_no_background(tmp_path, one):
     assert [item["id"] for item in copy_of(tmp_path)["images"]] == [1, 3]
 
 
+def test_an_image_whose_objects_are_of_no_certain_class_is_no_background(tmp_path, one):
+    two = [{"id": 1, "name": "m", "supercategory": "a"}, {"id": 2, "name": "m", "supercategory": "b"}]
+    images = [image(1, "a.png"), image(2, "b.png")]
+    path = one([square(1), square(2, image_id=2, category=3)], images, categories=[*two, {"id": 3, "name": "roof"}])
+    picture(1).save(path.parent / "b.png")
+    assert check_dataset(path, fix=tmp_path / "fixed").count("all_objects_lost") == 1
+    assert [item["id"] for item in copy_of(tmp_path)["images"]] == [2]
+
+
+def test_an_image_id_of_thousands_of_digits_is_a_finding(one):
+    assert errors_of(check_dataset(one([square(1, image_id="9" * 5000)]))) == {"annotation_of_missing_image": 1}
+
+
 @pytest.mark.parametrize(("stated", "used"), [("7", 7), (7, "7")])
 def test_an_image_id_that_is_a_text_in_one_place_and_a_number_in_the_other_is_one(tmp_path, one, stated, used):
     report = check_dataset(one([square(1, image_id=used)], [image(stated, "a.png")]), fix=tmp_path / "fixed")
@@ -273,6 +309,8 @@ def test_without_a_category_there_is_nothing_to_repair(tmp_path, one):
         ({"name": "mouse"}, {"name": "mouse"}, True),
         ({"name": "mouse", "supercategory": "animal"}, {"name": "mouse", "supercategory": "electronic"}, False),
         ({"name": None}, {"name": None}, False),
+        ({"name": "2"}, {}, False),
+        ({}, {"name": "1"}, False),
         ({"name": " "}, {"name": " "}, False),
     ],
 )
@@ -281,6 +319,16 @@ def test_categories_of_one_name_are_merged_only_where_they_are_one(tmp_path, one
     path = one([square(number, category=number) for number in (1, 2, 3)], categories=categories)
     assert errors_of(check_dataset(path, fix=tmp_path / "fixed")) == {"duplicate_category_name": 1}
     assert [item["category_id"] for item in copy_of(tmp_path)["annotations"]] == ([1, 1, 3] if is_one else [3])
+
+
+def test_the_last_number_as_id_of_two_classes_is_replaced(tmp_path):
+    last = (1 << 63) - 1
+    for seed, (split, name) in enumerate((("train", "roof"), ("valid", "tree"))):
+        path = tmp_path / "data" / split / "_annotations.coco.json"
+        write_coco(path, [image(1, "a.png")], [square(1, category=last)], [{"id": last, "name": name}])
+        picture(seed).save(path.parent / "a.png")
+    check_dataset(tmp_path / "data", fix=tmp_path / "fixed")
+    assert {item["id"] for item in copy_of(tmp_path)["categories"]} == {1, last}
 
 
 # Names and places
@@ -406,6 +454,24 @@ def test_a_box_that_is_cut_at_the_edge_has_the_area_of_what_is_left(yolo):
     assert item["area"] == pytest.approx(0.45 * 60 * 0.5 * 40)
 
 
+def test_labels_are_found_below_a_folder_that_is_called_images(tmp_path, yolo):
+    root = tmp_path / "images" / "set"
+    (root / "train").mkdir(parents=True)
+    (yolo / "images" / "a.png").rename(root / "train" / "a.png")
+    (yolo / "labels" / "a.txt").rename(root / "train" / "a.txt")
+    (root / "data.yaml").write_text("names: [roof]\ntrain: train\n")
+    assert check_dataset(root).splits["train"]["objects"] == 1
+    assert len(load_instance_dataset(root)["train"][0]["annotations"]) == 1
+
+
+def test_a_picture_of_which_no_label_can_be_read_is_no_background(tmp_path, yolo):
+    picture(1).save(yolo / "images" / "b.png")
+    (yolo / "labels" / "b.txt").write_text("0 0.5 x\n")
+    report = check_dataset(yolo, fix=tmp_path / "fixed")
+    assert (report.count("all_objects_lost"), report.count("image_without_objects")) == (1, 0)
+    assert [item["file_name"] for item in copy_of(tmp_path)["images"]] == ["images/a.png"]
+
+
 def test_a_picture_of_a_list_that_is_not_there_is_a_finding(yolo):
     (yolo / "train.txt").write_text("images/a.png\nimages/gone.png\n")
     (yolo / "data.yaml").write_text("names: [roof]\ntrain: train.txt\n")
@@ -481,6 +547,7 @@ def test_json_never_takes_the_place_of_something_else(tmp_path, one):
         assert result.exit_code == 2
         assert "is no report of this command" in result.stderr
         assert content(tmp_path) == before
-    for _ in range(2):  # an earlier report is written over
+    (path.parent / "report.json").touch()
+    for _ in range(2):  # an empty file and an earlier report are written over
         assert CliRunner().invoke(app, [str(path), "--json", str(path.parent / "report.json")]).exit_code == 0
     assert json.loads(path.read_text())["annotations"][0]["bbox"] == BOX

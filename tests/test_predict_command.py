@@ -449,6 +449,15 @@ def test_a_video_that_was_stopped_is_begun_again(
     assert len((tmp_path / "videos" / "street.jsonl").read_text().splitlines()) == 10
 
 
+def test_a_process_may_begin_while_another_one_has_found_nothing_yet(model: Path, video: Path, tmp_path: Path):
+    """It has made a folder, a hidden file and an empty one for its lines."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for name in (".x.partial", "other.unfinished.jsonl"):
+        (videos / name).touch()
+    assert run(model, video, "-o", tmp_path).exit_code == 0
+
+
 def test_sigterm_ends_a_video_as_ctrl_c_does(model: Path, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Schedulers and containers send it, and a live stream is not there a second time."""
     shown = itertools.count(1)
@@ -563,7 +572,10 @@ def test_wrong_arguments_end_with_one_line_and_code_2(
     done = run(model, *given, "-o", tmp_path / "out")
     assert done.exit_code == (1 if case == "nowhere" else 2), done.output
     assert message in done.output
-    assert (tmp_path / "out").exists() == (case == "nowhere")
+    left = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert (left == []) == (case != "nowhere")
+    if "video" in case:
+        assert run(model, video, "-o", tmp_path / "out").exit_code == 0
 
 
 def test_a_window_shows_each_picture_until_q_is_pressed(

@@ -133,10 +133,10 @@ def test_several_gpus_in_one_process_are_refused_with_the_command_to_use(tmp_pat
 
 
 def test_a_metric_that_no_evaluation_has_is_refused_before_the_first_step(tmp_path):
-    for name in ("nosuch", "eval_segm_ap", "eval_segm_AP/"):
-        if name.endswith("/"):
-            build_trainer(tmp_path, metric_for_best_model=f"{name}building")
-            continue
+    build_trainer(tmp_path, metric_for_best_model="eval_segm_AP/building")
+    splits = {"val": drawn(2, 100), "val_hard": drawn(2, 100)}
+    build_trainer(tmp_path, {"eval_dataset": splits}, metric_for_best_model="val_hard_segm_AP")
+    for name in ("nosuch", "eval_segm_ap"):
         with pytest.raises(ValueError, match=f"metric_for_best_model '{name}' is none of .* segm_AP50,"):
             build_trainer(tmp_path, metric_for_best_model=name)
 

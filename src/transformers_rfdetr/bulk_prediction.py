@@ -32,7 +32,7 @@ from transformers.utils import logging
 
 from .configuration_rf_detr import RfDetrConfig, is_no_class
 from .files import explained, whole_file, write_text
-from .image_processing_rf_detr import read_rgb
+from .image_processing_rf_detr import is_index, read_rgb, redacted
 from .inference import predict
 from .instances import Instances, check_color_by
 from .tiling import predict_tiled
@@ -249,8 +249,6 @@ def predict_to_folder(
                         problem = write(picture, image, instances)
                     else:
                         problem = image
-                        if isinstance(picture.source, str):  # of which a message shows the beginning
-                            problem = problem.replace(picture.source[:200], redacted(picture.source))
                     if problem is not None:
                         summary.failed.append((picture.name, problem))
                         _write_line(lines, {**line, "error": problem})
@@ -314,8 +312,13 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         if different := [key for key in settings if before.get(key) != settings[key]]:
             listed = ", ".join(f"{key} {before.get(key)!r} instead of {settings[key]!r}" for key in different)
             raise ValueError(f"{folder} holds predictions made with {listed}; give another folder, or delete that one")
-    elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+    elif any(_is_foreign(path) for path in folder.rglob("*")):
         raise ValueError(f"{folder} holds other files, and no predictions; give an empty folder or a new one")
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a file is none that a run leaves which has found nothing yet."""
+    return path.is_file() and not path.name.startswith(".") and not path.name.endswith(".unfinished.jsonl")
 
 
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -323,15 +326,6 @@ def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     if not (folder / "settings.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "settings.json", json.dumps(settings, indent=1))
-
-
-def redacted(source: Any) -> Any:
-    """A source as it may be written down and shown: the user and the query of a URL may hold a password."""
-    if not isinstance(source, str) or "://" not in source:
-        return source
-    scheme, _, rest = source.partition("?")[0].partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 def _write_line(lines: Any, record: Mapping[str, Any]) -> None:
@@ -400,7 +394,8 @@ def _merge(folder: Path, keys: Sequence[str], config: RfDetrConfig) -> bool:
     now = set(keys)
     order = [*keys, *(key for key in places if key not in now)]  # the latter of earlier calls
     names = {label: name for label, name in config.id2label.items() if not is_no_class(name)}
-    ids = getattr(config, "category_ids", None) or []
+    ids = getattr(config, "category_ids", None)
+    ids = ids if isinstance(ids, list) and all(map(is_index, ids)) else []
     if len(ids) <= max(names, default=-1):  # none, or of the classes that a checkpoint had before
         ids = range(len(config.id2label))
     categories = [{"id": ids[label], "name": name} for label, name in names.items()]

@@ -45,8 +45,8 @@ from .data_sources import (
     yolo_label_file,
     yolo_pictures,
 )
-from .files import is_partial, whole_file, whole_folder
-from .image_processing_rf_detr import are_numbers, clamp_box, is_index, plain, read_rgb
+from .files import is_partial, printable, whole_file, whole_folder
+from .image_processing_rf_detr import are_numbers, clamp_box, is_index, open_picture, plain, read_rgb
 from .masks import Shape, measure, read_segmentation, to_rle
 from .repair_data import RepairedCopy, json_value
 from .visualization import draw_instances
@@ -196,7 +196,7 @@ class DataReport:
         lines = []
         for name, counts in self.splits.items():
             common = sorted(counts["classes"].items(), key=lambda item: -item[1])
-            classes = ", ".join(f"{label} {number}" for label, number in common[:8]) + ", ..." * (len(common) > 8)
+            classes = ", ".join(f"{label:.60} {number}" for label, number in common[:8]) + ", ..." * (len(common) > 8)
             lines.append(
                 f"{name}: {counts['images']} images, {counts['images_without_objects']} of them without objects;"
                 f" {counts['objects']} objects, {counts['objects_with_mask']} with a mask; {counts['crowds']} crowds"
@@ -208,12 +208,7 @@ class DataReport:
             lines += [f"{'':17}{_place(example)}" for example in found.examples]
         totals = Counter(found.severity for found in self.findings for _ in range(found.count))
         lines.append(", ".join(f"{severity}: {totals[severity]}" for severity in SEVERITIES))
-        return "\n".join(map(_printable, lines))
-
-
-def _printable(text: str) -> str:
-    """Text without what moves the cursor or cannot be written: a name may hold anything."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+        return "\n".join(map(printable, lines))
 
 
 def _place(example: Mapping[str, Any]) -> str:
@@ -276,6 +271,9 @@ def check_dataset(
             `fix` is not empty, or one of the folders lies in the source.
     """
     splits = _read_source(source, image_folder)
+    for split in splits:
+        if not re.fullmatch(r"\w[\w.-]*", split.name):
+            raise ValueError(f"{split.name!r:.60} is no name of a split; give letters, digits, dots and hyphens")
     for option, folder in (("fix", fix), ("overlays", overlays)):
         if folder is not None:
             _check_output(option, Path(folder), _roots(source, splits))
@@ -594,15 +592,13 @@ def as_index(value: Any) -> int | None:
 
 def _other_form(number: Any) -> Any:
     """A number as the text that some tools write, and the other way round; None for anything else."""
-    if is_index(number):
-        return str(number)
-    return int(number) if isinstance(number, str) and number.isdecimal() else None
+    return str(number) if is_index(number) else as_index(number)
 
 
 def _yolo_splits(path: Path, image_folder: Any) -> list[_Split]:
     classes, root, places = read_yolo_description(path, image_folder)
     pictures = {key: yolo_pictures(root, place, key) for key, place in places.items()}
-    known = {yolo_label_file(picture) for found in pictures.values() for picture in found}
+    known = {yolo_label_file(picture, root) for found in pictures.values() for picture in found}
     splits = []
     for key, found in pictures.items():
         images, problems = [], []
@@ -617,7 +613,7 @@ def _yolo_splits(path: Path, image_folder: Any) -> list[_Split]:
         split = _build_split(split_name(key), coco, root, partial(_find_listed, found))
         for image, faults in zip(split.images, problems, strict=True):
             image.problems += faults
-        folders = {yolo_label_file(picture).parent for picture in found} - {picture.parent for picture in found}
+        folders = {yolo_label_file(picture, root).parent for picture in found} - {picture.parent for picture in found}
         labels = {label for folder in folders for label in folder.glob("*.txt")} - known
         for label in sorted(label for label in labels if label.name != "classes.txt"):  # of programs that draw labels
             split.note("annotation_of_missing_image", f"{label} belongs to no picture")
@@ -637,7 +633,7 @@ def _read_yolo_picture(
         return entry, [], []
     entry |= {"height": size[0], "width": size[1]}
     objects, problems = [], []
-    labels = yolo_label_file(path)
+    labels = yolo_label_file(path, root)
     try:
         lines = read_text(labels).splitlines() if labels.is_file() else []
     except ValueError as error:
@@ -700,7 +696,7 @@ def _check_categories(splits: Sequence[_Split]) -> None:
         split.groups = groups
         if not split.categories and any(image.annotations for image in split.images):
             split.note("no_categories", "", change=None)
-        ids: dict[str, tuple[int, str]] = {}  # id and group of each name
+        ids: dict[str, tuple[int, str, bool]] = {}  # of each name: id, group, and whether the data give it
         for category in split.categories:
             number, name, parent = _named(category).values()
             if number in split.classes:
@@ -709,9 +705,12 @@ def _check_categories(splits: Sequence[_Split]) -> None:
             split.classes[number] = name
             if number in groups:
                 split.note("unused_category", f"{number} {name!r:.60} only groups others")
-            elif (before := ids.setdefault(name, (number, parent))) != (number, parent):
+                continue
+            is_named = isinstance(category.get("name"), str) and bool(name.strip())
+            before = ids.setdefault(name, (number, parent, is_named))
+            if before[0] != number:
                 # Without a name, or in different groups, they may be different classes.
-                is_one = before[1] == parent and isinstance(category["name"], str) and bool(name.strip())
+                is_one = before[1:] == (parent, True) and is_named
                 if not is_one:
                     split.unclear |= {before[0], number}
                 change = "merged" if is_one else "left out, with their objects: whether they are one cannot be told"
@@ -777,12 +776,13 @@ def _read_picture(source: Any) -> _Picture:
             if not file.read(1):
                 return _Picture(problem=Problem("empty_file", change=_LEFT_OUT))
             file.seek(0)
-            picture = PIL.Image.open(file)
+            picture = open_picture(file)
             kind = "truncated_image"
             given = picture.getexif().get(Base.Orientation)  # which a TIFF no longer has when it is loaded, and upright
             picture.load()
             orientation = given if given in range(2, 9) else 1
-            upright = PIL.ImageOps.exif_transpose(picture)
+            is_turned = picture.getexif().get(Base.Orientation, 1) != 1
+            upright = PIL.ImageOps.exif_transpose(picture) if is_turned else picture
             kind = "unreadable_image"
             if upright.mode[0] in "IF":
                 read_rgb(upright)  # which refuses values whose scale is unknown
@@ -887,7 +887,7 @@ class _Seen:
 def _look_at_all(split: _Split, num_queries: int, workers: int | None) -> Iterator[tuple[_Image, _Seen]]:
     with warnings.catch_warnings(), ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         warnings.simplefilter("ignore")  # Pillow warns of odd EXIF and of large pictures
-        seen = pool.map(partial(_look_at, split.classes, num_queries), split.images)
+        seen = pool.map(partial(_look_at, split, num_queries), split.images)
         images = logging.tqdm(split.images, desc=f"Checking {split.name}", unit=" images")
         try:
             yield from zip(images, seen, strict=True)
@@ -895,7 +895,7 @@ def _look_at_all(split: _Split, num_queries: int, workers: int | None) -> Iterat
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _look_at(classes: Mapping[int, str], num_queries: int, image: _Image) -> _Seen:
+def _look_at(split: _Split, num_queries: int, image: _Image) -> _Seen:
     picture = _Picture() if image.source is None else _read_picture(image.source)
     size, way, problems = _settle_size(image, picture)
     if picture.problem is not None:
@@ -903,13 +903,13 @@ def _look_at(classes: Mapping[int, str], num_queries: int, image: _Image) -> _Se
     seen = _Seen(picture, [*image.problems, *problems], size, way if image.is_kept else None)
     for annotation, copy_id in zip(image.annotations, image.copy_ids, strict=True):
         try:
-            examined = _Examination(annotation, size, classes)
+            examined = _Examination(annotation, size, split.classes)
         except Exception as error:  # whatever a JSON can hold
             detail = f"{type(error).__name__} {error}"[:200]
             seen.problems.append(Problem("invalid_annotation", detail, annotation.get("id"), _LEFT_OUT))
             continue
         seen.problems += examined.problems
-        if not examined.is_lost:
+        if not examined.is_lost and examined.repaired["category_id"] not in split.unclear:
             seen.repaired.append({**examined.repaired, "id": copy_id})
         if examined.is_crowd:
             seen.crowds += 1
@@ -918,9 +918,10 @@ def _look_at(classes: Mapping[int, str], num_queries: int, image: _Image) -> _Se
             seen.masks += examined.has_mask
             if examined.class_name is not None:
                 seen.classes[examined.class_name] += 1
-    if image.annotations and not seen.repaired:
+    num_given = len(image.annotations) + sum(problem.kind == "invalid_label_line" for problem in image.problems)
+    if num_given and not seen.repaired:
         seen.way = None
-        seen.problems.append(Problem("all_objects_lost", f"{len(image.annotations)} objects", change=_LEFT_OUT))
+        seen.problems.append(Problem("all_objects_lost", f"{num_given} objects", change=_LEFT_OUT))
     elif not seen.objects:
         seen.problems.append(Problem("image_without_objects"))
     if seen.objects > num_queries:
@@ -954,7 +955,8 @@ def _settle_size(image: _Image, picture: _Picture) -> tuple[tuple[int, int] | No
     detail = f"height x width {shown}, the picture's {actual[0]} x {actual[1]}"
     in_actual, in_stated = _fit(image.annotations, actual), _fit(image.annotations, stated)
     if not image.annotations or (in_actual and not in_stated):
-        return actual, "link", [Problem(kind, detail, change=f"{actual[0]} x {actual[1]}")]
+        way, problems = _settle_turn(image, picture, True)
+        return actual, way, [Problem(kind, detail, change=f"{actual[0]} x {actual[1]}"), *problems]
     if is_swapped and in_stated and not in_actual:
         return stated, "stored", [Problem(kind, detail, change="written as it is stored, without the EXIF tag")]
     why = f"{_LEFT_OUT}: at which size the objects were drawn cannot be told"
@@ -1235,7 +1237,7 @@ class _Gallery:
         for number, (split, image, problems) in enumerate(logging.tqdm(shown, desc="Drawing", delay=2)):
             stem = re.sub(r"[^\w.-]", "_", Path(str(image.id if image.name is None else image.name)).stem)
             with _open(image.source) as file:
-                drawn = _draw(read_rgb(PIL.Image.open(file)), image, split.classes, problems)
+                drawn = _draw(read_rgb(open_picture(file)), image, split.classes, problems)
             with whole_file(folder / f"{number:02}_{split.name}_{stem[:_LONGEST_STEM]}.jpg") as partial_file:
                 drawn.save(partial_file, "JPEG", quality=90)
 
@@ -1258,7 +1260,8 @@ def _draw(
         words += ["crowd"] * (annotation.get("iscrowd") == 1)
         words += [problem.kind for problem in problems if problem.annotation_id == annotation.get("id")]
         masks.append(rle)
-        boxes.append(np.clip([x, y, x + box_width, y + box_height], -width - height, 2 * (width + height)))
+        corners = np.array([x, y, x + box_width, y + box_height], np.float64)
+        boxes.append(corners.clip(-width - height, 2 * (width + height)))
         labels.append(" ".join(words))
     return draw_instances(picture, masks or None, np.array(boxes) if boxes else None, labels or None)
 

@@ -23,7 +23,17 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from .augmentation import as_augmentation
-from .image_processing_rf_detr import RfDetrImageProcessor, are_numbers, clamp_box, is_index, located, plain, read_rgb
+from .files import printable
+from .image_processing_rf_detr import (
+    RfDetrImageProcessor,
+    are_numbers,
+    clamp_box,
+    is_index,
+    located,
+    open_picture,
+    plain,
+    read_rgb,
+)
 from .masks import measure, read_segmentation
 
 _FIELDS = ("id", "category_id", "bbox", "segmentation", "area", "iscrowd")  # of an annotation
@@ -226,7 +236,10 @@ class InstanceDatasets(dict[str, Any], _Labelled):
     def __str__(self) -> str:
         counted = {name: split for name, split in self.items() if isinstance(split, InstanceDataset)}
         header = ["label", "name", "category id"]
-        rows = [[str(label), self.id2label[label], str(category)] for label, category in enumerate(self.category_ids)]
+        rows = [
+            [str(label), printable(self.id2label[label]), str(category)]
+            for label, category in enumerate(self.category_ids)
+        ]
         for name, split in counted.items():
             header += [f"{name} objects", "crowds", "images"]
             for row, count in zip(rows, split.counts().values(), strict=True):
@@ -248,7 +261,7 @@ class InstanceDatasets(dict[str, Any], _Labelled):
 
 def place_of(record: Mapping[str, Any], index: int) -> str:
     """What messages call image number `index`."""
-    names = [repr(record[name]) for name in ("file_name", "image_id") if record.get(name) is not None]
+    names = [f"{record[name]!r:.200}" for name in ("file_name", "image_id") if record.get(name) is not None]
     return f"image {index} ({', '.join(names)})" if names else f"image {index}"
 
 
@@ -324,29 +337,31 @@ def has_shape(segmentation: Any) -> bool:
     return any(not isinstance(part, Sequence | np.ndarray) or len(part) for part in segmentation)
 
 
+def _named(annotation: Mapping[str, Any], position: int) -> str:
+    return f"annotation {position} (id {annotation.get('id')!s:.60})"
+
+
 def _check_annotations(annotations: Sequence[Mapping[str, Any]], classes: Mapping[int, str]) -> None:
     for position, annotation in enumerate(annotations):
         category, box = annotation.get("category_id"), annotation.get("bbox")
         if not is_index(category) or category not in classes:
             raise ValueError(
-                f"annotation {position} (id {annotation.get('id')}): category_id {category!r} is none of the classes"
+                f"{_named(annotation, position)}: category_id {category!r:.60} is none of the classes"
                 f" {shown_classes(classes)}; define it in the data's categories, or correct the annotation"
             )
         if box is not None and not are_numbers(plain(box), 4):
             raise ValueError(
-                f"annotation {position} (id {annotation.get('id')}): bbox {box!r:.60} is not [x, y, width, height],"
+                f"{_named(annotation, position)}: bbox {box!r:.60} is not [x, y, width, height],"
                 " four finite numbers in pixels; correct it, or leave it out where there is a segmentation"
             )
         area, crowd = plain(annotation.get("area")), plain(annotation.get("iscrowd"))
         if area is not None and not (are_numbers([area], 1) and area >= 0):
             raise ValueError(
-                f"annotation {position} (id {annotation.get('id')}): area {area!r:.60} is not a finite number of at"
+                f"{_named(annotation, position)}: area {area!r:.60} is not a finite number of at"
                 " least 0; correct it or leave it out"
             )
         if crowd not in (None, 0, 1):
-            raise ValueError(
-                f"annotation {position} (id {annotation.get('id')}): iscrowd {crowd!r:.60} is not 0 or 1; correct it"
-            )
+            raise ValueError(f"{_named(annotation, position)}: iscrowd {crowd!r:.60} is not 0 or 1; correct it")
 
 
 class Tally:
@@ -405,7 +420,7 @@ class Tally:
 
 def shown_classes(classes: Mapping[Any, str], most: int = 12) -> str:
     """The classes for a message, the first of them where they are many."""
-    listed = ", ".join(f"{key}: {name!r}" for key, name in list(classes.items())[:most])
+    listed = ", ".join(f"{key}: {name!r:.60}" for key, name in list(classes.items())[:most])
     return f"{{{listed}{f', ... ({len(classes)} in all)' * (len(classes) > most)}}}"
 
 
@@ -429,13 +444,13 @@ class PackedRows:
         if outside:
             raise ValueError(
                 f"{len(outside)} of {len(ends) - 1} file names lead out of {self.pictures!r}, among them"
-                f" {', '.join(map(repr, outside[:3]))}; correct them, or give, as image_folder or pictures, the folder"
+                f" {_first(outside)}; correct them, or give, as image_folder or pictures, the folder"
                 " that all pictures lie in"
             )
         if missing:
             raise ValueError(
                 f"{len(missing)} of {len(ends) - 1} pictures are not in {_kind(self.pictures)}, among them"
-                f" {', '.join(map(repr, missing[:3]))}; give their folder, as image_folder or pictures"
+                f" {_first(missing)}; give their folder, as image_folder or pictures"
             )
         if isinstance(pictures, Sequence) and not isinstance(pictures, str) and len(pictures) != len(ends) - 1:
             raise ValueError(f"{len(pictures)} pictures for {len(ends) - 1} images; give one for each, in their order")
@@ -466,8 +481,12 @@ class PackedRows:
     encoded = picture
 
 
+def _first(names: Sequence[Any]) -> str:
+    return ", ".join(f"{name!r:.200}" for name in names[:3])
+
+
 def leads_out(folder: str | os.PathLike[str], name: Any) -> bool:
-    """Whether a file name, relative to the folder or absolute, means a file outside of it; links are followed."""
+    """Whether a file name, relative to the folder or absolute, means a file outside of it; links are not looked at."""
     if not isinstance(name, str | os.PathLike):
         return False
     root = os.path.abspath(folder)
@@ -493,7 +512,7 @@ def upright_size(picture: Any) -> tuple[int, int]:
     """A path, the bytes of a file or a PIL picture -> (H, W) with the EXIF rotation applied, from the header."""
     if not isinstance(picture, PIL.Image.Image):
         try:
-            with PIL.Image.open(BytesIO(picture) if isinstance(picture, bytes) else picture) as opened:
+            with open_picture(BytesIO(picture) if isinstance(picture, bytes) else picture) as opened:
                 return upright_size(opened)
         except Exception as error:  # Pillow's are many, among them that of too many pixels
             raise ValueError(f"{picture!r:.200} cannot be opened as an image: {error}") from error
@@ -512,8 +531,8 @@ def coco_categories(coco: Mapping[str, Any]) -> dict[int, str]:
     """Category id -> name."""
     if not {"images", "categories"} <= coco.keys():
         raise ValueError(
-            f"the keys are {sorted(map(str, coco))[:8]}, not those of COCO's instances JSON: 'images', 'annotations'"
-            " and 'categories'; convert the annotations to it"
+            f"the keys are {[f'{key:.60}' for key in sorted(map(str, coco))[:8]]}, not those of COCO's instances JSON:"
+            " 'images', 'annotations' and 'categories'; convert the annotations to it"
         )
     classes: dict[int, str] = {}
     for category in entries(coco, "categories"):
@@ -562,7 +581,7 @@ def coco_records(coco: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         number = annotation.get("image_id")
         if not isinstance(number, Hashable) or number not in by_image:
             raise ValueError(
-                f"annotation {annotation.get('id')!r} belongs to image {annotation.get('image_id')!r}, which is none"
+                f"annotation {annotation.get('id')!r:.60} belongs to image {number!r:.60}, which is none"
                 f" of the {len(by_image)} images; add the image or remove the annotation"
             )
         by_image[annotation["image_id"]].append(annotation)
@@ -582,7 +601,7 @@ def checked_classes(classes: Mapping[int, str]) -> dict[int, str]:
     """Names by category id, in the order of the ids."""
     wrong = [category for category in classes if not is_index(category)]
     if wrong:
-        raise ValueError(f"category id {wrong[0]!r} is not a whole number of at least 0; number the categories")
+        raise ValueError(f"category id {wrong[0]!r:.60} is not a whole number of at least 0; number the categories")
     # A few lines of YAML can nest a name so often that its text would fill the memory.
     unnamed = [category for category, name in classes.items() if not isinstance(name, str | int | float)]
     if unnamed:
@@ -595,7 +614,7 @@ def checked_classes(classes: Mapping[int, str]) -> dict[int, str]:
     for category, name in ordered.items():
         if by_name.setdefault(name, category) != category:
             raise ValueError(
-                f"the categories {by_name[name]} and {category} are both called {name!r}; names must differ:"
+                f"the categories {by_name[name]} and {category} are both called {name!r:.60}; names must differ:"
                 " rename one, or give both annotations one id"
             )
     return ordered

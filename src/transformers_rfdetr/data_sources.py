@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import PIL.Image
 from transformers.utils import logging
 
 from .configuration_rf_detr import check_limit
@@ -30,7 +29,7 @@ from .data import (
     shown_classes,
     upright_size,
 )
-from .image_processing_rf_detr import is_index, located
+from .image_processing_rf_detr import is_index, located, open_picture
 
 # What data sets on the Hub call the columns of a row, and the fields of its objects.
 _COLUMNS = {
@@ -142,6 +141,18 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")  # of Windows' programs, some of which put a mark before the text
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}; give an existing text file") from error
+
+
+def read_yaml(text: str, loader: Any, where: str) -> Any:
+    """YAML without aliases, a few lines of which can stand for more than the memory holds."""
+    import yaml
+
+    try:
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, loader)):
+            raise ValueError(f"{where} holds an alias (*name), which may stand for any amount of text; write it out")
+        return yaml.load(text, loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{where} is no YAML: {' '.join(str(error).split())}; correct it") from error
 
 
 def _read_class_names(class_names: Sequence[str] | Mapping[int, str]) -> dict[int, str]:
@@ -277,10 +288,7 @@ def read_yolo_description(
     """A data.yaml -> classes, the folder that places are relative to, and the places of each split."""
     import yaml  # transformers needs it
 
-    try:
-        description = yaml.safe_load(read_text(path))
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path} is no YAML: {error}; export it again") from error
+    description = read_yaml(read_text(path), yaml.SafeLoader, str(path))
     if not isinstance(description, dict):
         raise ValueError(f"{path} holds no keys; give 'names' and 'train'")
     with located(str(path)):
@@ -351,7 +359,7 @@ def _yolo_records(pictures: Sequence[Path], root: Path, classes: Mapping[int, st
     for number, path in enumerate(pictures):
         size = upright_size(path)
         annotations = []
-        labels = yolo_label_file(path)
+        labels = yolo_label_file(path, root)
         lines = read_text(labels).splitlines() if labels.is_file() else []
         for line_number, line in enumerate(lines, start=1):
             if line.strip():
@@ -362,10 +370,11 @@ def _yolo_records(pictures: Sequence[Path], root: Path, classes: Mapping[int, st
         yield {**head, "annotations": annotations}
 
 
-def yolo_label_file(picture: Path) -> Path:
-    """.../images/a/1.jpg -> .../labels/a/1.txt; beside the picture where no folder is called images."""
+def yolo_label_file(picture: Path, root: Path) -> Path:
+    """.../images/a/1.jpg -> .../labels/a/1.txt; beside the picture where no folder in `root` is called images."""
     parts = list(picture.parts)
-    folders = [i for i, part in enumerate(parts) if part == "images"]
+    first = len(root.parts) if picture.is_relative_to(root) else 0
+    folders = [i for i, part in enumerate(parts) if part == "images" and i >= first]
     if folders:
         parts[folders[-1]] = "labels"
     return Path(*parts).with_suffix(".txt")
@@ -425,7 +434,7 @@ def load_rows(source: Any, streaming: bool, arguments: Mapping[str, Any]) -> Any
         return datasets.load_from_disk(str(path))
     try:
         return datasets.load_dataset(str(path) if path.is_dir() else name, streaming=streaming, **arguments)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"{name!r} cannot be loaded: {error}; give {_FORMS}") from error
 
 
@@ -548,7 +557,7 @@ class RowReader(NamedTuple):
     def picture(self, row: Mapping[str, Any]) -> Any:
         """The picture of a row, as a path or a PIL picture."""
         value = self.encoded(row)
-        return PIL.Image.open(BytesIO(value)) if isinstance(value, bytes) else value
+        return open_picture(BytesIO(value)) if isinstance(value, bytes) else value
 
 
 def _element(feature: Any) -> Any:

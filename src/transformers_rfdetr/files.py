@@ -67,6 +67,8 @@ def check_place(path: str | os.PathLike[str]) -> None:
     above = path if path.exists() else path.absolute().parent
     while not above.exists():  # it will be made
         above = above.parent
+    if above != path and not above.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written, because {above} is a file; give another place")
     if not os.access(above, os.W_OK):
         what = "it" if above == path else above
         raise PermissionError(f"{path} cannot be written, because {what} may not be changed; give another place")
@@ -76,7 +78,7 @@ def make_folder(path: str | os.PathLike[str]) -> None:
     """Make a folder, and those above it, unless it is there; raise OSError with the name that was given."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
+    except (FileExistsError, NotADirectoryError) as error:
         raise FileExistsError(f"{path} is a file, or lies in one; give a folder") from error
     except PermissionError as error:
         raise PermissionError(f"{path} cannot be made: {error.strerror}; give another place") from error
@@ -147,6 +149,11 @@ def _errno(error: BaseException) -> int | None:
     number = getattr(error, "errno", None)
     found = re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", str(error)) if number is None else None
     return int(found[1] or found[2]) if found else number
+
+
+def printable(text: str) -> str:
+    """Text without what moves the cursor or cannot be written: the name of a file or class may hold anything."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def is_partial(path: Path) -> bool:

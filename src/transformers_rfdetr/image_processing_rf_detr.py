@@ -11,6 +11,8 @@ import math
 import numbers
 import operator
 import os
+import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,6 +39,13 @@ _BILINEAR = 2
 _URL_TIMEOUT_SECONDS = 60
 # The largest file that is fetched from a URL; a server may send without an end.
 MAX_URL_BYTES = 1 << 28
+# ... or so slowly that nobody waits for it.
+MAX_URL_SECONDS = 300
+# What Pillow reads by itself. EPS, for one, it hands to another program, whatever the name of the file.
+_FORMATS = (
+    *("AVIF", "BMP", "DDS", "DIB", "GIF", "HEIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "PSD"),
+    *("SGI", "TGA", "TIFF", "WEBP"),
+)
 # The most pixels of a picture that settings may ask for; they may come from anyone too.
 MAX_INPUT_PIXELS = 1 << 27
 
@@ -587,38 +596,74 @@ def decode_image(image: PIL.Image.Image | str | os.PathLike[str]) -> np.ndarray:
         return np.array(image)
     except Exception as error:  # Pillow answers broken files with SyntaxError, struct.error, zlib.error and others
         reason = str(error) or type(error).__name__
-        raise ValueError(f"{source!s:.200} cannot be opened as an image: {reason}") from error
+        raise ValueError(f"{redacted(source)!s:.200} cannot be opened as an image: {reason}") from error
 
 
 def _open(source: str) -> PIL.Image.Image:
     """A path, http(s) URL or base64 string -> the picture in its own mode (transformers clips 16 bits to 8)."""
     # Not by its path, of which Pillow maps the pixels and turns those of a TIFF wrongly.
-    with _stream(source) as stream, PIL.Image.open(stream) as image:
+    with _stream(source) as stream, open_picture(stream) as image:
         image.load()
         return image
 
 
+def open_picture(file: Any) -> PIL.Image.Image:
+    """A file or its path -> the picture, not loaded yet, if it is in one of the usual formats.
+
+    Pillow knows more of them; for some it starts other programs.
+    """
+    PIL.Image.init()
+    return PIL.Image.open(file, formats=[name for name in _FORMATS if name in PIL.Image.OPEN])
+
+
 def _stream(source: str) -> BinaryIO:
-    path = os.path.expanduser(source)
     if source.startswith(("http://", "https://")):
-        request = urllib.request.Request(source, headers={"User-Agent": "transformers-rfdetr"})
-        with urllib.request.urlopen(request, timeout=_URL_TIMEOUT_SECONDS) as response:
-            content = response.read(MAX_URL_BYTES + 1)
-        if len(content) > MAX_URL_BYTES:
-            raise ValueError(
-                f"it is larger than {MAX_URL_BYTES} bytes; fetch it yourself, or raise"
-                " transformers_rfdetr.image_processing_rf_detr.MAX_URL_BYTES"
-            )
-        return BytesIO(content)
+        return BytesIO(_fetch(source))
+    path = source if os.path.isfile(source) else os.path.expanduser(source)
     if os.path.isfile(path):
         return open(path, "rb")
     encoded = source.partition(",")[2] if source.startswith("data:image/") else source
     try:
         stream = BytesIO(base64.b64decode("".join(encoded.split()), validate=True))
-        PIL.Image.open(stream)
+        open_picture(stream)
     except (ValueError, OSError) as error:
         raise ValueError("there is no such file; give a path, an http(s) URL or base64") from error
     return stream
+
+
+def _fetch(url: str) -> bytes:
+    """What a server sends, which may be neither too much nor too slow."""
+    place = urllib.parse.urlsplit(url)
+    headers = {"User-Agent": "transformers-rfdetr"}
+    user, at, host = place.netloc.rpartition("@")
+    if at:
+        user = urllib.parse.unquote(user if ":" in user else f"{user}:")
+        headers["Authorization"] = f"Basic {base64.b64encode(user.encode()).decode()}"
+    request = urllib.request.Request(place._replace(netloc=host).geturl(), headers=headers)
+    content, begun = bytearray(), time.monotonic()
+    with urllib.request.urlopen(request, timeout=_URL_TIMEOUT_SECONDS) as response:
+        while part := response.read1(1 << 20):
+            content += part
+            if len(content) > MAX_URL_BYTES:
+                raise ValueError(
+                    f"it is larger than {MAX_URL_BYTES} bytes; fetch it yourself, or raise"
+                    " transformers_rfdetr.image_processing_rf_detr.MAX_URL_BYTES"
+                )
+            if time.monotonic() - begun > MAX_URL_SECONDS:
+                raise ValueError(
+                    f"it took longer than {MAX_URL_SECONDS} seconds; fetch it yourself, or raise"
+                    " transformers_rfdetr.image_processing_rf_detr.MAX_URL_SECONDS"
+                )
+    return bytes(content)
+
+
+def redacted(source: Any) -> Any:
+    """A source as it may be written down and shown: the user and the query of a URL may hold a password."""
+    if not isinstance(source, str) or "://" not in source:
+        return source
+    scheme, _, rest = source.partition("?")[0].partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 def read_image(image: Any, do_rescale: bool, rescale_factor: float, input_data_format: str | None) -> torch.Tensor:

@@ -18,6 +18,7 @@ Shape = list[Any] | dict[str, Any]
 _MAX_COORDINATE = 1e6
 # The longest outline of an object: pycocotools walks along it in fifths of a pixel and keeps 40 bytes of each pixel.
 MAX_OUTLINE_PIXELS = 1e7
+MAX_POLYGONS = 10_000  # of an object
 # Output pixels that are interpolated at a time: the intermediate floats stay in the cache.
 _CHUNK_PIXELS = 1 << 17
 
@@ -115,7 +116,12 @@ def _read_polygons(segmentation: Any) -> list[np.ndarray] | None:
 
 
 def _check_outline(polygons: Sequence[np.ndarray]) -> None:
-    """Raises ValueError where the way from the origin along all edges is longer than pycocotools should walk."""
+    """Raises ValueError where pycocotools would draw for minutes: many polygons, or a long way along their edges."""
+    if len(polygons) > MAX_POLYGONS:
+        raise ValueError(
+            f"{len(polygons)} polygons are more than the {MAX_POLYGONS} of one object; encode the mask as RLE, or raise"
+            " transformers_rfdetr.masks.MAX_POLYGONS"
+        )
     points = [polygon.reshape(-1, 2) for polygon in polygons]
     length = sum(np.abs(np.diff(ring, axis=0, prepend=0, append=ring[:1])).max(1).sum() for ring in points)
     if length > MAX_OUTLINE_PIXELS:

@@ -299,7 +299,8 @@ def one_line(text: str) -> str:
 
 def escape(text: str) -> str:
     """Text that Markdown shows as it is, whatever it holds."""
-    return re.sub(r"([\\`*_{}\[\]<>#|&~!$])", r"\\\1", one_line(text))
+    # Colon and dot of https:// and www., which some readers make links.
+    return re.sub(r"([\\`*_{}\[\]<>#|&~!$]|:(?=//)|(?<=www)\.)", r"\\\1", one_line(text))
 
 
 def is_hub_id(name: str | None) -> bool:

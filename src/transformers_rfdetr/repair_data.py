@@ -16,11 +16,20 @@ import PIL.Image
 import PIL.ImageOps
 from PIL.ExifTags import Base
 
+from .image_processing_rf_detr import open_picture
+
 # Of pictures that are turned, so that little is lost.
 _SAVED_AS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"lossless": True},
     "AVIF": {"quality": 95, "subsampling": "4:4:4"},
+}
+# From upright to as it is stored, by EXIF's orientation.
+_BACK = {
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_90,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_270,
 }
 _EXPORTED = {"train": "train", "validation": "valid", "test": "test"}  # the folders of Roboflow's exports
 
@@ -52,7 +61,7 @@ class RepairedCopy:
     def add(
         self, split: str, image: Mapping[str, Any], annotations: Iterable[Mapping[str, Any]], source: Path, way: str
     ) -> None:
-        """Write a picture, and keep its annotations for [`write`]; those of no category are left out.
+        """Write a picture, and keep its annotations for [`write`].
 
         `image` is its entry in the copy; `way` is "link" for the file as it is, "upright" to turn it as EXIF says, or
         "stored" not to turn it, the latter two without EXIF's tag.
@@ -63,7 +72,6 @@ class RepairedCopy:
         content["annotations"] += [
             {**annotation, "image_id": image["id"], "category_id": numbers[annotation["category_id"]]}
             for annotation in annotations
-            if annotation["category_id"] in numbers
         ]
 
     def _place_picture(self, folder: Path, name: str, source: Path, way: str) -> str:
@@ -116,7 +124,8 @@ def _unite_categories(splits: Iterable[list[dict[str, Any]]]) -> tuple[list[dict
     united = []
     for number, category in ((entry["id"], entry) for entries in splits for entry in entries):
         if (name := category["name"]) not in numbers:
-            numbers[name] = 1 + max(numbers.values()) if number in numbers.values() else number
+            free = (other for other in itertools.chain([number], itertools.count(1)) if other not in numbers.values())
+            numbers[name] = next(free)
             united.append({**category, "id": numbers[name]})
     return united, numbers
 
@@ -129,8 +138,11 @@ def _write_picture(source: Path, target: Path, way: str) -> None:
         except OSError:  # another disk, or one that knows no links
             shutil.copyfile(source, target)
         return
-    with open(source, "rb") as file, PIL.Image.open(file) as opened:
+    with open(source, "rb") as file, open_picture(file) as opened:
+        orientation = opened.getexif().get(Base.Orientation)
         picture = PIL.ImageOps.exif_transpose(opened) if way == "upright" else opened.copy()
+        if way == "stored" and opened.format == "TIFF":  # which Pillow has turned on its own
+            picture = picture.transpose(_BACK[orientation])
         picture.info.pop("xmp", None)  # which may hold the orientation again
         exif = picture.getexif()
         exif.pop(Base.Orientation, None)

@@ -246,10 +246,10 @@ class RfDetrTrainer(Trainer):
     def _check_metric(self) -> None:
         """Raise for a metric for the best model that the first evaluation would not find."""
         name = best_key(self.args).removeprefix("eval_")
-        for split in self.eval_dataset if isinstance(self.eval_dataset, dict) else ():
-            name = name.removeprefix(f"{split}_")
+        splits = self.eval_dataset if isinstance(self.eval_dataset, dict) else ()
+        names = {name, *(name.removeprefix(f"{split}_") for split in splits)}
         known = ["loss"] if self.args.prediction_loss_only else ["loss", *number_names(self._has_masks)]
-        if name not in known and not name.startswith(f"{self._kind}/"):
+        if not names & {*known} and not any(name.startswith(f"{self._kind}/") for name in names):
             raise ValueError(
                 f"metric_for_best_model {self.args.metric_for_best_model!r} is none of what is evaluated; give one of"
                 f" {', '.join(known)}, or {self._kind}/<class>"

@@ -574,11 +574,15 @@ def _read_source(source: str | os.PathLike[str] | int) -> _Source:
     if "://" in text:
         # FFmpeg looks at a stream for 5 s by default; a slow one would not be open within the timeout.
         options = {"analyzeduration": "2000000"} | ({"rtsp_transport": "tcp"} if text.startswith("rtsp") else {})
-        return _Source(re.sub(r"://\S*@", "://***@", text), "stream", text, None, options)
+        name = re.sub(r"://\S*@", "://***@", text.partition("?")[0])
+        return _Source(name, "stream", text, None, options)
     path = Path(text).expanduser()
     if not path.is_file():
         raise ValueError(f"{text} is no file; {_REMEDY}")
-    return _Source(text, "file", str(path))
+    with path.open("rb") as file:
+        if file.read(8).startswith((b"#EXTM3U", b"ffconcat")):
+            raise ValueError(f"{text} is a playlist, which may name any file; give the videos themselves")
+    return _Source(text, "file", str(path.absolute()))
 
 
 def _camera(index: int) -> tuple[str, str, dict[str, str]]:

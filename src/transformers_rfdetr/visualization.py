@@ -1,6 +1,7 @@
 """Draws instances on a picture. N instances; H W pixels of the picture; boxes_xyxy in its pixels."""
 
 import colorsys
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -156,8 +157,8 @@ def draw_grid(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str] | Non
     columns = zip(titles, zip(*rows, strict=True), strict=True)
     widths = [max(math.ceil(font.getlength(title)), *(one.width for one in column)) for title, column in columns]
     heights = [max(picture.height for picture in row) for row in rows]
-    lefts = [sum(widths[:index]) + gap * index for index in range(len(widths) + 1)]
-    tops = [head + sum(heights[:index]) + gap * index for index in range(len(heights) + 1)]
+    lefts = list(itertools.accumulate((width + gap for width in widths), initial=0))
+    tops = list(itertools.accumulate((height + gap for height in heights), initial=head))
     grid = Image.new("RGB", (lefts[-1] - gap, tops[-1] - gap), "white")
     for left, title in zip(lefts, titles, strict=False):
         ImageDraw.Draw(grid).text((left, 0), title, fill=_DARK, font=font)

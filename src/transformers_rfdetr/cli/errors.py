@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 import typer
 
+from ..files import printable
+
 
 @contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
@@ -35,7 +37,8 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except (OSError, ValueError, ImportError, FloatingPointError) as error:
-            typer.echo(f"{command.__name__.replace('_', '-')}: {error}", err=True)
+            lines = [printable(line) for line in str(error).splitlines()]
+            typer.echo(f"{command.__name__.replace('_', '-')}: " + "\n".join(lines), err=True)
             raise typer.Exit(2) from error
 
     return run

@@ -22,6 +22,7 @@ from ..configuration_rf_detr import (
     resolve_variant,
 )
 from ..conversion import read_rfdetr_model
+from ..files import printable
 from ..image_processing_rf_detr import RfDetrImageProcessor
 from ..loading import check_model_type
 from ..modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection
@@ -235,7 +236,7 @@ def _read_file(path: Path) -> _Checkpoint:
 
 
 def _as_text(facts: Mapping[str, Any]) -> str:
-    names = list(facts["classes"].values())
+    names = list(map(printable, facts["classes"].values()))
     backbone, decoder, preprocessing = facts["backbone"], facts["decoder"], facts["preprocessing"]
     windows = f"patch {backbone['patch_size']} x {backbone['num_windows']} windows"
     rows = {

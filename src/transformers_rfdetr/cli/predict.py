@@ -4,7 +4,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime
 from http.client import HTTPException
 from pathlib import Path
@@ -26,9 +25,10 @@ from ..bulk_prediction import (
     fingerprint,
     list_pictures,
     predict_to_folder,
-    redacted,
     write_settings,
 )
+from ..files import printable
+from ..image_processing_rf_detr import redacted
 from ..loading import load
 from ..video import VideoSummary, predict_video
 from .errors import one_line_errors, terminated_as_interrupted
@@ -164,9 +164,9 @@ def predict(
                 if strict or len(videos) == 1:
                     raise
                 failed.append((video.name, str(error)))
-                typer.echo(f"  not done: {_printable(f'{video.name}: {error}')}", err=True)
+                typer.echo(f"  not done: {printable(f'{video.name}: {error}')}", err=True)
     except UnreadablePictureError as error:
-        typer.echo(f"predict: {_printable(str(error))}; without --strict the others are done", err=True)
+        typer.echo(f"predict: {printable(str(error))}; without --strict the others are done", err=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
         typer.echo(f"\nstopped; the same command goes on: pictures that are done stay in {output}", err=True)
@@ -271,9 +271,8 @@ def _predict_video(
         drawn_to = drawn_to.with_name(f"{drawn_to.name}.mp4")
     lines, unfinished = (drawn_to.with_name(f"{drawn_to.stem}{end}") for end in (".jsonl", ".unfinished.jsonl"))
     if lines.exists():
-        typer.echo(f"{_printable(video.name)}: done before, in {lines}")
+        typer.echo(f"{printable(video.name)}: done before, in {lines}")
         return
-    is_new = not output.exists()
     drawn_to.parent.mkdir(parents=True, exist_ok=True)
 
     def on_frame(frame: Any, found: Any, drawn: Any) -> None:
@@ -294,10 +293,6 @@ def _predict_video(
     finally:
         if unfinished.exists() and not unfinished.stat().st_size:
             unfinished.unlink()
-        with suppress(OSError):  # they hold something
-            drawn_to.parent.rmdir()
-            if is_new:
-                output.rmdir()
     is_there = not Path(video.source).is_file() and not _is_endless(video.source)
     if done.is_cut and is_there:
         raise ValueError(f"the connection ended after {done.frames} frames; the same command begins it again")
@@ -308,13 +303,8 @@ def _predict_video(
         raise KeyboardInterrupt
 
 
-def _printable(text: str) -> str:
-    """A text that may have names of files in it, which need not be UTF-8."""
-    return text.encode(errors="backslashreplace").decode()
-
-
 def _video_line(source: str, done: VideoSummary) -> str:
-    line = f"{_printable(source)}: {done.frames} frames at {done.frames_per_second:.1f} a second"
+    line = f"{printable(source)}: {done.frames} frames at {done.frames_per_second:.1f} a second"
     trouble = {"undecodable": done.undecodable, "dropped": done.dropped, "reopened": done.reopened}
     return line + "".join(f", {count} {what}" for what, count in trouble.items() if count)
 
@@ -326,7 +316,7 @@ def _report(summary: Summary, output: Path, rank: int, world: int) -> None:
     for key, reason in summary.failed[:_NUM_NAMED]:
         if "decompression bomb" in reason:
             reason = f"{reason.rstrip('.')}; --tile auto reads pictures of any size"
-        typer.echo(f"  not read: {_printable(reason if key in reason else f'{key}: {reason}')}", err=True)
+        typer.echo(f"  not read: {printable(reason if key in reason else f'{key}: {reason}')}", err=True)
     if summary.failed:
         more = f", {len(summary.failed) - _NUM_NAMED} more than listed here" * (len(summary.failed) > _NUM_NAMED)
         typer.echo(f"{len(summary.failed)} pictures could not be read{more}", err=True)

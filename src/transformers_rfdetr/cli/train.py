@@ -18,7 +18,7 @@ from transformers import TrainerCallback, set_seed
 
 from .. import __version__
 from ..configuration_rf_detr import is_no_class
-from ..data_sources import load_instance_dataset, read_text
+from ..data_sources import load_instance_dataset, read_text, read_yaml
 from ..files import make_folder, write_text
 from ..loading import load
 from .errors import one_line_errors
@@ -245,17 +245,11 @@ def _read_setting(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"--set {text} has no value; give NAME=VALUE, such as layer_decay=0.9")
-    try:
-        return name.strip(), yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--set {text}: {' '.join(str(error).split())}") from error
+    return name.strip(), read_yaml(value, _Loader, f"--set {text:.200}")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.load(read_text(path), _Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(read_text(path), _Loader, str(path))
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no settings; it needs lines such as `lr: 1e-4`")
     return content
