@@ -4,9 +4,11 @@ import argparse
 import functools
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
+import tracemalloc
 import types
 import zipfile
 from pathlib import Path
@@ -297,7 +299,9 @@ STRANGE_TENSORS = [
     ("refpoint_embed.weight", torch.zeros(0, 4), r"query_feat has 21 rows and refpoint_embed 0"),
     ("bbox_embed.layers.0.bias", torch.zeros(32, dtype=torch.int32), r"bias \(torch.int32, .* finite floating-point"),
     ("bbox_embed.layers.0.bias", torch.full((32,), float("nan")), r"is not of finite floating-point numbers"),
-    ("bbox_embed.layers.0.bias", torch.zeros(32).to_sparse(), r"torch.sparse_coo\) is not of finite"),
+    ("bbox_embed.layers.0.bias", torch.zeros(32).to_sparse(), r"sparse_coo, cpu\) is no plain table of numbers"),
+    ("bbox_embed.layers.0.bias", torch.zeros(32, dtype=torch.float8_e4m3fn), r"bias \(torch.float8_e4m3fn, .* 16 to"),
+    ("query_feat.weight", torch.zeros(21, 32, dtype=torch.float8_e4m3fn), r"query_feat\.weight \(torch.float8_e4m3fn"),
     ("bbox_embed.layers.0.lora_A.default.weight", torch.zeros(0, 32), r"an adapter has lora_A, lora_B and the weight"),
 ]
 
@@ -483,7 +487,7 @@ def test_rows_have_the_names_of_the_classes_that_rfdetr_trained_them_for(head):
         (["a", "b", "__background__"], "the class names __background__ are there twice, or are such as __background__"),
         (7, "the class names are 7, and not a list of names"),
         ([1, 2, 3], r"the class names are \[1, 2, 3\], and not a list of names"),
-        ({"a": 1}, r"the class names are \{'a': 1\}, and not a list of names"),
+        ({"a": 1}, "the class names are a dict, and not a list of names"),
     ],
 )
 def test_names_that_cannot_be_the_rows_are_refused(names, message):
@@ -615,8 +619,8 @@ def test_files_of_another_kind_are_refused_with_the_reason(model, save, tmp_path
     for content, reason in (
         ([1, 2], "holds a list"),
         ({}, "holds a dict"),
-        ({"epoch": 3, "lr": 0.1}, "holds epoch, lr: no RF-DETR checkpoint"),
-        ({"model": {"a": 1}}, "holds model: no RF-DETR checkpoint"),
+        ({"epoch": 3, "lr": 0.1}, "holds 'epoch', 'lr': no RF-DETR checkpoint"),
+        ({"model": {"a": 1}}, "holds 'model': no RF-DETR checkpoint"),
         (torch.ones(2), "holds a Tensor"),
     ):
         with pytest.raises(ValueError, match=reason):
@@ -625,6 +629,91 @@ def test_files_of_another_kind_are_refused_with_the_reason(model, save, tmp_path
         read_rfdetr_file(tmp_path)
     with pytest.raises(ValueError, match="nowhere does not exist"):
         convert_to_transformers("nowhere", tmp_path / "there")
+
+
+def nested(levels, kind=list):
+    """A list of two references to a list of two references to ...: some bytes in a file, 2^levels texts when shown."""
+    value = kind(["x"])
+    for _ in range(levels):
+        value = kind([value, value])
+    return value
+
+
+GROWING = ["resolution", "projector_scale", "class_names", "encoder", "two_stage", "use_grouppose_keypoints"]
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_stored_lists_that_grow_are_refused_without_their_text(name, model, save, tmp_path):
+    path = save(legacy(model, **{name: nested(22)}))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"checkpoint\.pth: the .*(is|are) a list, and not") as error:
+        convert_to_transformers(path, tmp_path / "there")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert name.replace("_", " ") in str(error.value).replace("_", " ")
+    assert peak < 4 << 20  # the text has 2^22 times "x"
+
+
+def test_keys_and_texts_that_grow_are_cut_in_messages(model, save, tmp_path):
+    with pytest.raises(ValueError, match=r"holds a tuple, 'epoch': no RF-DETR checkpoint"):
+        read_rfdetr_file(save({nested(12, tuple): 1, "epoch": 2}))
+    with pytest.raises(ValueError, match="no RF-DETR checkpoint") as error:
+        read_rfdetr_file(save({"a" * 10**6: 1, 10**600: 2}))
+    assert f"'{'a' * 80}'..., an int:" in str(error.value)
+    for value, shown in ((10**600, "an int"), ([10**600], "[an int]"), (torch.ones(3), "a Tensor")):
+        for name in ("num_queries", "out_feature_indexes", "model_name"):
+            with pytest.raises(ValueError, match=rf"argument {name} is {re.escape(shown)}, and not"):
+                convert_to_transformers(save(legacy(model, **{name: value})), tmp_path / "there")
+
+
+def test_an_archive_that_unpacks_to_much_more_than_its_size_is_refused_unread(save, tmp_path):
+    with zipfile.ZipFile(save({"model": {"x": torch.zeros(2)}})) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    for name, size in (("fine.pth", 1 << 19), ("bomb.pth", 3 << 20)):
+        with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as packed:
+            for member, content in members.items():
+                packed.writestr(member, content + bytes(size) if member.endswith("data/1") else content)
+            packed.writestr("checkpoint/data/1", bytes(size))
+    assert set(read_rfdetr_file(tmp_path / "fine.pth").state_dict) == {"x"}
+    with pytest.raises(ValueError, match=r"bomb\.pth has \d+ bytes and unpacks to 3\d{6}, .* no more than 4 times as"):
+        read_rfdetr_file(tmp_path / "bomb.pth")
+
+
+@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}], ids=["zip", "legacy"])
+def test_tensors_that_repeat_what_is_stored_once_are_refused_and_tied_ones_are_not(options, save):
+    row = torch.ones(1, 1000)
+    with pytest.raises(ValueError, match=r"'x' \(1000x1000\) takes 4000000 bytes, and 4000 are stored for it; save a"):
+        read_rfdetr_file(save({"model": {"x": row.expand(1000, 1000)}}, **options))
+    overlapping = torch.ones(1999).as_strided((1000, 1000), (1, 1))
+    with pytest.raises(ValueError, match=r"'x' \(1000x1000\) takes 4000000 bytes, and 7996 are stored for it"):
+        read_rfdetr_file(save({"model": {"x": overlapping}}, **options))
+    with pytest.raises(ValueError, match=r"its tensors take 400000 bytes, more than 4 times the \d+ that are stored"):
+        read_rfdetr_file(save({"model": {f"x{number}": row for number in range(100)}}, **options))
+    tied = {"model": {"x": row, "y": row, "z": row[:, 500:]}, "ema_model": {"x": row}}
+    assert set(read_rfdetr_file(save(tied, **options)).state_dict) == {"x", "y", "z"}
+
+
+def test_adapters_whose_product_is_of_another_size_are_refused_before_it_is_made(save):
+    thin = {"lora_A": torch.ones(1, 10**6), "lora_B": torch.ones(10**6, 1)}  # of 4 TB
+    whole = {"lora_A": torch.ones(2, 3), "lora_B": torch.ones(4, 2), "lora_magnitude_vector": torch.ones(4)}
+    strange = {
+        "thin": ({"weight": torch.ones(1)}, thin),
+        "long": ({"weight": torch.ones(4, 3)}, whole | {"lora_magnitude_vector": torch.ones(10**6, 1)}),
+        "of no rank": ({"weight": torch.ones(4, 3)}, {"lora_A": torch.ones(0, 3), "lora_B": torch.ones(4, 0)}),
+        "a number": ({"weight": torch.ones(4, 3)}, {"lora_A": torch.tensor(1.0), "lora_B": torch.ones(4, 2)}),
+        "in bytes": ({"weight": torch.ones(4, 3)}, {name: t.to(torch.float8_e4m3fn) for name, t in whole.items()}),
+    }
+    for weight, parts in strange.values():
+        state = {"a.base_layer.weight": weight["weight"]}
+        state |= {f"a.{name}.default.weight": part for name, part in parts.items()}
+        with pytest.raises(ValueError, match=r"the adapter of 'a' does not fit: weight .*, lora_A .*, lora_B "):
+            read_rfdetr_file(save({"model": state}))
+
+
+def test_a_refusal_comes_without_warnings_of_torch(model, save, recwarn):
+    with pytest.raises(ValueError, match="--trust-checkpoint"):
+        read_rfdetr_file(save(legacy(model), pickle_protocol=4))
+    assert not recwarn.list
 
 
 def test_a_tensor_that_is_there_twice_is_an_error(model, save, tmp_path):
@@ -754,6 +843,34 @@ def test_what_rfdetr_cannot_build_is_refused(tmp_path):
     RfDetrConfig().save_pretrained(tmp_path / "empty")
     with pytest.raises(ValueError, match=r"empty: holds no weights"):
         convert_to_rfdetr(tmp_path / "empty", tmp_path / "back.pth")
+
+
+STRANGE_TABLES = {
+    "a reference that is a number": {"refpoint_embed.weight": torch.tensor(1.0)},
+    "positions in a row": {POSITIONS: torch.zeros(17)},
+    "no positions": {POSITIONS: torch.zeros(1, 0, 32)},
+    "no queries": {"refpoint_embed.weight": torch.zeros(0, 4), "query_feat.weight": torch.zeros(0, 32)},
+    "floats of a byte": {"class_embed.bias": torch.zeros(5, dtype=torch.float8_e4m3fn)},
+}
+
+
+@pytest.mark.parametrize("what", STRANGE_TABLES)
+def test_strange_tables_in_a_folder_are_refused_by_name_on_the_way_back(what, model, tmp_path):
+    model.config.save_pretrained(tmp_path / "ours")
+    save_file(model.state_dict() | STRANGE_TABLES[what], tmp_path / "ours" / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"ours.* ({'|'.join(map(re.escape, STRANGE_TABLES[what]))}) ") as error:
+        convert_to_rfdetr(tmp_path / "ours", tmp_path / "back.pth")
+    assert " is " in str(error.value)
+    assert not (tmp_path / "back.pth").exists()
+
+
+def test_a_shape_of_no_numbers_whose_product_overflows_is_refused_by_name(model, tmp_path):
+    model.config.save_pretrained(tmp_path / "ours")
+    header = b'{"mask_token": {"dtype": "F32", "shape": [0, %d, %d], "data_offsets": [0, 0]}}' % (2**62, 2**60)
+    header = header.replace(b"mask_token", POSITIONS.replace("position_embeddings", "mask_token").encode())
+    (tmp_path / "ours" / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match=r"ours: lacks \d+ of the model's"):
+        convert_to_rfdetr(tmp_path / "ours", tmp_path / "back.pth")
 
 
 # The card, the Hub and the commands

@@ -19,6 +19,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForInstanceSegmentation
 
 import transformers_rfdetr
@@ -111,6 +112,126 @@ def test_shards_outside_of_the_folder_are_not_read(name, folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"class_embed.weight": name}}))
     with pytest.raises(ValueError, match="lists files outside its folder"):
         RfDetrForInstanceSegmentation.from_pretrained(folder)
+
+
+def save_index(folder: Path, content: object) -> None:
+    """The weights as one shard, with an index of their names that holds something else besides."""
+    (folder / "model.safetensors").rename(folder / "shard.safetensors")
+    (folder / "model.safetensors.index.json").write_bytes(
+        content if isinstance(content, bytes) else json.dumps(content).encode()
+    )
+
+
+INDICES = {
+    "empty": {"weight_map": {}, "metadata": {}},
+    "no map": {"metadata": {}},
+    "a list": [1],
+    "numbers for files": {"weight_map": {"class_embed.weight": 5}},
+    "nested 200,000 times": b'{"weight_map":' + b"[" * 200_000,
+}
+
+
+@pytest.mark.parametrize("what", INDICES)
+def test_an_index_of_something_else_is_refused(what, folder):
+    save_index(folder, INDICES[what])
+    for read in (RfDetrForInstanceSegmentation.from_pretrained, lambda name: load(str(name))):
+        with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is no index of weights"):
+            read(folder)
+
+
+@pytest.mark.parametrize("metadata", [{}, {"metadata": 5}], ids=["no metadata", "a number as metadata"])
+def test_shards_are_read_whatever_their_index_says_of_itself(metadata, folder):
+    weights = load_file(folder / "model.safetensors")
+    save_index(folder, metadata | {"weight_map": dict.fromkeys(weights, "shard.safetensors")})
+    model, _ = load(str(folder))
+    for name, tensor in weights.items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+POSITIONS = "backbone.0.encoder.encoder.embeddings.position_embeddings"
+TENSORS = [  # of a model of 16 patches and 3 groups of 6 queries, all 32 wide
+    (
+        "refpoint_embed.weight",
+        torch.tensor(1.0),
+        r"refpoint_embed\.weight is of shape \[\]; it must be \(queries, width",
+    ),
+    ("refpoint_embed.weight", torch.zeros(0, 4), r"refpoint_embed\.weight is of shape \[0, 4\]; .* none of them 0"),
+    ("query_feat.weight", torch.zeros(18, 0), r"query_feat\.weight is of shape \[18, 0\]"),
+    (POSITIONS, torch.zeros(17), r"position_embeddings is of shape \[17\]; it must be \(1, 1 \+ patches, width\)"),
+    (POSITIONS, torch.zeros(1, 0, 32), r"position_embeddings is of shape \[1, 0, 32\]"),
+    (POSITIONS, torch.zeros(1, 8, 32), r"has 7 patches, neither 4 x 4 as its config\.json says nor a square"),
+    (POSITIONS, torch.zeros(1, 1 + 513**2, 32), r"patches 513 is above the limit of 512"),
+    ("transformer.enc_output.3.bias", torch.zeros(32), r"has 18 rows, no whole number for each of 4 first-stage heads"),
+    *(
+        (
+            "class_embed.bias",
+            torch.zeros(2, dtype=getattr(torch, dtype)),
+            rf"class_embed\.bias is of {name}; .* bfloat16",
+        )
+        for dtype, name in (
+            *(("bool", "BOOL"), ("uint16", "U16"), ("int64", "I64"), ("complex64", "C64")),
+            *(("float8_e4m3fn", "F8_E4M3"), ("float8_e5m2", "F8_E5M2")),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "tensor", "message"), TENSORS, ids=[f"{row[0]} {row[2][-25:]}" for row in TENSORS])
+def test_tensors_that_are_no_weights_of_the_model_are_refused_by_name(name, tensor, message, folder):
+    weights = load_file(folder / "model.safetensors") | {name: tensor}
+    (folder / "model.safetensors").unlink()
+    save_file(weights, folder / "model.safetensors")
+    for read in (RfDetrForInstanceSegmentation.from_pretrained, lambda name: load(str(name))):
+        with pytest.raises(ValueError, match=f"{re.escape(str(folder))}.*: .*{message}"):
+            read(folder)
+
+
+def test_a_query_group_without_its_head_is_refused(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["transformer.enc_output.1.bias"]
+    (folder / "model.safetensors").unlink()
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"enc_output\.1\.bias is missing; each of 3 groups has one"):
+        load(str(folder), group_detr=2)
+
+
+def test_a_table_of_another_width_is_not_made_larger(folder):
+    weights = load_file(folder / "model.safetensors") | {"query_feat.weight": torch.zeros(3, 50_000)}
+    (folder / "model.safetensors").unlink()
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="Its weights have other shapes than its config"):
+        load(str(folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_weights_of_any_usual_precision_are_read(dtype, folder):
+    weights = {name: tensor.to(dtype) for name, tensor in load_file(folder / "model.safetensors").items()}
+    weights["steps"] = torch.tensor(5)  # nothing of the model
+    (folder / "model.safetensors").unlink()
+    save_file(weights, folder / "model.safetensors")
+    model, _ = load(str(folder))
+    assert torch.equal(model.class_embed.weight, weights["class_embed.weight"].float())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({5: torch.zeros(1)}, "holds 5: Tensor; a file of weights holds dense tensors by name"),
+        ({"class_embed.bias": None}, "holds 'class_embed.bias': NoneType; "),
+        ({"class_embed.bias": torch.zeros(2).to_sparse()}, "holds 'class_embed.bias': Tensor; .* dense"),
+        ({"class_embed.bias": torch.zeros(2).long()}, "class_embed.bias is of torch.int64; weights are float32"),
+        ({"model": {"class_embed.bias": torch.zeros(2)}}, "holds 'model': dict; "),
+        ([1], "cannot be read as weights: TypeError"),
+        (None, "cannot be read as weights: TypeError"),
+    ],
+    ids=["a number as name", "None", "sparse", "whole numbers", "nested", "a list", "nothing"],
+)
+def test_pickles_of_something_else_are_refused(content, message, folder):
+    (folder / "model.safetensors").unlink()
+    torch.save(content, folder / "pytorch_model.bin")
+    for read in (RfDetrForInstanceSegmentation.from_pretrained, lambda name: load(str(name))):
+        with pytest.raises(ValueError, match=rf"pytorch_model\.bin:? .*{message}"):
+            read(folder)
 
 
 # -- configurations --------------------------------------------------------------------------------------------------
@@ -238,12 +359,39 @@ def test_files_of_settings_that_are_something_else_are_refused(name, what, folde
         ({"projector_scale": {"P4": 1}}, "projector_scale .* is no list of levels"),
         ({"to_dict": "x"}, "'to_dict' is no setting of RfDetrConfig but a method"),
         ({"dtype": "load"}, "dtype 'load' is no floating-point type"),
+        ({"dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn' is no floating-point type"),
+        ({"architectures": 5}, "architectures 5 is no list of names of classes"),
+        ({"architectures": [5]}, r"architectures \[5\] is no list of names of classes"),
+        ({"model_type": [5]}, r"model_type \[5\] is no name of a kind of model|Its config.json is of \[5\]"),
+        ({"quantization_config": 5}, "quantization_config 5 is not followed: quantised weights are not read"),
+        ({"quantization_config": {"quant_method": "quanto"}}, "quantization_config {.*} is not followed"),
+        (
+            {"backbone": {"quantization_config": {"quant_method": "torchao"}}},
+            "quantization_config {.*} is not followed",
+        ),
+        ({"transformers_weights": 5}, r"transformers_weights 5 is not followed: .* model\.safetensors"),
+        ({"transformers_weights": "../a.safetensors"}, "transformers_weights '../a.safetensors' is not followed"),
+        *(
+            ({name: 5}, f"'{name}' is no setting of RfDetrConfig but part of the class")
+            for name in ("base_model_tp_plan", "sub_configs", "attribute_map", "_FIXED", "__dict__")
+        ),
+        ({"backbone": {"_FIXED": 5}}, "'_FIXED' is no setting of RfDetrDinov2Config but part of the class"),
     ],
 )
 def test_values_of_another_kind_are_refused_with_the_rule(fields, message, folder):
     rewrite(folder / "config.json", **fields)
-    with pytest.raises(ValueError, match=message):
-        RfDetrConfig.from_pretrained(folder)
+    for read in (
+        RfDetrConfig.from_pretrained,
+        RfDetrForInstanceSegmentation.from_pretrained,
+        lambda name: load(str(name)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(folder)
+
+
+def test_settings_that_transformers_writes_empty_are_read(folder):
+    rewrite(folder / "config.json", quantization_config=None, transformers_weights=None, architectures=None)
+    assert load(str(folder))[0].config.num_queries == small_config().num_queries
 
 
 @pytest.mark.parametrize(
@@ -506,16 +654,16 @@ BILLION = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("yaml", "message"),
     [
-        (BILLION + "names: *k\ntrain: images\n", "category 0 is called by a list"),
-        (BILLION + "names: [roof]\ntrain: *k\n", "a list is no folder"),
-        (BILLION + "names: [roof]\npath: *k\ntrain: *k\n", "a list is no folder"),
+        (BILLION + "names: *k\ntrain: images\n", "holds an alias"),
+        ("names: [[x, [y]]]\ntrain: images\n", "category 0 is called by a list"),
+        ("names: [roof]\ntrain: [[a]]\n", "a list is no folder"),
         ("nc: 1000000000\ntrain: images\n", r"LIMITS\['num_labels'\]"),
         ("nc: [1]\ntrain: images\n", "nc list is no number of classes"),
         ("names: 5\ntrain: images\n", "names of a int are none"),
         ("[" * 500 + "]" * 500, "is no YAML"),
         ("names: !!python/object/apply:os.system [exit]\n", "is no YAML"),
     ],
-    ids=["names", "train", "path", "nc", "list as nc", "number as names", "nested", "an object of Python"],
+    ids=["alias", "names", "train", "nc", "list as nc", "number as names", "nested", "an object of Python"],
 )
 def test_yaml_that_grows_or_runs_is_refused(yaml, message, tmp_path):
     path = save_yolo(tmp_path, "")

@@ -8,7 +8,8 @@ of the port's names wherever it stands, so that every mixture is read.
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import cached_file, logging
 
-from .configuration_rf_detr import RfDetrConfig, read_label_maps
+from .configuration_rf_detr import RfDetrConfig, check_limit, read_label_maps
 from .modeling_rf_detr_dinov2 import resize_position_table
 
 logger = logging.get_logger(__name__)
@@ -68,6 +69,13 @@ _SPLIT_PROJECTION = re.compile(r"^(transformer\.decoder\.layers\.\d+\.self_attn)
 _GROUP_HEAD = re.compile(r"^(transformer\.enc_(?:output|output_norm|out_class_embed|out_bbox_embed))\.(\d+)\.(.*)$")
 _POSITIONS = "backbone.0.encoder.encoder.embeddings.position_embeddings"
 _QUERY_TABLES = ("refpoint_embed.weight", "query_feat.weight")
+# Of each table, the axes and the least that they may be.
+_TABLES = dict.fromkeys(_QUERY_TABLES, ("(queries, width)", (1, 1))) | {
+    _POSITIONS: ("(1, 1 + patches, width)", (1, 2, 1))
+}
+_WEIGHT = re.compile(r"(backbone|transformer|refpoint_embed|query_feat|class_embed|bbox_embed|segmentation_head)\.")
+# As torch and as the header of a safetensors file call them.
+_FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, "F64", "F32", "F16", "BF16"}
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
 _QUIET = {"_raise_exceptions_for_missing_entries": False}
 # Arguments of from_pretrained that are also attributes of a configuration, but mean the model's loading.
@@ -101,7 +109,7 @@ def to_original_layout(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename a state dict in any of the four layouts to the original one, with q, k, v of the decoder stacked.
 
     Raises:
-        ValueError: if two tensors would get one name, or one of q, k, v is missing.
+        ValueError: if two tensors would get one name, or one of q, k, v is missing or of another shape.
     """
     renamed: dict[str, Tensor] = {}
     split: dict[str, dict[str, Tensor]] = {}
@@ -116,6 +124,9 @@ def to_original_layout(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, parts in split.items():
         if set(parts) != set("qkv") or name in renamed:
             raise ValueError(f"the checkpoint holds {sorted(parts)} of {name!r}; it needs q, k and v, once")
+        if len({tensor.shape for tensor in parts.values()}) > 1 or not parts["q"].ndim:
+            shapes = ", ".join(f"{part} {list(parts[part].shape)}" for part in "qkv")
+            raise ValueError(f"the parts of {name!r} are of shapes {shapes}; they must be of one shape")
         renamed[name] = torch.cat([parts[part] for part in "qkv"])
     return renamed
 
@@ -125,8 +136,17 @@ def num_query_groups(keys: Iterable[str]) -> int:
     return 1 + max((int(match[2]) for key in keys if (match := _GROUP_HEAD.match(key))), default=-1)
 
 
+def _check_tables(shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise ValueError for tables without rows, or with another number of axes."""
+    for name, (axes, least) in _TABLES.items():
+        shape = list(shapes.get(name, least))
+        if len(shape) != len(least) or any(size < low for size, low in zip(shape, least, strict=True)):
+            raise ValueError(f"{name} is of shape {shape}; it must be {axes}, and none of them 0")
+
+
 def _tables_fit(shapes: Mapping[str, Any], stored: RfDetrConfig, config: RfDetrConfig) -> bool:
-    """Whether a file in the original layout can be loaded as it is."""
+    """Whether a file in the original layout can be loaded as it is; ValueError for tables of no such shape."""
+    _check_tables(shapes)
     rows = config.group_detr * config.num_queries
     height, width = grid = config.backbone_config.position_grid
     return (
@@ -143,7 +163,8 @@ def fit_tables(
     """Fit the tables of a state dict in the original layout to a configuration of other sizes.
 
     Positions are interpolated. Of the queries the first of each group are kept; wanted ones beyond the stored repeat
-    them in order, and so do groups with their first-stage heads.
+    them in order, and so do groups with their first-stage heads. Tables of another width are another model's, and are
+    left as they are.
 
     Args:
         state_dict: In the original layout.
@@ -154,21 +175,21 @@ def fit_tables(
         The fitted state dict, and each change.
 
     Raises:
-        ValueError: if the query rows do not fall into as many groups as there are first-stage heads.
+        ValueError: if the query rows do not fall into as many groups as there are first-stage heads, one of these is
+            missing, the positions fill no grid, or a table has no rows.
     """
+    _check_tables({name: state_dict[name].shape for name in _TABLES if name in state_dict})
     fitted, changes = dict(state_dict), []
-    if _POSITIONS in fitted:
+    if _POSITIONS in fitted and fitted[_POSITIONS].shape[::2] == (1, config.backbone_config.hidden_size):
         table = fitted[_POSITIONS]
-        old, new = stored.backbone_config.position_grid, config.backbone_config.position_grid
-        if old[0] * old[1] != table.shape[1] - 1:
-            old = (round((table.shape[1] - 1) ** 0.5),) * 2
+        old, new = _stored_grid(table.shape[1] - 1, stored), config.backbone_config.position_grid
         if old != new:
             fitted[_POSITIONS] = resize_position_table(table, old, new)
             sizes = (f"{height}x{width} patches" for height, width in (old, new))
             changes.append(Change("position table", *sizes))
     groups = num_query_groups(fitted) or config.group_detr
-    for name in _QUERY_TABLES:
-        if name not in fitted:
+    for name, width in zip(_QUERY_TABLES, (4, config.d_model), strict=True):
+        if name not in fitted or fitted[name].shape[1] != width:
             continue
         rows = len(fitted[name])
         if rows % groups:
@@ -185,9 +206,25 @@ def fit_tables(
         tensors = {(match[1], int(match[2]), match[3]): fitted.pop(key) for key, match in heads.items()}
         for head, rest in {(head, rest) for head, _, rest in tensors}:
             for group in range(config.group_detr):
+                if (head, group % groups, rest) not in tensors:
+                    raise ValueError(f"{head}.{group % groups}.{rest} is missing; each of {groups} groups has one")
                 fitted[f"{head}.{group}.{rest}"] = tensors[head, group % groups, rest]
         changes.append(Change("first-stage heads", f"{groups} groups", str(config.group_detr)))
     return fitted, changes
+
+
+def _stored_grid(patches: int, stored: RfDetrConfig) -> tuple[int, int]:
+    """(height, width) of a position table with so many patches: its configuration's, or else a square."""
+    height, width = grid = stored.backbone_config.position_grid
+    side = round(patches**0.5)
+    if height * width == patches:
+        return grid
+    if side * side != patches:
+        raise ValueError(
+            f"{_POSITIONS} has {patches} patches, neither {height} x {width} as its config.json says nor a square"
+        )
+    check_limit("patches", side)
+    return side, side
 
 
 def weight_files(path: str, variant: str | None, use_safetensors: bool | None, hub: dict[str, Any]) -> list[str]:
@@ -208,36 +245,64 @@ def _read_index(path: str) -> list[str]:
     try:
         with open(path, encoding="utf-8") as file:
             names = sorted(set(json.load(file)["weight_map"].values()))
-        if all(os.path.basename(name) == name for name in names):
-            return names
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} is no index of weights: {type(error).__name__} {error}") from error
-    raise ValueError(f"{path} lists files outside its folder: {', '.join(names)[:200]}")
+        outside = [name for name in names if os.path.basename(name) != name]
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no index of weights: {type(error).__name__} {error!s:.200}") from error
+    if outside:
+        raise ValueError(f"{path} lists files outside its folder: {', '.join(outside)[:200]}")
+    if not names:
+        raise ValueError(f"{path} is no index of weights: its weight_map must name the file of each weight")
+    return names
+
+
+def _check_dtypes(path: str, dtypes: Mapping[str, Any]) -> None:
+    """Raise ValueError for weights of the model that are no floats of 16, 32 or 64 bits."""
+    for key, dtype in dtypes.items():
+        if dtype not in _FLOATS and _WEIGHT.match(original_key(key)):
+            raise ValueError(f"{path}: {key:.80} is of {dtype}; weights are float32, float16, bfloat16 or float64")
 
 
 def _read_shapes(files: Sequence[str]) -> dict[str, list[int]]:
-    """The shape of each tensor, from the headers of safetensors files; ValueError if one is damaged."""
+    """The shape of each tensor, from the headers of safetensors files; ValueError for what is no weights."""
     shapes: dict[str, list[int]] = {}
     for name in files:
         try:
             with safe_open(name, framework="pt") as file:
-                shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+                dtypes = {key: stored.get_dtype() for key, stored in slices.items()}
+                shapes |= {key: stored.get_shape() for key, stored in slices.items()}
         except SafetensorError as error:
             raise ValueError(f"{name} cannot be read as weights: {error!s:.200}; download or copy it again") from error
+        _check_dtypes(name, dtypes)
     return shapes
 
 
 def read_tensors(files: Sequence[str]) -> dict[str, Tensor]:
-    """The tensors of safetensors files, or of pickles of weights, which are not run; ValueError if one is damaged."""
+    """The tensors of safetensors files, or of pickles, which are not run; ValueError for what is no weights."""
     tensors: dict[str, Tensor] = {}
     for name in files:
         try:
             is_pickle = name.endswith(".bin")
-            tensors |= torch.load(name, map_location="cpu", weights_only=True) if is_pickle else load_file(name)
+            held = dict(torch.load(name, map_location="cpu", weights_only=True) if is_pickle else load_file(name))
         except Exception as error:  # neither library promises which
             reason = (str(error).splitlines() or [""])[0]
             raise ValueError(f"{name} cannot be read as weights: {type(error).__name__} {reason:.200}") from error
+        for key, tensor in held.items():
+            if not isinstance(key, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+                kind = type(tensor).__name__
+                raise ValueError(f"{name} holds {key!r:.80}: {kind}; a file of weights holds dense tensors by name")
+        _check_dtypes(name, {key: tensor.dtype for key, tensor in held.items()})
+        tensors |= held
     return tensors
+
+
+@contextmanager
+def _located(path: Any) -> Iterator[None]:
+    """Puts the checkpoint in front of what is wrong with its tensors."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _our_config(config: Any, hub: dict[str, Any]) -> RfDetrConfig:
@@ -280,11 +345,16 @@ class RfDetrCheckpoint(PreTrainedModel):
         if state_dict is None and path is not None:
             files = weight_files(str(path), kwargs.get("variant"), kwargs.get("use_safetensors"), hub)
             shapes = _read_shapes([name for name in files if name.endswith(".safetensors")])
-            if not files or (shapes and is_original_layout(shapes) and _tables_fit(shapes, stored, config)):
+            # transformers reads shards by what their index says of itself, which may be anything.
+            is_single = [os.path.basename(name) for name in files] == ["model.safetensors"]
+            with _located(path):
+                fits = is_single and is_original_layout(shapes) and _tables_fit(shapes, stored, config)
+            if fits or not files:
                 return cls._loaded(super().from_pretrained(path, *model_args, config=config, **kwargs))
             state_dict = read_tensors(files)
         if state_dict is not None:
-            state_dict, changes = fit_tables(to_original_layout(state_dict), stored, config)
+            with _located(path):
+                state_dict, changes = fit_tables(to_original_layout(state_dict), stored, config)
             for change in changes:
                 logger.warning(f"{path}: {change}")
         loaded = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)

@@ -31,6 +31,12 @@ LIMITS = {
 
 # What transformers takes the name of an attention or expert kernel from, also with an underscore in front.
 _KERNEL_FIELDS = ("attn_implementation", "experts_implementation", "implementation_internal")
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
+# Settings of other models' files that would have transformers read other weights than those that are checked here.
+_FOREIGN_FIELDS = {
+    "quantization_config": "quantised weights are not read; save the model as float32, float16 or bfloat16",
+    "transformers_weights": "weights are read from model.safetensors or pytorch_model.bin; give the file that name",
+}
 
 
 class Variant(NamedTuple):
@@ -256,9 +262,26 @@ def refuse_methods(cls: type, fields: Mapping[str, Any]) -> None:
             raise ValueError(f"{name!r:.80} is no setting of {cls.__name__} but a method; remove it")
 
 
+def _refuse_foreign(cls: type, fields: Mapping[str, Any]) -> None:
+    """Raise ValueError for a field that would take the place of the class's own, or belongs to other models' files."""
+    known = {"model_type", *vars(PreTrainedConfig())}
+    for name, value in fields.items():
+        if hasattr(cls, name) and name not in known and not isinstance(getattr(cls, name), property):
+            raise ValueError(f"{name!r:.80} is no setting of {cls.__name__} but part of the class; remove it")
+        if value is not None and name in _FOREIGN_FIELDS:
+            raise ValueError(f"{name} {value!r:.80} is not followed: {_FOREIGN_FIELDS[name]}, and remove the setting")
+
+
 def _common_fields(cls: type, fields: dict[str, Any]) -> dict[str, Any]:
     """The fields that every configuration of transformers has, as a file may hold them, checked."""
     refuse_methods(cls, fields)
+    _refuse_foreign(cls, fields)
+    if not isinstance(fields.get("model_type", ""), str):
+        raise ValueError(f"model_type {fields['model_type']!r:.80} is no name of a kind of model; give 'rf_detr'")
+    architectures = fields.get("architectures")
+    if architectures is not None and not _are_all(architectures, str):
+        example = "['RfDetrForInstanceSegmentation']"
+        raise ValueError(f"architectures {architectures!r:.80} is no list of names of classes; give {example}")
     fields = read_label_maps(fields)
     classes = fields.get("num_labels", 1)
     if not isinstance(classes, numbers.Integral) or isinstance(classes, bool) or classes < 1:
@@ -267,8 +290,8 @@ def _common_fields(cls: type, fields: dict[str, Any]) -> dict[str, Any]:
     check_limit("num_labels", len(fields.get("id2label", ())))
     for name in ("dtype", "torch_dtype"):
         dtype = fields.get(name)
-        if dtype is not None and type(dtype).__name__ != "dtype" and not re.fullmatch(r"b?float\d+\w*", str(dtype)):
-            raise ValueError(f"{name} {dtype!r:.80} is no floating-point type of torch; float32 is usual")
+        if dtype is not None and type(dtype).__name__ != "dtype" and dtype not in _DTYPES:
+            raise ValueError(f"{name} {dtype!r:.80} is no floating-point type of torch; give one of {_DTYPES}")
     return fields
 
 

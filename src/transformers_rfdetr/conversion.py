@@ -9,6 +9,7 @@ import functools
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,7 +47,7 @@ from .image_processing_rf_detr import RfDetrImageProcessor, located
 from .model_card import escape
 from .modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection
 from .published_weights import PUBLISHED, download_weights, md5_of, published_file
-from .rfdetr_files import read_rfdetr_file, shape_of, write_rfdetr_file
+from .rfdetr_files import FLOATS, in_short, read_rfdetr_file, shape_of, write_rfdetr_file
 
 # rfdetr's encoders: width, heads, registers.
 ENCODERS = {
@@ -106,9 +107,7 @@ def read_rfdetr_model(
         config = _read_config(state_dict, arguments, claimed, published is not None, changes)
         config.id2label = _read_classes(config.num_labels, arguments, class_names, changes)
         config.label2id = {name: label for label, name in config.id2label.items()}
-        state_dict, fitted = fit_tables(state_dict, config, config)
-        changes += fitted
-        state_dict = _check_tensors(state_dict, config, changes)
+        state_dict = _fitted(state_dict, config, changes)
         config.architectures = [_model_class(state_dict).__name__]
         config.dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in state_dict.values()})
     return state_dict, config, changes, original is not None
@@ -198,9 +197,7 @@ def convert_to_rfdetr(source: str | os.PathLike[str], output: str | os.PathLike[
         if not files:
             raise ValueError("holds no weights: neither model.safetensors nor pytorch_model.bin")
         changes: list[Change] = []
-        state_dict, fitted = fit_tables(to_original_layout(read_tensors(files)), config, config)
-        changes += fitted
-        state_dict = _check_tensors(state_dict, config, changes)
+        state_dict = _fitted(to_original_layout(read_tensors(files)), config, changes)
         class_names = _write_classes(state_dict, config, changes)
         arguments = _rfdetr_arguments(state_dict, config)
     variant = _nearest_variant(arguments)
@@ -232,19 +229,27 @@ _COUNTS = (
     *("dim_feedforward", "mask_downsample_ratio"),
 )
 _LISTS = {"out_feature_indexes": int, "projector_scale": str}
+# Other arguments that are read.
+_PLAIN = {*_FIXED, "encoder", "segmentation_head", "use_grouppose_keypoints"}
 _LARGEST_GRID = 512  # patches along a side of the position table: pictures of 6,000 pixels and more
 
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
     """Raise ValueError for a stored argument that is not of its kind."""
-    for name in {*_COUNTS, *_LISTS} & set(arguments):
+    for name in sorted(_PLAIN & set(arguments)):
+        if not isinstance(arguments[name], str | int | float):
+            raise ValueError(f"the stored argument {name} is {in_short(arguments[name])}, and not a text or a number")
+    if not isinstance(arguments.get("model_name", ""), str):
+        raise ValueError(f"the stored argument model_name is {in_short(arguments['model_name'])}, and not a text")
+    for name in sorted({*_COUNTS, *_LISTS} & set(arguments)):
         value = arguments[name]
         kind = _LISTS.get(name, int)
         values = value if name in _LISTS and isinstance(value, list | tuple) else [value]
         fits = (name in _COUNTS or kind is str or value is values) and all(type(entry) is kind for entry in values)
+        fits &= kind is str or all(type(entry) is not int or entry.bit_length() < 64 for entry in values)
         if not fits or not values:
             rule = "a whole number" if name in _COUNTS else f"a list of {'names' if kind is str else 'whole numbers'}"
-            raise ValueError(f"the stored argument {name} is {value!r:.80}, and not {rule}")
+            raise ValueError(f"the stored argument {name} is {in_short(value)}, and not {rule}")
     if not 1 <= arguments.get("positional_encoding_size", 1) <= _LARGEST_GRID:
         raise ValueError(
             f"the stored argument positional_encoding_size is {arguments['positional_encoding_size']}, and not within"
@@ -335,7 +340,9 @@ def _agree(first: Mapping[str, Any], says: str, second: Mapping[str, Any], says_
     """Raise ValueError, with both values, for an argument of which two sources say different things."""
     for name in sorted(set(first) & set(second) - _FREE - {"num_classes"}):
         if first[name] != second[name]:
-            raise ValueError(f"{says} {name} {first[name]!r}, and {says_too} {second[name]!r}; {remedy}")
+            raise ValueError(
+                f"{says} {name} {in_short(first[name])}, and {says_too} {in_short(second[name])}; {remedy}"
+            )
 
 
 def _find_variant(shapes: Mapping[str, Any], missing: Sequence[str]) -> str:
@@ -371,7 +378,9 @@ def _read_config(
         stored["projector_scale"] = [stored["projector_scale"]]
     for name, value in _FIXED.items():
         if stored.get(name, value) != value:
-            raise ValueError(f"the stored arguments have {name} {stored[name]!r}, and every RF-DETR has {value!r}")
+            raise ValueError(
+                f"the stored arguments have {name} {in_short(stored[name])}, and every RF-DETR has {value!r}"
+            )
     whole = "the file was changed, or put together from two"
     _agree(shapes, "the weights have", stored, "the stored arguments have", whole)
     missing = sorted(_UNSEEN - set(stored))
@@ -512,9 +521,8 @@ def _read_classes(
     first = 1 if is_old and count == len(names) + 1 else 0
     if first + len(names) > rows or (rows == len(names) and not is_old and class_names is None):
         raise ValueError(
-            f"the class head has {rows} rows, and there are {len(names)} class names ({', '.join(names[:4])}"
-            f"{', ...' if len(names) > 4 else ''}); it needs a row for each, and one more since rfdetr 1.6: give the"
-            " names of the classes with --class-names"
+            f"the class head has {rows} rows, and there are {len(names)} class names ({_first(names)}); it needs a row"
+            " for each, and one more since rfdetr 1.6: give the names of the classes with --class-names"
         )
     found = {row: f"__unused_{row}__" for row in range(rows)}
     found |= {first + row: name for row, name in enumerate(names)}
@@ -533,15 +541,21 @@ def _names_of(stored: Any) -> list[str]:
     """The stored names of classes in the order of their labels; a mapping is by label."""
     if isinstance(stored, Mapping) and all(type(label) is int for label in stored):
         stored = [stored[label] for label in sorted(stored)]
-    names = [stored] if isinstance(stored, str) else stored or []
+    names = [] if stored is None else [stored] if isinstance(stored, str) else stored
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"the class names are {stored!r:.80}, and not a list of names; give them with --class-names")
-    if wrong := sorted({name for name in names if is_no_class(name) or names.count(name) > 1}):
         raise ValueError(
-            f"the class names {', '.join(wrong)} are there twice, or are such as __background__, which are no classes;"
+            f"the class names are {in_short(stored)}, and not a list of names; give them with --class-names"
+        )
+    if wrong := sorted(name for name, count in Counter(names).items() if is_no_class(name) or count > 1):
+        raise ValueError(
+            f"the class names {_first(wrong)} are there twice, or are such as __background__, which are no classes;"
             " give others with --class-names"
         )
     return list(names)
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(f"{name:.80}" for name in names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def _write_classes(state_dict: dict[str, Tensor], config: RfDetrConfig, changes: list[Change]) -> list[str] | None:
@@ -569,25 +583,35 @@ def _model_class(state_dict: Mapping[str, Tensor]) -> type[RfDetrForObjectDetect
     return RfDetrForInstanceSegmentation if has_masks else RfDetrForObjectDetection
 
 
-def _check_tensors(state_dict: Mapping[str, Tensor], config: RfDetrConfig, changes: list[Change]) -> dict[str, Tensor]:
-    """The tensors of the model in its order; ValueError for those that are missing or of another shape."""
+def _fitted(state_dict: dict[str, Tensor], config: RfDetrConfig, changes: list[Change]) -> dict[str, Tensor]:
+    """The tensors of the model in its order, its tables fitted; ValueError for missing, strange and other ones."""
     with torch.device("meta"):
         model = _model_class(state_dict)(config).state_dict()
+    for name in [name for name in model if name in state_dict]:
+        _check_numbers(name, state_dict[name])
+    state_dict, fitted = fit_tables(state_dict, config, config)
+    changes += fitted
     if missing := [name for name in model if name not in state_dict]:
         names = f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
         raise ValueError(f"lacks {len(missing)} of the model's {len(model)} tensors: {names}")
     for name, wanted in model.items():
-        tensor = state_dict[name]
-        if tensor.shape != wanted.shape:
-            raise ValueError(f"{name} is {shape_of(tensor)}, and in the model of the arguments {shape_of(wanted)}")
-        is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_floating_point()
-        if not is_plain or not tensor.isfinite().all():
-            raise ValueError(f"{name} ({tensor.dtype}, {tensor.layout}) is not of finite floating-point numbers")
+        if state_dict[name].shape != wanted.shape:
+            raise ValueError(
+                f"{name} is {shape_of(state_dict[name])}, and in the model of the arguments {shape_of(wanted)}"
+            )
     for name in state_dict:
         if name not in model:
             reason = "left out: empty, for key points" if name == "_kp_active_mask" else "left out: not of the model"
             changes.append(Change(name, shape_of(state_dict[name]), reason))
     return {name: state_dict[name] for name in model}
+
+
+def _check_numbers(name: str, tensor: Tensor) -> None:
+    is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype in FLOATS
+    if not is_plain or (tensor.numel() and not tensor.isfinite().all()):  # torch overflows on some shapes of no number
+        raise ValueError(
+            f"{name} ({tensor.dtype}, {tensor.layout}) is not of finite floating-point numbers of 16 to 64 bits"
+        )
 
 
 def _unshared(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

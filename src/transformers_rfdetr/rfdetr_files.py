@@ -15,6 +15,7 @@ import pickle
 import pickletools
 import re
 import types
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -39,6 +40,8 @@ class RfdetrFile(NamedTuple):
     changes: list[Change]
 
 
+# What weights are stored in; torch computes little with floats of a byte.
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # What a namespace of arguments is stored as; both only hold attributes.
 _ALLOWED = [argparse.Namespace, types.SimpleNamespace]
 # What the pickle of a state dict and its arguments names; for the message on others only.
@@ -52,6 +55,9 @@ _IN_MODULE = re.compile(r"(?:module\.)?model\.")
 _PEFT_PREFIX = "base_model.model."
 _ADAPTER = re.compile(r"^(.+)\.(lora_A|lora_B|lora_magnitude_vector)\.[^.]+(?:\.weight)?$")
 _LORA_ALPHA = 16  # rfdetr's, which its files do not store
+# Times its own size that a file may take in memory. Compression spares a tenth of real weights, and few are tied.
+_GROWTH = 4
+_SMALL = 1 << 20  # bytes; a file of untrained weights, most of them zeros, shrinks to next to nothing
 
 
 def read_rfdetr_file(path: str | os.PathLike[str], *, ema: bool = False, trust_checkpoint: bool = False) -> RfdetrFile:
@@ -68,21 +74,40 @@ def read_rfdetr_file(path: str | os.PathLike[str], *, ema: bool = False, trust_c
             names the file and the reason.
     """
     path = Path(path)
-    content = _unpickle(path, trust_checkpoint)
+    archive = _check_kind(path)
+    content = _unpickle(path, archive, trust_checkpoint)
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path} holds a {type(content).__name__}, not the dictionary of an RF-DETR checkpoint")
     weights = _averaged_weights(path, content) if ema else _weights(path, content)
+    _check_memory(path, weights, _unpacked_size(archive) if archive else path.stat().st_size)
     state_dict, changes = _bare_names(path, weights)
     merged = _merge_lora(path, state_dict, changes)
     return RfdetrFile(merged, _arguments(content), changes)
 
 
-def _unpickle(path: Path, trust_checkpoint: bool) -> Any:
-    archive = _check_kind(path)
+def in_short(value: Any) -> str:
+    """A stored value for a message: short texts, numbers, and flat lists of a few; of all else what it is.
+
+    A list that holds another one twice, and that one a third twice, is small in its file and without an end as a text.
+    """
+    if isinstance(value, str):
+        return repr(value[:80]) + ("..." if len(value) > 80 else "")
+    is_number = isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= 64)
+    if value is None or is_number:
+        return repr(value)
+    is_list = isinstance(value, list | tuple)
+    if is_list and len(value) <= 8 and not any(isinstance(entry, list | tuple) for entry in value):
+        return f"[{', '.join(map(in_short, value))}]"
+    kind = type(value).__name__
+    return f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"
+
+
+def _unpickle(path: Path, archive: Sequence[zipfile.ZipInfo] | None, trust_checkpoint: bool) -> Any:
     # What is compressed cannot be mapped: torch would take the compressed bytes for weights.
     mapped = archive is not None and all(member.compress_type == zipfile.ZIP_STORED for member in archive)
     try:
-        with torch.serialization.safe_globals(_ALLOWED):
+        with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is odd about the pickle is in the error, if it is one
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         found = _foreign_names(path, archive)
@@ -112,7 +137,7 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
 def _foreign_names(path: Path, archive: Sequence[zipfile.ZipInfo] | None) -> list[str]:
     """What a file's pickle would call besides tensors, plain containers and namespaces; it is read, not run."""
     names, strings = set(), ["", ""]
-    with ExitStack() as files, suppress(ValueError, EOFError):  # of what is no pickle any more
+    with ExitStack() as files, suppress(Exception):  # of what is no pickle any more
         stream: IO[bytes] = files.enter_context(open(path, "rb"))
         if archive is not None:
             pickled = next(member for member in archive if _stem(member) == "data.pkl")
@@ -132,11 +157,15 @@ def _stem(member: zipfile.ZipInfo) -> str:
     return member.filename.rsplit("/", 1)[-1]
 
 
+def _unpacked_size(archive: Sequence[zipfile.ZipInfo]) -> int:
+    return sum(member.file_size for member in archive)
+
+
 def _check_kind(path: Path) -> list[zipfile.ZipInfo] | None:
     """The members of the zip archive that a PyTorch file is since torch 1.6, or None of an older one.
 
     Raises:
-        ValueError: it is no PyTorch checkpoint.
+        ValueError: it is no PyTorch checkpoint, or one that unpacks to much more than any weights do.
     """
     if not path.is_file():
         kind = "is a folder" if path.is_dir() else "does not exist"
@@ -153,13 +182,18 @@ def _check_kind(path: Path) -> list[zipfile.ZipInfo] | None:
         try:
             with zipfile.ZipFile(path) as archive:
                 members = archive.infolist()
-        except (zipfile.BadZipFile, OSError, ValueError) as error:
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
             raise ValueError(f"{path} is cut off after {size} bytes; download or copy it again") from error
         stems = {_stem(member) for member in members}
         if "constants.pkl" in stems:
             raise ValueError(f"{path} is a TorchScript module; give the checkpoint that it was exported from")
         if "data.pkl" not in stems:
             raise ValueError(f"{path} is a zip archive without data.pkl, so no PyTorch checkpoint")
+        if (unpacked := _unpacked_size(members)) > _GROWTH * size + _SMALL:
+            raise ValueError(
+                f"{path} has {size} bytes and unpacks to {unpacked}, and weights to no more than {_GROWTH} times as"
+                " many; give the file as its training saved it"
+            )
         return members
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
         raise ValueError(f"{path} is a safetensors file; from_pretrained loads its folder as it is")
@@ -182,8 +216,29 @@ def _weights(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     for candidate in (content.get("model"), content.get("state_dict"), content):
         if _is_state_dict(candidate):
             return candidate
-    keys = ", ".join(map(str, list(content)[:6]))
+    keys = ", ".join(in_short(key) for key in list(content)[:6])
     raise ValueError(f"{path} holds {keys}: no RF-DETR checkpoint, which has its weights as 'model' or 'state_dict'")
+
+
+def _check_memory(path: Path, weights: Mapping[str, Tensor], size: int) -> None:
+    """Raise ValueError for tensors that are small in the file, of `size` bytes unpacked, and large when written out."""
+    total = 0
+    for name, tensor in weights.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            kind = f"{tensor.dtype}, {tensor.layout}, {tensor.device}"
+            raise ValueError(f"{path}: {in_short(name)} ({kind}) is no plain table of numbers; save it as one")
+        needed, stored = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+        if needed > stored:
+            raise ValueError(
+                f"{path}: {in_short(name)} ({shape_of(tensor)}) takes {needed} bytes, and {stored} are stored for it;"
+                " save a clone of it, which repeats no number"
+            )
+        total += needed
+    if total > _GROWTH * size:
+        raise ValueError(
+            f"{path}: its tensors take {total} bytes, more than {_GROWTH} times the {size} that are stored: too many of"
+            " them share memory; save clones of them"
+        )
 
 
 def _averaged_weights(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
@@ -211,7 +266,7 @@ def _bare_names(path: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, Te
             continue
         stripped = _WRAPPED.sub("", name)
         if stripped in bare:
-            raise ValueError(f"{path} holds {stripped!r} twice, the second time as {name!r}")
+            raise ValueError(f"{path} holds {in_short(stripped)} twice, the second time as {in_short(name)}")
         prefixes |= {match[0] for match in _WRAPPED.finditer(name)}
         bare[stripped] = tensor
     return bare, changes + [Change("names", f"{prefix}*", "*") for prefix in sorted(prefixes)]
@@ -220,6 +275,19 @@ def _bare_names(path: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, Te
 def shape_of(tensor: Tensor) -> str:
     """A tensor's shape for people: 384x3x12x12."""
     return "x".join(map(str, tensor.shape)) or "a number"
+
+
+def _adapter_fits(weight: Tensor, parts: Mapping[str, Tensor]) -> bool:
+    """Whether B A, (rows, rank) by (rank, columns), has the weight's size; that of two thin matrices may be huge."""
+    down, up, lengths = parts["lora_A"], parts["lora_B"], parts.get("lora_magnitude_vector")
+    return (
+        down.ndim == up.ndim == 2
+        and 0 < len(down) == up.shape[1]
+        and weight.shape == (len(up), down.shape[1])
+        and (lengths is None or lengths.shape == weight.shape[:1])
+        and down.dtype == up.dtype
+        and all(tensor.dtype in FLOATS for tensor in (weight, *parts.values()))
+    )
 
 
 def _merge_lora(path: Path, state_dict: dict[str, Tensor], changes: list[Change]) -> dict[str, Tensor]:
@@ -238,14 +306,16 @@ def _merge_lora(path: Path, state_dict: dict[str, Tensor], changes: list[Change]
     for layer, parts in adapters.items():
         weight = plain.get(f"{layer}.weight")
         if weight is None or not {"lora_A", "lora_B"} <= set(parts):
-            raise ValueError(f"{path} holds {sorted(parts)} of {layer}; an adapter has lora_A, lora_B and the weight")
-        try:
-            merged = weight + _LORA_ALPHA / len(parts["lora_A"]) * (parts["lora_B"] @ parts["lora_A"])
-            if "lora_magnitude_vector" in parts:
-                merged *= (parts["lora_magnitude_vector"] / merged.norm(dim=1))[:, None]
-        except (RuntimeError, IndexError, ZeroDivisionError) as error:
-            shapes = ", ".join(f"{name} {shape_of(tensor)}" for name, tensor in parts.items())
-            raise ValueError(f"{path}: the adapter of {layer} ({shape_of(weight)}) has {shapes}") from error
+            raise ValueError(
+                f"{path} holds {sorted(parts)} of {in_short(layer)}; an adapter has lora_A, lora_B and the weight"
+            )
+        if not _adapter_fits(weight, parts):
+            all_parts = {"weight": weight} | parts
+            shapes = ", ".join(f"{name} {shape_of(part)} ({part.dtype})" for name, part in all_parts.items())
+            raise ValueError(f"{path}: the adapter of {in_short(layer)} does not fit: {shapes}")
+        merged = weight + _LORA_ALPHA / len(parts["lora_A"]) * (parts["lora_B"] @ parts["lora_A"])
+        if "lora_magnitude_vector" in parts:
+            merged *= (parts["lora_magnitude_vector"] / merged.norm(dim=1))[:, None]
         plain[f"{layer}.weight"] = merged
     if adapters:
         changes.append(Change(f"LoRA adapters of {len(adapters)} layers", "beside the weights", "merged into them"))
