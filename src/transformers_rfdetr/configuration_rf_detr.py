@@ -276,6 +276,7 @@ def _common_fields(cls: type, fields: dict[str, Any]) -> dict[str, Any]:
     """The fields that every configuration of transformers has, as a file may hold them, checked."""
     refuse_methods(cls, fields)
     _refuse_foreign(cls, fields)
+    fields = {name: value for name, value in fields.items() if name not in _FOREIGN_FIELDS}
     if not isinstance(fields.get("model_type", ""), str):
         raise ValueError(f"model_type {fields['model_type']!r:.80} is no name of a kind of model; give 'rf_detr'")
     architectures = fields.get("architectures")
