@@ -107,7 +107,7 @@ class VideoReader:
         try:
             with self._changed:
                 self._wait(lambda: self._is_open or self._has_ended)
-            if self._error is not None:
+            if self._error is not None and not self._is_open:  # what comes later is told with the frames
                 raise self._error
         except BaseException:
             self.close()
