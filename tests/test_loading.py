@@ -61,8 +61,8 @@ def test_what_cannot_be_loaded_is_said_with_the_remedy(tmp_path):
     with pytest.raises(ValueError, match=r"cannot be loaded; give a folder or a Hub id\. It has no config\.json"):
         load(str(tmp_path))
     for name, text, message in (
-        ("config.json", '{"model_type": "detr"}', "Its config.json is of 'detr' and not of 'rf_detr'"),
         ("adapter_config.json", "{}", "It holds an adapter and no whole model: merge that"),
+        ("config.json", '{"model_type": "detr"}', "Its config.json is of 'detr' and not of 'rf_detr'"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=message):

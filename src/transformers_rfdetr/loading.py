@@ -74,12 +74,13 @@ def load(
 
 def _check_folder(folder: Path) -> None:
     """Raise ValueError for a folder that is no RF-DETR model; transformers would build its default one."""
-    if (folder / "adapter_config.json").is_file():
+    has_config = (folder / "config.json").is_file()
+    if not has_config and (folder / "adapter_config.json").is_file():
         raise ValueError(
             "It holds an adapter and no whole model: merge that into its base model first, with"
             " PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(another_folder)."
         )
-    if not (folder / "config.json").is_file():
+    if not has_config:
         raise ValueError("It has no config.json, as save_pretrained writes it.")
     check_model_type(str(folder))
 
