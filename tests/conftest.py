@@ -1,6 +1,7 @@
 """Fixtures of all tests."""
 
 import importlib.util
+from collections.abc import Iterator
 
 import pytest
 from transformers import logging
@@ -14,6 +15,14 @@ collect_ignore = [] if importlib.util.find_spec("rfdetr") else ["parity"]
 @pytest.fixture(params=[RfDetrForObjectDetection, RfDetrForInstanceSegmentation], ids=["detection", "segmentation"])
 def kind(request: pytest.FixtureRequest) -> type:
     return request.param
+
+
+@pytest.fixture(scope="module")
+def quiet() -> Iterator[None]:
+    """Without the progress bars of many small jobs."""
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
 
 
 @pytest.fixture

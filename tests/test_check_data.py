@@ -12,7 +12,6 @@ import pytest
 import typer
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
-from transformers.utils import logging
 from typer.testing import CliRunner
 
 from transformers_rfdetr import check_data, load_instance_dataset
@@ -37,12 +36,7 @@ from coco_files import (
 )
 from small_models import shared_folder
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet():
-    logging.disable_progress_bar()
-    yield
-    logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 # Every defect, in one data set

@@ -11,7 +11,6 @@ import PIL.EpsImagePlugin
 import PIL.Image
 import pytest
 import typer
-from transformers.utils import logging
 from typer.testing import CliRunner
 
 from transformers_rfdetr import RfDetrImageProcessor, load_instance_dataset
@@ -26,12 +25,7 @@ from transformers_rfdetr.video import VideoReader
 from coco_files import SQUARE, content, image, picture, square, write_coco
 from small_models import small_model
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet():
-    logging.disable_progress_bar()
-    yield
-    logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import PIL.Image
 import PIL.ImageOps
 import pytest
 import typer
-from transformers.utils import logging
 from typer.testing import CliRunner
 
 from transformers_rfdetr import load_instance_dataset
@@ -39,11 +38,7 @@ app = typer.Typer()
 app.command()(command.check_dataset)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quiet():
-    logging.disable_progress_bar()
-    yield
-    logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture

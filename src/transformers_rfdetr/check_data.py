@@ -6,7 +6,6 @@ at the same time what stands in its place in a repaired copy.
 """
 
 import hashlib
-import itertools
 import os
 import re
 import warnings
@@ -48,7 +47,7 @@ from .data_sources import (
 from .files import is_partial, printable, whole_file, whole_folder
 from .image_processing_rf_detr import are_numbers, clamp_box, is_index, open_picture, plain, read_rgb
 from .masks import Shape, measure, read_segmentation, to_rle
-from .repair_data import RepairedCopy, json_value
+from .repair_data import RepairedCopy, free_ids, json_value
 from .visualization import draw_instances
 
 SEVERITIES = ("error", "warning", "info")
@@ -500,7 +499,7 @@ def _build_split(name: str, coco: Mapping[str, Any], folder: Path | None, find: 
             split.note("invalid_category", f"{category!r:.80}", change=_LEFT_OUT if number is None else f"id {number}")
     by_id, pairs = _build_images(split, coco["images"], find)
     _attach_annotations(split, coco.get("annotations") or [], by_id)
-    free = (number for number in itertools.count(1) if number not in by_id)
+    free = free_ids(by_id)
     for first, second in pairs:
         detail = f"{first.id!r:.40} is {first.name!r:.80} too"
         if first.annotations:  # of which picture, nobody knows
@@ -555,8 +554,7 @@ def _is_id(value: Any) -> bool:
 
 def _attach_annotations(split: _Split, annotations: Sequence[Any], by_id: Mapping[Any, _Image]) -> None:
     given = (annotation.get("id") for annotation in annotations if isinstance(annotation, Mapping))
-    ids = {number for number in given if is_index(number)}
-    free = (number for number in itertools.count(1) if number not in ids)
+    free = free_ids({number for number in given if is_index(number)})
     taken: set[int] = set()
     for position, annotation in enumerate(annotations):
         if not isinstance(annotation, Mapping):
@@ -676,8 +674,10 @@ def _row_splits(source: Any) -> list[_Split]:
             first = len(annotations) + 1
             annotations += [{"id": first + i, **item, "image_id": index} for i, item in enumerate(objects)]
         if all(map(is_index, given)):  # others are numbered by their rows when they are read
-            images = [image | {"id": number} for image, number in zip(images, given, strict=True)]
-            annotations = [item | {"image_id": given[item["image_id"]]} for item in annotations]
+            for image, number in zip(images, given, strict=True):
+                image["id"] = number
+            for item in annotations:
+                item["image_id"] = given[item["image_id"]]
         categories = [{"id": category, "name": text} for category, text in classes.items()]
         coco = {"images": images, "annotations": annotations, "categories": categories}
         sources = [partial(table.encoded, index, {}) for index in range(len(images))]

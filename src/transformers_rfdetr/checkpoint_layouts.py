@@ -8,8 +8,7 @@ of the port's names wherever it stands, so that every mixture is read.
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import cached_file, logging
 
-from .configuration_rf_detr import RfDetrConfig, check_limit, read_label_maps
+from .configuration_rf_detr import RfDetrConfig, check_limit, located, read_label_maps
 from .modeling_rf_detr_dinov2 import resize_position_table
 
 logger = logging.get_logger(__name__)
@@ -74,8 +73,8 @@ _TABLES = dict.fromkeys(_QUERY_TABLES, ("(queries, width)", (1, 1))) | {
     _POSITIONS: ("(1, 1 + patches, width)", (1, 2, 1))
 }
 _WEIGHT = re.compile(r"(backbone|transformer|refpoint_embed|query_feat|class_embed|bbox_embed|segmentation_head)\.")
-# As torch and as the header of a safetensors file call them.
-_FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, "F64", "F32", "F16", "BF16"}
+# What weights are stored in, by its name in the header of a safetensors file; torch computes little with others.
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
 _QUIET = {"_raise_exceptions_for_missing_entries": False}
 # Arguments of from_pretrained that are also attributes of a configuration, but mean the model's loading.
@@ -258,7 +257,7 @@ def _read_index(path: str) -> list[str]:
 def _check_dtypes(path: str, dtypes: Mapping[str, Any]) -> None:
     """Raise ValueError for weights of the model that are no floats of 16, 32 or 64 bits."""
     for key, dtype in dtypes.items():
-        if dtype not in _FLOATS and _WEIGHT.match(original_key(key)):
+        if dtype not in (*FLOATS, *FLOATS.values()) and _WEIGHT.match(original_key(key)):
             raise ValueError(f"{path}: {key:.80} is of {dtype}; weights are float32, float16, bfloat16 or float64")
 
 
@@ -294,15 +293,6 @@ def read_tensors(files: Sequence[str]) -> dict[str, Tensor]:
         _check_dtypes(name, {key: tensor.dtype for key, tensor in held.items()})
         tensors |= held
     return tensors
-
-
-@contextmanager
-def _located(path: Any) -> Iterator[None]:
-    """Puts the checkpoint in front of what is wrong with its tensors."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def _our_config(config: Any, hub: dict[str, Any]) -> RfDetrConfig:
@@ -347,13 +337,13 @@ class RfDetrCheckpoint(PreTrainedModel):
             shapes = _read_shapes([name for name in files if name.endswith(".safetensors")])
             # transformers reads shards by what their index says of itself, which may be anything.
             is_single = [os.path.basename(name) for name in files] == ["model.safetensors"]
-            with _located(path):
+            with located(str(path)):
                 fits = is_single and is_original_layout(shapes) and _tables_fit(shapes, stored, config)
             if fits or not files:
                 return cls._loaded(super().from_pretrained(path, *model_args, config=config, **kwargs))
             state_dict = read_tensors(files)
         if state_dict is not None:
-            with _located(path):
+            with located(str(path)):
                 state_dict, changes = fit_tables(to_original_layout(state_dict), stored, config)
             for change in changes:
                 logger.warning(f"{path}: {change}")

@@ -297,6 +297,15 @@ def _common_fields(cls: type, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
+def located(where: str) -> Iterator[None]:
+    """Puts the place in front of the message of an error."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+@contextmanager
 def reading(what: str) -> Iterator[None]:
     """Turns what transformers raises for values that it does not expect, and for what is no JSON, into a ValueError."""
     try:

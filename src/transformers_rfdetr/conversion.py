@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from .checkpoint_layouts import (
+    FLOATS,
     Change,
     fit_tables,
     num_query_groups,
@@ -39,15 +40,16 @@ from .configuration_rf_detr import (
     RfDetrDinov2Config,
     as_pair,
     is_no_class,
+    located,
     resolve_variant,
     squeeze_name,
 )
 from .files import whole_folder
-from .image_processing_rf_detr import RfDetrImageProcessor, located
+from .image_processing_rf_detr import RfDetrImageProcessor
 from .model_card import escape
 from .modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection
 from .published_weights import PUBLISHED, download_weights, md5_of, published_file
-from .rfdetr_files import FLOATS, in_short, read_rfdetr_file, shape_of, write_rfdetr_file
+from .rfdetr_files import in_short, read_rfdetr_file, shape_of, write_rfdetr_file
 
 # rfdetr's encoders: width, heads, registers.
 ENCODERS = {
@@ -607,7 +609,7 @@ def _fitted(state_dict: dict[str, Tensor], config: RfDetrConfig, changes: list[C
 
 
 def _check_numbers(name: str, tensor: Tensor) -> None:
-    is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype in FLOATS
+    is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype in FLOATS.values()
     if not is_plain or (tensor.numel() and not tensor.isfinite().all()):  # torch overflows on some shapes of no number
         raise ValueError(
             f"{name} ({tensor.dtype}, {tensor.layout}) is not of finite floating-point numbers of 16 to 64 bits"

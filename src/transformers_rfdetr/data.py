@@ -23,13 +23,13 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from .augmentation import as_augmentation
+from .configuration_rf_detr import located
 from .files import printable
 from .image_processing_rf_detr import (
     RfDetrImageProcessor,
     are_numbers,
     clamp_box,
     is_index,
-    located,
     open_picture,
     plain,
     read_rgb,
@@ -303,7 +303,7 @@ def _complete(
     }
     annotations = []
     for position, given in enumerate(record["annotations"]):
-        with located(f"annotation {position} (id {given.get('id')})"):
+        with located(_named(given, position)):
             annotation = with_box_and_area(given, size)
         if first_id is not None:
             annotation["id"] = first_id + position

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers.utils import logging
 
-from .configuration_rf_detr import check_limit
+from .configuration_rf_detr import check_limit, located
 from .data import (
     InstanceDataset,
     InstanceDatasets,
@@ -29,7 +29,7 @@ from .data import (
     shown_classes,
     upright_size,
 )
-from .image_processing_rf_detr import is_index, located, open_picture
+from .image_processing_rf_detr import is_index, open_picture
 
 # What data sets on the Hub call the columns of a row, and the fields of its objects.
 _COLUMNS = {

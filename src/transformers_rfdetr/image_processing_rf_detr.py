@@ -14,8 +14,7 @@ import os
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any, BinaryIO, NamedTuple
 
@@ -28,7 +27,7 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import logging
 
-from .configuration_rf_detr import RfDetrConfig, reading, refuse_methods
+from .configuration_rf_detr import RfDetrConfig, located, reading, refuse_methods
 from .masks import measure, rasterize, read_segmentation, region_to_rle, upsample_masks
 
 logger = logging.get_logger(__name__)
@@ -503,15 +502,6 @@ class RfDetrImageProcessor(BaseImageProcessor):
             segmentation = rles if return_coco_annotation else maps.to(mask_logits.device)
             results.append({"segmentation": segmentation, "segments_info": segments})
         return results
-
-
-@contextmanager
-def located(where: str) -> Iterator[None]:
-    """Puts the place in front of the message of an error."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{where}: {error}") from error
 
 
 # Sizes

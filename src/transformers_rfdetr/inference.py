@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.utils import logging
 
-from .configuration_rf_detr import RfDetrConfig, as_pair, check_resolution, is_no_class, read_size
-from .image_processing_rf_detr import RfDetrImageProcessor, located, select_detections, valid_size
+from .configuration_rf_detr import RfDetrConfig, as_pair, check_resolution, is_no_class, located, read_size
+from .image_processing_rf_detr import RfDetrImageProcessor, select_detections, valid_size
 from .instances import Instances
 from .loss_rf_detr import MaskFactors, StagePrediction
 from .masks import region_to_rle, upsample_masks

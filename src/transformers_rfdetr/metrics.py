@@ -19,7 +19,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from transformers.utils import logging
 
-from .image_processing_rf_detr import are_numbers, located, plain, read_target_sizes, select_detections, valid_size
+from .configuration_rf_detr import located
+from .image_processing_rf_detr import are_numbers, plain, read_target_sizes, select_detections, valid_size
 from .masks import mask_areas, measure, read_segmentation, region_to_rle, upsample_masks
 
 logger = logging.get_logger(__name__)

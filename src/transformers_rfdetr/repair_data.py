@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class RepairedCopy:
         self._exported = splits.keys() <= _EXPORTED.keys()
         united, ids = _unite_categories(split["categories"] for split in splits.values())
         self._content = {name: {**split, "categories": united} for name, split in splits.items()}
+        self._files = {self._annotation_file(split): split for split in splits}
         names = {split: {entry["id"]: entry["name"] for entry in splits[split]["categories"]} for split in splits}
         self._numbers = {split: {number: ids[name] for number, name in names[split].items()} for split in splits}
         self._notes = [
@@ -79,22 +80,21 @@ class RepairedCopy:
         origin, path = (os.path.realpath(source), way), Path(name)
         for number in itertools.count(2):
             target = folder / path
-            if target not in self._annotation_files() and self._written.setdefault(target, origin) == origin:
+            if target not in self._files and self._written.setdefault(target, origin) == origin:
                 break
             path = path.with_stem(f"{Path(name).stem}_{number}")
         if not target.exists():  # which it does for the second image of a file
             _write_picture(source, target, way)
         return str(path)
 
-    def _annotation_files(self) -> dict[Path, str]:
-        """The files that are written at the end -> their splits."""
+    def _annotation_file(self, split: str) -> Path:
         if self._exported:
-            return {self._folder(split) / "_annotations.coco.json": split for split in self._content}
-        return {self.folder / "annotations" / f"instances_{split}.json": split for split in self._content}
+            return self._folder(split) / "_annotations.coco.json"
+        return self.folder / "annotations" / f"instances_{split}.json"
 
     def write(self, changes: Sequence[Mapping[str, Any]], left: Sequence[Mapping[str, Any]]) -> None:
         """Write the annotations, and `changes.json`: what was changed, and what is as odd as it was."""
-        for path, split in self._annotation_files().items():
+        for path, split in self._files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             content = self._content[split]
             try:
@@ -118,14 +118,18 @@ def json_value(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def free_ids(taken: Collection[Any]) -> Iterator[int]:
+    """Whole numbers from 1 on that are none of those taken."""
+    return (number for number in itertools.count(1) if number not in taken)
+
+
 def _unite_categories(splits: Iterable[list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """One list of categories for all splits, and id by name: the first that has it, a free one where that is taken."""
     numbers: dict[str, int] = {}
     united = []
     for number, category in ((entry["id"], entry) for entries in splits for entry in entries):
         if (name := category["name"]) not in numbers:
-            free = (other for other in itertools.chain([number], itertools.count(1)) if other not in numbers.values())
-            numbers[name] = next(free)
+            numbers[name] = next(free_ids(numbers.values())) if number in numbers.values() else number
             united.append({**category, "id": numbers[name]})
     return united, numbers
 

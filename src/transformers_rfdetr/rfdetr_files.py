@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .checkpoint_layouts import Change
+from .checkpoint_layouts import FLOATS, Change
 from .files import whole_file
 
 logger = logging.get_logger(__name__)
@@ -40,8 +40,6 @@ class RfdetrFile(NamedTuple):
     changes: list[Change]
 
 
-# What weights are stored in; torch computes little with floats of a byte.
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # What a namespace of arguments is stored as; both only hold attributes.
 _ALLOWED = [argparse.Namespace, types.SimpleNamespace]
 # What the pickle of a state dict and its arguments names; for the message on others only.
@@ -286,7 +284,7 @@ def _adapter_fits(weight: Tensor, parts: Mapping[str, Tensor]) -> bool:
         and weight.shape == (len(up), down.shape[1])
         and (lengths is None or lengths.shape == weight.shape[:1])
         and down.dtype == up.dtype
-        and all(tensor.dtype in FLOATS for tensor in (weight, *parts.values()))
+        and all(tensor.dtype in FLOATS.values() for tensor in (weight, *parts.values()))
     )
 
 

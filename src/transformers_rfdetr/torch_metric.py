@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
-from .image_processing_rf_detr import located, plain
+from .configuration_rf_detr import located
+from .image_processing_rf_detr import plain
 from .metrics import Detections, InstanceSegmentationEvaluator, coco_of_images, pack_detections
 
 try:

@@ -6,7 +6,6 @@ PyAV, that is FFmpeg, and tracking by Roboflow's trackers; both are imported whe
 
 import json
 import os
-import re
 import sys
 import threading
 import time
@@ -23,6 +22,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from .files import explained, whole_file
+from .image_processing_rf_detr import redacted
 from .inference import predict
 from .instances import Instances
 
@@ -574,8 +574,7 @@ def _read_source(source: str | os.PathLike[str] | int) -> _Source:
     if "://" in text:
         # FFmpeg looks at a stream for 5 s by default; a slow one would not be open within the timeout.
         options = {"analyzeduration": "2000000"} | ({"rtsp_transport": "tcp"} if text.startswith("rtsp") else {})
-        name = re.sub(r"://\S*@", "://***@", text.partition("?")[0])
-        return _Source(name, "stream", text, None, options)
+        return _Source(redacted(text), "stream", text, None, options)
     path = Path(text).expanduser()
     if not path.is_file():
         raise ValueError(f"{text} is no file; {_REMEDY}")

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from .. import RfDetrConfig, RfDetrForInstanceSegmentation, RfDetrImageProcessor, load, predict
+from ..configuration_rf_detr import located
 from ..demo_data import CATEGORIES, draw_scene
 from ..files import whole_file
-from ..image_processing_rf_detr import located, read_rgb
+from ..image_processing_rf_detr import read_rgb
 from ..masks import mask_areas
 
 _RANDOM_TOP_K = 3

@@ -11,7 +11,7 @@ import typer
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
-from ..checkpoint_layouts import is_original_layout, weight_files
+from ..checkpoint_layouts import FLOATS, is_original_layout, weight_files
 from ..configuration_rf_detr import (
     COCO_ID2LABEL,
     COCO_NAMES,
@@ -47,7 +47,6 @@ _DECODER = (
 )
 # What a model may have otherwise and still be of its variant.
 _SIZES = ("position_grid", "num_queries", "resolution")
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}  # of safetensors
 
 
 class _Checkpoint(NamedTuple):
@@ -214,7 +213,7 @@ def _read_headers(files: Sequence[str]) -> tuple[str | None, str | None]:
             dtypes |= {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
     if not dtypes:
         return None, None
-    found = sorted({_DTYPES.get(dtype, dtype) for dtype in dtypes.values()})
+    found = sorted({str(FLOATS.get(dtype, dtype)).removeprefix("torch.") for dtype in dtypes.values()})
     return ", ".join(found), "original" if is_original_layout(dtypes) else "transformers' port's, in whole or in part"
 
 
