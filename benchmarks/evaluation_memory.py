@@ -63,7 +63,7 @@ def stream(num_images: int, kind: str, backend: str) -> dict[str, float]:
     """Bytes and seconds of an evaluation."""
     import pickle
 
-    from transformers_rfdetr.metrics import InstanceSegmentationEvaluator
+    from transformers_rfdetr.evaluation.coco_evaluator import InstanceSegmentationEvaluator
 
     rng = np.random.default_rng(0)
     pool = [draw(rng, kind) for _ in range(400)]

@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 import tqdm.auto
 
-from transformers_rfdetr.files import is_partial
+from transformers_rfdetr.atomic_files import is_partial
 
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link"}
 

@@ -18,7 +18,7 @@ import torch
 from pycocotools import mask as coco_mask
 
 from transformers_rfdetr import RfDetrTrainingArguments, resolve_variant
-from transformers_rfdetr.masks import read_segmentation, to_rle
+from transformers_rfdetr.model.masks import read_segmentation, to_rle
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 MARK = '# CHANGE THIS: what stands after "real:" takes a real checkpoint and your own pictures.'

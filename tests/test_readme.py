@@ -15,9 +15,9 @@ from transformers import AutoModelForInstanceSegmentation
 
 from transformers_rfdetr import RfDetrImageProcessor, load_instance_dataset
 from transformers_rfdetr.cli.app import app
-from transformers_rfdetr.data import InstanceDatasets
-from transformers_rfdetr.demo_data import draw_scene
-from transformers_rfdetr.trainer import RfDetrTrainer, RfDetrTrainingArguments
+from transformers_rfdetr.data.dataset import InstanceDatasets
+from transformers_rfdetr.data.synthetic import draw_scene
+from transformers_rfdetr.training.trainer import RfDetrTrainer, RfDetrTrainingArguments
 
 from small_models import SHARED, small_model
 from training_run import QUICK, drawn
@@ -90,8 +90,10 @@ def test_the_fine_tuning_streaming_and_metrics_blocks_run_one_after_the_other(tm
 
     # To a stand-in for the Hub: test_hub pushes to a server.
     uploads = []
-    monkeypatch.setattr("transformers_rfdetr.trainer.create_repository", lambda name, **_: name)
-    monkeypatch.setattr("transformers_rfdetr.trainer.upload", lambda _, files, *__, **___: uploads.append(files))
+    monkeypatch.setattr("transformers_rfdetr.training.trainer.create_repository", lambda name, **_: name)
+    monkeypatch.setattr(
+        "transformers_rfdetr.training.trainer.upload", lambda _, files, *__, **___: uploads.append(files)
+    )
     run(BLOCKS[5], {}, **names)
     [files] = uploads
     assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"} <= {

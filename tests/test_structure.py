@@ -1,4 +1,4 @@
-"""Imports point one way, and the files that can be pushed with a model import their neighbours in the plain form."""
+"""Imports point one way between the groups, without circles, and a model can be pushed with its code."""
 
 import ast
 import subprocess
@@ -10,65 +10,90 @@ import pytest
 import transformers_rfdetr
 
 PACKAGE = Path(transformers_rfdetr.__file__).parent
-# Later files may import earlier ones.
+# A group may import from itself and from the groups before it. A name without a folder is a file.
 ORDER = [
-    "files",
-    "masks",
-    "configuration_rf_detr",
-    "loss_rf_detr",
-    "modeling_rf_detr_dinov2",
-    "checkpoint_layouts",
-    "modeling_rf_detr",
-    "image_processing_rf_detr",
-    "registration",
-    "published_weights",
-    "rfdetr_files",
-    "visualization",
-    "model_card",
-    "conversion",
-    "instances",
-    "inference",
-    "loading",
-    "tiling",
-    "video",
-    "bulk_prediction",
-    "demo_data",
-    "export",
-    "augmentation",
+    "model",
+    "atomic_files",
     "data",
-    "data_sources",
-    "metrics",
-    "torch_metric",
-    "report",
-    "repair_data",
-    "check_data",
-    "optimization",
-    "recovery",
-    "training_arguments",
-    "run_card",
-    "trainer",
+    "inference",
+    "evaluation",
+    "hub",
+    "training",
+    "export",
+    "conversion",
+    "registration",
     "__init__",
+    "cli",
 ]
-PUSHED_WITH_A_MODEL = [name for name in ORDER if "_rf_detr" in name] + ["masks", "checkpoint_layouts"]
+FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = {path: path.relative_to(PACKAGE).with_suffix("").parts for path in FILES}
 
 
-def neighbours(path: Path) -> set[str]:
+def name_of(path: Path) -> str:
+    return ".".join(part for part in MODULES[path] if part != "__init__") or "__init__"
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Names of the modules of this package that a file imports anywhere, functions included."""
+    package = MODULES[path][:-1]
+    known = {name_of(other) for other in FILES}
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            found.add(node.module or "")
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers_rfdetr"):
-            found.add(node.module)
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+            found |= {name.partition(".")[2] or "__init__" for name in modules if name.startswith("transformers_rfdetr")}
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        if node.level:
+            base = [*package[: len(package) - node.level + 1], *filter(None, [node.module])]
+        elif (node.module or "").partition(".")[0] == "transformers_rfdetr":
+            base = node.module.split(".")[1:]
+        else:
+            continue
+        module = ".".join(base)
+        members = {".".join([*base, alias.name]) for alias in node.names} & known
+        found |= members or {module or "__init__"}
+        found |= {module} if module and len(members) < len(node.names) else set()
     return found
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_a_file_imports_earlier_ones_only(name):
-    assert neighbours(PACKAGE / f"{name}.py") <= set(ORDER[: ORDER.index(name)])
+def group_of(module: str) -> str:
+    return module.partition(".")[0]
 
 
-def test_every_file_of_the_package_has_its_place():
-    assert {path.stem for path in PACKAGE.glob("*.py")} == set(ORDER)
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_file_imports_from_its_group_and_earlier_ones_only(path):
+    group = group_of(name_of(path))
+    allowed = ORDER[: ORDER.index(group) + 1]
+    assert {module for module in imported_modules(path) if group_of(module) not in allowed} == set()
+
+
+def test_there_is_no_circle_of_imports():
+    edges = {name_of(path): imported_modules(path) - {name_of(path)} for path in FILES}
+    while leaves := {name for name, targets in edges.items() if not targets & edges.keys()}:
+        edges = {name: targets for name, targets in edges.items() if name not in leaves}
+    assert edges == {}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_no_module_of_the_package_is_imported_by_a_string(path):
+    """The public names of `__init__` are loaded when they are used; everything else is imported by a statement."""
+    if name_of(path) == "__init__":
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            assert isinstance(node.args[0], ast.Constant), f"{path}:{node.lineno}: the name must be a literal"
+            assert not node.args[0].value.startswith((".", "transformers_rfdetr")), f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "model").glob("*.py")), ids=name_of)
+def test_a_file_of_the_model_imports_its_neighbours_as_from_dot_name(path):
+    """Only `from .name import x` is followed when a model is pushed with its code."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1
+            assert node.module
+            assert "." not in node.module
 
 
 def test_importing_the_package_imports_nothing_that_only_training_needs():
@@ -78,7 +103,7 @@ import sys
 for name in {later}:
     sys.modules[name] = None
 import transformers_rfdetr
-assert "transformers_rfdetr.trainer" not in sys.modules
+assert "transformers_rfdetr.training.trainer" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -88,8 +113,3 @@ def test_every_public_name_is_there():
         assert getattr(transformers_rfdetr, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = transformers_rfdetr.nonsense
-
-
-@pytest.mark.parametrize("name", sorted(set(PUSHED_WITH_A_MODEL)))
-def test_a_file_that_is_pushed_with_a_model_imports_as_from_dot_name(name):
-    assert all(module and "." not in module for module in neighbours(PACKAGE / f"{name}.py"))

@@ -14,9 +14,9 @@ from accelerate.state import AcceleratorState
 from transformers import TrainerCallback
 
 from transformers_rfdetr import RfDetrForInstanceSegmentation
-from transformers_rfdetr.data import InstanceDataset
-from transformers_rfdetr.demo_data import draw_dataset
-from transformers_rfdetr.trainer import RfDetrTrainer, RfDetrTrainingArguments
+from transformers_rfdetr.data.dataset import InstanceDataset
+from transformers_rfdetr.data.synthetic import draw_dataset
+from transformers_rfdetr.training.trainer import RfDetrTrainer, RfDetrTrainingArguments
 
 from small_models import small_config
 

@@ -7,26 +7,26 @@ it changes nothing else. What only training and evaluation need is imported when
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .configuration_rf_detr import RfDetrConfig, RfDetrDinov2Config, resolve_variant
-from .image_processing_rf_detr import RfDetrImageProcessor
-from .modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection, RfDetrModel
+from .model.configuration_rf_detr import RfDetrConfig, RfDetrDinov2Config, resolve_variant
+from .model.image_processing_rf_detr import RfDetrImageProcessor
+from .model.modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection, RfDetrModel
 from .registration import register
 
 if TYPE_CHECKING:
-    from .augmentation import FlipAndCrop
-    from .check_data import check_dataset
-    from .data import FollowEpoch, InstanceDataset, collate_fn
-    from .data_sources import load_instance_dataset
-    from .inference import compile_for_inference, predict
-    from .instances import Instances
-    from .loading import load
-    from .metrics import InstanceSegmentationEvaluator, evaluate_instance_segmentation
-    from .report import analyse, write_report
-    from .tiling import predict_tiled
-    from .torch_metric import InstanceSegmentationMetric
-    from .trainer import RfDetrTrainer
-    from .training_arguments import RfDetrTrainingArguments
-    from .video import predict_video
+    from .data.augmentation import FlipAndCrop
+    from .data.checks.check import check_dataset
+    from .data.dataset import FollowEpoch, InstanceDataset, collate_fn
+    from .data.sources import load_instance_dataset
+    from .evaluation.coco_evaluator import InstanceSegmentationEvaluator, evaluate_instance_segmentation
+    from .evaluation.report import analyse, write_report
+    from .evaluation.torchmetrics_metric import InstanceSegmentationMetric
+    from .hub.load import load
+    from .inference.instances import Instances
+    from .inference.predict import compile_for_inference, predict
+    from .inference.tiling import predict_tiled
+    from .inference.video import predict_video
+    from .training.arguments import RfDetrTrainingArguments
+    from .training.trainer import RfDetrTrainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -58,25 +58,25 @@ __all__ = [
     "write_report",
 ]
 _LATER = {
-    "FlipAndCrop": "augmentation",
-    "FollowEpoch": "data",
-    "InstanceDataset": "data",
-    "Instances": "instances",
-    "load": "loading",
-    "compile_for_inference": "inference",
-    "predict": "inference",
-    "predict_tiled": "tiling",
-    "predict_video": "video",
-    "check_dataset": "check_data",
-    "analyse": "report",
-    "write_report": "report",
-    "collate_fn": "data",
-    "load_instance_dataset": "data_sources",
-    "InstanceSegmentationEvaluator": "metrics",
-    "evaluate_instance_segmentation": "metrics",
-    "InstanceSegmentationMetric": "torch_metric",
-    "RfDetrTrainer": "trainer",
-    "RfDetrTrainingArguments": "training_arguments",
+    "FlipAndCrop": "data.augmentation",
+    "FollowEpoch": "data.dataset",
+    "InstanceDataset": "data.dataset",
+    "Instances": "inference.instances",
+    "load": "hub.load",
+    "compile_for_inference": "inference.predict",
+    "predict": "inference.predict",
+    "predict_tiled": "inference.tiling",
+    "predict_video": "inference.video",
+    "check_dataset": "data.checks.check",
+    "analyse": "evaluation.report",
+    "write_report": "evaluation.report",
+    "collate_fn": "data.dataset",
+    "load_instance_dataset": "data.sources",
+    "InstanceSegmentationEvaluator": "evaluation.coco_evaluator",
+    "evaluate_instance_segmentation": "evaluation.coco_evaluator",
+    "InstanceSegmentationMetric": "evaluation.torchmetrics_metric",
+    "RfDetrTrainer": "training.trainer",
+    "RfDetrTrainingArguments": "training.arguments",
 }
 
 register()

@@ -13,9 +13,9 @@ from transformers.models.auto.modeling_auto import (
     AutoModelForObjectDetection,
 )
 
-from .configuration_rf_detr import RfDetrConfig
-from .image_processing_rf_detr import RfDetrImageProcessor
-from .modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection, RfDetrModel
+from .model.configuration_rf_detr import RfDetrConfig
+from .model.image_processing_rf_detr import RfDetrImageProcessor
+from .model.modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection, RfDetrModel
 
 
 def register() -> None:

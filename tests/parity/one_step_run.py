@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from rfdetr import RFDETRSegNano
 
-from transformers_rfdetr.demo_data import draw_dataset
+from transformers_rfdetr.data.synthetic import draw_dataset
 
 LISTING = Path(__file__).with_name("one_step_run_keys.txt")
 CLASSES = ["barn", "house", "shed"]

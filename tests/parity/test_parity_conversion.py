@@ -18,11 +18,11 @@ from transformers_rfdetr import (
     RfDetrForInstanceSegmentation,
     RfDetrForObjectDetection,
     RfDetrImageProcessor,
-    conversion,
 )
-from transformers_rfdetr.configuration_rf_detr import BACKGROUND, COCO_NAMES
-from transformers_rfdetr.conversion import convert_to_rfdetr, convert_to_transformers
-from transformers_rfdetr.demo_data import draw_scene
+from transformers_rfdetr.conversion import convert as conversion
+from transformers_rfdetr.conversion.convert import convert_to_rfdetr, convert_to_transformers
+from transformers_rfdetr.data.synthetic import draw_scene
+from transformers_rfdetr.model.configuration_rf_detr import BACKGROUND, COCO_NAMES
 
 from peer import PEER_CLASSES, build_peer, narrow_dinov2, randomise, record_choices, replay_choices
 from small_models import stand_in_config
@@ -265,7 +265,7 @@ def test_a_conversion_needs_little_more_memory_than_the_weights(tmp_path):
     del model, moments, content
     code = """
 import sys
-import transformers_rfdetr.conversion as conversion
+import transformers_rfdetr.conversion.convert as conversion
 from transformers_rfdetr import RfDetrForObjectDetection, RfDetrImageProcessor
 def peak():  # of this program; getrusage's would be that of its parent too
     return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])

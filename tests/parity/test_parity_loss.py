@@ -5,8 +5,8 @@ from unittest import mock
 import pytest
 import torch
 
-from transformers_rfdetr import modeling_rf_detr
-from transformers_rfdetr.loss_rf_detr import LossWeights, match
+from transformers_rfdetr.model import modeling_rf_detr
+from transformers_rfdetr.model.loss_rf_detr import LossWeights, match
 
 import peer
 from peer import (

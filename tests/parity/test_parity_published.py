@@ -4,7 +4,7 @@ import pytest
 import rfdetr.config as rfdetr_config
 from rfdetr.assets.model_weights import ModelWeights, get_model_cache_dir
 
-from transformers_rfdetr.published_weights import BASE_URL, PUBLISHED, published_file, weights_folder
+from transformers_rfdetr.conversion.published_weights import BASE_URL, PUBLISHED, published_file, weights_folder
 
 from peer import PEER_CLASSES
 

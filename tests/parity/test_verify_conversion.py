@@ -11,7 +11,8 @@ import torch
 import typer
 from rfdetr.models.lwdetr import build_model_from_config
 
-from transformers_rfdetr import RfDetrImageProcessor, conversion
+from transformers_rfdetr import RfDetrImageProcessor
+from transformers_rfdetr.conversion import convert as conversion
 
 from peer import PEER_CLASSES, narrow_dinov2, peer_config, randomise
 from small_models import stand_in_config

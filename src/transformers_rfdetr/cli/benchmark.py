@@ -18,11 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging
 
 from .. import __version__
-from ..configuration_rf_detr import as_pair, check_resolution
-from ..demo_data import draw_scene
-from ..files import check_place, make_folder, write_text
-from ..inference import compile_for_inference, predict
-from ..loading import load
+from ..atomic_files import check_place, make_folder, write_text
+from ..data.synthetic import draw_scene
+from ..hub.load import load
+from ..inference.predict import compile_for_inference, predict
+from ..model.configuration_rf_detr import as_pair, check_resolution
 from .errors import one_line_errors
 from .options import read_dtype, read_size
 

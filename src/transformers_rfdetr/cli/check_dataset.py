@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from .. import check_data
-from ..files import check_place, make_folder, write_text
+from ..atomic_files import check_place, make_folder, write_text
+from ..data.checks import check as check_data
 from .errors import one_line_errors, terminated_as_interrupted
 
 EXAMPLE = """examples:

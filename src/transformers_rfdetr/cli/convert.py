@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from ..configuration_rf_detr import is_no_class
-from ..conversion import Conversion, convert_to_rfdetr, convert_to_transformers, format_changes
+from ..conversion.convert import Conversion, convert_to_rfdetr, convert_to_transformers, format_changes
+from ..model.configuration_rf_detr import is_no_class
 from .errors import one_line_errors
 from .options import read_names
 

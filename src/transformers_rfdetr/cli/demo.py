@@ -25,10 +25,10 @@ from .. import (
     evaluate_instance_segmentation,
     load_instance_dataset,
 )
-from ..demo_data import draw_scene
-from ..files import whole_file, write_text
-from ..masks import rasterize, read_segmentation
-from ..visualization import draw_grid, draw_instances
+from ..atomic_files import whole_file, write_text
+from ..data.drawing import draw_grid, draw_instances
+from ..data.synthetic import draw_scene
+from ..model.masks import rasterize, read_segmentation
 from .evaluate import format_numbers
 
 _SIZE = 96

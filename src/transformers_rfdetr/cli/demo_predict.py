@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from .. import RfDetrConfig, RfDetrForInstanceSegmentation, RfDetrImageProcessor, load, predict
-from ..configuration_rf_detr import located
-from ..demo_data import CATEGORIES, draw_scene
-from ..files import whole_file
-from ..image_processing_rf_detr import read_rgb
-from ..masks import mask_areas
+from ..atomic_files import whole_file
+from ..data.synthetic import CATEGORIES, draw_scene
+from ..model.configuration_rf_detr import located
+from ..model.image_processing_rf_detr import read_rgb
+from ..model.masks import mask_areas
 
 _RANDOM_TOP_K = 3
 

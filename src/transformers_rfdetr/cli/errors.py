@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import typer
 
-from ..files import printable
+from ..atomic_files import printable
 
 
 @contextmanager

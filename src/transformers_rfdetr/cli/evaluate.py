@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from ..data_sources import load_instance_dataset
-from ..files import check_place, make_folder, write_text
-from ..loading import load
-from ..metrics import evaluate_instance_segmentation
-from ..report import analyse, save_report
+from ..atomic_files import check_place, make_folder, write_text
+from ..data.sources import load_instance_dataset
+from ..evaluation.coco_evaluator import evaluate_instance_segmentation
+from ..evaluation.report import analyse, save_report
+from ..hub.load import load
 from .errors import one_line_errors
 from .options import read_dtype
 

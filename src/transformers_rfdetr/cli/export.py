@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from ..export import TOLERANCES
-from ..export import export as export_model
-from ..loading import load
+from ..export.exporter import TOLERANCES
+from ..export.exporter import export as export_model
+from ..hub.load import load
 from .errors import one_line_errors
 from .options import read_size
 

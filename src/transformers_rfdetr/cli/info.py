@@ -11,8 +11,11 @@ import typer
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
-from ..checkpoint_layouts import FLOATS, is_original_layout, weight_files
-from ..configuration_rf_detr import (
+from ..atomic_files import printable
+from ..conversion.convert import read_rfdetr_model
+from ..hub.load import check_model_type
+from ..model.checkpoint_layouts import FLOATS, is_original_layout, weight_files
+from ..model.configuration_rf_detr import (
     COCO_ID2LABEL,
     COCO_NAMES,
     VARIANTS,
@@ -21,11 +24,8 @@ from ..configuration_rf_detr import (
     is_no_class,
     resolve_variant,
 )
-from ..conversion import read_rfdetr_model
-from ..files import printable
-from ..image_processing_rf_detr import RfDetrImageProcessor
-from ..loading import check_model_type
-from ..modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection
+from ..model.image_processing_rf_detr import RfDetrImageProcessor
+from ..model.modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection
 from .errors import one_line_errors
 
 EXAMPLE = """examples:

@@ -16,7 +16,9 @@ import torch
 import typer
 from PIL import Image
 
-from ..bulk_prediction import (
+from ..atomic_files import printable
+from ..hub.load import load
+from ..inference.folder import (
     Picture,
     Summary,
     UnreadablePictureError,
@@ -27,10 +29,8 @@ from ..bulk_prediction import (
     predict_to_folder,
     write_settings,
 )
-from ..files import printable
-from ..image_processing_rf_detr import redacted
-from ..loading import load
-from ..video import VideoSummary, predict_video
+from ..inference.video import VideoSummary, predict_video
+from ..model.image_processing_rf_detr import redacted
 from .errors import one_line_errors, terminated_as_interrupted
 from .options import absolute, read_dtype, read_names, read_size
 

@@ -17,10 +17,10 @@ import yaml
 from transformers import TrainerCallback, set_seed
 
 from .. import __version__
-from ..configuration_rf_detr import is_no_class
-from ..data_sources import load_instance_dataset, read_text, read_yaml
-from ..files import make_folder, write_text
-from ..loading import load
+from ..atomic_files import make_folder, write_text
+from ..data.sources import load_instance_dataset, read_text, read_yaml
+from ..hub.load import load
+from ..model.configuration_rf_detr import is_no_class
 from .errors import one_line_errors
 from .evaluate import format_numbers
 from .options import absolute, read_names, read_size
@@ -192,7 +192,7 @@ def read_recipe(path: Path | None, given: Iterable[tuple[str, Any]]) -> dict[str
 def _fields() -> tuple[dict[str, set[Any]], dict[str, Any]]:
     """What each setting may hold; and the defaults of the training arguments."""
     # Not at the top: the other commands run without accelerate.
-    from ..training_arguments import RfDetrTrainingArguments
+    from ..training.arguments import RfDetrTrainingArguments
 
     hints = typing.get_type_hints(RfDetrTrainingArguments)
     # Tokens do not belong into files, and what is pushed where is said by push_to_hub.
@@ -292,8 +292,8 @@ def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
         from accelerate.utils import broadcast_object_list
     except ImportError as error:
         raise ImportError('training needs accelerate: pip install "transformers-rfdetr[train]"') from error
-    from ..recovery import restore_best
-    from ..trainer import RfDetrTrainer
+    from ..training.recovery import restore_best
+    from ..training.trainer import RfDetrTrainer
 
     arguments = _training_arguments(recipe)
     is_first, output = arguments.process_index == 0, Path(recipe["output"])
@@ -335,7 +335,7 @@ def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
 
 
 def _training_arguments(recipe: Mapping[str, Any]) -> Any:
-    from ..training_arguments import RfDetrTrainingArguments
+    from ..training.arguments import RfDetrTrainingArguments
 
     fields = {name: value for name, value in recipe.items() if name not in _OPTIONS}
     device = recipe.get("device", "auto")
@@ -369,7 +369,7 @@ def find_checkpoint(output: Path, recipe: Mapping[str, Any]) -> str | None:
     Raises:
         ValueError: the folder holds a run with other settings, or what may be one.
     """
-    from ..recovery import newest_checkpoint
+    from ..training.recovery import newest_checkpoint
 
     remedy = "give another --output, or --no-resume to move what is there aside and begin anew"
     traces = _traces(output)

@@ -1,0 +1,1 @@
+"""Convert checkpoints from and to rfdetr."""

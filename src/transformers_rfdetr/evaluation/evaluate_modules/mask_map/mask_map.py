@@ -1,0 +1,43 @@
+"""COCO's average precision of masks and of their boxes, for `evaluate.load`. (One import a line: it reads them so.)"""
+
+import evaluate
+
+from transformers_rfdetr.evaluation.coco_evaluator import evaluator_of_rows
+from transformers_rfdetr.evaluation.evaluate_modules import INPUTS, features
+
+_DESCRIPTION = """
+Average precision and recall of instance masks, and of the boxes around them, as COCOeval computes them: crowd regions
+are ignored, and of each image and class the best 100 detections count.
+"""
+
+_KWARGS_DESCRIPTION = f"""{INPUTS}
+Returns:
+    COCO's twelve numbers with `segm_` and with `bbox_`, such as `segm_AP`, -1 where there is nothing to find, and
+    `per_class`: a dict of `segm_AP`, `segm_AP50`, `bbox_AP` and `num_objects` for each class name.
+
+Example:
+    >>> import evaluate
+    >>> from transformers_rfdetr.evaluation.evaluate_modules import MASK_MAP
+    >>> metric = evaluate.load(str(MASK_MAP))
+    >>> left = {{"size": [2, 4], "counts": "044"}}  # the left half
+    >>> objects = [{{"category_id": 1, "segmentation": left, "iscrowd": 0, "area": None}}]
+    >>> metric.add_batch(
+    ...     predictions=[{{"image_id": 1, "scores": [0.9], "labels": [1], "masks": [left]}}],
+    ...     references=[{{"image_id": 1, "height": 2, "width": 4, "objects": objects}}],
+    ... )
+    >>> round(metric.compute(class_names={{1: "roof"}})["per_class"]["roof"]["segm_AP"], 6)
+    1.0
+"""
+
+
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
+class MaskMap(evaluate.Metric):
+    """Mask AP."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION, citation="", inputs_description=_KWARGS_DESCRIPTION, features=features()
+        )
+
+    def _compute(self, predictions, references, class_names=None):
+        return evaluator_of_rows(predictions, references, class_names).average_precision()

@@ -1,0 +1,1 @@
+"""Load from and push to the Hugging Face Hub."""

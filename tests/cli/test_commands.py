@@ -1,0 +1,495 @@
+"""The commands train, evaluate, benchmark and info, on tiny models and drawn pictures."""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import typer
+import yaml
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from transformers_rfdetr import (
+    RfDetrConfig,
+    RfDetrForInstanceSegmentation,
+    RfDetrForObjectDetection,
+    RfDetrImageProcessor,
+    evaluate_instance_segmentation,
+    load,
+    load_instance_dataset,
+)
+from transformers_rfdetr.cli import benchmark, evaluate, info, train
+from transformers_rfdetr.conversion import convert as conversion
+from transformers_rfdetr.data.synthetic import draw_dataset
+
+from small_models import small_config, small_model
+
+app = typer.Typer()
+for command in (train.train, evaluate.evaluate, benchmark.benchmark, info.info):
+    app.command()(command)
+
+# One micro-batch an update, and no process for each of the few pictures.
+QUICK = ["gradient_accumulation_steps=1", "dataloader_num_workers=0", "multi_scale=false", "disable_tqdm=true"]
+# A checkpoint after each of two updates.
+TWO_STEPS = ["max_steps=2", *(f"{kind}_strategy=steps" for kind in ("save", "eval")), "save_steps=1"]
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refusal(*arguments):
+    """The line that a command ends with."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    [line] = [line for line in result.stderr.splitlines() if line.startswith(f"{arguments[0]}: ")]
+    assert result.stderr.endswith(f"{line}\n")
+    assert "Traceback" not in result.stderr
+    return line
+
+
+def settings(*pairs):
+    return [part for pair in pairs for part in ("--set", pair)]
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def draw_split(folder, count, first_seed):
+    folder.mkdir(parents=True)
+    pictures, coco = draw_dataset(count, (96, 96), first_seed=first_seed)
+    for picture, image in zip(pictures, coco["images"], strict=True):
+        picture.save(folder / image["file_name"])
+    (folder / "_annotations.coco.json").write_text(json.dumps(coco))
+
+
+def save(model, folder):
+    model.save_pretrained(folder)
+    RfDetrImageProcessor.from_config(model.config, image_mean=[0.4, 0.5, 0.6]).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    draw_split(folder / "train", 4, 0)
+    draw_split(folder / "valid", 3, 100)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A model of four classes, none of which is in the data."""
+    names = {0: "cat", 1: "dog", 2: "cow", 3: "__background__"}
+    return save(small_model(num_labels=4, id2label=names), tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def finished(data, checkpoint, tmp_path_factory):
+    """A run of two updates, with a checkpoint after each."""
+    output = tmp_path_factory.mktemp("runs") / "first"
+    arguments = ["train", data, "--model", checkpoint, "--output", output, "--batch-size", 2, "--device", "cpu"]
+    arguments += ["--lr", "1e-3", "--seed", 3, *settings(*QUICK, *TWO_STEPS)]
+    return SimpleNamespace(output=output, arguments=arguments, result=run(*arguments))
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The same run in a folder of its own, and the command that makes it there."""
+    output = tmp_path / "copied"
+    shutil.copytree(finished.output, output)
+    return output, [output if part == finished.output else part for part in finished.arguments]
+
+
+# train
+
+
+def test_training_leaves_a_model_of_the_data_s_classes_and_says_its_numbers(finished, data):
+    assert finished.result.exit_code == 0, finished.result.output
+    model, processor = load(str(finished.output / "model"))
+    assert model.config.id2label == {0: "building"}
+    assert processor.image_mean == [0.4, 0.5, 0.6]
+    numbers = evaluate_instance_segmentation(model, processor, load_instance_dataset(data)["validation"])
+    assert evaluate.format_numbers(numbers) in finished.result.output
+    assert f"The model is in {finished.output / 'model'}" in finished.result.output
+    before = small_model().state_dict()["transformer.decoder.layers.0.linear1.weight"]
+    after = weights(finished.output / "model")["transformer.decoder.layers.0.linear1.weight"]
+    assert 0 < (after - before).abs().max() < 0.1  # of the checkpoint, trained
+
+
+def test_all_that_was_set_lies_beside_every_model(finished, data, checkpoint):
+    stored = yaml.safe_load((finished.output / "train.yaml").read_text())
+    assert stored.pop("versions").keys() == {"transformers_rfdetr", "transformers", "torch"}
+    assert stored == {
+        "data": str(data),
+        "device": "cpu",
+        "model": str(checkpoint),
+        "output": str(finished.output),
+        "class_names": {1: "building"},
+        "dataloader_num_workers": 0,
+        "disable_tqdm": True,
+        "eval_strategy": "steps",
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 0.001,
+        "max_steps": 2,
+        "multi_scale": False,
+        "per_device_train_batch_size": 2,
+        "save_steps": 1.0,
+        "save_strategy": "steps",
+        "seed": 3,
+    }
+    texts = {path.read_text() for path in finished.output.rglob("train.yaml")}
+    assert len(texts) == 1
+    folders = {path.parent.name for path in finished.output.rglob("train.yaml")}
+    assert folders >= {"model", "checkpoint-1", "checkpoint-2", "best_total"}
+
+
+def test_the_file_of_a_run_repeats_it_elsewhere(finished, tmp_path):
+    result = run("train", "--config", finished.output / "train.yaml", "--output", tmp_path / "again")
+    assert result.exit_code == 0, result.output
+    assert_equal(weights(tmp_path / "again" / "model"), weights(finished.output / "model"))
+
+
+def test_a_run_that_was_stopped_goes_on_from_its_last_checkpoint(finished, copied):
+    output, arguments = copied
+    for folder in ("checkpoint-2", "model"):
+        shutil.rmtree(output / folder)
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert f"Resuming from {output / 'checkpoint-1'}" in result.output
+    assert_equal(weights(output / "model"), weights(finished.output / "model"))
+
+
+def test_a_run_with_other_settings_is_refused_until_the_old_one_may_be_moved(finished, copied):
+    output, arguments = copied
+    arguments = [*arguments, "--lr", "2e-3", "--set", "ema=false"]
+    line = refusal(*arguments)
+    assert line.startswith(
+        f"train: {output} holds a run with other settings (ema 'unset' there, False here; learning_rate 0.001 there,"
+        " 0.002 here)"
+    )
+    assert "--no-resume" in line
+    assert_equal(weights(output / "model"), weights(finished.output / "model"))
+    result = run(*arguments, "--no-resume")
+    assert result.exit_code == 0, result.output
+    aside = output.with_name("copied.1")
+    assert f"The run that was in {output} is in {aside} now" in result.output
+    assert_equal(weights(aside / "model"), weights(finished.output / "model"))
+    assert (aside / "checkpoint-1").is_dir()
+    heads = [weights(folder / "model")["class_embed.weight"] for folder in (output, aside)]
+    assert not torch.equal(*heads)
+
+
+def test_where_it_runs_and_how_it_looks_may_change_when_a_run_goes_on(finished):
+    stored = yaml.safe_load((finished.output / "train.yaml").read_text())
+    free = {"device": "auto", "dataloader_num_workers": 2, "report_to": "none", "versions": {}, "output": "there"}
+    found = train.find_checkpoint(finished.output, stored | free)
+    assert found == str(finished.output / "checkpoint-2")
+
+
+def test_a_folder_with_a_model_of_unknown_origin_is_not_written_into(copied):
+    output, arguments = copied
+    (output / "train.yaml").unlink()
+    assert f"{output} holds checkpoint-1 and no train.yaml" in refusal(*arguments)
+
+
+def test_heads_of_the_data_s_own_classes_are_kept(data, tmp_path):
+    names = {0: "building", 1: "__background__"}
+    folder = save(small_model(num_labels=2, id2label=names), tmp_path / "checkpoint")
+    model, _ = train._load_model({"model": str(folder), "resolution": [96, 48]}, load_instance_dataset(data)["train"])
+    assert_equal(model.state_dict(), weights(folder))
+    assert model.config.resolution == (96, 48)
+
+
+def test_a_name_on_the_hub_is_pushed_to_once_in_the_end(tmp_path):
+    arguments = train._training_arguments({"output": str(tmp_path), "device": "cpu", "push_to_hub": "me/barns"})
+    assert (arguments.push_to_hub, arguments.hub_model_id, arguments.hub_strategy) == (True, "me/barns", "end")
+    assert arguments.use_cpu
+
+
+def read(path, *given):
+    return train.read_recipe(path, given)
+
+
+def test_options_go_before_the_file_and_defaults_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "model: rf-detr-seg-nano\ndata: pictures\noutput: run\nepochs: 5\nlr: 2e-4\nlearning-rate-encoder: 1e-5\n"
+        "eval_strategy: no\nema: true\nseed: 42\nresolution: 96x48\nlr_scheduler_kwargs: {num_cycles: 2}\n"
+        "versions: {torch: 2.6.0}\n"
+    )
+    assert read(path, ("num_train_epochs", 7), ("class_names", ["barn"])) == {
+        "class_names": ["barn"],
+        "data": str(tmp_path / "pictures"),
+        "model": "rf-detr-seg-nano",
+        "output": str(tmp_path / "run"),
+        "resolution": [96, 48],
+        "eval_strategy": "no",
+        "learning_rate": 2e-4,
+        "learning_rate_encoder": 1e-5,
+        "lr_scheduler_kwargs": {"num_cycles": 2},
+        "num_train_epochs": 7.0,
+    }
+
+
+GIVEN = ["train", "data", "--model", "m", "--output", "o"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--model", "m"], "data is missing; give DATA, or data: in the file of --config"),
+        (["train", "data", "--output", "o"], "model is missing; give --model rf-detr-seg-medium"),
+        ([*GIVEN, "--set", "lerning_rate=1"], "there is no setting 'lerning_rate'; did you mean 'learning_rate'?"),
+        ([*GIVEN, "--set", "epoch=1"], "did you mean 'epochs'?"),
+        ([*GIVEN, "--set", "hub_token=hf_x"], "there is no setting 'hub_token'"),
+        ([*GIVEN, "--epochs", "1", "--set", "num_train_epochs=2"], "num_train_epochs is given twice"),
+        ([*GIVEN, "--set", "seed=1.5"], "the options: seed is 1.5; it must be a whole number"),
+        ([*GIVEN, "--set", "ema=yes"], "ema is 'yes'; it must be true or false"),
+        ([*GIVEN, "--set", "drop_path=true"], "drop_path is True; it must be a number or null"),
+        ([*GIVEN, "--set", "ema"], "--set ema has no value; give NAME=VALUE"),
+        ([*GIVEN, "--set", "ema=[1"], "--set ema=[1 is no YAML: while parsing"),
+        ([*GIVEN, "--set", "layer_decay=2"], "layer_decay 2.0 must be in (0, 1]"),
+        ([*GIVEN, "--resolution", "100x"], "--resolution 100x is no number of pixels"),
+        ([*GIVEN, "--device", "cuda:1"], "device cuda:1 is none of auto, cpu, cuda, mps"),
+        ([*GIVEN, "--config", "none.yaml"], "No such file or directory: 'none.yaml'"),
+        ([*GIVEN, "--class-names", "none.txt"], "--class-names none.txt is no file"),
+        (["train", "no/such/data", *GIVEN[2:], "--device", "cpu"], "'no/such/data' is neither a folder nor"),
+        (["evaluate", "m", "data", "--batch-size", "0"], "--batch-size 0 must be at least 1"),
+        (["evaluate", "m", "data", "--threshold", "1"], "--threshold 1.0 is outside [0, 1)"),
+        (["evaluate", "m", "data", "--output", "."], "evaluate: . is a folder; give the name of a file"),
+        (["benchmark", "m", "--runs", "0"], "--runs 0 must be at least 1"),
+        (["benchmark", "m", "--json", "."], ". is a folder; give the name of a file"),
+        (["train", "data", *GIVEN[2:], "--config", "no.yaml"], "no.yaml cannot be read"),
+        ([*GIVEN, "--epochs", "nan"], "--epochs nan trains nothing"),
+        ([*GIVEN, "--set", "gradient_accumulation_steps=0"], "gradient_accumulation_steps 0 must be at least 1"),
+        (["benchmark", "m", "--dtype", "int8"], "--dtype int8 is none of float32"),
+    ],
+)
+def test_a_command_says_in_a_line_what_is_wrong(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = refusal(*arguments)
+    assert line.startswith(f"{arguments[0]}: ")
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [1", "is no YAML: while parsing"), ("- a\n", "holds no settings"), ("\xff", "cannot be read")],
+)
+def test_a_file_that_holds_no_settings_is_refused(text, message, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(text, encoding="latin-1")
+    assert message in refusal("train", "--config", tmp_path / "recipe.yaml")
+
+
+# evaluate
+
+
+def test_evaluation_prints_and_writes_the_numbers_of_the_metric(finished, data, tmp_path):
+    folder, output = finished.output / "model", tmp_path / "new" / "metrics.json"
+    command = ["evaluate", folder, data, "--per-class", "--batch-size", 2, "--device", "cpu"]
+    result = run(*command, "--output", output, "--report", tmp_path / "report")
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert ">Worst pictures<" in page
+    assert ">Training<" in page  # of the run that the model lies in
+    dataset = load_instance_dataset(data)["validation"]
+    expected = evaluate_instance_segmentation(*load(str(folder)), dataset)
+    facts = {"model": str(folder), "data": str(data), "split": "validation", "num_pictures": 3, "threshold": None}
+    assert json.loads(output.read_text()) == facts | expected
+    assert evaluate.format_numbers(expected) in result.output
+    objects = expected["per_class"]["building"]["num_objects"]
+    assert ["building", str(objects)] in [line.split()[:2] for line in result.stdout.splitlines()]
+    assert "--split test is not in" in refusal("evaluate", folder, data, "--split", "test")
+
+
+def test_a_report_says_from_which_score_on_detections_count(finished, data, tmp_path):
+    command = ["evaluate", finished.output / "model", data, "--device", "cpu", "--report", tmp_path]
+    assert run(*command, "--threshold", "0.6").exit_code == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "but of detections above 0.6" in page
+    assert "whatever their score" not in page
+
+
+def test_pictures_may_lie_elsewhere_than_their_json(finished, data, tmp_path):
+    annotations = data / "valid" / "_annotations.coco.json"
+    shutil.copyfile(annotations, tmp_path / "only.json")
+    command = ["evaluate", finished.output / "model", tmp_path / "only.json", "--split", "train", "--device", "cpu"]
+    assert "image_folder" in refusal(*command)
+    assert run(*command, "--image-folder", annotations.parent).exit_code == 0
+    recipe = train.read_recipe(None, [("model", "m"), ("data", "d"), ("output", "o"), ("image_folder", str(tmp_path))])
+    assert recipe["image_folder"] == str(tmp_path)
+
+
+def test_a_table_has_a_line_each_for_masks_and_boxes_and_a_dash_for_what_is_not_there():
+    names = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100"]
+    numbers = {f"bbox_{name}": index / 10 for index, name in enumerate(names)} | {"bbox_AP_large": -1.0}
+    assert evaluate.format_numbers(numbers).splitlines() == [
+        "        AP   AP50   AP75  AP_small  AP_medium  AP_large   AR_1  AR_10  AR_100",
+        "box  0.000  0.100  0.200     0.300      0.400         -  0.600  0.700   0.800",
+    ]
+    numbers |= {f"segm_{name}": 0.25 for name in names} | {"mean_iou": 0.5}
+    assert [line.split()[0] for line in evaluate.format_numbers(numbers).splitlines()] == ["AP", "mask", "box", "mean"]
+    assert evaluate.format_numbers(numbers).endswith("mean IoU (score > 0.5): 0.500")
+    per_class = {"a barn": {"num_objects": 12, "bbox_AP": 0.5}, "b": {"num_objects": 0, "bbox_AP": -1.0}}
+    assert evaluate.format_classes(per_class).splitlines() == [
+        "class   objects  box AP",
+        "a barn       12   0.500",
+        "b             0       -",
+    ]
+
+
+# benchmark
+
+
+def test_a_benchmark_writes_its_numbers_with_what_was_measured(checkpoint, tmp_path):
+    output = tmp_path / "new" / "numbers.json"
+    result = run(
+        *("benchmark", checkpoint, "--size", "96x48", "--batch-size", 2, "--runs", 2, "--device", "cpu"),
+        *("--json", output),
+    )
+    assert result.exit_code == 0, result.output
+    numbers = json.loads(output.read_text())
+    assert {"size": [96, 48], "batch_size": 2, "dtype": "float32", "runs": 2, "active": None}.items() <= numbers.items()
+    assert numbers["parameters"] == sum(tensor.numel() for tensor in weights(checkpoint).values())
+    for name in ("forward", "predict"):
+        times = numbers[name]
+        assert 0 < times["median_seconds"] <= times["p90_seconds"]
+        assert times["pictures_per_second"] == pytest.approx(2 / times["median_seconds"])
+    assert f"{checkpoint} at 96 x 48 px, float32, on cpu" in result.output
+    assert "size 50 is not a multiple of 24" in refusal("benchmark", checkpoint, "--size", "50")
+
+
+def test_time_rate_and_flops_are_those_of_hand_arithmetic(monkeypatch):
+    model = torch.nn.Conv2d(3, 5, 1, bias=False)
+    model.device = torch.device("cpu")
+    ticks = [0.0] * 3 + [tick for duration in (3.0, 1.0, 2.0, 5.0, 4.0) for tick in (10.0, 10.0 + duration)]
+    clock = iter(ticks * 2)  # the first three are of the warm-up
+    monkeypatch.setattr(benchmark, "draw_scene", lambda *arguments: (None, []))
+    monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(benchmark, "predict", lambda *arguments, **options: None)
+    processor = SimpleNamespace(size={"height": 4, "width": 6})
+    numbers = benchmark.measure(model, processor, batch_size=2, compiled=False, runs=5)
+    assert numbers["parameters"] == 15
+    assert numbers["flops"] == 2 * 3 * 5 * 4 * 6
+    expected = {"median_seconds": 3.0, "p90_seconds": 4.6, "pictures_per_second": pytest.approx(2 / 3)}
+    assert numbers["forward"] == numbers["predict"] == expected
+
+
+def test_peak_memory_is_what_a_call_needs_beyond_what_is_there():
+    there = torch.ones(8 << 20)  # 32 MiB, kept
+    peak = benchmark._peak_bytes(lambda: (there[:1] + torch.ones(16 << 20)).sum(), torch.device("cpu"))
+    if peak is None:
+        pytest.skip("the system does not tell")
+    assert 120 << 20 <= peak <= 160 << 20  # two tensors of 64 MiB
+
+
+# info
+
+
+@pytest.mark.parametrize(("name", "millions"), [("RFDETRSegMedium", 35.694), ("rf-detr-nano", 30.467)])
+def test_a_published_name_is_described_without_its_weights(name, millions):
+    facts = json.loads(run("info", name, "--json").output)
+    assert round(facts["parameters"] / 1e6, 3) == millions  # as counted in rfdetr
+    assert facts["differences"] == {}
+    assert facts["num_classes"] == len(facts["classes"]) == 80
+    assert facts["classes"]["1"] == "person"
+    assert facts["file_size"] is None
+
+
+def test_the_text_of_a_published_name():
+    lines = run("info", "rf-detr-seg-medium").output.splitlines()
+    found = dict(line.split(maxsplit=1) for line in lines)
+    assert found["variant"] == "rf-detr-seg-medium"
+    assert found["task"] == "instance segmentation"
+    assert found["classes"].startswith("80: person, bicycle, car, ")
+    assert found["resolution"] == "432 x 432"
+    assert found["legal"] == "sizes    multiples of 24 (patch 12 x 2 windows): 408, 432, 456, ..."
+    assert found["queries"] == "200, in training 13 groups of them"
+    assert found["parameters"] == "35.7 M"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        ({"resolution": 504}, "as rf-detr-seg-medium, at 504 x 504 px"),
+        ({"num_queries": 90, "resolution": [432, 480]}, "as rf-detr-seg-medium, at 432 x 480 px, with 90 queries"),
+        ({"decoder_n_points": 4}, "the nearest one, rf-detr-seg-medium, has decoder_n_points 2 (here 4)"),
+    ],
+)
+def test_a_folder_is_named_after_the_nearest_variant(overrides, text, tmp_path):
+    config = RfDetrConfig.from_variant("rf-detr-seg-medium", num_labels=2)
+    for name, value in overrides.items():
+        setattr(config, name, value)
+    config.save_pretrained(tmp_path)
+    assert text in run("info", tmp_path).output
+
+
+def test_the_variant_is_found_by_its_architecture():
+    for name in ("rf-detr-large", "rf-detr-seg-large", "rf-detr-seg-2xlarge", "rf-detr-base"):
+        assert info.nearest_variant(RfDetrConfig.from_variant(name), "-seg-" in name) == (name, {})
+
+
+def test_a_folder_says_its_classes_weights_and_preprocessing(checkpoint):
+    facts = json.loads(run("info", checkpoint, "--json").output)
+    assert facts["classes"] == {"0": "cat", "1": "dog", "2": "cow"}
+    assert facts["dtype"] == "float32"
+    assert facts["key_layout"] == "original"
+    assert facts["file_size"] == (checkpoint / "model.safetensors").stat().st_size
+    assert facts["parameters"] == sum(tensor.numel() for tensor in weights(checkpoint).values())
+    assert facts["preprocessing"]["size"] == {"height": 48, "width": 48}
+    assert facts["preprocessing"]["image_mean"] == [0.4, 0.5, 0.6]
+    assert facts["legal_sizes"] == [24, 48, 72]
+
+
+def test_a_detection_model_in_half_precision_is_described_as_such(tmp_path):
+    RfDetrForObjectDetection(small_config()).to(torch.bfloat16).save_pretrained(tmp_path)
+    facts = json.loads(run("info", tmp_path, "--json").output)
+    assert facts["task"] == "object detection"
+    assert facts["dtype"] == "bfloat16"
+    assert "-seg-" not in facts["variant"]
+
+
+def test_a_file_of_rfdetr_is_read_without_converting_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(conversion.ENCODERS, "dinov2_windowed_small", (32, 2, 0))
+    config = small_config(backbone_config={"num_hidden_layers": 12, "out_indices": [3, 6, 9, 12]}, resolution=96)
+    model = RfDetrForInstanceSegmentation(config)
+    arguments = {
+        "num_windows": 2,
+        "out_feature_indexes": [3, 6, 9, 12],
+        "projector_scale": ["P4"],
+        "sa_nheads": 2,
+        "ca_nheads": 4,
+        "dec_n_points": 2,
+        "resolution": 96,
+        "class_names": ["barn", "house", "silo"],
+    }
+    path = tmp_path / "checkpoint_best_total.pth"
+    torch.save({"model": model.state_dict(), "args": argparse.Namespace(**arguments)}, path)
+    facts = json.loads(run("info", path, "--json").output)
+    assert list(facts["classes"].values()) == ["barn", "house", "silo"]
+    assert facts["resolution"] == [96, 96]
+    assert facts["parameters"] == sum(tensor.numel() for tensor in model.state_dict().values())
+    assert facts["file_size"] == path.stat().st_size
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_what_is_no_model_of_this_kind_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    assert "Its config.json is of 'bert' and not of 'rf_detr'" in refusal("info", tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert "is no RF-DETR model" in refusal("info", tmp_path / "empty")
+    (tmp_path / "notes.txt").write_text("hello")
+    assert "no PyTorch checkpoint" in refusal("info", tmp_path / "notes.txt")

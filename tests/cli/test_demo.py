@@ -1,0 +1,423 @@
+"""The drawn pictures, the drawing of instances, and the command that `make demo-predict` runs."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageChops
+from pycocotools.coco import COCO
+
+from transformers_rfdetr import RfDetrConfig, RfDetrForObjectDetection, RfDetrImageProcessor
+from transformers_rfdetr.cli.demo_predict import _save_random_checkpoint, main
+from transformers_rfdetr.data.drawing import color_of, draw_instances
+from transformers_rfdetr.data.synthetic import draw_dataset, draw_scene
+
+SMALL = {"size": (96, 128), "metres_per_pixel": 0.5}
+GREY = Image.new("RGB", (160, 120), (90, 90, 90))
+
+
+@pytest.fixture(scope="module")
+def dataset() -> tuple[list[Image.Image], COCO]:
+    """Thirty pictures read by pycocotools from their JSON."""
+    pictures, dictionary = draw_dataset(30)
+    coco = COCO()
+    coco.dataset = json.loads(json.dumps(dictionary))
+    coco.createIndex()
+    return pictures, coco
+
+
+def square(*corners: tuple[int, int], side: int = 40) -> np.ndarray:
+    """Masks (N, 120, 160): a square at each (y, x)."""
+    masks = np.zeros((len(corners), 120, 160), bool)
+    for mask, (y, x) in zip(masks, corners, strict=True):
+        mask[y : y + side, x : x + side] = True
+    return masks
+
+
+# The drawn pictures
+
+
+def test_a_seed_always_draws_the_same_scene():
+    (first, objects), (second, same_objects) = draw_scene(4, **SMALL), draw_scene(4, **SMALL)
+    assert first.tobytes() == second.tobytes()
+    assert objects == same_objects
+
+
+def test_seeds_draw_different_scenes():
+    assert len({draw_scene(seed, **SMALL)[0].tobytes() for seed in range(8)}) == 8
+
+
+def test_drawing_leaves_the_global_random_state_alone():
+    before = np.random.get_state()[1].copy()
+    draw_scene(0, **SMALL)
+    assert (np.random.get_state()[1] == before).all()
+
+
+def test_a_scene_has_the_size_asked_for():
+    picture, _ = draw_scene(1, size=(80, 200), metres_per_pixel=0.4)
+    assert (picture.mode, picture.size) == ("RGB", (200, 80))
+
+
+@pytest.mark.parametrize(("size", "metres"), [((16, 96), 2.0), ((96, 96), 0.1)])
+def test_a_scene_too_small_for_a_building_is_refused(size: tuple[int, int], metres: float):
+    with pytest.raises(ValueError, match="24 pixels and 20 metres"):
+        draw_scene(0, size, metres_per_pixel=metres)
+
+
+def test_box_and_area_are_those_that_pycocotools_reads_from_the_mask(dataset: tuple[list[Image.Image], COCO]):
+    _, coco = dataset
+    for annotation in coco.loadAnns(coco.getAnnIds()):
+        mask = coco.annToMask(annotation)
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        x, y, width, height = annotation["bbox"]
+        assert annotation["area"] == mask.sum() > 0
+        assert (x, y, x + width, y + height) == (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+
+
+def test_masks_of_a_scene_are_disjoint(dataset: tuple[list[Image.Image], COCO]):
+    _, coco = dataset
+    for image_id in coco.getImgIds():
+        masks = [coco.annToMask(annotation) for annotation in coco.imgToAnns[image_id]]
+        assert np.sum(masks, axis=0).max(initial=0) <= 1
+
+
+def test_the_scenes_hold_polygons_rle_several_wings_crowds_and_empty_pictures(
+    dataset: tuple[list[Image.Image], COCO],
+):
+    _, coco = dataset
+    annotations = coco.loadAnns(coco.getAnnIds())
+    houses = [annotation for annotation in annotations if not annotation["iscrowd"]]
+    polygons = [house["segmentation"] for house in houses if isinstance(house["segmentation"], list)]
+    assert {type(house["segmentation"]) for house in houses} == {list, dict}
+    assert {len(wings) for wings in polygons} == {1, 2, 4}
+    assert [annotation["image_id"] for annotation in annotations if annotation["iscrowd"]] == [6, 16, 26]
+    assert [image_id for image_id in coco.getImgIds() if not coco.imgToAnns[image_id]] == [3, 13, 23]
+
+
+def test_a_house_around_a_courtyard_has_a_hole(dataset: tuple[list[Image.Image], COCO]):
+    _, coco = dataset
+    annotations = coco.loadAnns(coco.getAnnIds())
+    courtyards = [item for item in annotations if not item["iscrowd"] and len(item["segmentation"]) == 4]
+    assert courtyards
+    for courtyard in courtyards:
+        x, y, width, height = map(int, courtyard["bbox"])
+        assert coco.annToMask(courtyard)[y + height // 2, x + width // 2] == 0
+
+
+def test_roofs_differ_from_the_ground_around_them(dataset: tuple[list[Image.Image], COCO]):
+    pictures, coco = dataset
+    pixels = np.asarray(pictures[4], dtype=float)
+    mask = np.sum([coco.annToMask(annotation) for annotation in coco.imgToAnns[4]], axis=0, dtype=bool)
+    assert np.abs(pixels[mask].mean(0) - pixels[~mask].mean(0)).max() > 10
+
+
+def test_the_image_processor_reads_every_annotation_but_crowds(dataset: tuple[list[Image.Image], COCO]):
+    pictures, coco = dataset
+    targets = [{"image_id": i, "annotations": coco.imgToAnns[i]} for i in coco.getImgIds()]
+    inputs = RfDetrImageProcessor(size=96)(pictures, targets, return_segmentation_masks=True)
+    for labels, target in zip(inputs["labels"], targets, strict=True):
+        houses = [annotation for annotation in target["annotations"] if not annotation["iscrowd"]]
+        assert labels["masks"].sum((1, 2)).tolist() == [house["area"] for house in houses]
+
+
+# Drawing instances
+
+
+def test_only_pixels_of_the_masks_change():
+    masks = square((10, 20), (60, 90))
+    changed = (np.asarray(draw_instances(GREY, masks)) != np.asarray(GREY)).any(-1)
+    assert (changed == masks.any(0)).all()
+
+
+def test_the_inside_of_a_mask_takes_its_colour_and_keeps_the_picture_under_it():
+    light_and_dark = np.asarray(GREY).copy()
+    light_and_dark[:, 40:] = 200
+    drawn = np.asarray(draw_instances(Image.fromarray(light_and_dark), square((10, 20)))).astype(int)
+    for x, ground in ((32, 90), (48, 200)):
+        expected = 0.55 * ground + 0.45 * np.array(color_of(0))
+        assert np.abs(drawn[30, x] - expected).max() <= 1
+
+
+@pytest.mark.parametrize("ground", [0, 128, 255])
+def test_the_outline_stands_out_from_any_ground(ground: int):
+    picture = Image.new("L", (160, 120), ground)
+    drawn = np.asarray(draw_instances(picture, square((10, 20)))).astype(int)
+    edge, line = drawn[30, 20], drawn[30, 21]
+    assert tuple(line) == color_of(0)
+    assert max(np.abs(edge - ground).max(), np.abs(line - ground).max()) > 100
+
+
+def test_of_overlapping_instances_the_earlier_lies_on_top():
+    masks = square((10, 20), (30, 40))
+    drawn = np.asarray(draw_instances(GREY, masks))
+    alone = np.asarray(draw_instances(GREY, masks[:1]))
+    outline = drawn[10:50, 59] == alone[10:50, 59]
+    assert outline.all()
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.tensor])
+def test_boxes_can_be_drawn_without_masks(kind: type):
+    drawn = np.asarray(draw_instances(GREY, boxes=kind([[20.0, 10.0, 100.0, 90.0]])))
+    changed = (drawn != np.asarray(GREY)).any(-1)
+    assert changed[10, 20:100].all()
+    assert changed[10:90, 99].all()
+    assert not changed[20:80, 30:90].any()
+    assert not changed[90:].any()
+
+
+def test_plates_stay_inside_the_picture_and_off_each_other():
+    boxes = [[0, 0, 40, 40], [2, 1, 42, 42], [150, 110, 160, 120]]
+    bare = np.asarray(draw_instances(GREY, boxes=boxes)).astype(int)
+    written = np.asarray(draw_instances(GREY, boxes=boxes, labels=["a", "b", "c"], scores=[0.9, 0.8, 0.7])).astype(int)
+    for index in range(3):
+        plate = (written == color_of(index)).all(-1) & (bare != color_of(index)).any(-1)
+        assert plate.sum() > 100
+
+
+def test_in_a_crowd_plates_that_would_hide_something_are_left_out():
+    picture = Image.new("RGB", (640, 480), (90, 90, 90))
+    small = [[20 + 60 * (n % 10), 100 + 60 * (n // 10), 30 + 60 * (n % 10), 110 + 60 * (n // 10)] for n in range(20)]
+    boxes = [*small, [300, 300, 600, 460]]
+    bare = draw_instances(picture, boxes=boxes)
+    written = draw_instances(picture, boxes=boxes, labels=["house"] * 21)
+    difference = ImageChops.difference(bare, written).getbbox()
+    assert difference[0] == 300  # of the large one alone
+    assert difference[3] <= 300
+    few = ImageChops.difference(
+        bare.crop((0, 0, 640, 290)), draw_instances(picture, boxes=small, labels=["house"] * 20).crop((0, 0, 640, 290))
+    )
+    assert few.getbbox()[0] <= 20
+
+
+def test_colour_indices_give_instances_of_a_class_one_colour():
+    drawn = np.asarray(draw_instances(GREY, square((10, 20), (60, 90)), color_indices=[7, 7]))
+    assert (drawn[30, 40] == drawn[80, 110]).all()
+    assert len({color_of(index) for index in range(100)}) == 100
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_pictures_of_16_bits_and_of_floats_are_drawn_on_at_their_own_scale(empty: bool):
+    boxes = [] if empty else [[0, 0, 10, 10]]
+    for picture in (
+        Image.fromarray(np.full((60, 80), 13107, np.uint16)),
+        Image.fromarray(np.full((60, 80), 0.2, np.float32)),
+    ):
+        drawn = draw_instances(picture, boxes=boxes)
+        assert (drawn.mode, drawn.size) == ("RGB", (80, 60))
+        assert drawn.getpixel((40, 30)) == (51, 51, 51)
+
+
+def test_a_picture_with_exif_rotation_is_drawn_upright():
+    picture = Image.new("RGB", (160, 120))
+    picture.getexif()[274] = 6
+    assert draw_instances(picture, np.ones((1, 160, 120), bool)).size == (120, 160)
+
+
+def test_boxes_and_scores_of_half_precision_can_be_drawn():
+    boxes, scores = torch.tensor([[20, 10, 100, 90]]), torch.tensor([0.5])
+    drawn = draw_instances(GREY, boxes=boxes.bfloat16(), scores=scores.bfloat16())
+    assert drawn.tobytes() == draw_instances(GREY, boxes=boxes, scores=scores).tobytes()
+
+
+def test_a_label_of_two_lines_is_written_on_one():
+    boxes = [[20, 40, 100, 90]]
+    written = draw_instances(GREY, boxes=boxes, labels=["traffic\nlight"])
+    assert written.tobytes() == draw_instances(GREY, boxes=boxes, labels=["traffic light"]).tobytes()
+
+
+@pytest.mark.parametrize(
+    "empty", [{}, {"masks": np.zeros((0, 120, 160), bool), "boxes": [], "labels": [], "scores": []}]
+)
+def test_no_instances_give_an_equal_picture(empty: dict):
+    drawn = draw_instances(GREY, **empty)
+    assert drawn is not GREY
+    assert drawn.tobytes() == GREY.tobytes()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 200), (2000, 1500)])
+def test_pictures_of_any_size_can_be_drawn_on(size: tuple[int, int]):
+    masks = np.ones((2, *size[::-1]), bool)
+    masks[1] = False
+    drawn = draw_instances(Image.new("RGB", size), masks, [[0, 0, 1, 1], [0, 0, *size]], ["building"] * 2, [1, 0])
+    assert drawn.size == size
+
+
+def test_an_empty_mask_has_no_plate():
+    assert draw_instances(GREY, square((10, 20), side=0), labels=["building"]).tobytes() == GREY.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"masks": square((0, 0)), "scores": [0.5, 0.4]}, "'masks': 1, 'scores': 2"),
+        ({"labels": ["building"]}, "neither masks nor boxes"),
+        ({"masks": square((0, 0))[:, :60]}, r"\(60, 160\) are not .* \(120, 160\)"),
+        ({"masks": square((0, 0)).astype(float)}, "masks of float64"),
+        ({"boxes": [[1, 2, 3]]}, r"shape \(1, 3\)"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(parts: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        draw_instances(GREY, **parts)
+
+
+# The command
+
+
+def test_the_demo_runs_anywhere_and_writes_an_overlay_of_the_drawn_picture(tmp_path: Path):
+    output = tmp_path / "made" / "overlay.png"
+    command = [sys.executable, "-m", "transformers_rfdetr.cli.demo_predict", "--output", output]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd=tmp_path)
+    lines = done.stdout.splitlines()
+    assert "RANDOM" in lines[0]
+    assert lines[1].startswith("3 instances")
+    assert len(lines) == 2 + 1 + 3 + 1
+    assert lines[-1].endswith(str(output))
+    picture, _ = draw_scene(seed=0)
+    with Image.open(output) as overlay:
+        assert overlay.size == picture.size
+        assert (np.asarray(overlay) != np.asarray(picture)).any(-1).sum() >= max(
+            int(line.split()[-1]) for line in lines[3:6]
+        )
+
+
+def test_the_demo_takes_a_picture_and_a_checkpoint_of_the_users(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    _save_random_checkpoint(str(tmp_path / "model"))
+    picture = Image.new("L", (90, 60), 200)
+    exif = picture.getexif()
+    exif[274] = 6  # a camera held upright
+    picture.save(tmp_path / "photo.jpg", exif=exif)
+    arguments = ["--image", tmp_path / "photo.jpg", "--model", tmp_path / "model", "--output", tmp_path / "out.png"]
+    assert main([*map(str, arguments), "--threshold", "0"]) == 0
+    printed = capsys.readouterr().out
+    assert "RANDOM" not in printed
+    assert "20 instances score above 0" in printed
+    with Image.open(tmp_path / "out.png") as overlay:
+        assert overlay.size == (60, 90)
+
+
+def test_a_detection_checkpoint_gives_boxes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    _save_random_checkpoint(str(tmp_path))
+    RfDetrForObjectDetection(RfDetrConfig.from_pretrained(tmp_path)).save_pretrained(tmp_path)
+    assert main(["--model", str(tmp_path), "--output", str(tmp_path / "out.png"), "--threshold", "0"]) == 0
+    assert "20 instances score above 0" in capsys.readouterr().out
+
+
+def test_a_picture_without_instances_is_written_all_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["--threshold", "1", "--output", str(tmp_path / "out.png")]) == 0
+    assert "No instances score above 1" in capsys.readouterr().out
+    with Image.open(tmp_path / "out.png") as overlay:
+        assert overlay.tobytes() == draw_scene(seed=0)[0].tobytes()
+
+
+def test_the_demo_shows_a_picture_of_16_bits_as_the_model_sees_it(tmp_path: Path):
+    Image.fromarray(np.full((60, 90), 13107, np.uint16)).save(tmp_path / "deep.png")
+    arguments = ["--image", tmp_path / "deep.png", "--output", tmp_path / "out.png", "--threshold", "1"]
+    assert main(list(map(str, arguments))) == 0
+    with Image.open(tmp_path / "out.png") as overlay:
+        assert overlay.getextrema() == ((51, 51),) * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "loaded"),
+    [
+        ("RFDETRSegMedium", "Roboflow/rf-detr-seg-medium"),
+        ("rf-detr-seg-nano", "Roboflow/rf-detr-seg-nano"),
+        ("Somebody/rf-detr-seg-nano", "Somebody/rf-detr-seg-nano"),
+        ("rf-detr-seg-small", "rf-detr-seg-small"),  # a folder
+        ("unknown", "unknown"),
+    ],
+)
+def test_the_model_may_be_any_usual_spelling_of_a_published_one(
+    name: str, loaded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def load(name: str, **_):
+        asked.append(name)
+        raise OSError("no network here")
+
+    asked: list[str] = []
+    monkeypatch.chdir(tmp_path)
+    RfDetrConfig().save_pretrained("rf-detr-seg-small")
+    monkeypatch.setattr(RfDetrConfig, "from_pretrained", load)
+    assert main(["--model", name]) == 2
+    assert asked == [loaded]
+
+
+def test_a_folder_without_a_preprocessor_takes_the_model_s_resolution_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+):
+    _save_random_checkpoint(str(tmp_path))
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert main(["--model", str(tmp_path), "--output", str(tmp_path / "out.png"), "--threshold", "0"]) == 0
+    assert f"{tmp_path} has no preprocessor_config.json" in caplog.text
+    assert "20 instances score above 0" in capsys.readouterr().out
+
+
+WRONG = {
+    "--threshold 1.5": "--threshold 1.5 is outside [0, 1]",
+    "--threshold nan": "--threshold nan is outside [0, 1]",
+    "--image missing.png": "missing.png cannot be opened as an image: there is no such file",
+    "--image text.png": "text.png cannot be opened as an image",
+    "--image exif.png": "exif.png cannot be opened as an image",
+    "--image http://127.0.0.1:9/picture.png": "cannot be opened as an image",
+    "--model ./missing/model": "--model: ./missing/model cannot be loaded",
+    "--model detection": "--model: detection lacks",
+    "--model corrupt": "--model: corrupt cannot be loaded",
+    "--output overlay.nothing": "--output overlay.nothing has no ending",
+}
+
+
+@pytest.fixture(scope="module")
+def endings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Exit code and lines on stderr of each wrong command, and the files after all of them, in one fresh process."""
+    folder = tmp_path_factory.mktemp("wrong")
+    (folder / "text.png").write_text("no picture")
+    Image.new("RGB", (8, 8)).save(folder / "exif.png", exif=b"garbage")
+    for name in ("detection", "corrupt"):
+        _save_random_checkpoint(str(folder / name))
+    config = RfDetrConfig.from_pretrained(folder / "detection")
+    RfDetrForObjectDetection(config).save_pretrained(folder / "detection")
+    config.architectures = ["RfDetrForInstanceSegmentation"]  # which its weights are not of
+    config.save_pretrained(folder / "detection")
+    (folder / "corrupt" / "model.safetensors").write_bytes(b"xx" * 100)
+    program = """
+import sys
+from transformers_rfdetr.cli.demo_predict import main
+for line in sys.argv[1:]:
+    print("COMMAND", line, file=sys.stderr)
+    print(main(line.split()), file=sys.stderr)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *WRONG],
+        env=os.environ
+        | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=folder,
+    )
+    _, *commands = done.stderr.split("COMMAND ")
+    lines = [command.splitlines() for command in commands]
+    return {first: rest for first, *rest in lines} | {"files": sorted(path.name for path in folder.iterdir())}
+
+
+@pytest.mark.parametrize("command", WRONG)
+def test_wrong_arguments_end_with_one_line_and_code_2(endings: dict[str, list[str]], command: str):
+    error, code = endings[command]
+    assert code == "2"
+    assert error.startswith("demo_predict: ")
+    assert WRONG[command] in error
+
+
+def test_a_checkpoint_is_refused_by_the_names_of_what_it_lacks(endings: dict[str, list[str]]):
+    assert re.search(r"lacks \d+ weights .*\(segmentation_head\.", endings["--model detection"][0])
+
+
+def test_wrong_arguments_leave_no_files(endings: dict[str, list[str]]):
+    assert endings["files"] == ["corrupt", "detection", "exif.png", "text.png"]

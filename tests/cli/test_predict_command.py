@@ -1,0 +1,598 @@
+"""`transformers-rfdetr predict` on pictures: bad files, restarts, shards, data sets, URLs, and what it writes."""
+
+import http.server
+import itertools
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer
+from click.testing import Result
+from PIL import Image
+from pycocotools.coco import COCO
+from typer.testing import CliRunner
+
+from transformers_rfdetr import RfDetrImageProcessor, load, predict, predict_tiled
+from transformers_rfdetr.cli import predict as command
+from transformers_rfdetr.inference import folder as bulk_prediction
+from transformers_rfdetr.inference.instances import Instances
+from transformers_rfdetr.inference.video import VideoReader, VideoSummary, VideoWriter
+
+from small_models import small_model
+
+NUM_GOOD = 193
+BAD = {
+    "empty.jpg": b"",
+    "text.png": b"no picture at all",
+    "cut.jpg": None,  # the first half of one
+    "notes.txt": b"a list of things",
+    "zeros.png": bytes(100),
+    "deep/page.html": b"<html></html>",
+    "deep/half.png": None,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    model = small_model(id2label={0: "cat", 1: "a/b", 2: "dog", 3: "dogs"})
+    model.config.category_ids = [10, 20, 30, 40]
+    model.save_pretrained(folder)
+    RfDetrImageProcessor.from_config(model.config).save_pretrained(folder)
+    return folder
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (20 + seed % 5, 30, 3), np.uint8))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two hundred files, of which seven are no pictures."""
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "deep").mkdir()
+    for seed in range(NUM_GOOD):
+        picture(seed).save(folder / ("deep" if seed % 10 == 0 else ".") / f"{seed:03d}.{'jpg' if seed % 2 else 'png'}")
+    for name, content in BAD.items():
+        whole = (folder / ("001.jpg" if name.endswith("jpg") else "deep/000.png")).read_bytes()
+        (folder / name).write_bytes(whole[: len(whole) // 2] if content is None else content)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("few")
+    for seed in range(7):
+        picture(seed).save(folder / f"{seed}.png")
+    return folder
+
+
+def run(*arguments: object) -> Result:
+    app = typer.Typer()
+    app.command()(command.predict)
+    return CliRunner().invoke(app, ["--device", "cpu", "--threshold", "0.02", *map(str, arguments)])
+
+
+def records(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def first_run(model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    output = tmp_path_factory.mktemp("found") / "out"
+    return output, run(model, photos, "-o", output)
+
+
+def test_bad_files_are_named_the_rest_is_done_and_the_code_is_1(first_run: tuple[Path, Result]):
+    output, done = first_run
+    assert done.exit_code == 1, done.output
+    assert f"in {NUM_GOOD} pictures" in done.output
+    assert "7 pictures could not be read" in done.output
+    for name in BAD:
+        assert name in done.output
+    assert sum("error" in record for record in records(output)) == len(BAD)
+    assert len(list((output / "pictures").rglob("*.*"))) == NUM_GOOD
+
+
+def test_what_is_written_is_what_predict_finds(first_run: tuple[Path, Result], model: Path, photos: Path):
+    output, _ = first_run
+    loaded, processor = load(str(model))
+    good = [record for record in records(output) if "error" not in record]
+    assert [Path(record["image"]) for record in good] == sorted(Path(record["image"]) for record in good)
+    for record in good[:: len(good) // 6]:
+        assert record["source"] == str(photos / record["image"])
+        [expected] = predict(loaded, processor, record["source"], threshold=0.02)
+        found = Instances.from_dict(record)
+        assert found.names == expected.names
+        np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
+        np.testing.assert_allclose(found.boxes, expected.boxes, atol=1e-3)
+        drawn = Image.open(output / "pictures" / record["image"])
+        assert drawn.size == Image.open(record["source"]).size
+
+
+def test_pycocotools_reads_the_coco_file(first_run: tuple[Path, Result], photos: Path):
+    output, _ = first_run
+    coco = COCO(output / "predictions.coco.json")
+    found = {record["image"]: record for record in records(output) if "error" not in record}
+    assert len(coco.imgs) == NUM_GOOD
+    assert {category["id"]: category["name"] for category in coco.cats.values()} == {
+        10: "cat",
+        20: "a/b",
+        30: "dog",
+        40: "dogs",
+    }
+    for image in coco.imgs.values():
+        one = found[image["file_name"]]
+        assert [image["height"], image["width"]] == one["image_size"]
+        annotations = coco.imgToAnns[image["id"]]
+        assert [coco.cats[item["category_id"]]["name"] for item in annotations] == [i["name"] for i in one["instances"]]
+        assert all(coco.annToMask(item).sum() == item["area"] for item in annotations)
+    assert len(coco.loadRes(coco.dataset["annotations"]).anns) == len(coco.anns) > NUM_GOOD
+
+
+def test_the_same_command_again_does_only_what_could_not_be_read(
+    first_run: tuple[Path, Result], model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+):
+    output, _ = first_run
+    before = {name: (output / name).read_bytes() for name in ("predictions.jsonl", "predictions.coco.json")}
+    monkeypatch.setattr(bulk_prediction, "predict", lambda _, __, images, **___: images and pytest.fail("again"))
+    again = run(model, photos, "-o", output)
+    assert again.exit_code == 1
+    assert f"0 instances in 0 pictures, {NUM_GOOD} done before" in again.output
+    for name, content in before.items():
+        assert (output / name).read_bytes() == content
+
+
+def test_another_threshold_is_refused_in_the_same_folder(first_run: tuple[Path, Result], model: Path, photos: Path):
+    output, _ = first_run
+    done = run(model, photos, "-o", output, "--threshold", "0.4")
+    assert done.exit_code == 2
+    assert "threshold 0.02 instead of 0.4" in done.output
+
+
+def test_strict_stops_at_the_first(model: Path, photos: Path, tmp_path: Path):
+    done = run(model, photos / "deep", "-o", tmp_path, "--strict", "--batch-size", "4")
+    assert done.exit_code == 1
+    assert "half.png" in done.output
+    assert "page.html" not in done.output
+    assert not (tmp_path / "predictions.jsonl").exists()
+
+
+def test_a_folder_with_other_files_is_no_output(model: Path, few: Path, photos: Path):
+    done = run(model, few, "-o", photos)
+    assert done.exit_code == 2
+    assert "holds other files, and no predictions" in done.output
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("whole") / "out"
+    assert run(model, few, "-o", output, "--batch-size", "1").exit_code == 0
+    return output
+
+
+def test_a_run_that_was_killed_goes_on_from_its_last_whole_line(model: Path, few: Path, whole: Path, tmp_path: Path):
+    written = (whole / "predictions.jsonl").read_bytes()
+    settings = (whole / "settings.json").read_bytes()
+    for number, cut in enumerate((0, 1, len(written) // 2, len(written) - 1, len(written))):
+        output = tmp_path / str(number)
+        (output / "parts").mkdir(parents=True)
+        (output / "settings.json").write_bytes(settings)
+        (output / "parts" / "0-of-1.jsonl").write_bytes(written[:cut])
+        done = run(model, few, "-o", output, "--batch-size", "1")
+        assert done.exit_code == 0, done.output
+        num_done = written[:cut].count(b"\n")
+        assert f"in {7 - num_done} pictures" in done.output
+        assert (output / "predictions.jsonl").read_bytes() == written
+        assert (output / "predictions.coco.json").read_bytes() == (whole / "predictions.coco.json").read_bytes()
+        assert not list((output / "parts").iterdir())
+
+
+def test_processes_take_their_shares_and_the_last_one_writes_the_results(
+    model: Path, few: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank, count in ((1, 2), (0, 3), (2, 2)):
+        assert not (tmp_path / "predictions.jsonl").exists()
+        monkeypatch.setenv("RANK", str(rank))
+        done = run(model, few, "-o", tmp_path, "--batch-size", "1")
+        assert f"in {count} pictures (process {rank} of 3)" in done.output
+    assert (tmp_path / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
+    assert (tmp_path / "predictions.coco.json").read_bytes() == (whole / "predictions.coco.json").read_bytes()
+    monkeypatch.setenv("WORLD_SIZE", "2")  # other machines, and all is done
+    monkeypatch.setenv("RANK", "1")
+    assert "0 pictures, 3 done before" in run(model, few, "-o", tmp_path).output
+
+
+def test_cut_outs_are_written_under_names_that_are_safe(model: Path, few: Path, whole: Path, tmp_path: Path):
+    assert run(model, few / "3.png", "-o", tmp_path, "--save-crops", "--no-pictures").exit_code == 0
+    [record] = records(tmp_path)
+    crops = sorted((tmp_path / "crops").iterdir())
+    assert [crop.name for crop in crops] == [
+        f"3.png-{index:03d}-{one['name'].replace('/', '_')}.png" for index, one in enumerate(record["instances"])
+    ]
+    assert Image.open(crops[0]).mode == "RGBA"
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_patterns_and_equal_names_are_kept_apart(model: Path, few: Path, tmp_path: Path):
+    (tmp_path / "other").mkdir()
+    picture(50).save(tmp_path / "other" / "3.png")
+    output = tmp_path / "out"
+    done = run(model, few / "[23].png", tmp_path / "other" / "3.png", few / "3.png", "-o", output)
+    assert done.exit_code == 0
+    assert sorted(path.name for path in (output / "pictures").iterdir()) == ["2.png", "3-2.png", "3.png"]
+    both = run(model, few, tmp_path / "other", "-o", tmp_path / "both")
+    assert both.exit_code == 0
+    assert (tmp_path / "both" / "pictures" / "other" / "3.png").is_file()
+    assert len(list((tmp_path / "both" / "pictures" / few.name).iterdir())) == 7
+
+
+def test_what_is_drawn_over_two_pictures_are_two_files(model: Path, tmp_path: Path):
+    """A GIF becomes a PNG, whose name another picture has already."""
+    (tmp_path / "photos").mkdir()
+    for side, name in ((40, "a.gif"), (20, "a.gif.png"), (30, "a.jpg")):
+        picture(0).resize((side, side)).save(tmp_path / "photos" / name)
+    assert run(model, tmp_path / "photos", "-o", tmp_path / "out").exit_code == 0
+    drawn = {path.name: Image.open(path).width for path in (tmp_path / "out" / "pictures").iterdir()}
+    assert drawn == {"a.gif.png": 40, "a.gif-2.png": 20, "a.jpg": 30}
+
+
+def test_another_source_or_other_weights_are_refused_in_the_same_folder(
+    model: Path, few: Path, whole: Path, tmp_path: Path
+):
+    assert "sources" in run(model, few / "1.png", "-o", whole, "--batch-size", "1").output
+    other = tmp_path / "model"
+    shutil.copytree(model, other)
+    assert run(other, few, "-o", tmp_path / "out").exit_code == 0
+    weights = small_model(id2label={0: "cat", 1: "a/b", 2: "dog", 3: "dogs"})
+    with torch.no_grad():
+        weights.class_embed.bias.add_(1.0)
+    weights.save_pretrained(other)  # trained on, under the same name
+    again = run(other, few, "-o", tmp_path / "out")
+    assert again.exit_code == 2
+    assert "made with weights" in again.output
+
+
+def test_results_inside_the_folder_of_pictures_are_no_pictures(model: Path, few: Path, tmp_path: Path):
+    shutil.copytree(few, tmp_path / "photos")
+    for done_before in (0, 7):
+        done = run(model, tmp_path / "photos", "-o", tmp_path / "photos" / "predictions")
+        assert done.exit_code == 0, done.output
+        assert f"in {7 - done_before} pictures" in done.output
+
+
+def test_names_that_are_no_utf8_or_long_do_not_end_a_run(model: Path, few: Path, tmp_path: Path):
+    folder = tmp_path / "odd"
+    shutil.copytree(few, folder)
+    names = [os.fsdecode(b"b\xff.png"), f"{'x' * 250}.png", "new\nline #1?.png"]
+    for name in names:
+        shutil.copyfile(few / "1.png", folder / name)
+    (folder / os.fsdecode(b"bad\xfe.png")).write_bytes(b"")
+    done = run(model, folder, "-o", tmp_path / "out", "--save-crops")
+    assert done.exit_code == 1, done.output
+    assert "bad\\udcfe.png" in done.output
+    assert "the name is too long" in done.output
+    found = {record["image"] for record in records(tmp_path / "out") if "error" not in record}
+    assert {names[0], names[2]} < found
+    assert run(model, folder, "-o", tmp_path / "out", "--save-crops").exit_code == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's device that is always full")
+def test_a_full_disk_is_named_with_the_file_and_the_same_command_goes_on(
+    model: Path, few: Path, whole: Path, tmp_path: Path
+):
+    part = tmp_path / "out" / "parts" / "0-of-1.jsonl"
+    part.parent.mkdir(parents=True)
+    shutil.copyfile(whole / "settings.json", tmp_path / "out" / "settings.json")
+    part.symlink_to("/dev/full")
+    done = run(model, few, "-o", tmp_path / "out", "--batch-size", "1")
+    assert done.exit_code == 2, done.output
+    assert f"{part} cannot be written: No space left on device; free some space, and the same command" in done.output
+    part.unlink()
+    assert run(model, few, "-o", tmp_path / "out", "--batch-size", "1").exit_code == 0
+    assert (tmp_path / "out" / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
+
+
+def test_a_class_with_a_comma_in_its_name_can_be_chosen(tmp_path: Path, few: Path):
+    model = small_model(id2label={0: "cat", 1: "dog, big", 2: "dog", 3: "bird"})
+    model.save_pretrained(tmp_path / "model")
+    done = run(tmp_path / "model", few, "-o", tmp_path / "out", "--classes", "dog, big")
+    assert done.exit_code == 0, done.output
+    assert {one["name"] for record in records(tmp_path / "out") for one in record["instances"]} <= {"dog, big"}
+
+
+def test_category_ids_of_other_classes_are_not_used(tmp_path: Path, few: Path):
+    model = small_model(id2label={0: "cat", 1: "dog", 2: "cow", 3: "bird"})
+    model.config.category_ids = [10, 20]
+    model.save_pretrained(tmp_path / "model")
+    assert run(tmp_path / "model", few, "-o", tmp_path / "out").exit_code == 0
+    coco = json.loads((tmp_path / "out" / "predictions.coco.json").read_text())
+    assert [category["id"] for category in coco["categories"]] == [0, 1, 2, 3]
+
+
+def test_of_several_processes_one_with_unreadable_pictures_does_not_stop_the_others(
+    model: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shutil.copytree(few, tmp_path / "photos")
+    (tmp_path / "photos" / "0.png").write_bytes(b"")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert run(model, tmp_path / "photos", "-o", tmp_path / "out").exit_code == 0
+    assert sum("error" in record for record in records(tmp_path / "out")) == 1
+    monkeypatch.setenv("RANK", "2")
+    assert "process 2 of 2 is none" in run(model, tmp_path / "photos", "-o", tmp_path / "out").output
+
+
+def test_videos_of_one_name_and_a_broken_one_beside_them_are_all_looked_at(
+    model: Path, video: Path, few: Path, tmp_path: Path
+):
+    for name in ("a", "b"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        shutil.copyfile(video, tmp_path / "in" / name / "x.mp4")
+    (tmp_path / "in" / "a" / "a_bad.mp4").write_bytes(b"nothing")
+    done = run(model, tmp_path / "in", "-o", tmp_path / "out", "--max-frames", "2")
+    assert done.exit_code == 1
+    assert "a_bad.mp4" in done.output
+    assert all((tmp_path / "out" / "videos" / name / "x.mp4").is_file() for name in ("a", "b"))
+    other = run(model, tmp_path / "in", "-o", tmp_path / "out")
+    assert other.exit_code == 2
+    assert "max_frames 2 instead of None" in other.output
+
+
+def test_classes_are_looked_for_by_name(model: Path, few: Path, whole: Path, tmp_path: Path):
+    assert run(model, few, "-o", tmp_path, "--classes", "dogs, cat").exit_code == 0
+    names = [one["name"] for record in records(tmp_path) for one in record["instances"]]
+    assert set(names) == {"dogs", "cat"}
+    every = [one["name"] for record in records(whole) for one in record["instances"]]
+    assert len(names) > sum(name in ("dogs", "cat") for name in every)  # others do not take their places
+    done = run(model, few, "-o", tmp_path / "other", "--classes", "dgo")
+    assert done.exit_code == 2
+    assert "'dgo' is no class of the model, which has 4; did you mean dog" in done.output
+
+
+def test_a_data_set_is_predicted_by_its_column_of_pictures(model: Path, few: Path, whole: Path, tmp_path: Path):
+    datasets = pytest.importorskip("datasets")
+    rows = {"photo": [str(few / f"{seed}.png") for seed in range(7)], "number": list(range(7))}
+    features = datasets.Features({"photo": datasets.Image(), "number": datasets.Value("int64")})
+    (tmp_path / "rows" / "data").mkdir(parents=True)
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "rows" / "data" / "test-00000.parquet")
+    done = run(model, "--dataset", tmp_path / "rows", "-o", tmp_path / "out", "--batch-size", "1")
+    assert done.exit_code == 0, done.output
+    assert [one["instances"] for one in records(tmp_path / "out")] == [one["instances"] for one in records(whole)]
+    assert len(list((tmp_path / "out" / "pictures").glob("*.jpg"))) == 7
+
+
+@pytest.fixture
+def server(few: Path) -> Iterator[str]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            path = few / self.path.partition("?")[0].strip("/")
+            if not path.is_file():
+                path = few / f"{path.name}.png"
+            self.send_response(200 if path.is_file() else 404)
+            self.send_header("Content-Type", "image/png")
+            self.end_headers()
+            if path.is_file():
+                self.wfile.write(path.read_bytes())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http_server:
+        threading.Thread(target=http_server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http_server.server_port}"
+        http_server.shutdown()
+
+
+def test_pictures_come_from_urls_with_and_without_an_ending(model: Path, whole: Path, server: str, tmp_path: Path):
+    addresses = [f"{server}/0.png?size=large", f"{server}/1", f"{server}/missing.png"]
+    done = run(model, *addresses, "-o", tmp_path, "--batch-size", "1")
+    assert done.exit_code == 1, done.output
+    assert "missing.png cannot be opened as an image: HTTP Error 404" in done.output
+    good = [one["instances"] for one in records(tmp_path) if "error" not in one]
+    assert good == [one["instances"] for one in records(whole)[:2]]
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten frames of 48 x 32 pixels."""
+    path = tmp_path_factory.mktemp("video") / "street.mp4"
+    with VideoWriter(path, 5, (48, 32)) as writer:
+        for index in range(10):
+            writer.write(Image.fromarray(np.full((32, 48, 3), 20 * index, np.uint8)), index / 5)
+    return path
+
+
+def test_a_video_comes_out_as_a_video_and_lines_once(model: Path, few: Path, video: Path, tmp_path: Path):
+    done = run(model, video, few / "1.png", "-o", tmp_path, "--track")
+    assert done.exit_code == 0, done.output
+    assert "10 frames at" in done.output
+    with VideoReader(tmp_path / "videos" / "street.mp4") as written:
+        frames = list(written)
+    assert [frame.picture.size for frame in frames] == [(48, 32)] * 10
+    lines = [json.loads(line) for line in (tmp_path / "videos" / "street.jsonl").read_text().splitlines()]
+    assert [line["seconds"] for line in lines] == [index / 5 for index in range(10)]
+    assert all("track_id" in one for line in lines for one in line["instances"])
+    assert len(records(tmp_path)) == 1
+    again = run(model, video, few / "1.png", "-o", tmp_path, "--track")
+    assert again.exit_code == 0
+    assert "done before" in again.output
+
+
+def test_a_video_that_was_stopped_is_begun_again(
+    model: Path, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shown: list[int] = []
+
+    def window(_: Image.Image, milliseconds: int) -> None:
+        shown.append(1)
+        if len(shown) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "_open_window", lambda: window)
+    stopped = run(model, video, "-o", tmp_path, "--show")
+    assert stopped.exit_code == 130
+    assert "4 frames" in stopped.output
+    with VideoReader(tmp_path / "videos" / "street.mp4") as written:
+        assert len(list(written)) == 4
+    assert run(model, video, "-o", tmp_path, "--show").exit_code == 0
+    assert len((tmp_path / "videos" / "street.jsonl").read_text().splitlines()) == 10
+
+
+def test_a_process_may_begin_while_another_one_has_found_nothing_yet(model: Path, video: Path, tmp_path: Path):
+    """It has made a folder, a hidden file and an empty one for its lines."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for name in (".x.partial", "other.unfinished.jsonl"):
+        (videos / name).touch()
+    assert run(model, video, "-o", tmp_path).exit_code == 0
+
+
+def test_sigterm_ends_a_video_as_ctrl_c_does(model: Path, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Schedulers and containers send it, and a live stream is not there a second time."""
+    shown = itertools.count(1)
+
+    def window(_: Image.Image, milliseconds: int) -> None:
+        if next(shown) == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(command, "_open_window", lambda: window)
+    before = signal.getsignal(signal.SIGTERM)
+    assert run(model, video, "-o", tmp_path, "--show").exit_code == 130
+    assert signal.getsignal(signal.SIGTERM) == before
+    with VideoReader(tmp_path / "videos" / "street.mp4") as written:
+        assert len(list(written)) == 4
+
+
+def test_a_video_in_a_folder_of_pictures_is_a_video(model: Path, video: Path, tmp_path: Path):
+    picture(1).save(video.parent / "beside.png")
+    done = run(model, video.parent, "-o", tmp_path, "--no-pictures")
+    assert done.exit_code == 0, done.output
+    assert [path.name for path in (tmp_path / "videos").iterdir()] == ["street.jsonl"]
+    assert len(records(tmp_path)) == 1
+
+
+def test_large_pictures_are_cut_into_tiles(model: Path, tmp_path: Path):
+    large = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 110, 3), np.uint8))
+    large.save(tmp_path / "large.png")
+    done = run(model, tmp_path / "large.png", "-o", tmp_path / "out", "--tile", "auto", "--overlap", "0.25")
+    assert done.exit_code == 0, done.output
+    loaded, processor = load(str(model))
+    expected = predict_tiled(loaded, processor, large, overlap=0.25, threshold=0.02, batch_size=8)
+    [record] = records(tmp_path / "out")
+    assert [one["mask"] for one in record["instances"]] == expected.masks
+    refused = run(model, tmp_path / "large.png", "-o", tmp_path / "other", "--tile", "50")
+    assert refused.exit_code == 2
+    assert "50" in refused.output
+    assert not (tmp_path / "other").exists()
+
+
+def test_passwords_in_urls_are_written_nowhere(model: Path, server: str, tmp_path: Path):
+    port = server.rpartition(":")[2]
+    addresses = [f"http://me:hush@127.0.0.1:{port}/missing.png?key=hush", f"{server}/1.png?key=hush"]
+    done = run(model, *addresses, "-o", tmp_path / "out")
+    assert done.exit_code == 1
+    assert "missing.png" in done.output
+    written = [path.read_bytes() for path in (tmp_path / "out").rglob("*.json*")]
+    assert len(written) == 3
+    assert not any(b"hush" in content for content in [*written, done.output.encode()])
+    renewed = [address.replace("hush", "other") for address in addresses]
+    assert "1 done before" in run(model, *renewed, "-o", tmp_path / "out").output
+
+
+@pytest.mark.parametrize(("name", "is_done"), [("http://h/a/x.mp4", False), ("rtsp://h/live", True)])
+def test_a_video_on_a_server_that_was_stopped_is_not_done_and_a_stream_is(
+    name: str, is_done: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def stop(*arguments, jsonl, **_):
+        Path(jsonl).write_text("{}\n")
+        return VideoSummary(1, 1.0, 1.0, 0, 0, 0, interrupted=True, is_cut=False)
+
+    monkeypatch.setattr(command, "predict_video", stop)
+    assert run(model, name, "-o", tmp_path).exit_code == 130
+    lines = [path.name for path in (tmp_path / "videos").iterdir()]
+    assert len(lines) == 1
+    assert lines[0].endswith(".unfinished.jsonl") is not is_done
+
+
+def test_a_video_of_which_the_connection_was_lost_is_no_result(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    cut = VideoSummary(1, 1.0, 1.0, 0, 0, 0, interrupted=False, is_cut=True)
+    monkeypatch.setattr(command, "predict_video", lambda *_, **__: cut)
+    done = run(model, "http://h/a/x.mp4", "http://h/b/x.mp4", "-o", tmp_path)
+    assert done.exit_code == 1
+    assert "x.mp4: the connection ended after 1 frames" in done.output
+    assert "x-2.mp4: the connection ended" in done.output
+
+
+WRONG = {
+    "no source": ([], "give either sources"),
+    "missing": (["missing.png"], "'missing.png' is no file, folder, pattern"),
+    "threshold": (["{few}", "--threshold", "2"], "threshold 2.0 is outside"),
+    "dtype": (["{few}", "--dtype", "int8"], "--dtype int8 is none of"),
+    "device": (["{few}", "--device", "cuda:9"], "device cuda:9 cannot be had"),
+    "tile": (["{few}", "--tile", "wide"], "--tile wide is no number of pixels"),
+    "no tile": (["{few}", "--tile", "0"], "0"),
+    "batch": (["{few}", "--batch-size", "-1"], "batch_size -1 must be at least 1"),
+    "empty": ([""], "'' is no file, folder"),
+    "track": (["{few}", "--track"], "--track is for videos"),
+    "no classes": (["{few}", "--classes", ","], "--classes , has a name that is empty"),
+    "nowhere": (["http://127.0.0.1:1/a b"], "not read"),
+    "display": (["{few}", "--show"], "--show needs a display"),
+    "color": (["{few}", "--color-by", "size"], "color_by 'size' is neither"),
+    "overlap": (["{few}", "--overlap", "0.3"], "--overlap 0.3 is of tiles"),
+    "url": (["http://[bad"], "http://[bad is no URL: Invalid IPv6 URL"),
+    "of a video": (["{video}", "--threshold", "50"], "threshold 50.0 is outside"),
+    "class in a video": (["{video}", "--classes", "nosuch"], "nosuch"),
+    "frames": (["{video}", "--max-frames", "0"], "max_frames 0 must be at least 1"),
+    "no camera": (["77"], "camera 77"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments_end_with_one_line_and_code_2(
+    case: str, model: Path, few: Path, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """And leave a folder in which the right command can begin."""
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    arguments, message = WRONG[case]
+    given = (argument.format(few=few, video=video) for argument in arguments)
+    done = run(model, *given, "-o", tmp_path / "out")
+    assert done.exit_code == (1 if case == "nowhere" else 2), done.output
+    assert message in done.output
+    left = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert (left == []) == (case != "nowhere")
+    if "video" in case:
+        assert run(model, video, "-o", tmp_path / "out").exit_code == 0
+
+
+def test_a_window_shows_each_picture_until_q_is_pressed(
+    model: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With a stand-in for OpenCV: there is no display here."""
+    shown = []
+    keys = iter([-1, -1, ord("q")])
+    stand_in = types.ModuleType("cv2")
+    stand_in.imshow = lambda _, pixels: shown.append(pixels.shape)
+    stand_in.waitKey = lambda _: next(keys)
+    monkeypatch.setitem(sys.modules, "cv2", stand_in)
+    monkeypatch.setenv("DISPLAY", ":0")
+    done = run(model, few, "-o", tmp_path, "--show", "--batch-size", "2")
+    assert done.exit_code == 130
+    assert "the same command goes on" in done.output
+    assert shown == [(20, 30, 3), (21, 30, 3), (22, 30, 3)]
+    monkeypatch.delenv("DISPLAY")
+    assert "in 4 pictures, 3 done before" in run(model, few, "-o", tmp_path).output

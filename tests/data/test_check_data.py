@@ -1,0 +1,692 @@
+"""Every defect is counted, once, and a repaired copy has none; the oracles are hand counts and pycocotools."""
+
+import doctest
+import itertools
+import json
+from collections import Counter, defaultdict
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import pytest
+import typer
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from typer.testing import CliRunner
+
+from transformers_rfdetr import load_instance_dataset
+from transformers_rfdetr.cli import check_dataset as command
+from transformers_rfdetr.data.checks import check as check_data
+from transformers_rfdetr.data.checks.check import KINDS, check_dataset
+
+from coco_files import (
+    AREA,
+    BOX,
+    ORIENTATION,
+    RIGHT,
+    SQUARE,
+    content,
+    counts_of,
+    errors_of,
+    image,
+    picture,
+    rle,
+    save_turned,
+    square,
+    write_coco,
+)
+from small_models import shared_folder
+
+pytestmark = pytest.mark.usefixtures("quiet")
+
+
+# Every defect, in one data set
+
+TRAIN_IMAGES = [
+    image(1, "a.png"),
+    image(2, "cut.jpg"),
+    image(3, "empty.png"),
+    image(4, "text.png"),
+    image(5, "huge.png", (100, 100)),
+    image(6, "turned.jpg", (60, 40)),
+    image(7, "upside_down.jpg"),
+    image(8, "swapped.jpg"),
+    image(9, "taller.png", (20, 60)),
+    image(10, "unsized.png", width=None),
+    image(11, "nothing.png"),
+    image(11, "nothing_2.png"),
+    image(None, "unnumbered.png"),
+    image(13, "gone.png"),
+    image(14, "../secret.png"),
+    image(15, "a.png"),
+    image(16, "a_copy.png"),
+    image(17, "lost.png"),
+    "text",
+]
+TRAIN_OBJECTS = [
+    square(1),
+    square(2, image_id=17, category=99),
+    square(3, iscrowd="maybe"),
+    square(4, iscrowd=1, segmentation=rle()),
+    square(5, bbox="10 10 20 20"),
+    square(6, bbox=[10, 10, 0, 20]),
+    square(7, bbox=[30, 30, -20, -20]),
+    square(8, bbox=[100, 100, 20, 20]),
+    square(9, bbox=[50, 10, 15, 20], area=200, segmentation=[RIGHT]),
+    square(10, bbox=[10, 10, 30, 20]),
+    square(11, bbox=...),
+    square(12, bbox=..., segmentation=...),
+    square(13, area=-1),
+    square(14, area=4000),
+    square(15, area=...),
+    square(16, segmentation=[SQUARE[:-1]]),
+    square(17, segmentation=[[float("nan"), *SQUARE[1:]]]),
+    square(18, segmentation=[SQUARE, [1, 1, 2, 2]]),
+    square(19, segmentation=[[1, 1, 2, 2]]),
+    square(20, segmentation=[[10, 10, 30, 30, 30, 10, 10, 30]], area=200),  # two triangles
+    square(21, segmentation=[[50, 10, 70, 10, 70, 30, 50, 30]], bbox=[50, 10, 10, 20], area=200),
+    square(22, segmentation=rle((50, 60))),
+    square(23, segmentation={"size": [40, 60], "counts": "zzz"}),
+    square(24, segmentation=7),
+    square(25, segmentation=[]),
+    square(1),
+    square(None),
+    square(28, image_id=999),
+    "text",
+    *[square(100 + number, image_id=number) for number in (2, 3, 4, 5, 6, 7, 9, 10, 13, 14, 15, 16)],
+    square(108, image_id=8, segmentation=[RIGHT], bbox=[50, 10, 10, 20], area=200),
+    square(200, image_id=16, category=2),
+    square(201, image_id=16, category=3),
+]
+CATEGORIES = [
+    {"id": 1, "name": "roof"},
+    {"id": 2, "name": "tree"},
+    {"id": 2, "name": "tree"},
+    {"id": 3, "name": "roof"},
+    {"id": 4, "name": "car"},
+    {"id": "five", "name": "bus"},
+]
+ONCE = KINDS.keys() - {
+    *("image_without_objects", "object_without_mask", "near_duplicate_across_splits"),
+    *("rle_corrupt", "categories_differ", "no_categories", "invalid_label_line"),
+}
+EXPECTED = {(kind, "train"): 1 for kind in ONCE} | {
+    ("rle_corrupt", "train"): 1,
+    ("image_without_objects", "train"): 3,  # the two of id 11, and the one without an id
+    ("object_without_mask", "train"): 2,  # 12 and 25
+    ("near_duplicate_across_splits", "validation"): 1,
+}
+
+
+@pytest.fixture(scope="module")
+def defects(tmp_path_factory):
+    """A folder with every defect once, what was found in it, and its repaired copy."""
+    parent = tmp_path_factory.mktemp("defects")
+    train = parent / "data" / "train"
+    write_coco(train / "_annotations.coco.json", TRAIN_IMAGES, TRAIN_OBJECTS, CATEGORIES)
+    names = [
+        "a.png",
+        "taller.png",
+        "unsized.png",
+        "nothing.png",
+        "nothing_2.png",
+        "unnumbered.png",
+        "unlisted.png",
+        "lost.png",
+    ]
+    for seed, name in enumerate(names):
+        picture(seed).save(train / name)
+    picture(20, (100, 100)).save(train / "huge.png")
+    picture(21).save(train / "cut.jpg")
+    (train / "cut.jpg").write_bytes((train / "cut.jpg").read_bytes()[:-300])
+    (train / "empty.png").write_bytes(b"")
+    (train / "text.png").write_text("no picture")
+    (parent / "data" / "secret.png").write_text("never read")
+    (train / "a_copy.png").write_bytes((train / "a.png").read_bytes())
+    for seed, (name, orientation) in enumerate([("turned.jpg", 6), ("upside_down.jpg", 3), ("swapped.jpg", 6)], 30):
+        save_turned(train / name, seed, orientation)
+    valid = parent / "data" / "valid"
+    write_coco(valid / "_annotations.coco.json", [image(1, "v.jpg", (50, 75))], [square(1)])
+    picture(0).resize((75, 50)).save(valid / "v.jpg", quality=90)
+
+    before = content(parent)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 2400)  # refused are twice as many
+        patch.setattr(PIL.Image, "warnings", _Silent())
+        report = check_dataset(parent / "data", num_queries=20, fix=parent / "fixed", overlays=parent / "drawn")
+    assert {path: before[path] for path in before} == {path: path.read_bytes() for path in before}
+    return parent, report
+
+
+class _Silent:
+    """Stands for the module warnings in Pillow, whose limit is lowered."""
+
+    @staticmethod
+    def warn(*args, **kwargs):
+        pass
+
+
+def test_every_defect_is_counted_once(defects):
+    _, report = defects
+    assert counts_of(report) == EXPECTED
+
+
+def test_every_kind_but_three_is_in_that_data_set(defects):
+    _, report = defects
+    others = {"categories_differ", "no_categories", "invalid_label_line"}
+    assert {found.kind for found in report.findings} == KINDS.keys() - others
+
+
+def test_an_example_says_where_it_is(defects):
+    _, report = defects
+    [found] = [found for found in report.findings if found.kind == "box_beyond_edge"]
+    assert found.examples == [
+        {"image_id": 1, "file_name": "a.png", "annotation_id": 9, "detail": "bbox [50, 10, 15, 20]"}
+    ]
+    assert "image 1 (a.png), annotation 9: bbox [50, 10, 15, 20]" in str(report)
+
+
+def test_the_splits_are_counted(defects):
+    _, report = defects
+    classes = report.splits["train"].pop("classes")
+    # 26 annotations of image 1 but for the crowd, and 16 of others.
+    assert report.splits["train"] == {
+        "images": 18,
+        "objects": 41,
+        "objects_with_mask": 41 - 8,  # 12, 16, 17, 19, 22, 23, 24 and 25 have none
+        "crowds": 1,
+        "images_without_objects": 3,
+    }
+    assert classes == {"roof": 39, "tree": 1}  # one object has no class
+    report.splits["train"]["classes"] = classes
+    assert json.loads(json.dumps(report.to_dict()))["splits"]["validation"]["objects"] == 1
+
+
+def test_a_repaired_copy_has_no_error_and_can_be_read(defects):
+    parent, _ = defects
+    report = check_dataset(parent / "fixed", num_queries=20)
+    assert errors_of(report) == {}
+    data = load_instance_dataset(parent / "fixed")
+    samples = {sample["file_name"]: sample for split in data.values() for sample in split}
+    assert data.id2label == {0: "roof", 1: "tree", 2: "car"}
+    assert samples.keys() == {
+        *("a.png", "turned.jpg", "upside_down.jpg", "swapped.jpg", "taller.png", "unsized.png"),
+        *("nothing.png", "nothing_2.png", "a_copy.png", "v.jpg"),
+    }
+    assert (samples["taller.png"]["height"], samples["taller.png"]["width"]) == (40, 60)
+    assert (samples["unsized.png"]["height"], samples["unsized.png"]["width"]) == (40, 60)
+    assert [item["category_id"] for item in samples["a_copy.png"]["annotations"]] == [0, 1, 0]  # roof 3 is roof 1
+
+
+def test_what_the_copy_has_in_place_of_each_defect(defects):
+    parent, _ = defects
+    stored = json.loads((parent / "fixed" / "train" / "_annotations.coco.json").read_text())
+    objects = {item["id"]: item for item in stored["annotations"]}
+    assert len(objects) == len(stored["annotations"])
+    assert not objects.keys() & {2, 3, 12, 28, 102, 103, 104, 105, 113, 114}
+    assert {26, 27} < objects.keys()  # the second 1, and the one without an id
+    for number in (5, 6, 7, 8, 11):
+        assert objects[number]["bbox"] == BOX
+    assert objects[9]["bbox"] == [50, 10, 10, 20]
+    assert objects[10]["bbox"] == [10, 10, 30, 20]  # box or mask: who knows
+    for number in (13, 14, 15):
+        assert objects[number]["area"] == AREA
+    for number in (16, 17, 19, 22, 23, 24):
+        assert "segmentation" not in objects[number]
+    assert objects[18]["segmentation"] == [SQUARE]
+    assert len({item["id"] for item in stored["images"]}) == len(stored["images"])
+
+
+def test_all_changes_and_what_is_left_are_listed(defects):
+    parent, report = defects
+    listed = json.loads((parent / "fixed" / "changes.json").read_text())
+    changed = Counter(entry["kind"] for entry in listed["changes"])
+    left = Counter(entry["kind"] for entry in listed["left"])
+    severe = {found.kind: found.count for found in report.findings if found.severity == "error"}
+    assert severe.items() <= changed.items()
+    assert left.keys() == {
+        *("exif_frame_unknown", "duplicate_file_name", "unlisted_file", "duplicate_image", "too_many_objects"),
+        *("near_duplicate_across_splits", "box_mask_mismatch", "self_intersecting_polygon", "polygon_outside"),
+        "object_without_mask",
+    }
+    assert [entry["change"] for entry in listed["changes"] if entry["file_name"] == "cut.jpg"] == ["left out"]
+    [entry] = [entry for entry in listed["changes"] if entry["kind"] == "box_beyond_edge"]
+    assert (entry["file_name"], entry["annotation_id"], entry["change"]) == ("a.png", 9, "bbox [50, 10, 10, 20]")
+    [entry] = [entry for entry in listed["changes"] if entry["kind"] == "category"]
+    assert (entry["split"], entry["detail"], entry["change"]) == ("train", "category 3 'roof'", "id 1")
+
+
+def test_pictures_are_linked_or_written_as_they_were_annotated(defects):
+    parent, _ = defects
+    source, copy = parent / "data" / "train", parent / "fixed" / "train"
+    assert (copy / "a.png").samefile(source / "a.png")
+    upright = PIL.ImageOps.exif_transpose(PIL.Image.open(source / "turned.jpg"))
+    for name, expected in (("turned.jpg", upright), ("swapped.jpg", PIL.Image.open(source / "swapped.jpg"))):
+        written = PIL.Image.open(copy / name)
+        assert written.getexif().get(ORIENTATION) is None
+        assert written.size == expected.size
+        assert np.abs(np.asarray(written, int) - np.asarray(expected, int)).mean() < 3
+
+
+def test_overlays_begin_with_what_is_odd(defects):
+    parent, _ = defects
+    names = sorted(path.name for path in (parent / "drawn").iterdir())
+    assert names[0] == "00_train_a.jpg"
+    # a, upside_down, swapped, taller, the second nothing, unnumbered, a again, its copy, lost and v are odd.
+    assert len(names) == 13
+    assert {name[3:] for name in names[10:]} == {"train_turned.jpg", "train_unsized.jpg", "train_nothing.jpg"}
+    drawn, plain = np.asarray(PIL.Image.open(parent / "drawn" / names[0]), int), np.asarray(picture(0), int)
+    assert np.abs(drawn - plain)[10:30, 10:30].mean() > 20
+
+
+# Whatever a JSON can hold
+
+ANYTHING = [None, "x", "", [], {}, [[]], -1, 0, 1.5, True, 10**400, float("nan"), float("inf"), [[1, "x"]], {"a": []}]
+
+
+def test_values_of_wrong_types_are_findings_and_never_a_crash(tmp_path):
+    shapes = [{"size": size, "counts": "1"} for size in ANYTHING] + [{"size": [40, 60], "counts": c} for c in ANYTHING]
+    fields = ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation")
+    objects = [square(10 + i, **{field: value}) for field in fields for i, value in enumerate(ANYTHING)]
+    objects += [square(1000 + i, segmentation=shape) for i, shape in enumerate(shapes)]
+    objects += [square(2000 + i, bbox=[value] * 4) for i, value in enumerate(ANYTHING)]
+    images = [
+        image(100 + 20 * j + i, "a.png", **{name: value})
+        for j, name in enumerate(("id", "file_name", "height", "width"))
+        for i, value in enumerate(ANYTHING)
+    ]
+    categories = [{"id": value, "name": "x"} for value in ANYTHING] + [{"id": 1, "name": "roof"}, *ANYTHING]
+    categories += [{"id": 50 + i, "name": v, "supercategory": v} for i, v in enumerate(ANYTHING)]
+    path = write_coco(
+        tmp_path / "data" / "train.json", [image(1, "a.png"), *images, *ANYTHING], [*objects, *ANYTHING], categories
+    )
+    picture(0).save(path.parent / "a.png")
+    report = check_dataset(path, fix=tmp_path / "fixed", overlays=tmp_path / "drawn")
+    assert report.count("invalid_annotation") == len(ANYTHING) - 2  # of the entries two are dicts
+    assert report.count("invalid_segmentation") >= 5
+    assert errors_of(check_dataset(tmp_path / "fixed")) == {}
+    str(report)
+    json.dumps(report.to_dict())
+
+
+# Sizes that differ
+
+
+@pytest.mark.parametrize(
+    ("stated", "shape", "orientation", "change"),
+    [
+        ((80, 120), SQUARE, 1, None),  # twice as large: of which of the two?
+        ((80, 120), [70, 50, 90, 50, 90, 70, 70, 70], 1, None),  # of the large one, which is not there
+        ((80, 60), SQUARE, 1, None),  # of other proportions: stretched, or never measured?
+        ((20, 60), SQUARE, 1, (40, 60)),  # too small for the object
+        (("40", None), SQUARE, 1, (40, 60)),  # the file agrees
+        ((99, None), SQUARE, 1, None),
+        ((80, 120), rle(), 1, (40, 60)),  # the RLE tells
+        ((40, 60), RIGHT, 6, (40, 60)),  # fits what is stored
+        ((40, 60), [10, 45, 30, 45, 30, 55, 10, 55], 6, (60, 40)),  # fits what is upright
+        ((40, 60), SQUARE, 6, None),  # fits both
+    ],
+)
+def test_the_size_at_which_all_objects_lie_inside_is_taken(tmp_path, stated, shape, orientation, change):
+    box = BOX if isinstance(shape, dict) else [*shape[:2], shape[2] - shape[0], shape[5] - shape[1]]
+    segmentation = shape if isinstance(shape, dict) else [shape]
+    item = square(1, segmentation=segmentation, bbox=box, area=box[2] * box[3])
+    path = write_coco(tmp_path / "data" / "train.json", [image(1, "a.jpg", stated)], [item])
+    save_turned(path.parent / "a.jpg", 0, orientation)
+    report = check_dataset(path, fix=tmp_path / "fixed")
+    assert errors_of(report) == {"exif_swapped_size" if orientation == 6 else "size_mismatch": 1}
+    copy = json.loads((tmp_path / "fixed" / "train" / "_annotations.coco.json").read_text())
+    assert [(item["height"], item["width"]) for item in copy["images"]] == ([] if change is None else [change])
+    if change is not None:
+        [sample] = load_instance_dataset(tmp_path / "fixed")["train"]
+        assert sample["image"].size == change[::-1]
+
+
+# A copy is there whole or not at all
+
+
+def test_a_copy_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
+    path = write_coco(tmp_path / "data" / "train.json", [image(1, "a.png")], [square(1)])
+    picture(0).save(path.parent / "a.png")
+
+    def interrupt(copy, changes, left):
+        assert (copy.folder / "train" / "a.png").is_file()
+        assert not (tmp_path / "fixed").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check_data.RepairedCopy, "write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        check_dataset(path, fix=tmp_path / "fixed")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["data"]
+
+
+# Ids and categories
+
+
+def test_two_files_with_one_id_and_objects_are_both_left_out(tmp_path):
+    path = write_coco(tmp_path / "data" / "train.json", [image(1, "a.png"), image(1, "b.png")], [square(1)])
+    for seed, name in enumerate(("a.png", "b.png")):
+        picture(seed).save(path.parent / name)
+    assert errors_of(check_dataset(path, fix=tmp_path / "fixed")) == {"duplicate_image_id": 1}
+    assert json.loads((tmp_path / "fixed" / "train" / "_annotations.coco.json").read_text())["images"] == []
+
+
+def test_an_entry_that_stands_there_twice_is_kept_once(tmp_path):
+    path = write_coco(tmp_path / "data" / "train.json", [image(1, "a.png"), image(1, "a.png")], [square(1)])
+    picture(0).save(path.parent / "a.png")
+    assert errors_of(check_dataset(path, fix=tmp_path / "fixed")) == {"duplicate_image_id": 1}
+    [sample] = load_instance_dataset(tmp_path / "fixed")["train"]
+    assert len(sample["annotations"]) == 1
+
+
+def two_splits(folder, train_categories, valid_categories):
+    """A picture each with an object of category 1 and one of category 2."""
+    for seed, (split, categories) in enumerate([("train", train_categories), ("valid", valid_categories)]):
+        items = [square(1), square(2, category=2)]
+        write_coco(folder / split / "_annotations.coco.json", [image(1, "a.png")], items, categories)
+        picture(seed).save(folder / split / "a.png")
+    return folder
+
+
+def test_splits_that_number_their_classes_differently_are_numbered_alike(tmp_path):
+    ours, theirs = (
+        [{"id": 1, "name": "roof"}, {"id": 2, "name": "tree"}],
+        [
+            {"id": 1, "name": "tree"},
+            {"id": 2, "name": "bush"},
+        ],
+    )
+    report = check_dataset(two_splits(tmp_path / "data", ours, theirs), fix=tmp_path / "fixed")
+    assert counts_of(report) == {("categories_differ", "validation"): 1}
+    assert errors_of(check_dataset(tmp_path / "fixed")) == {}
+    data = load_instance_dataset(tmp_path / "fixed")
+    names = {
+        split: [data.id2label[item["category_id"]] for item in samples[0]["annotations"]]
+        for split, samples in data.items()
+    }
+    assert names == {"train": ["roof", "tree"], "validation": ["tree", "bush"]}
+
+
+def test_objects_of_an_id_with_two_names_are_left_out(tmp_path):
+    ours = [{"id": 1, "name": "roof"}, {"id": 2, "name": "tree"}, {"id": 2, "name": "bush"}]
+    report = check_dataset(two_splits(tmp_path / "data", ours, ours[:2]), fix=tmp_path / "fixed")
+    assert errors_of(report) == {"duplicate_category_id": 1}
+    data = load_instance_dataset(tmp_path / "fixed")
+    assert [len(data[split][0]["annotations"]) for split in ("train", "validation")] == [1, 2]
+
+
+def test_a_category_that_only_groups_others_is_no_second_one(tmp_path):
+    exported = [
+        {"id": 0, "name": "roof", "supercategory": "none"},
+        {"id": 1, "name": "roof", "supercategory": "roof"},
+        {"id": 2, "name": "tree", "supercategory": "roof"},
+    ]
+    report = check_dataset(two_splits(tmp_path / "data", exported, exported), fix=tmp_path / "fixed")
+    assert counts_of(report) == {("unused_category", "train"): 1, ("unused_category", "validation"): 1}
+    assert load_instance_dataset(tmp_path / "fixed").category_ids == [1, 2]
+
+
+def test_splits_with_other_names_are_copied_as_coco_names_them(tmp_path):
+    two_splits(
+        tmp_path / "data", [{"id": i, "name": str(i)} for i in (1, 2)], [{"id": i, "name": str(i)} for i in (1, 2)]
+    )
+    files = {"train": "train", "holdout": "valid"}
+    source = {split: tmp_path / "data" / name / "_annotations.coco.json" for split, name in files.items()}
+    assert not check_dataset(source, fix=tmp_path / "fixed").has_errors
+    assert {name: len(split) for name, split in load_instance_dataset(tmp_path / "fixed").items()} == {
+        "train": 1,
+        "holdout": 1,
+    }
+
+
+# Boxes alone, polygons
+
+
+def test_a_data_set_of_boxes_is_not_said_to_lack_masks(tmp_path):
+    items = [square(1, segmentation=...), square(2, segmentation=[], area=150), square(3, segmentation=[], area=900)]
+    path = write_coco(tmp_path / "train.json", [image(1, "a.png")], items)
+    picture(0).save(tmp_path / "a.png")
+    # An area inside the box may be that of a mask that is not here; one of 900 is not inside 400.
+    assert counts_of(check_dataset(path)) == {("area_mismatch", "train"): 1}
+
+
+@pytest.mark.parametrize(
+    ("polygon", "crosses"),
+    [
+        (SQUARE, False),
+        ([0, 0, 10, 10, 10, 0, 0, 10], True),
+        ([5, 0, 8, 9, 0, 3, 10, 3, 2, 9], True),  # a star in one stroke
+        ([0, 0, 9, 0, 9, 9, 0, 9, 0, 0, 3, 3, 3, 6, 6, 6, 6, 3, 3, 3], False),  # a hole at the end of a bridge
+        ([0, 0, 5, 0.1, 10, 0, 10, 10, 5, 0.1, 0, 10], False),  # two triangles that share a point
+        ([0, 0, 0, 0, 10, 0, 10, 10, 10, 10], False),  # points twice
+    ],
+)
+def test_edges_that_cross_are_told_from_edges_that_touch(polygon, crosses):
+    assert check_data._crosses_itself(np.array(polygon, float)) is crosses
+
+
+def test_crossings_are_those_of_all_pairs_of_edges():
+    generator = np.random.default_rng(0)
+    found = Counter()
+    for size in (4, 4, 5, 5, 6, 7, 8, 12) * 6:
+        points = generator.integers(0, 30, (size, 2)).tolist()
+        edges = list(zip(points, points[1:] + points[:1], strict=True))
+        pairs = itertools.combinations(edges, 2)
+        expected = any(turns(*a, *b) and turns(*b, *a) for a, b in pairs)
+        assert check_data._crosses_itself(np.array(points, float).ravel()) is expected
+        found[expected] += 1
+    assert min(found[True], found[False]) > 5
+
+
+def turns(a, b, c, d):
+    """Whether c and d lie on different sides of the line through a and b, in whole numbers."""
+    sides = [(b[0] - a[0]) * (p[1] - a[1]) - (b[1] - a[1]) * (p[0] - a[0]) for p in (c, d)]
+    return sides[0] * sides[1] < 0
+
+
+def test_a_crossing_is_found_in_a_long_polygon():
+    angles = np.linspace(0, 2 * np.pi, 600, endpoint=False)
+    circle = np.stack([np.cos(angles), np.sin(angles)], 1) * 100
+    assert not check_data._crosses_itself(circle.ravel())
+    circle[[500, 501]] = circle[[501, 500]]
+    assert check_data._crosses_itself(circle.ravel())
+
+
+# Duplicates
+
+
+def test_pictures_that_look_the_same_in_another_split_are_found_whatever_their_mode(tmp_path):
+    files = {}
+    for split in ("train", "validation"):
+        path = write_coco(tmp_path / split / "a.json", [image(i, f"{i}.png") for i in range(1, 5)], [square(1)])
+        files[split] = path
+    grey = picture(5).convert("L")
+    deep = PIL.Image.fromarray(np.asarray(grey, np.uint16) * 200)  # the same in 16 bits
+    flat = PIL.Image.new("L", (60, 40), 90)
+    for folder, pictures in (("train", [picture(1), grey, flat, picture(3)]), ("validation", [picture(2), deep, flat])):
+        for number, item in enumerate(pictures, start=1):
+            item.save(tmp_path / folder / f"{number}.png")
+    PIL.Image.new("L", (60, 40), 91).save(tmp_path / "validation" / "4.png")  # flat too, but another one
+    report = check_dataset(files)
+    [found] = [found for found in report.findings if found.kind == "near_duplicate_across_splits"]
+    assert [(example["file_name"], example["detail"]) for example in found.examples] == [
+        ("2.png", "0 of 64 bits differ from 2.png of train"),
+        ("3.png", "the same file as 3.png of train"),
+    ]
+
+
+# Other sources
+
+
+@pytest.fixture
+def yolo(tmp_path):
+    folder = tmp_path / "yolo"
+    for split, names in (("train", ["a.png", "b.jpg"]), ("valid", ["c.png"])):
+        (folder / split / "images").mkdir(parents=True)
+        (folder / split / "labels").mkdir()
+        for name in names:
+            picture(ord(name[0])).save(folder / split / "images" / name)
+    broken = folder / "train" / "images" / "b.jpg"
+    broken.write_bytes(broken.read_bytes()[:-300])
+    lines = ["0 0.25 0.25 0.5 0.25 0.5 0.75", "1 0.5 0.5 0.5 0.5", "7 0.5 0.5 0.5 0.5", "0 0.5 x", "", "1 1 1 0.5 0"]
+    (folder / "train" / "labels" / "a.txt").write_text("\n".join(lines))
+    (folder / "train" / "labels" / "lost.txt").write_text("0 0.5 0.5 0.5 0.5")
+    (folder / "data.yaml").write_text("names: [roof, tree]\ntrain: train/images\nval: valid/images\n")
+    return folder
+
+
+def test_yolo_files_are_read_line_by_line(tmp_path, yolo):
+    report = check_dataset(yolo, fix=tmp_path / "fixed")
+    assert counts_of(report) == {
+        ("truncated_image", "train"): 1,
+        ("invalid_label_line", "train"): 2,
+        ("annotation_of_missing_image", "train"): 1,
+        ("empty_box", "train"): 1,
+        ("object_without_mask", "train"): 2,
+        ("image_without_objects", "train"): 1,
+        ("image_without_objects", "validation"): 1,
+        ("unused_category", "validation"): 2,
+    }
+    assert errors_of(check_dataset(tmp_path / "fixed")) == {}
+    [sample] = load_instance_dataset(tmp_path / "fixed")["train"]
+    boxes = [item["bbox"] for item in sample["annotations"]]
+    np.testing.assert_allclose(boxes, [[15, 10, 15, 20], [15, 10, 30, 20]], atol=1)  # a drawn triangle is a row short
+
+
+def test_rows_of_datasets_are_checked_and_not_repaired(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    objects = {"bbox": [BOX, [100.0, 0, 9, 9]], "category": ["roof", "tree"], "segmentation": [[SQUARE], [SQUARE]]}
+    rows = datasets.Dataset.from_list([{"image": picture(0), "objects": objects}])
+    rows = rows.cast_column("image", datasets.Image())
+    report = check_dataset({"train": rows})
+    assert counts_of(report) == {
+        ("box_outside", "train"): 1,
+        ("missing_size", "train"): 1,
+        ("missing_area", "train"): 2,
+    }
+    with pytest.raises(ValueError, match=r"rows of datasets; correct them with `Dataset.map`"):
+        check_dataset(rows, fix=tmp_path / "fixed")
+
+
+# Photographs
+
+
+@pytest.mark.parametrize(
+    ("folder", "file"),
+    [
+        ("coco_permissive", "annotations.json"),
+        ("dsb2018_nuclei", "val.json"),
+        ("coco_eval100", "instances_val2014_100.json"),  # without its photographs
+    ],
+)
+def test_real_annotations_are_judged_as_pycocotools_measures_them(folder, file):
+    path = shared_folder(folder) / file
+    report = check_dataset(path)
+    coco = COCO(path)
+    objects, expected = defaultdict(int), Counter()
+    for item in coco.loadAnns(coco.getAnnIds()):
+        expected["crowd"] += item["iscrowd"]
+        objects[item["image_id"]] += not item["iscrowd"]
+        encoded = coco.annToRLE(item)
+        area, (x, y, width, height) = int(coco_mask.area(encoded)), coco_mask.toBbox(encoded)
+        given = item["bbox"]
+        corners = np.array([x, y, x + width, y + height])
+        off = np.abs(corners - [given[0], given[1], given[0] + given[2], given[1] + given[3]]).max()
+        expected["box_mask_mismatch"] += off > max(2, 0.05 * max(width, height))
+        expected["area_mismatch"] += abs(item["area"] - area) > max(0.1 * max(area, item["area"]), sum(given[2:]))
+    expected["image_without_objects"] = sum(not objects[number] for number in coco.getImgIds())
+    for kind, count in expected.items():
+        assert report.count(kind) == count, kind
+    assert report.splits["train"]["objects"] == sum(objects.values())
+    assert errors_of(report) == ({"missing_file": 100} if folder == "coco_eval100" else {})
+
+
+# The command
+
+app = typer.Typer()
+app.command(epilog=command.EXAMPLE)(command.check_dataset)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A JSON without an error, in a folder of its own."""
+    path = write_coco(tmp_path / "data" / "train.json", [image(1, "a.png")], [square(1)])
+    picture(0).save(path.parent / "a.png")
+    return path
+
+
+def test_the_command_ends_with_0_without_errors_and_1_with_errors(small, tmp_path):
+    result = CliRunner().invoke(app, [str(small), "--num-queries", "0"])
+    assert result.exit_code == 2
+    result = CliRunner().invoke(app, [str(small)])
+    assert result.exit_code == 0
+    assert "train: 1 images, 0 of them without objects; 1 objects, 1 with a mask; 0 crowds; roof 1" in result.stdout
+    write_coco(small, [image(1, "a.png"), image(2, "b.png")], [square(1)])
+    result = CliRunner().invoke(app, [str(small), "--fix", str(tmp_path / "fixed"), "--json", str(tmp_path / "r.json")])
+    assert result.exit_code == 1
+    assert "missing_file (train)" in result.stdout
+    assert "changes.json lists what is different" in result.stdout
+    assert json.loads((tmp_path / "r.json").read_text())["findings"][0]["kind"] == "missing_file"
+    assert CliRunner().invoke(app, [str(tmp_path / "fixed"), "--workers", "1"]).exit_code == 0
+
+
+def test_the_command_prints_nothing_but_json_where_it_is_asked_to(small):
+    result = CliRunner().invoke(app, [str(small), "--json", "-"])
+    report = json.loads(result.stdout)
+    assert report["source"] == str(small)
+    assert report["splits"]["train"]["classes"] == {"roof": 1}
+    assert report["findings"] == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("no JSON", "is no JSON"),
+        ("[]", "holds a list, not a dict"),
+        ("{}", "'images' is missing, not a list"),
+        ('{"images": [], "annotations": 3, "categories": []}', "'annotations' is int, not a list"),
+    ],
+)
+def test_the_command_says_in_a_line_why_a_source_cannot_be_read(tmp_path, content, message):
+    (tmp_path / "train.json").write_text(content)
+    result = CliRunner().invoke(app, [str(tmp_path / "train.json")])
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "place", "message"),
+    [
+        ("--fix", "data", "which is only read"),
+        ("--fix", "data/fixed", "which is only read"),
+        ("--fix", "other", "is not empty"),
+        ("--fix", "other/file", "is a file"),
+        ("--overlays", "data/drawn", "which is only read"),
+    ],
+)
+def test_nothing_is_written_into_the_source_or_over_other_files(small, tmp_path, option, place, message):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("of somebody")
+    before = content(tmp_path)
+    result = CliRunner().invoke(app, [str(small), option, str(tmp_path / place)])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert content(tmp_path) == before
+
+
+def test_the_pictures_may_lie_elsewhere(small, tmp_path):
+    (small.parent / "a.png").rename(tmp_path / "a.png")
+    assert errors_of(check_dataset(small)) == {"missing_file": 1}
+    assert not check_dataset(small, image_folder=tmp_path).has_errors
+    assert not check_dataset({"train": small}, image_folder={"train": tmp_path}).has_errors
+
+
+def test_the_example_runs():
+    assert doctest.testmod(check_data).failed == 0
+
+
+def test_every_source_is_one_that_exists(tmp_path):
+    for source in (5, {}, tmp_path / "none.json", tmp_path / "none.yaml"):
+        with pytest.raises(ValueError, match=r"give|cannot be read"):
+            check_dataset(source)

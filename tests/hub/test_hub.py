@@ -1,0 +1,731 @@
+"""Pushing and pulling by the real client against a Hub on loopback, the model card, code without the package, LoRA.
+
+HF_ENDPOINT is read when huggingface_hub is imported, so the checks run in a session of their own, one after the other.
+What each of them said is what the tests look at.
+"""
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard, hf_hub_download
+from PIL import Image
+from transformers import AutoModelForInstanceSegmentation
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from transformers_rfdetr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection, RfDetrImageProcessor, predict
+from transformers_rfdetr.data.dataset import InstanceDataset
+from transformers_rfdetr.data.drawing import color_of, draw_instances
+from transformers_rfdetr.hub.load import load
+from transformers_rfdetr.hub.model_card import (
+    CODE_FILES,
+    Run,
+    add_code,
+    curves_of,
+    draw_curves,
+    model_card,
+    ticks,
+)
+from transformers_rfdetr.training.run_card import draw_examples, numbers_of
+from transformers_rfdetr.training.trainer import RfDetrTrainer, RfDetrTrainingArguments
+
+from hub_server import HubServer
+from small_models import pixels, small_config, small_model
+from training_run import QUICK, build_trainer, drawn
+
+HOSTILE = {0: "<script>alert(1)</script>", 1: "a|b\n# c"}
+
+
+# -- the session -----------------------------------------------------------------------------------------------------
+
+
+class Hub:
+    """What a check has: a folder of its own, the server's controls, and the seconds that were waited for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.waits = folder, []
+        time.sleep = self.waits.append  # type: ignore[assignment]
+
+    def _control(self, path: str, content: Any = None) -> Any:
+        data = None if content is None else json.dumps(content).encode()
+        with urllib.request.urlopen(f"{os.environ['HF_ENDPOINT']}/{path}", data) as answer:
+            return json.load(answer)
+
+    def faults(self, *faults: dict[str, Any]) -> None:
+        self.waits.clear()
+        self._control("_faults", faults)
+
+    def requests(self, method: str, part: str) -> list[int]:
+        """The answers to requests since `faults`."""
+        return [status for verb, path, status in self._control("_log") if verb == method and part in path]
+
+    def files(self, name: str, revision: str = "main") -> set[str]:
+        files = self._control(f"api/models/{name}/tree/{revision}")
+        return {entry["path"] for entry in files} - {".gitattributes"}
+
+
+def refused(action: Callable[[], Any]) -> str:
+    """What the OSError says."""
+    try:
+        action()
+    except OSError as error:
+        return str(error)
+    raise AssertionError("nothing was raised")
+
+
+@contextmanager
+def token(value: str) -> Iterator[None]:
+    """Logged in with another token, or with none: the client reads it at every request."""
+    os.environ["HF_TOKEN"], before = value, os.environ["HF_TOKEN"]
+    try:
+        yield
+    finally:
+        os.environ["HF_TOKEN"] = before
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return dict(model.state_dict())
+
+
+def fields(config: Any) -> dict[str, Any]:
+    """What a configuration says of the model."""
+    stored = config.to_dict() if hasattr(config, "to_dict") else config
+    left_out = {"_name_or_path", "transformers_version", "architectures", "dtype", "auto_map", "use_cache"}
+    return {k: fields(v) if isinstance(v, dict) else v for k, v in stored.items() if k not in left_out}
+
+
+def assert_same(found: torch.nn.Module, expected: torch.nn.Module) -> None:
+    assert type(found) is type(expected)
+    loaded, right = weights(found), weights(expected)
+    assert loaded.keys() == right.keys()
+    for name, tensor in right.items():
+        assert torch.equal(loaded[name], tensor), name
+    one, other = fields(found.config), fields(expected.config)
+    assert one == other, [(key, one.get(key), other.get(key)) for key in one | other if one.get(key) != other.get(key)]
+
+
+def quick_trainer(folder: Path) -> RfDetrTrainer:
+    """One update on two pictures, and nothing that is evaluated or saved on the way."""
+    settings = QUICK | {"max_steps": 1, "save_strategy": "no", "eval_strategy": "no"}
+    model = RfDetrForInstanceSegmentation(small_config(num_labels=1))
+    return RfDetrTrainer(model, RfDetrTrainingArguments(str(folder), **settings), train_dataset=drawn(2))
+
+
+def card_of(name: str, **settings: Any) -> str:
+    return Path(hf_hub_download(name, "README.md", **settings)).read_text(encoding="utf-8")
+
+
+def blocks_of(card: str) -> list[str]:
+    return [part.partition("```")[0] for part in card.split("```python\n")[1:]]
+
+
+def check_a_model_and_its_processor_come_back_as_they_were(hub: Hub) -> None:
+    model, processor = small_model(num_labels=2, id2label=HOSTILE), RfDetrImageProcessor(size=48, image_mean=[0.1] * 3)
+    model.push_to_hub("me/barns", tags=["aerial"])
+    processor.push_to_hub("me/barns")
+    assert hub.files("me/barns") == {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
+    assert_same(AutoModelForInstanceSegmentation.from_pretrained("me/barns"), model)
+    again = AutoImageProcessor.from_pretrained("me/barns")
+    assert again.to_dict() == processor.to_dict()
+
+
+def check_the_card_of_a_model_that_was_not_trained_here_loads_it(hub: Hub) -> None:
+    card = card_of("me/barns")
+    assert "# barns" in card
+    assert "48 x 48 pixels, 6 queries, 2 classes." in card
+    assert "<script>" not in card
+    assert r"| 1 | a\|b \# c |" in card
+    assert not any(title in card for title in ("## Results", "## Training", "Fine-tuned"))
+    data = ModelCard(card).data
+    assert (data.pipeline_tag, data.library_name, data.base_model) == ("image-segmentation", "transformers", None)
+    assert data.tags == ["rf-detr", "instance-segmentation", "aerial"]
+    os.chdir(hub.folder)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)).save("picture.jpg")
+    names: dict[str, Any] = {}
+    exec(compile(blocks_of(card)[0], "card", "exec"), names)
+    assert names["instances"].image_size == (40, 60)
+    assert_same(names["model"], AutoModelForInstanceSegmentation.from_pretrained("me/barns"))
+
+
+def check_a_card_that_is_there_stays(hub: Hub) -> None:
+    model = small_model()
+    model.push_to_hub("me/card")
+    own = hub.folder / "README.md"
+    own.write_text("---\nlicense: mit\n---\n\nmy own words\n")
+    from huggingface_hub import upload_file
+
+    upload_file(path_or_fileobj=own, path_in_repo="README.md", repo_id="me/card")
+    model.push_to_hub("me/card")
+    assert card_of("me/card").endswith("my own words\n")
+    model.push_to_hub("me/card", tags=["barn"])
+    assert card_of("me/card").endswith("my own words\n")
+    assert ModelCard(card_of("me/card")).data.to_dict() == {"license": "mit", "tags": ["barn"]}
+
+
+def check_revisions_hold_what_was_pushed_to_them(hub: Hub) -> None:
+    first, second = small_model(), small_model(num_queries=5)
+    commit = first.push_to_hub("me/revised").oid
+    second.push_to_hub("me/revised", revision="small/5")
+    kind = AutoModelForInstanceSegmentation
+    assert_same(kind.from_pretrained("me/revised"), first)
+    assert_same(kind.from_pretrained("me/revised", revision="small/5"), second)
+    second.push_to_hub("me/revised")
+    assert_same(kind.from_pretrained("me/revised"), second)
+    assert_same(kind.from_pretrained("me/revised", revision=commit), first)
+    assert_same(load("me/revised", revision=commit)[0], first)
+    assert "nowhere" in refused(lambda: kind.from_pretrained("me/revised", revision="nowhere"))
+
+
+def check_a_private_model_needs_its_token(hub: Hub) -> None:
+    model = small_model()
+    model.push_to_hub("me/secret", private=True)
+    kind = AutoModelForInstanceSegmentation
+    with token(""):
+        assert "me/secret" in refused(lambda: kind.from_pretrained("me/secret"))
+        assert "me/secret" in refused(lambda: kind.from_pretrained("me/secret", token="token-of-other"))
+        assert_same(kind.from_pretrained("me/secret", token="token-of-me"), model)
+        assert_same(load("me/secret", token="token-of-me")[0], model)
+
+
+def check_a_wrong_token_is_named_and_not_tried_again(hub: Hub) -> None:
+    model = small_model()
+    hub.faults()
+    for other, status in (("token-of-nobody", "401"), ("token-of-other", "403")):
+        message = refused(lambda other=other: model.push_to_hub("me/forbidden", token=other))
+        assert message.startswith("me/forbidden was not pushed: ")
+        assert status in message
+        assert "hf auth login" in message
+        assert "nothing is lost here" in message
+    assert hub.waits == []
+    assert "me/forbidden" in refused(lambda: hf_hub_download("me/forbidden", "config.json"))
+
+
+def check_a_repository_that_is_not_there_is_named(hub: Hub) -> None:
+    assert "me/nowhere" in refused(lambda: AutoModelForInstanceSegmentation.from_pretrained("me/nowhere"))
+    with pytest.raises(ValueError, match="me/nowhere cannot be loaded; give a folder or a Hub id"):
+        load("me/nowhere")
+
+
+def check_an_upload_that_is_cut_goes_on_where_it_was(hub: Hub) -> None:
+    model = small_model()
+    model.save_pretrained(hub.folder / "shards", max_shard_size="50KB")
+    count = len(list((hub.folder / "shards").glob("*.safetensors")))
+    assert count >= 3
+    # One cut is got over.
+    hub.faults({"method": "PUT", "path": "^/lfs/", "status": 0})
+    small_model(num_queries=4).push_to_hub("me/cut-once")
+    assert hub.requests("PUT", "/lfs/") == [0, 200]
+    # After some of the shards nothing gets through, however often it is tried.
+    hub.faults(
+        {"method": "PUT", "path": "^/lfs/", "status": 308, "times": 0},
+        {"method": "PUT", "path": "^/lfs/[0-7]", "status": 0, "times": 1000},
+    )
+    message = refused(lambda: model.push_to_hub("me/cut", max_shard_size="50KB"))
+    arrived = hub.requests("PUT", "/lfs/").count(200)
+    assert 0 < arrived < count, arrived
+    assert message.startswith("me/cut was not pushed: ")
+    assert message.endswith("Push again: what has arrived is not sent twice; nothing is lost here")
+    assert hub.files("me/cut") == set()
+    hub.faults()
+    model.push_to_hub("me/cut", max_shard_size="50KB")
+    assert hub.requests("PUT", "/lfs/") == [200] * (count - arrived)
+    assert_same(AutoModelForInstanceSegmentation.from_pretrained("me/cut"), model)
+
+
+def check_a_push_that_is_killed_leaves_both_sides_as_they_were(hub: Hub) -> None:
+    """`kill -9` when the Hub has half of the weights."""
+    before = small_model(num_labels=1, num_queries=4)
+    commit = before.push_to_hub("me/killed").oid
+    trainer = quick_trainer(hub.folder / "killed")
+    hub.faults({"method": "PUT", "path": "^/lfs/", "status": -1, "times": 1000})
+    child = multiprocessing.get_context("fork").Process(target=trainer.push_to_hub, kwargs={"num_pictures": 0})
+    child.start()
+    for _ in range(1000):
+        if hub.requests("PUT", "/lfs/") or not child.is_alive():
+            break
+        child.join(0.02)
+    child.kill()
+    child.join()
+    assert (child.exitcode, hub.requests("PUT", "/lfs/")) == (-signal.SIGKILL, [-1])
+    hub.faults()
+    assert hub._control("api/models/me/killed")["sha"] == commit
+    assert_same(AutoModelForInstanceSegmentation.from_pretrained("me/killed"), before)
+    assert_same(RfDetrForInstanceSegmentation.from_pretrained(hub.folder / "killed"), trainer.model)
+    trainer.push_to_hub(num_pictures=0)
+    assert hub.requests("PUT", "/lfs/") == [200]
+    assert_same(load("me/killed")[0], trainer.model.eval())
+
+
+def check_too_many_requests_and_errors_of_the_server_are_waited_for(hub: Hub) -> None:
+    model = small_model()
+    hub.faults(
+        {"method": "POST", "path": "^/api/repos/create", "status": 429, "headers": {"Retry-After": "7"}},
+        {"method": "POST", "path": "/commit/", "status": 500, "times": 2},
+    )
+    model.push_to_hub("me/busy")
+    assert hub.waits == [7.0, 1.0, 4.0]
+    assert hub.requests("POST", "/commit/") == [500, 500, 200]
+    assert_same(AutoModelForInstanceSegmentation.from_pretrained("me/busy"), model)
+    hub.faults({"method": "POST", "path": "/commit/", "status": 503, "times": 100})
+    message = refused(lambda: small_model(num_queries=4).push_to_hub("me/busy"))
+    assert hub.waits == [1.0, 4.0, 16.0]
+    assert "503" in message
+    hub.faults()
+    assert_same(AutoModelForInstanceSegmentation.from_pretrained("me/busy"), model)
+
+
+def check_what_was_loaded_once_loads_without_the_hub(hub: Hub) -> None:
+    expected = AutoModelForInstanceSegmentation.from_pretrained("me/barns")
+    hub.faults({"method": "*", "path": "", "status": 503, "times": 1000})
+    assert_same(AutoModelForInstanceSegmentation.from_pretrained("me/barns"), expected)
+    before = len(hub._control("_log"))
+    assert_same(load("me/barns", local_files_only=True)[0], expected)
+    assert len(hub._control("_log")) == before
+    hub.faults()
+
+
+def check_a_download_that_is_cut_is_finished(hub: Hub) -> None:
+    model = small_model(num_queries=9)
+    model.push_to_hub("me/download")
+    hub.faults({"method": "GET", "path": "model.safetensors$", "status": 0})
+    assert_same(AutoModelForInstanceSegmentation.from_pretrained("me/download"), model)
+    assert hub.requests("GET", "model.safetensors") == [200, 200]
+
+
+def check_a_run_pushes_its_model_with_card_and_pictures_and_nothing_else(hub: Hub) -> None:
+    settings = {"push_to_hub": True, "hub_model_id": "me/drawn", "hub_token": "token-of-me", "eval_base_model": True}
+    settings |= {"hub_strategy": "checkpoint"}
+    hub.faults()
+    with token(""):
+        data = {"train_dataset": drawn(4), "eval_dataset": drawn(3, 100)}
+        trainer = build_trainer(hub.folder / "run", data, **settings)
+        trainer.train()
+        numbers = trainer.evaluate(drawn(3, 200), metric_key_prefix="test")
+        model_files = {"config.json", "model.safetensors", "preprocessor_config.json"}
+        trainer._finish_current_push()
+        found = hub.files("me/drawn")  # from the checkpoints
+        assert {name for name in found if "/" not in name} == model_files, found
+        assert {name.partition("/")[0] for name in found - model_files} == {"last-checkpoint"}
+        whole = {f"last-checkpoint/{name}" for name in ("optimizer.pt", "trainer_state.json", "model.safetensors")}
+        assert whole < found
+        assert "last-checkpoint/training_args.bin" not in found  # it holds the token
+        trainer.push_to_hub(dataset="me/aerial", finetuned_from="Roboflow/rf-detr-seg-nano", license="apache-2.0")
+    pictures = {"training_curves.png", "predictions.png"}
+    assert hub.files("me/drawn") - found == pictures | {"README.md", "training_arguments.json"}
+    loaded, processor = load("me/drawn")
+    assert_same(loaded, trainer.model.eval())
+    assert processor.to_dict() == trainer.processing_class.to_dict()
+    for name in pictures:
+        with Image.open(hf_hub_download("me/drawn", name)) as picture:
+            assert picture.width > 2 * 96
+    arguments = Path(hf_hub_download("me/drawn", "training_arguments.json")).read_text()
+    assert json.loads(arguments)["ema_decay"] == 0.993
+    assert not any(word in arguments for word in ("token-of-me", str(hub.folder)))
+    card = card_of("me/drawn")
+    assert "[Roboflow/rf-detr-seg-nano](https://huggingface.co/Roboflow/rf-detr-seg-nano)" in card
+    data = ModelCard(card).data
+    assert (data.base_model, data.datasets, data.license) == ("Roboflow/rf-detr-seg-nano", ["me/aerial"], "apache-2.0")
+    shown = {(r.dataset_split, r.metric_name): r.metric_value for r in data.eval_results}
+    assert shown["test", "Mean IoU"] == round(numbers["test_mean_iou"], 4)
+    assert shown["test", "Box AP50"] == round(numbers["test_bbox_AP50"], 4)
+    best = max(entry.get("eval_segm_AP", -1) for entry in trainer.state.log_history)
+    best = max(best, *(entry.get("eval_base_segm_AP", -1) for entry in trainer.state.log_history))
+    assert shown["validation", "Mask AP"] == round(best, 4)
+
+
+def check_a_run_whose_push_fails_is_whole_on_disk(hub: Hub) -> None:
+    hub.faults({"method": "POST", "path": "/commit/", "status": 500, "times": 100})
+    trainer = quick_trainer(hub.folder / "failed")
+    trainer.train()
+    message = refused(lambda: trainer.push_to_hub(with_code=True, num_pictures=0))
+    assert "me/failed was not pushed: " in message, message
+    assert message.endswith(f"everything is in {hub.folder / 'failed'}")
+    found = {path.name for path in (hub.folder / "failed").iterdir()}
+    assert found >= {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", *CODE_FILES}
+    assert "predictions.png" not in found
+    assert_same(RfDetrForInstanceSegmentation.from_pretrained(hub.folder / "failed"), trainer.model)
+    hub.faults()
+    trainer.push_to_hub(with_code=True, blocking=False, num_pictures=0).result()
+    assert set(CODE_FILES) < hub.files("me/failed")
+    assert "training_args.bin" not in hub.files("me/failed")
+
+
+def check_code_is_pushed_where_it_is_asked_for(hub: Hub) -> None:
+    model, processor = small_model(num_labels=2), RfDetrImageProcessor(size=48)
+    model.push_to_hub("me/coded", with_code=True)
+    processor.push_to_hub("me/coded", with_code=True)
+    assert not hasattr(model.config, "auto_map")  # nothing stays behind in the model
+    assert set(CODE_FILES) < hub.files("me/coded")
+    assert not set(CODE_FILES) & hub.files("me/barns")
+    outputs = model(pixels())
+    torch.save([weights(model), outputs.logits, outputs.pred_masks], hub.folder / "expected.pt")
+    # With the package in the process it is the package that loads it.
+    assert_same(AutoModelForInstanceSegmentation.from_pretrained("me/coded"), model)
+
+
+CHECKS = [name for name in dict(globals()) if name.startswith("check_")]
+
+# The arguments: the folder of this file, one for the session, and what comes below. Importing torch and transformers
+# takes longer than most of the rest, so it is done once, and the session of the checks is forked off.
+SESSIONS = """
+import os, shutil, sys
+import torch, transformers.image_utils, transformers.modeling_utils
+
+torch.set_num_threads(1)
+tests, folder, without_the_package = sys.argv[1:]
+if os.fork() == 0:
+    sys.path.insert(0, tests)
+    import test_hub
+    test_hub.run_checks(folder)
+    sys.exit()
+os.wait()
+shutil.rmtree(os.environ["HF_HOME"])  # what has been downloaded
+os.chdir(folder)
+exec(without_the_package)
+"""
+
+# Runs where the package cannot be imported, and was not before.
+WITHOUT_THE_PACKAGE = """
+import sys
+sys.modules["transformers_rfdetr"] = None  # every import of it fails
+import torch
+from huggingface_hub import hf_hub_download
+from transformers import AutoModelForInstanceSegmentation, AutoModelForObjectDetection, pipeline
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+with open(hf_hub_download("me/coded", "README.md"), encoding="utf-8") as file:
+    block = file.read().split("```python")[2].partition("```")[0]
+try:
+    from transformers import AutoImageProcessor as _
+except ImportError:  # 5.4 to 5.17 without torchvision
+    block = block.replace("from transformers import AutoImageProcessor, ", "from transformers import ")
+names = {"AutoImageProcessor": AutoImageProcessor}
+exec(block, names)
+model, processor, result = (names[name] for name in ("model", "processor", "result"))
+for thing in (model, model.config, processor):
+    assert type(thing).__module__.startswith("transformers_modules."), type(thing)
+weights, logits, masks = torch.load("expected.pt")
+assert model.state_dict().keys() == weights.keys()
+assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+pixels = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+with torch.no_grad():
+    outputs = model(pixels)
+assert torch.equal(outputs.logits, logits) and torch.equal(outputs.pred_masks, masks)
+assert result["segmentation"].shape == (40, 60)
+
+segment = pipeline("image-segmentation", model="me/coded", trust_remote_code=True)
+assert type(segment.model).__module__.startswith("transformers_modules.")
+segment("picture.jpg")
+detector = AutoModelForObjectDetection.from_pretrained("me/coded", trust_remote_code=True)
+assert type(detector).__name__ == "RfDetrForObjectDetection"
+
+model.push_to_hub("me/coded-again")  # as transformers pushes it
+model.save_pretrained("saved")
+processor.save_pretrained("saved")
+again = AutoModelForInstanceSegmentation.from_pretrained("saved", trust_remote_code=True)
+assert torch.equal(again.eval()(pixels).logits, logits)
+AutoImageProcessor.from_pretrained("saved", trust_remote_code=True)
+"""
+
+
+def environment(url: str, folder: Path) -> dict[str, str]:
+    return os.environ | {
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(folder / "home"),
+        "HF_TOKEN": "token-of-me",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What each check said, "" if it is right. One worker of pytest-xdist runs them, the others wait for it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "hub"
+    results = folder / "results.json"
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        for _ in range(3000):
+            if results.is_file():
+                break
+            time.sleep(0.1)
+        return json.loads(results.read_text())
+    server = HubServer()
+    try:
+        command = [sys.executable, "-c", SESSIONS, str(Path(__file__).parents[1]), str(folder), WITHOUT_THE_PACKAGE]
+        done = subprocess.run(command, env=environment(server.url, folder), capture_output=True, text=True)
+        checks = folder / "checks.json"
+        found = json.loads(checks.read_text()) if checks.is_file() else {}
+    finally:
+        server.shutdown()
+        server.server_close()
+        found = {name: found.get(name, f"did not run: {done.stderr[-2000:]}") for name in CHECKS}
+        found["code"] = done.stderr[-3000:] if done.returncode else ""
+        results.with_suffix(".tmp").write_text(json.dumps(found))
+        results.with_suffix(".tmp").rename(results)
+    return found
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_hub(check, said):
+    assert not said[check], said[check]
+
+
+def test_code_in_a_repository_loads_where_the_package_is_absent(said):
+    assert not said["code"], said["code"]
+
+
+# -- the card --------------------------------------------------------------------------------------------------------
+
+
+def numbers(segm_ap: float, **others: Any) -> dict[str, Any]:
+    return {"segm_AP": segm_ap, "segm_AP_large": -1.0, "bbox_AP": 0.5, "mean_iou": 0.25, **others}
+
+
+def test_the_card_has_the_numbers_of_the_run_as_a_table_and_for_the_hub():
+    run = Run(
+        base_model="Roboflow/rf-detr-seg-medium",
+        datasets=["me/barns", "my | own"],
+        splits={"train": (10, 31), "validation": (7, 20)},
+        objects={"cat": 30, "dog": 1},
+        results={
+            "validation": numbers(0.123456, per_class={"cat": {"segm_AP": 0.2}, "dog": {"segm_AP": -1.0}}),
+            "test": numbers(0.5),
+        },
+        recipe={"epochs": 2},
+        note="Not COCO's.",
+    )
+    card = model_card("me/pets", small_config(num_labels=2, id2label={0: "cat", 1: "dog"}), has_masks=True, run=run)
+    assert "|  | validation | test |\n| --- | --- | --- |\n| Mask AP | 0.123 | 0.500 |" in card
+    assert "| Mask AP, large objects | – | – |" in card
+    assert "Not COCO's." in card
+    assert "| label | class | objects to train on | mask AP, validation |" in card
+    assert "| 0 | cat | 30 | 0.200 |\n| 1 | dog | 1 | – |" in card
+    assert "| train | 10 | 31 |" in card
+    assert r"[me/barns](https://huggingface.co/datasets/me/barns), my \| own." in card
+    data = ModelCard(card).data
+    assert data.datasets == ["me/barns"]
+    found = [(r.dataset_split, r.metric_type, r.metric_name, r.metric_value) for r in data.eval_results]
+    assert found == [
+        ("validation", "mean_average_precision", "Mask AP", 0.1235),
+        ("validation", "mean_average_precision", "Box AP", 0.5),
+        ("validation", "mean_iou", "Mean IoU", 0.25),
+        ("test", "mean_average_precision", "Mask AP", 0.5),
+        ("test", "mean_average_precision", "Box AP", 0.5),
+        ("test", "mean_iou", "Mean IoU", 0.25),
+    ]
+    assert {(r.task_type, r.dataset_type) for r in data.eval_results} == {("image-segmentation", "me/barns")}
+
+
+def test_names_of_strangers_are_text_in_the_card_and_its_metadata():
+    hostile = "x\n---\nlicense: mit\n# <img src=x onerror=alert(1)> [a](b) `c`"
+    run = Run(datasets=[hostile], objects={hostile: 3}, splits={hostile: (1, 2)}, results={hostile: numbers(0.5)})
+    card = model_card(
+        f"me/{hostile}", small_config(num_labels=1, id2label={0: hostile}), has_masks=True, run=run, title=hostile
+    )
+    data = ModelCard(card).data
+    assert data.license is None
+    assert data.eval_results[0].dataset_split == " ".join(hostile.split())
+    text = card.partition("\n---\n")[2]
+    code = "".join(blocks_of(text))
+    prose = text
+    for block in blocks_of(text):
+        prose = prose.replace(block, "")
+    assert not re.search(r"(?<!\\)(<img|\[a\]|`c)", prose)
+    assert "\n# <" not in code
+    for block in blocks_of(card):
+        compile(block, "card", "exec")
+    assert [line for line in prose.splitlines() if line.startswith("# ")] == [
+        r"# x --- license: mit \# \<img src=x onerror=alert(1)\> \[a\](b) \`c\`"
+    ]
+
+
+def test_the_card_names_a_way_without_the_package_only_where_it_gives_the_same_model():
+    port, code = "transformers>=5.9", "trust_remote_code=True"
+    square = small_config()
+    card = model_card("me/x", square, has_masks=True)
+    assert port in card
+    assert code not in card
+    card = model_card("me/x", square, has_masks=True, with_code=True)
+    assert code in card
+    assert port not in card
+    for other in (small_config(resolution=[48, 96]), small_config(projector_scale=["P3", "P5"])):
+        assert len(blocks_of(model_card("me/x", other, has_masks=True))) == 1
+    card = model_card("me/x", square, has_masks=False)
+    assert "AutoModelForObjectDetection" in card
+    assert "Segmentation" not in card
+    assert "segmentation" not in card
+    assert "instances.masks" not in card
+
+
+def test_many_classes_are_folded_and_rows_that_are_none_left_out():
+    names = {label: f"class {label}" for label in range(30)} | {30: "__background__"}
+    card = model_card("me/x", small_config(num_labels=31, id2label=names), has_masks=True)
+    assert "<details><summary>30 classes</summary>\n\n| label | class |" in card
+    assert "30 classes." in card
+    assert "background" not in card
+
+
+def test_a_detection_model_gets_no_class_of_segmentation_beside_its_code(tmp_path):
+    torch.manual_seed(0)
+    RfDetrForObjectDetection(small_config()).save_pretrained(tmp_path)
+    assert sorted(path.name for path in add_code(tmp_path)) == sorted(CODE_FILES)
+    maps = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert sorted(maps) == ["AutoConfig", "AutoImageProcessor", "AutoModel", "AutoModelForObjectDetection"]
+    assert isinstance(RfDetrForObjectDetection.from_pretrained(tmp_path), RfDetrForObjectDetection)
+
+
+# -- pictures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (0, 0.9, [0, 0.2, 0.4, 0.6, 0.8]),
+        (3, 47, [10, 20, 30, 40]),
+        (1, 2, [1, 1.2, 1.4, 1.6, 1.8, 2.0]),
+        (0, 1234, [0, 500, 1000]),
+    ],
+)
+def test_ticks_are_round_numbers_inside_the_range(low, high, expected):
+    assert ticks(low, high) == pytest.approx(expected)
+
+
+def test_curves_come_from_the_log_without_what_cannot_be_drawn():
+    log = [
+        {"loss": 3.0, "step": 1},
+        {"loss": float("nan"), "step": 2},
+        {"eval_segm_AP": -1.0, "eval_loss": 2.0, "step": 2},
+        {"eval_segm_AP": 0.25, "step": 4},
+        {"train_runtime": 1.0, "step": 4},
+    ]
+    assert curves_of(log) == {
+        "loss": {"training": [(1, 3.0)], "validation": [(2, 2.0)]},
+        "average precision": {"mask AP": [(4, 0.25)]},
+    }
+    assert curves_of(log[-1:]) == {}
+
+
+def test_a_curve_runs_where_its_numbers_are():
+    picture = draw_curves({"loss": {"rising": [(0, 0.0), (100, 8.0)]}, "other": {"flat": [(5, 1.0)]}})
+    assert picture.size == (1120, 340)
+    # The axes of a panel are 64 from the left, 40 from the top, 20 from the right, 72 from the bottom.
+    colours = np.asarray(picture, dtype=int)
+    for fraction in (0.3, 0.5, 0.7):
+        x, y = round(64 + fraction * (560 - 64 - 20)), round(340 - 72 - fraction * (340 - 72 - 40))
+        assert np.abs(colours[y - 2 : y + 3, x] - color_of(0)).sum(axis=1).min() < 60
+        assert np.abs(colours[y - 20 : y - 10, x] - color_of(0)).sum(axis=1).min() > 200
+
+
+# -- runs ------------------------------------------------------------------------------------------------------------
+
+
+def numbers_of_run(trainer: RfDetrTrainer) -> dict[str, dict[str, Any]]:
+    return numbers_of(trainer.args, trainer.state, [""], "segm_AP")
+
+
+def test_the_numbers_of_a_run_are_those_of_the_weights_that_it_kept(tmp_path):
+    trainer = build_trainer(tmp_path)
+    log = [
+        {"loss": 3.0, "step": 2},
+        {"eval_segm_AP": 0.3, "eval_bbox_AP": 0.1, "eval_segm_AP/roof": 0.7, "step": 5},
+        {"eval_segm_AP": 0.2, "eval_bbox_AP": 0.4, "eval_segm_AP/roof": 0.6, "step": 10},
+        {"train_runtime": 1.0, "step": 10},
+        {"eval_segm_AP": 0.9, "step": 10},  # of some other data set
+    ]
+    trainer.state.log_history, trainer.state.global_step = log, 10
+    [[title, best]] = numbers_of_run(trainer).items()
+    assert (title, best["segm_AP"], best["bbox_AP"]) == ("validation", 0.3, 0.1)
+    assert best["per_class"] == {"roof": {"segm_AP": 0.7}}
+    trainer.args.load_best_model_at_end = False
+    assert numbers_of_run(trainer)["validation"]["segm_AP"] == 0.2
+    trainer.state.global_step = 12
+    assert list(numbers_of_run(trainer)) == ["validation at update 10"]
+    log[1] |= {"eval_base_segm_AP": 0.5, "eval_base_bbox_AP": 0.6}
+    trainer.args.load_best_model_at_end = True
+    assert numbers_of_run(trainer)["validation"]["bbox_AP"] == 0.6
+
+
+def test_crowds_are_not_drawn_and_objects_without_a_mask_are_boxes(monkeypatch):
+    picture = Image.new("RGB", (9, 8), "gray")
+    square = {"bbox": [1.0, 2.0, 4.0, 3.0], "segmentation": [[1, 2, 5, 2, 5, 5, 1, 5]], "category_id": 0, "iscrowd": 0}
+    crowd = square | {"bbox": [0.0, 0.0, 9.0, 8.0], "iscrowd": 1}
+    mask = np.zeros((8, 9), bool)
+    mask[2:5, 1:5] = True
+    model, data = small_model(num_labels=1), drawn(1)
+    monkeypatch.setattr(InstanceDataset, "__getitem__", lambda self, index: sample)
+    for annotations, shapes in (
+        ([square, crowd], {"masks": [mask]}),
+        ([square, square | {"segmentation": None}], {"boxes": [(1, 2, 5, 5)] * 2}),
+    ):
+        sample = {"image": picture, "height": 8, "width": 9, "annotations": annotations}
+        [(truth, found)] = draw_examples(model, RfDetrImageProcessor(size=48), data, 1)
+        assert np.array_equal(truth, draw_instances(picture, **shapes)), shapes
+        assert np.array_equal(found, picture)  # random weights are sure of nothing
+
+
+# peft asks transformers >= 5.23 by an old name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_lora_is_trained_saved_loaded_and_merged(tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = RfDetrForInstanceSegmentation(small_config(num_labels=1))
+    base.save_pretrained(tmp_path / "base")
+    before = {name: tensor.clone() for name, tensor in weights(base).items()}
+    targets = r".*attention\.attention\.(query|value)|.*decoder.*linear1|class_embed|.*enc_out_class_embed\.\d+"
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=targets))
+    arguments = RfDetrTrainingArguments(str(tmp_path / "run"), **(QUICK | {"num_train_epochs": 1}))
+    trainer = RfDetrTrainer(model, arguments, train_dataset=drawn(4), eval_dataset=drawn(3, 100))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    files = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert "adapter_model.safetensors" in files
+    assert "model.safetensors" not in files
+    trained = model.eval()(pixels()).logits
+    fresh = RfDetrForInstanceSegmentation.from_pretrained(tmp_path / "base")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(fresh).items())
+    assert not torch.equal(fresh.eval()(pixels()).logits, trained)
+    merged = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").merge_and_unload()
+    assert weights(merged).keys() == before.keys()
+    torch.testing.assert_close(merged.eval()(pixels()).logits, trained, rtol=1e-4, atol=1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    again, _ = load(str(tmp_path / "merged"))
+    assert_same(again, merged)
+    [instances] = predict(model, RfDetrImageProcessor(size=48), [Image.new("RGB", (60, 40))], threshold=0.0)
+    assert len(instances)
+    trainer.create_model_card(finetuned_from="Roboflow/rf-detr-seg-nano")
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert ModelCard(card).data.library_name == "peft"
+    assert 'PeftModel.from_pretrained(base, "run").merge_and_unload()' in card
+    compile(blocks_of(card)[0], "card", "exec")
+
+
+def run_checks(folder: str) -> None:
+    hub, found = Hub(Path(folder)), {}
+    for name in CHECKS:
+        try:
+            globals()[name](hub)
+            found[name] = ""
+        except Exception:
+            found[name] = traceback.format_exc()
+            hub.faults()
+    Path(folder, "checks.json").write_text(json.dumps(found))

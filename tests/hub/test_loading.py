@@ -1,0 +1,97 @@
+"""`load`: a model and its processor by one name."""
+
+import json
+
+import pytest
+import torch
+
+from transformers_rfdetr import (
+    RfDetrForInstanceSegmentation,
+    RfDetrForObjectDetection,
+    RfDetrImageProcessor,
+    load,
+)
+
+from small_models import small_model
+
+
+def test_a_folder_gives_the_model_that_was_saved_and_its_processor(kind, tmp_path):
+    saved = small_model(kind)
+    saved.save_pretrained(tmp_path)
+    RfDetrImageProcessor.from_config(saved.config, image_mean=[0.1, 0.2, 0.3]).save_pretrained(tmp_path)
+    model, processor = load(str(tmp_path))
+    assert type(model) is kind
+    assert not model.training
+    assert processor.image_mean == [0.1, 0.2, 0.3]
+    for name, tensor in saved.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_a_folder_without_a_processor_takes_the_configuration_s_and_says_so(tmp_path, caplog):
+    small_model().save_pretrained(tmp_path)
+    _, processor = load(str(tmp_path))
+    assert processor.size == {"height": 48, "width": 48}
+    assert "has no preprocessor_config.json" in caplog.text
+
+
+def test_another_resolution_goes_to_both(tmp_path):
+    saved = small_model()
+    saved.save_pretrained(tmp_path)
+    RfDetrImageProcessor.from_config(saved.config).save_pretrained(tmp_path)
+    model, processor = load(str(tmp_path), resolution=72, dtype=torch.bfloat16)
+    assert model.config.resolution == 72
+    assert processor.size == {"height": 72, "width": 72}
+    assert model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["RFDETRSegMedium", "rfdetr-seg-medium", "rf-detr-seg-medium"])
+def test_published_names_are_looked_for_on_the_hub(name, monkeypatch):
+    def asked(repository, **_):
+        raise OSError(f"asked for {repository}")
+
+    monkeypatch.setattr("transformers_rfdetr.hub.load.RfDetrConfig.from_pretrained", asked)
+    with pytest.raises(ValueError, match="asked for Roboflow/rf-detr-seg-medium"):
+        load(name)
+
+
+def test_what_cannot_be_loaded_is_said_with_the_remedy(tmp_path):
+    (tmp_path / "model.pth").write_bytes(b"x")
+    with pytest.raises(ValueError, match="is a file; make a folder of it with `transformers-rfdetr convert"):
+        load(str(tmp_path / "model.pth"))
+    with pytest.raises(ValueError, match=r"cannot be loaded; give a folder or a Hub id\. It has no config\.json"):
+        load(str(tmp_path))
+    for name, text, message in (
+        ("adapter_config.json", "{}", "It holds an adapter and no whole model: merge that"),
+        ("config.json", '{"model_type": "detr"}', "Its config.json is of 'detr' and not of 'rf_detr'"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load(str(tmp_path))
+    (tmp_path / "adapter_config.json").unlink()
+    small_model(RfDetrForObjectDetection).save_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(
+        config.replace(RfDetrForObjectDetection.__name__, RfDetrForInstanceSegmentation.__name__)
+    )
+    with pytest.raises(ValueError, match=r"lacks \d+ weights of RfDetrForInstanceSegmentation \(segmentation_head"):
+        load(str(tmp_path))
+
+
+def test_weights_of_other_shapes_are_laid_to_the_configuration(tmp_path):
+    small_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"decoder_ffn_dim": 2 * config["decoder_ffn_dim"]}))
+    with pytest.raises(ValueError, match=r"Its weights have other shapes than its config\.json says"):
+        load(str(tmp_path))
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense"])
+def test_a_device_that_is_not_there_is_refused(device, tmp_path):
+    small_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"device {device} cannot be had"):
+        load(str(tmp_path), device=device)
+
+
+def test_auto_is_a_device_that_is_there(tmp_path):
+    small_model().save_pretrained(tmp_path)
+    assert load(str(tmp_path), device="auto")[0].device.type in ("cpu", "cuda", "mps")

@@ -1,0 +1,269 @@
+"""Pictures to instances at once, and the fast copies of a model."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from transformers_rfdetr import (
+    RfDetrForInstanceSegmentation,
+    RfDetrForObjectDetection,
+    RfDetrImageProcessor,
+    compile_for_inference,
+    predict,
+)
+from transformers_rfdetr.data.synthetic import draw_scene
+
+from small_models import pixels, small_model
+
+SEGMENTATION, DETECTION = RfDetrForInstanceSegmentation, RfDetrForObjectDetection
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return [draw_scene(seed=seed)[0].resize(size) for seed, size in enumerate([(60, 45), (31, 70), (48, 48)])]
+
+
+def confident_model(kind=RfDetrForInstanceSegmentation, **overrides):
+    """A small model whose scores lie around a half."""
+    model = small_model(kind, **overrides)
+    with torch.no_grad():
+        model.class_embed.bias.add_(4.0)
+    return model
+
+
+def processor_of(model, **settings):
+    return RfDetrImageProcessor.from_config(model.config, **settings)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_prediction_is_the_model_and_the_post_processing(pictures, batch_size):
+    model = confident_model()
+    processor = processor_of(model)
+    found = predict(model, processor, pictures, threshold=0.3, top_k=9, batch_size=batch_size)
+    for picture, instances in zip(pictures, found, strict=True):
+        with torch.no_grad():
+            outputs = model(**processor(picture, return_tensors="pt"))
+        size = picture.size[::-1]
+        settings = {"threshold": 0.3, "target_sizes": [size], "top_k": 9}
+        expected = processor.post_process_instance_segmentation(outputs, return_binary_maps=True, **settings)[0]
+        segments = expected["segments_info"]
+        assert len(instances) == len(segments) > 0
+        np.testing.assert_allclose(instances.scores, [segment["score"] for segment in segments], atol=1e-5)
+        np.testing.assert_allclose(instances.boxes, [segment["box"] for segment in segments], atol=1e-3)
+        assert instances.labels.tolist() == [segment["label_id"] for segment in segments]
+        assert instances.names == [model.config.id2label[segment["label_id"]] for segment in segments]
+        assert (instances.dense_masks() != expected["segmentation"].numpy()).mean() < 1e-3
+        assert instances.image_size == size
+
+
+def test_padded_pictures_have_the_same_masks(pictures):
+    model = confident_model()
+    processor = processor_of(model, size={"shortest_edge": 48, "longest_edge": 96}, do_pad=True, pad_size=(96, 96))
+    found = predict(model, processor, pictures[:2], threshold=0.2, batch_size=2)
+    inputs = processor(pictures[:2], return_tensors="pt")
+    with torch.no_grad():
+        outputs = model(**inputs)
+    sizes = [picture.size[::-1] for picture in pictures[:2]]
+    expected = processor.post_process_instance_segmentation(
+        outputs, 0.2, target_sizes=sizes, return_binary_maps=True, pixel_mask=inputs["pixel_mask"]
+    )
+    for instances, result in zip(found, expected, strict=True):
+        assert len(instances) > 0
+        assert (instances.dense_masks() != result["segmentation"].numpy()).mean() < 1e-3
+
+
+def test_a_detection_model_has_boxes_only(pictures):
+    model = confident_model(DETECTION)
+    instances = predict(model, processor_of(model), pictures[0], threshold=0.0)[0]
+    assert len(instances) == 6
+    assert instances.masks is None
+    assert instances.dense_masks().shape == (0, 45, 60)
+    assert instances.polygons() == []
+    assert [crop.mode for crop in instances.crops(pictures[0])] == ["RGB"] * 6
+
+
+def test_only_the_classes_asked_for_are_found(pictures):
+    model = confident_model(id2label={0: "cat", 1: "dog", 2: "cat", 3: "horse"})
+    processor = processor_of(model)
+    for every, some in zip(
+        predict(model, processor, pictures, threshold=0.0, top_k=24),  # all pairs of query and class
+        predict(model, processor, pictures, threshold=0.0, top_k=24, classes=["cat"]),
+        strict=True,
+    ):
+        cats = every.select([label in (0, 2) for label in every.labels])
+        assert (some.names, some.masks, some.scores.tolist()) == (cats.names, cats.masks, cats.scores.tolist())
+    with pytest.raises(ValueError, match="'hrose' is no class of the model, which has 4; did you mean horse"):
+        predict(model, processor, pictures, classes=["cat", "hrose"])
+    with pytest.raises(ValueError, match="no classes to look for"):
+        predict(model, processor, pictures, classes=[])
+    assert {
+        name for one in predict(model, processor, pictures, threshold=0.0, classes="dog") for name in one.names
+    } == {"dog"}
+
+
+def test_a_column_of_a_data_set_is_a_sequence_of_pictures(pictures):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"photo": datasets.Image()})
+    rows = datasets.Dataset.from_dict({"photo": pictures}, features)
+    model = confident_model()
+    found = predict(model, processor_of(model), rows["photo"], threshold=0.0)
+    expected = predict(model, processor_of(model), pictures, threshold=0.0)
+    assert [one.masks for one in found] == [one.masks for one in expected]
+
+
+def test_only_masks_of_detections_are_multiplied_out(pictures, monkeypatch):
+    model = confident_model(num_queries=40)
+    rows = []
+    project = model.segmentation_head.project
+    monkeypatch.setattr(
+        model.segmentation_head, "project", lambda queries: rows.append(queries.shape) or project(queries)
+    )
+    found = predict(model, processor_of(model), pictures, threshold=0.6, batch_size=3)
+    assert rows == [(1, len(instances), 32) for instances in found]
+    assert max(len(instances) for instances in found) < 40
+
+
+def test_pictures_of_every_kind_are_read_and_a_broken_one_is_named(pictures, tmp_path):
+    model = confident_model()
+    processor = processor_of(model)
+    pictures[0].save(tmp_path / "picture.png")
+    array = np.asarray(pictures[0])
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    kinds = [tmp_path / "picture.png", str(tmp_path / "picture.png"), pictures[0], array, tensor, tensor / 255]
+    first, *others = predict(model, processor, kinds, threshold=0.2)
+    for other in others:
+        np.testing.assert_array_equal(first.scores, other.scores)
+        assert first.masks == other.masks
+    with pytest.raises(ValueError, match=r"picture 2: .*none\.png"):
+        predict(model, processor, [*kinds[:2], tmp_path / "none.png"], batch_size=2)
+    assert predict(model, processor, []) == []
+    with pytest.raises(ValueError, match=r"threshold 50 is outside \[0, 1\]"):
+        predict(model, processor, kinds, threshold=50)
+    with pytest.raises(ValueError, match="batch_size 0 must be at least 1"):
+        predict(model, processor, kinds, batch_size=0)
+
+
+def test_a_model_in_training_is_in_training_again_afterwards(pictures):
+    model = confident_model()
+    expected = predict(model, processor_of(model), pictures[0], threshold=0.1)[0]
+    model.train()
+    found = predict(model, processor_of(model), pictures[0], threshold=0.1)[0]
+    np.testing.assert_array_equal(found.scores, expected.scores)
+    assert model.training
+
+
+def test_crops_show_what_the_mask_covers_and_nothing_else(pictures):
+    model = confident_model()
+    instances = predict(model, processor_of(model), pictures[0], threshold=0.2)[0]
+    for crop, mask in zip(instances.crops(pictures[0]), instances.dense_masks(), strict=True):
+        rows, columns = np.nonzero(mask)
+        assert crop.size == (np.ptp(columns) + 1, np.ptp(rows) + 1)
+        area = np.s_[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        np.testing.assert_array_equal(np.asarray(crop)[..., 3] == 255, mask[area])
+        np.testing.assert_array_equal(np.asarray(crop)[..., :3], np.asarray(pictures[0])[area])
+    with pytest.raises(ValueError, match=r"the picture is \(48, 48\), its instances are in one of \(45, 60\)"):
+        instances.crops(Image.new("RGB", (48, 48)))
+
+
+def test_polygons_go_around_the_masks(pictures):
+    pytest.importorskip("supervision")
+    from pycocotools import mask as coco_mask
+
+    model = confident_model()
+    instances = predict(model, processor_of(model), pictures[0], threshold=0.2)[0]
+    for polygons, mask in zip(instances.polygons(), instances.masks, strict=True):
+        area = coco_mask.area(mask)
+        assert area > 100
+        outline = coco_mask.merge(coco_mask.frPyObjects([p.ravel().astype(float).tolist() for p in polygons], 45, 60))
+        assert coco_mask.iou([outline], [mask], [0])[0, 0] > 0.7  # through the pixels' centres, and without holes
+
+
+# Fast copies
+
+
+@pytest.mark.parametrize("kind", [SEGMENTATION, DETECTION])
+@pytest.mark.parametrize("size", [None, 72, (48, 96)])
+def test_a_copy_for_one_size_computes_the_same(kind, size):
+    model = confident_model(kind)
+    fast = compile_for_inference(model, size=size, batch_size=2, compiled=False)
+    height, width = (48, 48) if size is None else (72, 72) if size == 72 else size
+    inputs = pixels(3, height, width)  # a whole batch and a part of one
+    with torch.no_grad():
+        expected = model(inputs)
+    outputs = fast(inputs)
+    for name in ("logits", "pred_boxes") + ("pred_masks",) * (kind is SEGMENTATION):
+        torch.testing.assert_close(getattr(outputs, name), getattr(expected, name), atol=1e-4, rtol=1e-4)
+    assert max(fast.differences.values()) < 1e-5
+    assert set(fast.differences) == {"logits", "boxes", "choice of tokens"} | (
+        {"masks"} if kind is SEGMENTATION else set()
+    )
+    assert fast.active == ["float32", f"2 x {height} x {width}"]
+    assert model.config.backbone_config.image_size == 48
+    with pytest.raises(
+        ValueError, match=rf"compiled for whole pictures of \({height}, {width}\), these are \(24, 24\)"
+    ):
+        fast(pixels(1, 24, 24))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_copy_in_half_precision_is_checked_and_predicts_nearly_the_same(dtype, pictures):
+    model = confident_model()
+    fast = model.compile_for_inference(dtype=dtype, compiled=False)
+    assert fast.dtype == dtype
+    assert model.dtype == torch.float32
+    assert 1e-5 < max(fast.differences.values()) < 0.1
+    instances = predict(fast, processor_of(model), pictures, threshold=0.2)
+    assert len(instances[0]) > 0
+
+
+def test_a_copy_that_computes_something_else_is_refused(monkeypatch):
+    from transformers_rfdetr.inference import predict as inference
+
+    real = inference.InferenceModel._tensors
+
+    def wrong(self, pixel_values):
+        chosen, logits, *rest = real(self, pixel_values)
+        logits[0, 0, 0] += 0.1
+        return chosen, logits, *rest
+
+    monkeypatch.setattr(inference.InferenceModel, "_tensors", wrong)
+    with pytest.raises(ValueError, match=r"the logits of the model made for inference .* differ .* more than 0.001"):
+        compile_for_inference(confident_model(), compiled=False)
+
+
+def test_where_nothing_can_be_compiled_a_warning_says_so_and_the_plain_path_runs(monkeypatch, hf_log):
+    def broken(function, **options):
+        def run(*args):
+            raise RuntimeError("no C++ compiler")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    model = confident_model()
+    fast = compile_for_inference(model)
+    assert fast.active == ["float32", "1 x 48 x 48", "not compiled"]
+    assert "torch.compile failed, so the model runs as it is: RuntimeError: no C++ compiler" in hf_log.text
+    with torch.no_grad():
+        torch.testing.assert_close(fast(pixels()).logits, model(pixels()).logits)
+
+
+def test_what_cannot_be_compiled_for_is_refused():
+    with pytest.raises(ValueError, match="size 50 is not a multiple of 24"):
+        compile_for_inference(confident_model(), size=50)
+    with pytest.raises(ValueError, match=r"dtype torch.float64 is none of"):
+        compile_for_inference(confident_model(), dtype=torch.float64)
+    with pytest.raises(ValueError, match="cannot be trained"):
+        compile_for_inference(confident_model(), compiled=False).train(True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_copy_is_compiled_and_computes_the_same(dtype, pictures):
+    model = confident_model()
+    fast = compile_for_inference(model, batch_size=2, dtype=dtype)
+    assert "torch.compile" in fast.active
+    if dtype == torch.float32:
+        with torch.no_grad():
+            torch.testing.assert_close(fast(pixels(3)).logits, model(pixels(3)).logits, atol=1e-4, rtol=1e-4)
+    assert len(predict(fast, processor_of(model), pictures, threshold=0.2)[0]) > 0

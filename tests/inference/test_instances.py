@@ -1,0 +1,173 @@
+"""What was found in a picture, in all its forms, against supervision, pycocotools and hand-made masks."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from transformers_rfdetr.data.drawing import color_of, draw_annotations, draw_grid, draw_instances
+from transformers_rfdetr.inference.instances import Instances
+
+SIZE = (60, 80)
+
+
+def bitmaps() -> np.ndarray:
+    """A square, an L of two parts, and nothing."""
+    masks = np.zeros((3, *SIZE), bool)
+    masks[0, 10:30, 5:25] = True
+    masks[1, 40:50, 30:70] = masks[1, 20:50, 60:70] = True
+    return masks
+
+
+def found(tracked: bool = False, masks: bool = True) -> Instances:
+    rles = [coco_mask.encode(np.asfortranarray(mask)) for mask in bitmaps()]
+    return Instances(
+        np.array([[5, 10, 25, 30], [30, 20, 70, 50], [1.5, 2.5, 3.5, 9.5]], np.float32),
+        np.array([0.9, 0.75, 0.5], np.float32),
+        np.array([2, 0, 2]),
+        ["dog", "cat", "dog"],
+        [{"size": rle["size"], "counts": rle["counts"].decode()} for rle in rles] if masks else None,
+        SIZE,
+        np.array([4, 7, -1]) if tracked else None,
+    )
+
+
+def equal(one: Instances, other: Instances) -> bool:
+    assert (one.names, one.masks, one.image_size) == (other.names, other.masks, other.image_size)
+    for name in ("boxes", "scores", "labels", "track_ids"):
+        mine, theirs = getattr(one, name), getattr(other, name)
+        assert (mine is None and theirs is None) or (mine.dtype == theirs.dtype and (mine == theirs).all())
+    return True
+
+
+@pytest.mark.parametrize("masks", [True, False])
+@pytest.mark.parametrize("tracked", [True, False])
+def test_json_gives_back_the_same(tracked: bool, masks: bool):
+    instances = found(tracked, masks)
+    assert equal(Instances.from_dict(json.loads(json.dumps(instances.to_dict()))), instances)
+
+
+@pytest.mark.parametrize("chosen", [[2, 0], np.array([True, False, True]), np.array([1]), [0, 1, 2]])
+def test_a_selection_keeps_everything_in_step(chosen):
+    instances = found(tracked=True)
+    some = instances.select(chosen)
+    numbers = np.arange(3)[np.asarray(chosen)]
+    assert some.scores.tolist() == instances.scores[numbers].tolist()
+    assert some.names == [instances.names[number] for number in numbers]
+    assert (some.dense_masks() == bitmaps()[numbers]).all()
+    assert (some.boxes == instances.boxes[numbers]).all()
+    assert some.track_ids.tolist() == instances.track_ids[numbers].tolist()
+
+
+def test_no_instances_go_through_every_form():
+    none = found(tracked=True).select([])
+    assert len(none) == 0
+    assert none.dense_masks().shape == (0, *SIZE)
+    assert none.to_coco(1) == none.polygons() == none.crops(Image.new("RGB", SIZE[::-1])) == []
+    assert none.to_dict() == {"image_size": [60, 80], "instances": []}
+    assert len(none.to_supervision()) == 0
+
+
+def test_supervision_draws_the_detections_with_its_own_annotator():
+    supervision = pytest.importorskip("supervision")
+    detections = found(tracked=True).to_supervision()
+    assert detections["class_name"].tolist() == ["dog", "cat", "dog"]
+    assert detections.tracker_id.tolist() == [4, 7, -1]
+    picture = np.full((*SIZE, 3), 100, np.uint8)
+    drawn = supervision.MaskAnnotator().annotate(picture.copy(), detections)
+    assert ((drawn != picture).any(-1) == bitmaps().any(0)).all()
+    assert supervision.BoxAnnotator().annotate(picture.copy(), found(masks=False).to_supervision()).any()
+
+
+def test_the_outline_of_a_square_is_its_corners():
+    pytest.importorskip("supervision")
+    [square], *_ = found().polygons()
+    assert sorted(map(tuple, square.tolist())) == [(5, 10), (5, 29), (24, 10), (24, 29)]
+
+
+def test_pycocotools_takes_the_results_with_the_category_ids_of_the_data_set():
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": 3, "height": 60, "width": 80}],
+        "annotations": [],
+        "categories": [{"id": 10, "name": "cat"}, {"id": 20, "name": "x"}, {"id": 30, "name": "dog"}],
+    }
+    coco.createIndex()
+    results = json.loads(json.dumps(found().to_coco(3, [10, 20, 30])))
+    loaded = coco.loadRes(results).loadAnns([1, 2, 3])
+    assert [one["category_id"] for one in loaded] == [30, 10, 30]
+    assert [one["area"] for one in loaded] == [400, 600, 0]
+    assert loaded[1]["bbox"].tolist() == [30, 20, 40, 30]
+    assert found(masks=False).to_coco(3)[2]["bbox"] == [1.5, 2.5, 2, 7]
+    assert [one["category_id"] for one in found().to_coco(3)] == [2, 0, 2]
+
+
+def test_cut_outs_have_the_masks_as_alpha_and_of_boxes_their_pixels():
+    picture = Image.fromarray(np.arange(60 * 80 * 3).reshape(60, 80, 3).astype(np.uint8))
+    square, bent, nothing = found().crops(picture)
+    assert (square.mode, square.size, bent.size, nothing.size) == ("RGBA", (20, 20), (40, 30), (1, 1))
+    assert (np.asarray(bent)[..., 3] > 0).sum() == 600
+    assert (np.asarray(square)[..., :3] == np.asarray(picture)[10:30, 5:25]).all()
+    *_, box = found(masks=False).crops(picture)
+    assert (box.mode, box.size) == ("RGB", (3, 8))
+
+
+@pytest.mark.parametrize("method", ["draw", "crops"])
+def test_a_picture_of_another_size_is_refused(method: str):
+    with pytest.raises(ValueError, match=r"\(80, 60\), its instances are in one of \(60, 80\)"):
+        getattr(found(), method)(Image.new("RGB", (60, 80)))
+
+
+def test_colours_follow_classes_instances_or_tracks():
+    picture = Image.new("RGB", SIZE[::-1], (90, 90, 90))
+
+    def outline(drawn: Image.Image) -> tuple[tuple[int, ...], ...]:
+        return drawn.getpixel((6, 20)), drawn.getpixel((31, 45))
+
+    assert outline(found().draw(picture)) == (color_of(2), color_of(0))
+    assert outline(found().draw(picture, color_by="instance")) == (color_of(0), color_of(1))
+    assert outline(found(tracked=True).draw(picture, color_by="instance")) == (color_of(4), color_of(7))
+    with pytest.raises(ValueError, match="'score' is neither 'class' nor 'instance'"):
+        found().draw(picture, color_by="score")
+
+
+def test_rle_is_drawn_as_bitmaps_are():
+    picture = Image.new("RGB", SIZE[::-1], (90, 90, 90))
+    instances = found()
+    expected = draw_instances(picture, bitmaps(), None, instances.names, instances.scores, color_indices=[2, 0, 2])
+    assert instances.draw(picture).tobytes() == expected.tobytes()
+
+
+def test_ground_truth_is_drawn_from_polygons_and_from_boxes():
+    picture = Image.new("RGB", SIZE[::-1], (90, 90, 90))
+    square = [[5.0, 10.0, 25.0, 10.0, 25.0, 30.0, 5.0, 30.0]]
+    annotations = [{"category_id": 1, "segmentation": square, "bbox": [5, 10, 20, 20]}]
+    drawn = draw_annotations(picture, annotations, {1: "dog"})
+    assert drawn.tobytes() == draw_instances(picture, bitmaps()[:1], labels=["dog"], color_indices=[1]).tobytes()
+    boxes = draw_annotations(picture, [{"category_id": 1, "bbox": [5, 10, 20, 20]}], {1: "dog"})
+    expected = draw_instances(picture, boxes=[[5, 10, 25, 30]], labels=["dog"], color_indices=[1])
+    assert boxes.tobytes() == expected.tobytes()
+    assert draw_annotations(picture, [], {}).tobytes() == picture.tobytes()
+
+
+def test_pictures_stand_in_rows_under_the_titles_of_their_columns():
+    red, blue = (Image.new("RGB", (80, 60), colour) for colour in ("red", "blue"))
+    grey = Image.new("RGB", (30, 20), (128, 128, 128))
+    grid = draw_grid([(red, blue), (grey, grey)], ["truth", "found"])
+    head, gap = grid.height - 60 - 20 - 4, 4
+    assert grid.width == 2 * 80 + gap
+    assert grid.getpixel((0, head)) == grid.getpixel((79, head + 59)) == (255, 0, 0)
+    assert grid.getpixel((80 + gap, head)) == (0, 0, 255)
+    assert grid.getpixel((80 + gap, head + 60 + gap)) == (128, 128, 128)
+    assert grid.getpixel((82, head + 30)) == grid.getpixel((60, grid.height - 1)) == (255, 255, 255)
+    for left in (0, 80 + gap):
+        assert min(grid.crop((left, 0, left + 80, head)).convert("L").getextrema()) < 100  # letters
+
+
+def test_a_column_is_as_wide_as_its_title_and_without_titles_there_is_no_line_of_text():
+    small = Image.new("RGB", (100, 60))
+    assert draw_grid([(small,)], ["a title that is wider than the picture"]).width > 150
+    assert draw_grid([(small, small)]).size == (2 * 100 + 4, 60)

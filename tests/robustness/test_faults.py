@@ -1,0 +1,722 @@
+"""Killed processes, full disks, and losses that are no numbers: what was whole stays, and the next run goes on."""
+
+import errno
+import functools
+import json
+import math
+import multiprocessing
+import multiprocessing.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from transformers_rfdetr import RfDetrForInstanceSegmentation, RfDetrImageProcessor
+from transformers_rfdetr.atomic_files import (
+    DiskError,
+    check_place,
+    explained,
+    make_folder,
+    whole_file,
+    whole_folder,
+    write_text,
+)
+from transformers_rfdetr.data.checks.check import check_dataset
+from transformers_rfdetr.data.dataset import InstanceDataset, collate_fn
+from transformers_rfdetr.data.synthetic import draw_dataset
+from transformers_rfdetr.inference.folder import list_pictures, predict_to_folder
+from transformers_rfdetr.training.recovery import damage, explained_deaths, newest_checkpoint, restore_folder
+from transformers_rfdetr.training.trainer import RfDetrTrainer
+
+import training_run
+from faults import Ended, attempt, tree
+from small_models import small_config
+from training_run import build_trainer, drawn, on_two_processes
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks and kills processes")
+
+# -- a checkpoint ----------------------------------------------------------------------------------------------------
+
+# 10 updates; the second save, at 8, replaces best_ema and best_total, and removes checkpoint-4.
+SETTINGS = {
+    "eval_strategy": "steps",
+    "eval_steps": 4,
+    "save_strategy": "steps",
+    "save_steps": 4,
+    "save_total_limit": 1,
+    "load_best_model_at_end": True,
+    "multi_scale": False,
+}
+BEST = ("best_ema", "best_total")
+
+
+class Case(NamedTuple):
+    """A folder in which the second save was disturbed."""
+
+    fault: str
+    ended: Ended
+    run: Path
+
+
+class Saves(NamedTuple):
+    """A run that went well, and copies of it in each of which the second save did not."""
+
+    weights: dict[str, torch.Tensor]
+    first: dict[str, dict[str, bytes]]  # folder -> its files, after the first save
+    second: dict[str, dict[str, bytes]]
+    cases: list[Case]
+
+
+def snapshot(run: Path) -> dict[str, dict[str, bytes]]:
+    return {folder.name: tree(folder) for folder in run.iterdir() if not folder.name.startswith(".")}
+
+
+def faults_of(clean: Ended, lengths: Sequence[int], num_parts: int) -> dict[str, dict[str, Any]]:
+    """One before every change of the disk, and others in the middle of the files."""
+    parts = (clean.num_bytes * part // num_parts for part in range(1, num_parts))
+    return {
+        **{f"killed before change {place}": {"dies_at": place} for place in range(clean.num_changes)},
+        **{f"killed in a file at byte {length}": {"longest": length} for length in lengths},
+        **{f"disk full after {room} bytes": {"room": room} for room in (0, 1, *parts, clean.num_bytes - 2)},
+    }
+
+
+def improving_trainer() -> RfDetrTrainer:
+    """Each of its evaluations is better than the last."""
+    trainer = build_trainer("run", **SETTINGS)
+    keep_best = trainer._determine_best_metric
+
+    def better(metrics: dict[str, Any], trial: Any) -> bool:
+        return keep_best({**metrics, "eval_segm_AP": trainer.state.global_step / 100}, trial)
+
+    trainer._determine_best_metric = better
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def saves(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saves]:
+    root = tmp_path_factory.mktemp("saves")
+    cases: list[Case] = []
+    first: dict[str, dict[str, bytes]] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        (root / "whole").mkdir()
+        patch.chdir(root / "whole")  # "run" is another folder in every case
+        trainer = improving_trainer()
+        keep_best = trainer._determine_best_metric
+
+        def second_save(metrics: dict[str, Any], trial: Any) -> bool:
+            if trainer.state.global_step == 8:
+                first.update(snapshot(Path("run")))
+
+                def save() -> None:
+                    os.chdir(root / str(len(cases)))
+                    keep_best(metrics, trial)
+                    trainer._save_checkpoint(trainer.model, trial)
+
+                def disturbed(name: str, **fault: Any) -> Ended:
+                    run = root / str(len(cases)) / "run"
+                    shutil.copytree("run", run)
+                    ended = attempt(save, **fault)
+                    cases.append(Case(name, ended, run))
+                    return ended
+
+                clean = disturbed("none")
+                largest = max(path.stat().st_size for path in cases[0].run.rglob("*") if path.is_file())
+                lengths = [0, 1, 1000, largest // 3, largest - 1]
+                for name, fault in faults_of(clean, lengths, num_parts=7).items():
+                    disturbed(name, **fault)
+                for length in lengths:
+                    disturbed(f"a file larger than {length}", longest=length, dies_of_length=False)
+            return keep_best(metrics, trial)
+
+        trainer._determine_best_metric = second_save
+        trainer.train()
+        weights = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+        yield Saves(weights, first, snapshot(cases[0].run), cases)
+
+
+def test_the_faults_hit_every_part_of_a_save(saves):
+    clean = saves.cases[0].ended
+    assert (clean.signal, clean.error) == (0, None)
+    assert set(saves.first) == {*BEST, "checkpoint-4"}
+    assert set(saves.second) == {*BEST, "checkpoint-8"}
+    signals = {case.ended.signal for case in saves.cases}
+    assert signals == {0, signal.SIGKILL, signal.SIGXFSZ}
+    assert clean.num_changes > 40
+
+
+def test_after_any_fault_the_newest_checkpoint_is_one_that_was_written_whole(saves):
+    newest = []
+    for case in saves.cases[1:]:
+        name = Path(newest_checkpoint(case.run)).name
+        expected = saves.first if name == "checkpoint-4" else saves.second
+        assert tree(case.run / name) == expected[name], case.fault
+        if case.ended.signal == signal.SIGKILL:
+            newest.append(name)
+    assert newest == sorted(newest)  # once the new one is whole, it is not lost again
+    assert set(newest) == {"checkpoint-4", "checkpoint-8"}
+
+
+def test_after_any_fault_the_best_models_are_those_of_the_first_save_or_of_the_second(saves):
+    for case in saves.cases[1:]:
+        for name in BEST:
+            if case.ended.signal == 0:  # nothing needs to be restored after an error
+                assert (case.run / name).is_dir(), case.fault
+            restore_folder(case.run / name)
+            assert tree(case.run / name) in (saves.first[name], saves.second[name]), case.fault
+
+
+def test_a_full_disk_is_named_with_the_folder_and_what_was_begun_is_removed(saves):
+    failed = [case for case in saves.cases if case.ended.error is not None]
+    assert len(failed) > 8
+    for case in failed:
+        assert isinstance(case.ended.error, OSError), case.fault
+        text = str(case.ended.error)
+        assert "cannot be written: " in text, case.fault
+        assert "resume_from_checkpoint=True" in text
+        if case.fault.startswith("disk full"):
+            assert "No space left on device" in text
+        assert not (case.run / "checkpoint-8").exists() or damage(case.run / "checkpoint-8") is None, case.fault
+        assert not [path for path in case.run.iterdir() if path.name.startswith(".")], case.fault
+
+
+class Die(TrainerCallback):
+    """Kills the process in an evaluation."""
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("kind", ["killed in evaluation", "killed in a file", "disk full"])
+def test_training_goes_on_to_the_same_weights(kind, saves, monkeypatch):
+    if kind == "killed in evaluation":
+        [case] = [case for case in saves.cases if case.fault == "killed before change 0"]
+        monkeypatch.chdir(case.run.parent)
+
+        def evaluate() -> None:
+            trainer = improving_trainer()
+            trainer.add_callback(Die())
+            trainer.train(resume_from_checkpoint=True)
+
+        assert attempt(evaluate).signal == signal.SIGKILL
+        assert snapshot(case.run) == saves.first
+    else:
+        cases = [case for case in saves.cases if case.fault.startswith(kind)]
+        case = cases[len(cases) // 2]
+        monkeypatch.chdir(case.run.parent)
+    trainer = improving_trainer()
+    trainer.train(resume_from_checkpoint=True)
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, saves.weights[name]), name
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (lambda folder: cut(folder / "model.safetensors"), r"model.safetensors has \d+ of \d+ bytes"),
+        (
+            lambda folder: cut(folder / "rf_detr_training_weights.safetensors"),
+            r"training_weights.safetensors has \d+ of \d+ bytes",
+        ),
+        (lambda folder: cut(folder / "optimizer.pt"), r"optimizer.pt has \d+ of \d+ bytes"),
+        (lambda folder: cut(folder / "trainer_state.json"), "a file is missing or cannot be read: Expecting"),
+        (lambda folder: cut(folder / "rf_detr_state.json"), "a file is missing or cannot be read: "),
+        (lambda folder: (folder / "rf_detr_files.json").unlink(), "No such file.*rf_detr_files.json"),
+        (lambda folder: cut(folder / "rf_detr_files.json"), "a file is missing or cannot be read: Expecting"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "No such file.*model.safetensors"),
+        (lambda folder: (folder / "optimizer.pt").unlink(), "No such file.*optimizer.pt"),
+        (lambda folder: (folder / "rng_state.pth").unlink(), "No such file.*rng_state.pth"),
+        (shutil.rmtree, "it is no folder"),
+    ],
+)
+def test_a_checkpoint_that_was_cut_off_elsewhere_is_refused(harm, reason, saves, tmp_path, hf_log):
+    """By a copy that was broken off, or a deletion."""
+    whole = saves.cases[0].run / "checkpoint-8"
+    for name in ("checkpoint-8", "checkpoint-10"):
+        shutil.copytree(whole, tmp_path / name)
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    harm(tmp_path / "checkpoint-10")
+    trainer = build_trainer(tmp_path)
+    with pytest.raises(ValueError, match=f"checkpoint-10 is not a whole checkpoint: .*{reason}"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
+
+
+def test_a_checkpoint_of_another_run_is_not_whole_while_it_is_written_over(saves, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(saves.cases[0].run / "checkpoint-8", "run/checkpoint-8")
+    trainer = improving_trainer()
+    trainer.state.global_step, trainer._globalstep_last_logged, trainer._total_loss_scalar = 8, 0, 0.0
+    trainer.create_optimizer_and_scheduler(10)
+    save = functools.partial(trainer._save_checkpoint, trainer.model, None)
+    assert attempt(save, longest=100_000).signal == signal.SIGXFSZ
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        newest_checkpoint("run")
+
+
+def test_nothing_of_another_runs_checkpoint_stays_in_one_that_is_written_over(saves, tmp_path):
+    shutil.copytree(saves.cases[0].run / "checkpoint-8", tmp_path / "checkpoint-1")
+    settings = PLAIN | {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "save_only_model": True}
+    build_trainer(tmp_path, **settings).train()
+    assert damage(tmp_path / "checkpoint-1") is None
+    assert not set(tree(tmp_path / "checkpoint-1")) & {
+        "rf_detr_training_weights.safetensors",
+        "optimizer.pt",
+        "rng_state.pth",
+        "rf_detr_files.json",
+    }
+
+
+def test_a_run_into_the_folder_of_another_one_warns(saves, tmp_path, hf_log):
+    shutil.copytree(saves.cases[0].run / "checkpoint-8", tmp_path / "checkpoint-8")
+    build_trainer(tmp_path, max_steps=1, eval_strategy="no", save_strategy="no").train()
+    assert "checkpoint-8 is of an earlier run" in hf_log.text
+
+
+# -- an update that is not finite ------------------------------------------------------------------------------------
+
+
+class Poison:
+    """A collator that makes pictures of some ids NaN, as decoders and transforms of users do."""
+
+    def __init__(self, *image_ids: int) -> None:
+        self.image_ids = image_ids
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = collate_fn(samples)
+        for pixels, target in zip(batch["pixel_values"], batch["labels"], strict=True):
+            if int(target["image_id"]) in self.image_ids:
+                pixels[:, 5, 5] = float("nan")
+        return batch
+
+
+class Watch(TrainerCallback):
+    """Keeps weights and logged losses of every update, and leaves some updates out by hand."""
+
+    def __init__(self, *left_out: int) -> None:
+        self.left_out = left_out
+        self.losses: list[float] = []
+        self.skipped: list[int] = []
+        self.weights: list[dict[str, torch.Tensor]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_step_end(args, state, control, **kwargs)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 in self.left_out:
+            kwargs["optimizer"].zero_grad()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.weights.append({name: tensor.clone() for name, tensor in kwargs["model"].state_dict().items()})
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if "loss" in kwargs["logs"]:
+            self.losses.append(kwargs["logs"]["loss"])
+            self.skipped.append(kwargs["logs"].get("skipped_updates", 0))
+
+
+def same_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+# 3 updates an epoch, of 4, 4 and 2 pictures; each picture is in one of them.
+PLAIN = {
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "gradient_accumulation_steps": 2,
+    "ema": False,
+    "multi_scale": False,
+}
+
+
+def train_poisoned(folder: Path, *image_ids: int, **settings: Any) -> Watch:
+    watch = Watch()
+    trainer = build_trainer(folder, {"data_collator": Poison(*image_ids), "callbacks": [watch]}, **(PLAIN | settings))
+    watch.train_loss = trainer.train().training_loss
+    assert trainer.state.log_history[-1]["train_loss"] == watch.train_loss
+    return watch
+
+
+@pytest.fixture(scope="module")
+def skipping(tmp_path_factory: pytest.TempPathFactory) -> Watch:
+    return train_poisoned(tmp_path_factory.mktemp("skip"), 3, non_finite_loss="skip", logging_steps=1)
+
+
+def test_a_skipped_update_changes_nothing_and_the_others_are_as_ever(skipping, tmp_path):
+    left_out = [1 + index for index, count in enumerate(skipping.skipped) if count]
+    assert [1 + (update - 1) // 3 for update in left_out] == [1, 2]  # one in each epoch
+    by_hand = Watch(*left_out)
+    build_trainer(tmp_path, {"callbacks": [by_hand]}, **PLAIN, logging_steps=1).train()
+    for step, (ours, theirs) in enumerate(zip(skipping.weights, by_hand.weights, strict=True)):
+        assert same_weights(ours, theirs), step
+    for update, (ours, theirs) in enumerate(zip(skipping.losses, by_hand.losses, strict=True), start=1):
+        assert math.isnan(ours) if update in left_out else ours == theirs, update
+
+
+def test_the_log_leaves_skipped_updates_out_of_its_mean(skipping, tmp_path):
+    logged = train_poisoned(tmp_path, 3, non_finite_loss="skip", logging_steps=3)
+    assert logged.skipped == [1, 1]
+    kept = [loss for loss in skipping.losses if math.isfinite(loss)]
+    for watch in (logged, skipping):
+        assert watch.train_loss == pytest.approx(sum(kept) / 4, rel=1e-6)
+    for epoch, mean in enumerate(logged.losses):
+        kept = [loss for loss in skipping.losses[3 * epoch : 3 * epoch + 3] if math.isfinite(loss)]
+        assert len(kept) == 2
+        assert mean == pytest.approx(sum(kept) / 2, rel=1e-6)
+
+
+def test_the_average_of_the_weights_does_not_count_a_skipped_update(tmp_path):
+    trainer = build_trainer(tmp_path, {"data_collator": Poison(3)}, **(PLAIN | {"ema": True}), non_finite_loss="skip")
+    counts = []
+    trainer.add_callback(
+        type(
+            "Count",
+            (TrainerCallback,),
+            {"on_step_end": lambda self, *args, **kwargs: counts.append(trainer._average.num_updates)},
+        )
+    )
+    trainer.train()
+    assert counts[-1] == 4
+    assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
+
+
+def test_the_run_stops_with_the_name_of_the_picture_and_goes_on_from_its_last_checkpoint(skipping, tmp_path):
+    update = 1 + skipping.skipped.index(1)
+    assert update > 1
+    settings = PLAIN | {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
+    trainer = build_trainer(tmp_path, {"data_collator": Poison(3)}, **settings)
+    with pytest.raises(FloatingPointError, match=rf"the loss of update {update} is not finite") as raised:
+        trainer.train()
+    assert "with the pictures 000003.png. The weights were not changed" in str(raised.value)
+    assert "non_finite_loss='skip'" in str(raised.value)
+    assert same_weights(trainer.model.state_dict(), skipping.weights[update - 1])
+    assert newest_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{update - 1}")
+    again = build_trainer(tmp_path, {"data_collator": Poison(3)}, **settings, non_finite_loss="skip")
+    again.train(resume_from_checkpoint=True)
+    assert same_weights(again.model.state_dict(), skipping.weights[-1])
+
+
+def test_skipping_ends_after_ten_updates_in_a_row(tmp_path, hf_log):
+    with pytest.raises(FloatingPointError, match="10 updates in a row were skipped"):
+        train_poisoned(tmp_path, *range(10), non_finite_loss="skip", num_train_epochs=4)
+    assert hf_log.text.count("it is left out") == 9
+
+
+def test_a_call_after_one_that_was_stopped_begins_anew(tmp_path):
+    trainer = build_trainer(tmp_path, {"data_collator": Poison(*range(10))}, **PLAIN, non_finite_loss="skip")
+    trainer.args.num_train_epochs = 4
+    for _ in range(2):
+        with pytest.raises(FloatingPointError, match=r"update 10 .* 10 updates in a row were skipped"):
+            trainer.train()
+
+
+def test_broken_weights_are_not_blamed_on_the_pictures(tmp_path):
+    trainer = build_trainer(tmp_path, **PLAIN, non_finite_loss="skip")
+    with torch.no_grad():
+        trainer.model.bbox_embed.layers[0].weight[0, 0] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"weights of the model are not, such as bbox_embed\.layers\.0"):
+        trainer.train()
+
+
+def test_a_gradient_that_is_not_finite_is_found_without_a_loss_that_is_not(tmp_path):
+    trainer = build_trainer(tmp_path, **PLAIN, max_grad_norm=0.0)
+    trainer.model.class_embed.bias.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(FloatingPointError, match="the gradient of update 1 is not finite") as raised:
+        trainer.train()
+    assert str(raised.value).count(".png") == 4
+
+
+def test_a_policy_that_is_none_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="non_finite_loss ignore must be 'stop' or 'skip'"):
+        build_trainer(tmp_path, non_finite_loss="ignore")
+
+
+def poisoned_on_one_of_two(folder: str) -> dict[str, Any]:
+    found = {}
+    try:
+        train_poisoned(Path(folder), 3)
+    except FloatingPointError as error:
+        found["error"] = str(error)
+    found |= vars(train_poisoned(Path(folder), 3, non_finite_loss="skip", logging_steps=1))
+    return found
+
+
+def test_two_processes_stop_and_skip_together(tmp_path):
+    first, second = on_two_processes(tmp_path, poisoned_on_one_of_two)
+    assert first["error"] == second["error"]
+    assert "with the pictures 000003.png. The" in first["error"]
+    assert sum(first["skipped"]) == 2
+    for ours, theirs in zip(first["weights"], second["weights"], strict=True):
+        assert same_weights(ours, theirs)
+        assert all(tensor.isfinite().all() for tensor in ours.values())
+
+
+# -- processes that die ----------------------------------------------------------------------------------------------
+
+
+class DeadlyPictures:
+    """Pictures of which one kills the process that reads it, as the system does when memory is short; once."""
+
+    def __init__(self, pictures: Any, index: int, flag: Path) -> None:
+        self.pictures, self.index, self.flag = pictures, index, flag
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Any:
+        if index == self.index and multiprocessing.parent_process() is not None and not self.flag.exists():
+            self.flag.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.pictures[index]
+
+
+@pytest.mark.parametrize("use", ["train", "evaluate"])
+def test_a_worker_that_is_killed_is_explained_and_the_run_goes_on(use, tmp_path):
+    def build() -> RfDetrTrainer:
+        coco = drawn(10).coco()
+        pictures, _ = draw_dataset(10, (96, 96))
+        data = InstanceDataset(coco, DeadlyPictures(pictures, 7, tmp_path / "flag"))
+        parts = {"train_dataset": data} if use == "train" else {"eval_dataset": data}
+        settings = PLAIN | {"dataloader_num_workers": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+        return build_trainer(tmp_path / "run", parts, **settings)
+
+    with pytest.raises(ChildProcessError, match=r"a process that reads pictures ended: .*dataloader_num_workers"):
+        getattr(build(), use)()
+    if use == "train":
+        trainer = build()
+        trainer.train(resume_from_checkpoint=bool(list((tmp_path / "run").glob("checkpoint-*"))))
+        assert trainer.state.global_step == 3
+    else:
+        assert math.isfinite(build().evaluate()["eval_loss"])
+
+
+def test_a_place_that_may_not_be_written_to_is_named_as_it_was_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    for path in (tmp_path / "a.json", tmp_path / "new" / "folder" / "a.json"):
+        with pytest.raises(PermissionError, match=f"^{path} cannot be written, because {tmp_path} may not be changed"):
+            check_place(path)
+    with (
+        pytest.raises(PermissionError, match=f"^{tmp_path / 'a.json'} cannot be written"),
+        whole_file(tmp_path / "a.json"),
+    ):
+        pass
+    with pytest.raises(IsADirectoryError, match=f"^{tmp_path} is a folder; give the name of a file"):
+        check_place(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"because .*file is a file; give another place"):
+        check_place(tmp_path / "file" / "new" / "a.json")
+    with pytest.raises(FileExistsError, match=f"^{tmp_path / 'file'} is a file, or lies in one; give a folder"):
+        make_folder(tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_temporary_folder_that_workers_cannot_use_is_refused(tmp_path, monkeypatch):
+    (deep := tmp_path / ("d" * 100)).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    monkeypatch.setattr(multiprocessing.util, "get_temp_dir", tempfile.gettempdir)  # which is made once for a process
+    trainer = build_trainer(tmp_path, **PLAIN, dataloader_num_workers=1)
+    with pytest.raises(OSError, match=r"cannot hand them over through .*d{100}: AF_UNIX path too long; set TMPDIR"):
+        trainer.train()
+
+
+def die_on_the_second(folder: str, report: Any) -> None:
+    """Rank 1 is killed in the third update; rank 0 tells what it sees."""
+    trainer = build_trainer(folder, **(PLAIN | {"save_strategy": "steps", "save_steps": 1}))
+    if trainer.args.process_index == 1:
+        trainer.add_callback(training_run.Die(2))
+    try:
+        trainer.train()
+    except Exception as error:
+        report.put(f"{type(error).__name__}: {error}")
+
+
+def test_of_two_processes_one_dies_and_the_other_stops_with_a_message(tmp_path):
+    forks = multiprocessing.get_context("fork")
+    report = forks.Queue()
+    training_run.note_free_port(tmp_path)
+    job = functools.partial(die_on_the_second, report=report)
+    ranks = [forks.Process(target=training_run.run_rank, args=(rank, str(tmp_path), job)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    ranks[1].join(120)
+    assert ranks[1].exitcode == -signal.SIGKILL
+    said = report.get(timeout=60)  # "within a minute"
+    ranks[0].join(60)
+    assert said.startswith("ConnectionAbortedError: another process of this run is gone")
+    assert f"goes on from {tmp_path / 'checkpoint-1'}" in said or f"goes on from {tmp_path / 'checkpoint-2'}" in said
+    resumed = build_trainer(tmp_path, **PLAIN)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+
+
+# -- what is written besides checkpoints -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def predicting(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Any]:
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, picture in enumerate(draw_dataset(3, (64, 64))[0]):
+        picture.save(folder / f"{number}.png")
+    torch.manual_seed(0)
+    model = RfDetrForInstanceSegmentation(small_config(num_labels=1)).eval()
+    processor = RfDetrImageProcessor.from_config(model.config)
+    pictures = list_pictures([str(folder)])
+    settings = {"threshold": 0.02, "batch_size": 1, "crops": True, "progress": False}
+    return lambda output: predict_to_folder(model, processor, pictures, output, **settings)
+
+
+@pytest.fixture(scope="module")
+def repairing(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Any]:
+    folder = tmp_path_factory.mktemp("data")
+    pictures, coco = draw_dataset(3, (64, 64))
+    for picture, image in zip(pictures, coco["images"], strict=True):
+        picture.save(folder / image["file_name"])
+    coco["annotations"][0]["bbox"][2] = -5
+    (folder / "train.json").write_text(json.dumps(coco))
+    return lambda output: check_dataset(folder / "train.json", fix=output, workers=1)
+
+
+@pytest.mark.parametrize("name", ["predicting", "repairing"])
+def test_whatever_stops_it_nothing_half_is_there_and_the_next_run_ends_it(name, request, tmp_path):
+    job = request.getfixturevalue(name)
+    clean = attempt(functools.partial(job, tmp_path / "whole"))
+    assert (clean.signal, clean.error) == (0, None)
+    expected = tree(tmp_path / "whole")
+    for number, (fault, settings) in enumerate(faults_of(clean, [0, 1, 300, 2000], num_parts=5).items()):
+        output = tmp_path / str(number)
+        ended = attempt(functools.partial(job, output), **settings)
+        assert ended.signal or isinstance(ended.error, OSError) or fault.startswith("killed in a file"), fault
+        if ended.error is not None:
+            assert "cannot be written: No space left on device" in str(ended.error), fault
+            assert str(tmp_path) in str(ended.error)
+        # Lines of parts/ are one file that grows; its last one may be cut.
+        found = {path: content for path, content in tree(output).items() if not path.startswith("parts")}
+        assert found.items() <= expected.items(), fault
+        if name == "repairing":
+            assert found in ({}, expected), fault
+        if found != expected or name == "predicting":
+            job(output)
+        assert tree(output) == expected, fault
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "numbers.json"
+    target.write_text("before")
+    job = functools.partial(write_text, target, "x" * 1000)
+    for settings in ({"longest": 10}, {"longest": 10, "dies_of_length": False}, {"room": 10}, {"dies_at": 1}):
+        attempt(job, **settings)
+        assert target.read_text() == "before"
+    target.chmod(0o600)
+    assert attempt(job).num_changes >= 2  # opened, renamed
+    assert target.read_text() == "x" * 1000
+    assert target.stat().st_mode & 0o777 == 0o600
+    assert list(tmp_path.iterdir()) != [target]  # of those that were killed
+
+
+def test_links_and_pipes_are_written_where_they_lead(tmp_path):
+    (tmp_path / "file").write_text("before")
+    (tmp_path / "link").symlink_to("file")
+    write_text(tmp_path / "link", "after")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "after"
+    write_text("/dev/null", "gone")
+    assert not Path("/dev/null").is_file()
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_text(tmp_path / "pipe", "through")
+    assert os.read(reader, 100) == b"through"
+    os.close(reader)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_of_the_disk"),
+    [
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+        (SafetensorError("Error while serializing: I/O error: No such file or directory (os error 2)"), False),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (PermissionError(errno.EACCES, "Permission denied"), False),
+        (shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")]), True),
+        (RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 576 vs 534"), True),
+        (RuntimeError("shapes differ"), False),
+    ],
+)
+def test_only_what_the_disk_has_done_is_blamed_on_it(error, is_of_the_disk, tmp_path):
+    with pytest.raises(type(error) if not is_of_the_disk else DiskError) as raised, explained(tmp_path / "file"):
+        raise error
+    assert ("file cannot be written: " in str(raised.value)) == is_of_the_disk
+
+
+@pytest.mark.parametrize(
+    ("text", "num_processes", "is_explained"),
+    [
+        ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:2", 2, True),
+        ("NCCL error: remote process exited or there was a network error", 2, True),
+        ("NCCL error: Duplicate GPU detected", 2, False),
+        ("Connection closed by peer", 1, False),
+        ("cannot read data/igloos/1.png", 2, False),
+    ],
+)
+def test_only_a_process_that_is_gone_is_called_so(text, num_processes, is_explained):
+    expected = ConnectionAbortedError if is_explained else RuntimeError
+    with pytest.raises(expected, match=re.escape(text)), explained_deaths(num_processes):
+        raise RuntimeError(text)
+
+
+def test_a_folder_takes_its_name_when_it_is_full(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "new"):
+        with whole_folder(tmp_path / name) as folder:
+            (folder / "file").write_text("it")
+            assert tree(tmp_path) == {}
+        assert tree(tmp_path) == {f"{name}/file": b"it"}
+        shutil.rmtree(tmp_path / name)
+
+
+MOUNTED = """
+import sys
+import tempfile
+from test_faults import improving_trainer
+trainer = improving_trainer()
+trainer.train(resume_from_checkpoint=sys.argv[1] == "again")
+"""
+
+
+@pytest.mark.long
+def test_a_real_disk_that_is_full_ends_the_run_and_a_larger_one_lets_it_go_on(saves, tmp_path):
+    """A file system of a few megabytes in memory, in a name space of its own."""
+
+    def as_root(commands: str) -> subprocess.CompletedProcess:
+        path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])
+        script = f"mount -t tmpfs -o size={3 * size // 2} none {tmp_path} && cd {tmp_path} || exit 77; {commands}"
+        command = ["unshare", "-rm", "env", f"PYTHONPATH={path}", "sh", "-c", script]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    size = sum(len(content) for files in saves.first.values() for content in files.values())
+    if as_root("exit 0").returncode:
+        pytest.skip("mounting is not allowed here")
+    train, saved = f"{sys.executable} -c '{MOUNTED}'", tmp_path.with_name("saved")
+    done = as_root(
+        f"{train} new && exit 78; mount -o remount,size={8 * size} {tmp_path} && {train} again"
+        f" && cp -r run/best_total {saved}"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"checkpoint-\d+ cannot be written: |best_\w+ cannot be written: ", done.stderr)
+    weights = load_file(saved / "model.safetensors")
+    assert all(torch.equal(tensor, saves.weights[name]) for name, tensor in weights.items())
