@@ -41,7 +41,9 @@ def imported_modules(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
-            found |= {name.partition(".")[2] or "__init__" for name in modules if name.startswith("transformers_rfdetr")}
+            found |= {
+                name.partition(".")[2] or "__init__" for name in modules if name.startswith("transformers_rfdetr")
+            }
         if not isinstance(node, ast.ImportFrom):
             continue
         if node.level:

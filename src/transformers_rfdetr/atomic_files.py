@@ -25,7 +25,7 @@ class DiskError(OSError):
 
 
 @contextmanager
-def whole_file(path: str | os.PathLike[str], remedy: str = _REMEDY) -> Iterator[Path]:
+def atomic_file(path: str | os.PathLike[str], remedy: str = _REMEDY) -> Iterator[Path]:
     """A path to write to; the file there takes the place of `path` when the block ends, or goes when it fails.
 
     Args:
@@ -37,15 +37,15 @@ def whole_file(path: str | os.PathLike[str], remedy: str = _REMEDY) -> Iterator[
         DiskError: `path` is what it was.
     """
     path, given = Path(path).resolve(), Path(path).absolute()
-    check_place(path)
+    check_writable(path)
     is_special = given.exists() and not given.is_file()
     if is_special or (path.exists() and not os.access(path.parent, os.W_OK)):
-        with explained(given, remedy):
+        with translate_disk_errors(given, remedy):
             yield given
         return
     partial = _partial(path)
     try:
-        with explained(path, remedy):
+        with translate_disk_errors(path, remedy):
             yield partial
             if path.exists():
                 shutil.copymode(path, partial)
@@ -59,8 +59,8 @@ def whole_file(path: str | os.PathLike[str], remedy: str = _REMEDY) -> Iterator[
         partial.unlink(missing_ok=True)
 
 
-def check_place(path: str | os.PathLike[str]) -> None:
-    """Raise OSError where [`whole_file`] could not write: before long work, and with the name that was given."""
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise OSError where [`atomic_file`] could not write: before long work, and with the name that was given."""
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file")
@@ -74,7 +74,7 @@ def check_place(path: str | os.PathLike[str]) -> None:
         raise PermissionError(f"{path} cannot be written, because {what} may not be changed; give another place")
 
 
-def make_folder(path: str | os.PathLike[str]) -> None:
+def make_directory(path: str | os.PathLike[str]) -> None:
     """Make a folder, and those above it, unless it is there; raise OSError with the name that was given."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -85,13 +85,13 @@ def make_folder(path: str | os.PathLike[str]) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str, errors: str = "strict") -> None:
-    """Write a text file in UTF-8, by [`whole_file`]."""
-    with whole_file(path) as partial:
+    """Write a text file in UTF-8, by [`atomic_file`]."""
+    with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8", errors=errors)
 
 
 @contextmanager
-def whole_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_directory(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder to fill; it takes the name `folder` when the block ends, or goes when it fails.
 
     Args:
@@ -106,7 +106,7 @@ def whole_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     is_fixed = folder.exists() and (folder.is_mount() or not os.access(folder.parent, os.W_OK))
     partial = _partial(folder / "inside" if is_fixed else folder)
     try:
-        with explained(folder):
+        with translate_disk_errors(folder):
             partial.mkdir()
             yield partial
             if is_fixed:
@@ -121,7 +121,7 @@ def whole_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def explained(path: Path, remedy: str = _REMEDY) -> Iterator[None]:
+def translate_disk_errors(path: Path, remedy: str = _REMEDY) -> Iterator[None]:
     """Raise a DiskError with file and remedy for what a full or broken disk raises inside, by whatever library."""
     try:
         yield
@@ -151,7 +151,7 @@ def _errno(error: BaseException) -> int | None:
     return int(found[1] or found[2]) if found else number
 
 
-def printable(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     """Text without what moves the cursor or cannot be written: the name of a file or class may hold anything."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 

@@ -11,9 +11,9 @@ from transformers_rfdetr.model.loss_rf_detr import (
     MaskFactors,
     StagePrediction,
     assign,
+    box_cxcywh_to_xyxy,
     class_cost,
     class_loss,
-    corners,
     count_boxes,
     fixed_points,
     iou_and_giou,
@@ -75,7 +75,7 @@ def test_boxes_of_known_overlap_have_the_iou_and_giou_of_the_paper():
 
 
 def test_a_negative_width_counts_as_none():
-    assert corners(torch.tensor([0.5, 0.5, -0.2, 0.2])).tolist() == pytest.approx([0.5, 0.4, 0.5, 0.6])
+    assert box_cxcywh_to_xyxy(torch.tensor([0.5, 0.5, -0.2, 0.2])).tolist() == pytest.approx([0.5, 0.4, 0.5, 0.6])
 
 
 def test_the_class_cost_is_the_focal_cost():

@@ -15,8 +15,8 @@ from transformers_rfdetr.model.loss_rf_detr import LossWeights, StagePrediction,
 from transformers_rfdetr.model.modeling_rf_detr import (
     RfDetrOutput,
     RfDetrSegmentationHead,
-    anchor_boxes,
     apply_deltas,
+    encoder_proposals,
 )
 from transformers_rfdetr.model.modeling_rf_detr_dinov2 import (
     drop_path,
@@ -431,8 +431,8 @@ def test_projecting_the_queries_is_projecting_every_pixel_with_its_gradients():
 def test_the_first_stage_computes_chosen_tokens_as_it_would_all_with_its_gradients():
     transformer = small_model().transformer
     memory = torch.randn(2, 16, 32, requires_grad=True)
-    anchors, invalid = anchor_boxes([(4, 4)], None, torch.device("cpu"))
-    *chosen, which = transformer.propose(memory, anchors, invalid, 3)
+    anchors, invalid = encoder_proposals([(4, 4)], None, torch.device("cpu"))
+    *chosen, which = transformer.select_two_stage_proposals(memory, anchors, invalid, 3)
     stages = []
     for group in range(3):  # the plain definition: everything of every token, then the best
         tokens = transformer.enc_output_norm[group](transformer.enc_output[group](memory.masked_fill(invalid, 0.0)))

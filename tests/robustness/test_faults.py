@@ -26,18 +26,23 @@ from transformers import TrainerCallback
 from transformers_rfdetr import RfDetrForInstanceSegmentation, RfDetrImageProcessor
 from transformers_rfdetr.atomic_files import (
     DiskError,
-    check_place,
-    explained,
-    make_folder,
-    whole_file,
-    whole_folder,
+    atomic_directory,
+    atomic_file,
+    check_writable,
+    make_directory,
+    translate_disk_errors,
     write_text,
 )
 from transformers_rfdetr.data.checks.check import check_dataset
 from transformers_rfdetr.data.dataset import InstanceDataset, collate_fn
 from transformers_rfdetr.data.synthetic import draw_dataset
-from transformers_rfdetr.inference.folder import list_pictures, predict_to_folder
-from transformers_rfdetr.training.recovery import damage, explained_deaths, newest_checkpoint, restore_folder
+from transformers_rfdetr.inference.folder import list_images, predict_to_folder
+from transformers_rfdetr.training.recovery import (
+    find_checkpoint_problem,
+    newest_checkpoint,
+    restore_folder,
+    translate_worker_errors,
+)
 from transformers_rfdetr.training.trainer import RfDetrTrainer
 
 import training_run
@@ -188,7 +193,9 @@ def test_a_full_disk_is_named_with_the_folder_and_what_was_begun_is_removed(save
         assert "resume_from_checkpoint=True" in text
         if case.fault.startswith("disk full"):
             assert "No space left on device" in text
-        assert not (case.run / "checkpoint-8").exists() or damage(case.run / "checkpoint-8") is None, case.fault
+        assert not (case.run / "checkpoint-8").exists() or find_checkpoint_problem(case.run / "checkpoint-8") is None, (
+            case.fault
+        )
         assert not [path for path in case.run.iterdir() if path.name.startswith(".")], case.fault
 
 
@@ -275,7 +282,7 @@ def test_nothing_of_another_runs_checkpoint_stays_in_one_that_is_written_over(sa
     shutil.copytree(saves.cases[0].run / "checkpoint-8", tmp_path / "checkpoint-1")
     settings = PLAIN | {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "save_only_model": True}
     build_trainer(tmp_path, **settings).train()
-    assert damage(tmp_path / "checkpoint-1") is None
+    assert find_checkpoint_problem(tmp_path / "checkpoint-1") is None
     assert not set(tree(tmp_path / "checkpoint-1")) & {
         "rf_detr_training_weights.safetensors",
         "optimizer.pt",
@@ -511,19 +518,19 @@ def test_a_place_that_may_not_be_written_to_is_named_as_it_was_given(tmp_path, m
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     for path in (tmp_path / "a.json", tmp_path / "new" / "folder" / "a.json"):
         with pytest.raises(PermissionError, match=f"^{path} cannot be written, because {tmp_path} may not be changed"):
-            check_place(path)
+            check_writable(path)
     with (
         pytest.raises(PermissionError, match=f"^{tmp_path / 'a.json'} cannot be written"),
-        whole_file(tmp_path / "a.json"),
+        atomic_file(tmp_path / "a.json"),
     ):
         pass
     with pytest.raises(IsADirectoryError, match=f"^{tmp_path} is a folder; give the name of a file"):
-        check_place(tmp_path)
+        check_writable(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match=r"because .*file is a file; give another place"):
-        check_place(tmp_path / "file" / "new" / "a.json")
+        check_writable(tmp_path / "file" / "new" / "a.json")
     with pytest.raises(FileExistsError, match=f"^{tmp_path / 'file'} is a file, or lies in one; give a folder"):
-        make_folder(tmp_path / "file")
+        make_directory(tmp_path / "file")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -577,7 +584,7 @@ def predicting(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Any
     torch.manual_seed(0)
     model = RfDetrForInstanceSegmentation(small_config(num_labels=1)).eval()
     processor = RfDetrImageProcessor.from_config(model.config)
-    pictures = list_pictures([str(folder)])
+    pictures = list_images([str(folder)])
     settings = {"threshold": 0.02, "batch_size": 1, "crops": True, "progress": False}
     return lambda output: predict_to_folder(model, processor, pictures, output, **settings)
 
@@ -658,7 +665,10 @@ def test_links_and_pipes_are_written_where_they_lead(tmp_path):
     ],
 )
 def test_only_what_the_disk_has_done_is_blamed_on_it(error, is_of_the_disk, tmp_path):
-    with pytest.raises(type(error) if not is_of_the_disk else DiskError) as raised, explained(tmp_path / "file"):
+    with (
+        pytest.raises(type(error) if not is_of_the_disk else DiskError) as raised,
+        translate_disk_errors(tmp_path / "file"),
+    ):
         raise error
     assert ("file cannot be written: " in str(raised.value)) == is_of_the_disk
 
@@ -675,14 +685,14 @@ def test_only_what_the_disk_has_done_is_blamed_on_it(error, is_of_the_disk, tmp_
 )
 def test_only_a_process_that_is_gone_is_called_so(text, num_processes, is_explained):
     expected = ConnectionAbortedError if is_explained else RuntimeError
-    with pytest.raises(expected, match=re.escape(text)), explained_deaths(num_processes):
+    with pytest.raises(expected, match=re.escape(text)), translate_worker_errors(num_processes):
         raise RuntimeError(text)
 
 
 def test_a_folder_takes_its_name_when_it_is_full(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("empty", "new"):
-        with whole_folder(tmp_path / name) as folder:
+        with atomic_directory(tmp_path / name) as folder:
             (folder / "file").write_text("it")
             assert tree(tmp_path) == {}
         assert tree(tmp_path) == {f"{name}/file": b"it"}

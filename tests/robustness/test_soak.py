@@ -24,7 +24,7 @@ from transformers_rfdetr import RfDetrForInstanceSegmentation, predict
 from transformers_rfdetr.data.synthetic import draw_scene
 from transformers_rfdetr.evaluation.coco_evaluator import evaluate_instance_segmentation
 from transformers_rfdetr.hub.load import load
-from transformers_rfdetr.inference.folder import list_pictures, predict_to_folder
+from transformers_rfdetr.inference.folder import list_images, predict_to_folder
 from transformers_rfdetr.inference.tiling import predict_tiled
 from transformers_rfdetr.inference.video import VideoWriter, predict_video
 from transformers_rfdetr.training.trainer import RfDetrTrainer, RfDetrTrainingArguments
@@ -126,7 +126,7 @@ class Work:
         one.draw(self.large, color_by="instance")
         for picture, found in zip(self.pictures, several, strict=True):
             found.draw(picture)
-        wanted, common = list_pictures([str(self.folder)]), {"threshold": 0.0, "progress": False}
+        wanted, common = list_images([str(self.folder)]), {"threshold": 0.0, "progress": False}
         predict_to_folder(model, processor, wanted, folder / "found", tile="auto", crops=True, **common)
         if self.film is not None:
             tracks = importlib.util.find_spec("trackers") is not None

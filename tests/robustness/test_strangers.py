@@ -33,7 +33,7 @@ from transformers_rfdetr import (
 )
 from transformers_rfdetr.data.checks.check import check_dataset
 from transformers_rfdetr.data.dataset import InstanceDataset
-from transformers_rfdetr.inference.folder import list_pictures, predict_to_folder
+from transformers_rfdetr.inference.folder import list_images, predict_to_folder
 from transformers_rfdetr.model.configuration_rf_detr import LIMITS, VARIANTS
 from transformers_rfdetr.model.image_processing_rf_detr import read_rgb
 from transformers_rfdetr.model.masks import rasterize, read_segmentation
@@ -486,7 +486,7 @@ def test_a_folder_with_an_image_bomb_is_predicted_but_for_that(bomb, tmp_path):
     os.link(bomb, tmp_path / "bomb.png")
     PIL.Image.new("RGB", (20, 10)).save(tmp_path / "fine.png")
     summary = predict_to_folder(
-        small_model(), RfDetrImageProcessor(size=48), list_pictures([str(tmp_path)]), tmp_path / "out", progress=False
+        small_model(), RfDetrImageProcessor(size=48), list_images([str(tmp_path)]), tmp_path / "out", progress=False
     )
     [(key, reason)] = summary.failed
     assert (summary.done, Path(key).name) == (1, "bomb.png")

@@ -22,7 +22,7 @@ from transformers_rfdetr.data.synthetic import draw_dataset
 from transformers_rfdetr.evaluation.coco_evaluator import evaluate_instance_segmentation
 from transformers_rfdetr.model import modeling_rf_detr
 from transformers_rfdetr.model.loss_rf_detr import fixed_points
-from transformers_rfdetr.training.optimization import WeightAverage, copy_whole, parameter_groups, whole
+from transformers_rfdetr.training.optimization import WeightAverage, copy_full_tensor, full_tensor, parameter_groups
 from transformers_rfdetr.training.recovery import newest_checkpoint
 from transformers_rfdetr.training.trainer import RfDetrTrainer, RfDetrTrainingArguments
 
@@ -547,16 +547,16 @@ def average_of_shards(folder: str) -> dict[str, Any]:
     for step in range(4):
         values = torch.randn(3, 5, generator=torch.Generator().manual_seed(step))
         for one, average in zip((model, twin), averages, strict=True):
-            copy_whole(one.weight, values)
+            copy_full_tensor(one.weight, values)
             average.update()
     again = WeightAverage(model)
     again.load_state_dict(averages[0].state_dict(), num_updates=4)
     with averages[0].in_model():
-        inside = whole(model.weight).clone()
+        inside = full_tensor(model.weight).clone()
     return {
         "states": [average.state_dict() for average in (*averages, again)],
         "inside": inside,
-        "after": whole(model.weight),
+        "after": full_tensor(model.weight),
         "last": values,
     }
 

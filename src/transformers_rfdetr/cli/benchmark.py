@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging
 
 from .. import __version__
-from ..atomic_files import check_place, make_folder, write_text
+from ..atomic_files import check_writable, make_directory, write_text
 from ..data.synthetic import draw_scene
 from ..hub.load import load
 from ..inference.predict import compile_for_inference, predict
@@ -56,7 +56,7 @@ def benchmark(
         if number < 1:
             raise ValueError(f"{option} {number} must be at least 1")
     if json_file is not None:
-        check_place(json_file)
+        check_writable(json_file)
     loaded, processor = load(model, device=device, dtype=read_dtype(dtype))
     sides = as_pair(loaded.config.resolution if size is None else read_size("--size", size))
     backbone = loaded.config.backbone_config
@@ -77,7 +77,7 @@ def benchmark(
     if json_file is not None:
         versions = {"transformers_rfdetr": __version__, "transformers": transformers.__version__}
         numbers["versions"] = versions | {"torch": str(torch.__version__)}
-        make_folder(json_file.parent)
+        make_directory(json_file.parent)
         write_text(json_file, json.dumps(numbers, indent=1))
 
 

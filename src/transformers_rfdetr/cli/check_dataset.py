@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..atomic_files import check_place, make_folder, write_text
+from ..atomic_files import check_writable, make_directory, write_text
 from ..data.checks import check as check_data
 from .errors import one_line_errors, terminated_as_interrupted
 
@@ -50,7 +50,7 @@ def check_dataset(
     cannot be read at all. Warnings and remarks do not count.
     """
     if json_file is not None and str(json_file) != "-":
-        check_place(json_file)
+        check_writable(json_file)
         if json_file.is_file() and json_file.stat().st_size and not _is_report(json_file):
             raise ValueError(f"--json {json_file} exists, and is no report of this command; give another name")
     report = check_data.check_dataset(
@@ -61,7 +61,7 @@ def check_dataset(
         typer.echo(as_json)
     else:
         if as_json is not None:
-            make_folder(json_file.parent)
+            make_directory(json_file.parent)
             write_text(json_file, as_json)
         typer.echo(str(report))
         if fix is not None:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..conversion.convert import Conversion, convert_to_rfdetr, convert_to_transformers, format_changes
-from ..model.configuration_rf_detr import is_no_class
+from ..model.configuration_rf_detr import is_background_label
 from .errors import one_line_errors
 from .options import read_names
 
@@ -65,7 +65,7 @@ def convert_back(
 
 def _report(conversion: Conversion) -> None:
     config = conversion.config
-    names = [name for name in config.id2label.values() if not is_no_class(name)]
+    names = [name for name in config.id2label.values() if not is_background_label(name)]
     shown = f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
     kind = "Instance segmentation" if "Segmentation" in config.architectures[0] else "Detection"
     typer.echo(

@@ -25,7 +25,7 @@ from .. import (
     evaluate_instance_segmentation,
     load_instance_dataset,
 )
-from ..atomic_files import whole_file, write_text
+from ..atomic_files import atomic_file, write_text
 from ..data.drawing import draw_grid, draw_instances
 from ..data.synthetic import draw_scene
 from ..model.masks import rasterize, read_segmentation
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     numbers = evaluate_instance_segmentation(model, processor, data["validation"])
     print(format_numbers(numbers))
     picture = options.output / "predictions.png"
-    with whole_file(picture) as partial:
+    with atomic_file(picture) as partial:
         _draw_predictions(model, processor, data["validation"]).save(partial, "PNG")
     write_text(options.output / "metrics.json", json.dumps(numbers, indent=1))
     print(

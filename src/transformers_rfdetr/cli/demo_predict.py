@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from .. import RfDetrConfig, RfDetrForInstanceSegmentation, RfDetrImageProcessor, load, predict
-from ..atomic_files import whole_file
+from ..atomic_files import atomic_file
 from ..data.synthetic import CATEGORIES, draw_scene
-from ..model.configuration_rf_detr import located
+from ..model.configuration_rf_detr import error_context
 from ..model.image_processing_rf_detr import read_rgb
 from ..model.masks import mask_areas
 
@@ -76,13 +76,13 @@ def _predict(source: str | None, model_name: str | None, threshold: float | None
             _save_random_checkpoint(folder)
             model, processor = load(folder)
     else:
-        with located("--model"):
+        with error_context("--model"):
             model, processor = load(model_name)
 
     top_k = None if model_name else _RANDOM_TOP_K
     [found] = predict(model, processor, image, threshold=threshold, top_k=top_k)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(output) as partial:
+    with atomic_file(output) as partial:
         found.draw(image, color_by="instance").save(partial, kind)
 
     size = f"{image.width} x {image.height}"

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import typer
 
-from ..atomic_files import printable
+from ..atomic_files import escape_unprintable
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except (OSError, ValueError, ImportError, FloatingPointError) as error:
-            lines = [printable(line) for line in str(error).splitlines()]
+            lines = [escape_unprintable(line) for line in str(error).splitlines()]
             typer.echo(f"{command.__name__.replace('_', '-')}: " + "\n".join(lines), err=True)
             raise typer.Exit(2) from error
 

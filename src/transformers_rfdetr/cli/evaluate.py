@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..atomic_files import check_place, make_folder, write_text
+from ..atomic_files import check_writable, make_directory, write_text
 from ..data.sources import load_instance_dataset
 from ..evaluation.coco_evaluator import evaluate_instance_segmentation
 from ..evaluation.report import analyse, save_report
@@ -52,10 +52,10 @@ def evaluate(
     if threshold is not None and not 0 <= threshold < 1:
         raise ValueError(f"--threshold {threshold} is outside [0, 1); give a score such as 0.5, or leave it out")
     if output is not None:  # what forbids to write is better known now
-        check_place(output)
-        make_folder(output.parent)
+        check_writable(output)
+        make_directory(output.parent)
     if report is not None:
-        make_folder(report)
+        make_directory(report)
     splits = load_instance_dataset(data, image_folder=image_folder)
     if split not in splits:
         raise ValueError(f"--split {split} is not in {data}, which has {', '.join(splits)}; give one of these")

@@ -11,7 +11,7 @@ import typer
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
-from ..atomic_files import printable
+from ..atomic_files import escape_unprintable
 from ..conversion.convert import read_rfdetr_model
 from ..hub.load import check_model_type
 from ..model.checkpoint_layouts import FLOATS, is_original_layout, weight_files
@@ -21,7 +21,7 @@ from ..model.configuration_rf_detr import (
     VARIANTS,
     RfDetrConfig,
     as_pair,
-    is_no_class,
+    is_background_label,
     resolve_variant,
 )
 from ..model.image_processing_rf_detr import RfDetrImageProcessor
@@ -159,7 +159,7 @@ def _architecture(config: RfDetrConfig) -> dict[str, Any]:
 
 def _is_class(label: int, name: str) -> bool:
     """Whether objects can be of a label: the published heads have rows that are no category of COCO."""
-    return not is_no_class(name) and not (label not in COCO_NAMES and name == COCO_ID2LABEL.get(label))
+    return not is_background_label(name) and not (label not in COCO_NAMES and name == COCO_ID2LABEL.get(label))
 
 
 def _count_parameters(config: RfDetrConfig, has_masks: bool) -> int:
@@ -235,7 +235,7 @@ def _read_file(path: Path) -> _Checkpoint:
 
 
 def _as_text(facts: Mapping[str, Any]) -> str:
-    names = list(map(printable, facts["classes"].values()))
+    names = list(map(escape_unprintable, facts["classes"].values()))
     backbone, decoder, preprocessing = facts["backbone"], facts["decoder"], facts["preprocessing"]
     windows = f"patch {backbone['patch_size']} x {backbone['num_windows']} windows"
     rows = {

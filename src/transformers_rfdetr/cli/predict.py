@@ -16,21 +16,21 @@ import torch
 import typer
 from PIL import Image
 
-from ..atomic_files import printable
+from ..atomic_files import escape_unprintable
 from ..hub.load import load
 from ..inference.folder import (
     Picture,
     Summary,
-    UnreadablePictureError,
+    UnreadableImageError,
     check_settings,
     distinct,
     fingerprint,
-    list_pictures,
+    list_images,
     predict_to_folder,
     write_settings,
 )
 from ..inference.video import VideoSummary, predict_video
-from ..model.image_processing_rf_detr import redacted
+from ..model.image_processing_rf_detr import redact_url
 from .errors import one_line_errors, terminated_as_interrupted
 from .options import absolute, read_dtype, read_names, read_size
 
@@ -97,7 +97,7 @@ def predict(
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     rows = None if dataset is None else _open_dataset(dataset, split)
     streams = [source for source in sources or [] if _is_stream(source, is_alone=len(sources or []) == 1)]
-    items = list_pictures([source for source in sources or [] if source not in streams], leave_out=output)
+    items = list_images([source for source in sources or [] if source not in streams], leave_out=output)
     if rows is not None:
         items = [Picture(f"{index:07d}.jpg", index) for index in range(len(rows))]
     videos = [item for item in items if rows is None and Path(item.name).suffix.lower() in VIDEO_SUFFIXES]
@@ -120,7 +120,7 @@ def predict(
     }
     origin = {
         "model": absolute(model),
-        "sources": [f"{dataset} {split}"] if dataset else sorted({redacted(absolute(s)) for s in sources or []}),
+        "sources": [f"{dataset} {split}"] if dataset else sorted({redact_url(absolute(s)) for s in sources or []}),
         "dtype": dtype,
         "track": track,
         "max_frames": max_frames,
@@ -164,9 +164,9 @@ def predict(
                 if strict or len(videos) == 1:
                     raise
                 failed.append((video.name, str(error)))
-                typer.echo(f"  not done: {printable(f'{video.name}: {error}')}", err=True)
-    except UnreadablePictureError as error:
-        typer.echo(f"predict: {printable(str(error))}; without --strict the others are done", err=True)
+                typer.echo(f"  not done: {escape_unprintable(f'{video.name}: {error}')}", err=True)
+    except UnreadableImageError as error:
+        typer.echo(f"predict: {escape_unprintable(str(error))}; without --strict the others are done", err=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
         typer.echo(f"\nstopped; the same command goes on: pictures that are done stay in {output}", err=True)
@@ -199,7 +199,7 @@ def _is_stream(source: str, is_alone: bool) -> bool:
     try:
         suffix = Path(urlsplit(source).path).suffix.lower()
     except ValueError as error:
-        raise ValueError(f"{redacted(source)} is no URL: {error}; correct it") from error
+        raise ValueError(f"{redact_url(source)} is no URL: {error}; correct it") from error
     if suffix or not is_alone:  # of many without an ending none is asked twice
         return suffix in VIDEO_SUFFIXES
     try:
@@ -271,7 +271,7 @@ def _predict_video(
         drawn_to = drawn_to.with_name(f"{drawn_to.name}.mp4")
     lines, unfinished = (drawn_to.with_name(f"{drawn_to.stem}{end}") for end in (".jsonl", ".unfinished.jsonl"))
     if lines.exists():
-        typer.echo(f"{printable(video.name)}: done before, in {lines}")
+        typer.echo(f"{escape_unprintable(video.name)}: done before, in {lines}")
         return
     drawn_to.parent.mkdir(parents=True, exist_ok=True)
 
@@ -304,7 +304,7 @@ def _predict_video(
 
 
 def _video_line(source: str, done: VideoSummary) -> str:
-    line = f"{printable(source)}: {done.frames} frames at {done.frames_per_second:.1f} a second"
+    line = f"{escape_unprintable(source)}: {done.frames} frames at {done.frames_per_second:.1f} a second"
     trouble = {"undecodable": done.undecodable, "dropped": done.dropped, "reopened": done.reopened}
     return line + "".join(f", {count} {what}" for what, count in trouble.items() if count)
 
@@ -316,7 +316,7 @@ def _report(summary: Summary, output: Path, rank: int, world: int) -> None:
     for key, reason in summary.failed[:_NUM_NAMED]:
         if "decompression bomb" in reason:
             reason = f"{reason.rstrip('.')}; --tile auto reads pictures of any size"
-        typer.echo(f"  not read: {printable(reason if key in reason else f'{key}: {reason}')}", err=True)
+        typer.echo(f"  not read: {escape_unprintable(reason if key in reason else f'{key}: {reason}')}", err=True)
     if summary.failed:
         more = f", {len(summary.failed) - _NUM_NAMED} more than listed here" * (len(summary.failed) > _NUM_NAMED)
         typer.echo(f"{len(summary.failed)} pictures could not be read{more}", err=True)

@@ -17,10 +17,10 @@ import yaml
 from transformers import TrainerCallback, set_seed
 
 from .. import __version__
-from ..atomic_files import make_folder, write_text
+from ..atomic_files import make_directory, write_text
 from ..data.sources import load_instance_dataset, read_text, read_yaml
 from ..hub.load import load
-from ..model.configuration_rf_detr import is_no_class
+from ..model.configuration_rf_detr import is_background_label
 from .errors import one_line_errors
 from .evaluate import format_numbers
 from .options import absolute, read_names, read_size
@@ -357,7 +357,7 @@ def _load_model(recipe: Mapping[str, Any], data: Any) -> tuple[Any, Any]:
     """The checkpoint, with new heads unless its classes are the data's."""
     options = {"resolution": recipe["resolution"]} if "resolution" in recipe else {}
     model, processor = load(recipe["model"], **options)
-    if {label: name for label, name in model.config.id2label.items() if not is_no_class(name)} != data.id2label:
+    if {label: name for label, name in model.config.id2label.items() if not is_background_label(name)} != data.id2label:
         options |= {"id2label": data.id2label, "ignore_mismatched_sizes": True}
         model, processor = load(recipe["model"], **options)
     return model, processor
@@ -407,7 +407,7 @@ def _prepare_folder(output: Path, recipe: Mapping[str, Any], resume: bool) -> No
         for path in traces:
             shutil.move(path, aside / path.name)
         typer.echo(f"The run that was in {output} is in {aside} now")
-    make_folder(output)
+    make_directory(output)
     write_text(output / RECIPE_NAME, _as_yaml(recipe))
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import cached_file
 
-from ..atomic_files import whole_folder
+from ..atomic_files import atomic_directory
 from ..hub.model_card import escape
 from ..model.checkpoint_layouts import (
     FLOATS,
@@ -41,15 +41,15 @@ from ..model.configuration_rf_detr import (
     RfDetrConfig,
     RfDetrDinov2Config,
     as_pair,
-    is_no_class,
-    located,
+    error_context,
+    is_background_label,
+    normalize_name,
     resolve_variant,
-    squeeze_name,
 )
 from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from ..model.modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection
 from .published_weights import PUBLISHED, download_weights, md5_of, published_file
-from .rfdetr_checkpoint import in_short, read_rfdetr_file, shape_of, write_rfdetr_file
+from .rfdetr_checkpoint import read_rfdetr_file, shape_of, summarize_value, write_rfdetr_file
 
 # rfdetr's encoders: width, heads, registers.
 ENCODERS = {
@@ -96,7 +96,7 @@ def read_rfdetr_model(
     """
     path = Path(path)
     state_dict, arguments, changes = read_rfdetr_file(path, ema=ema, trust_checkpoint=trust_checkpoint)
-    with located(str(path)):
+    with error_context(str(path)):
         _check_arguments(arguments)
         if arguments.get("use_grouppose_keypoints") or any("keypoint" in name for name in state_dict):
             _refuse_keypoints()
@@ -150,7 +150,7 @@ def convert_to_transformers(
     output, path = Path(output), Path(source)
     _check_is_new(output)
     published = PUBLISHED.get(path.name) if path.is_file() else published_file(os.fspath(source))
-    with located(os.fspath(source)):
+    with error_context(os.fspath(source)):
         if published is not None and published.variant not in VARIANTS:
             _refuse_keypoints()
     if push_to_hub is not None:
@@ -160,7 +160,7 @@ def convert_to_transformers(
     state_dict, config, changes, is_published = read_rfdetr_model(
         path, variant=variant, class_names=class_names, ema=ema, trust_checkpoint=trust_checkpoint
     )
-    with whole_folder(output) as folder:
+    with atomic_directory(output) as folder:
         config.save_pretrained(folder)
         RfDetrImageProcessor.from_config(config).save_pretrained(folder)
         save_file(_unshared(state_dict), folder / "model.safetensors", {"format": "pt"})
@@ -191,7 +191,7 @@ def convert_to_rfdetr(source: str | os.PathLike[str], output: str | os.PathLike[
     output, source = Path(output), os.fspath(source)
     if output.exists():
         raise ValueError(f"{output} is there already; give another name, or remove it")
-    with located(source):
+    with error_context(source):
         if not cached_file(source, "config.json"):  # RfDetrConfig would be the default one
             raise ValueError("holds no config.json, so that the architecture is not known")
         config = RfDetrConfig.from_pretrained(source)
@@ -240,9 +240,13 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
     """Raise ValueError for a stored argument that is not of its kind."""
     for name in sorted(_PLAIN & set(arguments)):
         if not isinstance(arguments[name], str | int | float):
-            raise ValueError(f"the stored argument {name} is {in_short(arguments[name])}, and not a text or a number")
+            raise ValueError(
+                f"the stored argument {name} is {summarize_value(arguments[name])}, and not a text or a number"
+            )
     if not isinstance(arguments.get("model_name", ""), str):
-        raise ValueError(f"the stored argument model_name is {in_short(arguments['model_name'])}, and not a text")
+        raise ValueError(
+            f"the stored argument model_name is {summarize_value(arguments['model_name'])}, and not a text"
+        )
     for name in sorted({*_COUNTS, *_LISTS} & set(arguments)):
         value = arguments[name]
         kind = _LISTS.get(name, int)
@@ -251,7 +255,7 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
         fits &= kind is str or all(type(entry) is not int or entry.bit_length() < 64 for entry in values)
         if not fits or not values:
             rule = "a whole number" if name in _COUNTS else f"a list of {'names' if kind is str else 'whole numbers'}"
-            raise ValueError(f"the stored argument {name} is {in_short(value)}, and not {rule}")
+            raise ValueError(f"the stored argument {name} is {summarize_value(value)}, and not {rule}")
     if not 1 <= arguments.get("positional_encoding_size", 1) <= _LARGEST_GRID:
         raise ValueError(
             f"the stored argument positional_encoding_size is {arguments['positional_encoding_size']}, and not within"
@@ -343,7 +347,7 @@ def _agree(first: Mapping[str, Any], says: str, second: Mapping[str, Any], says_
     for name in sorted(set(first) & set(second) - _FREE - {"num_classes"}):
         if first[name] != second[name]:
             raise ValueError(
-                f"{says} {name} {in_short(first[name])}, and {says_too} {in_short(second[name])}; {remedy}"
+                f"{says} {name} {summarize_value(first[name])}, and {says_too} {summarize_value(second[name])}; {remedy}"
             )
 
 
@@ -381,14 +385,14 @@ def _read_config(
     for name, value in _FIXED.items():
         if stored.get(name, value) != value:
             raise ValueError(
-                f"the stored arguments have {name} {in_short(stored[name])}, and every RF-DETR has {value!r}"
+                f"the stored arguments have {name} {summarize_value(stored[name])}, and every RF-DETR has {value!r}"
             )
     whole = "the file was changed, or put together from two"
     _agree(shapes, "the weights have", stored, "the stored arguments have", whole)
     missing = sorted(_UNSEEN - set(stored))
     variant = claimed
     if missing and not variant:  # files of 1.7 name their class, and no sizes
-        variant = ALIASES.get(squeeze_name(stored.get("model_name", ""))) or _find_variant(shapes, missing)
+        variant = ALIASES.get(normalize_name(stored.get("model_name", ""))) or _find_variant(shapes, missing)
     known = _variant_arguments(variant) if variant else {}
     other = f"if it is no {variant}, rename the file or give another --variant"
     _agree(shapes, "the weights have", known, f"{variant} has", other)
@@ -546,9 +550,9 @@ def _names_of(stored: Any) -> list[str]:
     names = [] if stored is None else [stored] if isinstance(stored, str) else stored
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise ValueError(
-            f"the class names are {in_short(stored)}, and not a list of names; give them with --class-names"
+            f"the class names are {summarize_value(stored)}, and not a list of names; give them with --class-names"
         )
-    if wrong := sorted(name for name, count in Counter(names).items() if is_no_class(name) or count > 1):
+    if wrong := sorted(name for name, count in Counter(names).items() if is_background_label(name) or count > 1):
         raise ValueError(
             f"the class names {_first(wrong)} are there twice, or are such as __background__, which are no classes;"
             " give others with --class-names"
@@ -568,7 +572,7 @@ def _write_classes(state_dict: dict[str, Tensor], config: RfDetrConfig, changes:
         return list(COCO_NAMES.values())
     if names == [f"class {row}" for row in range(rows)]:  # of a file that had no names, and goes back as it was
         return None
-    if not is_no_class(names[-1]):
+    if not is_background_label(names[-1]):
         for name in filter(_CLASS_HEADS.match, list(state_dict)):
             row = torch.zeros_like(state_dict[name][:1])
             state_dict[name] = torch.cat([state_dict[name], row if row.ndim == 2 else row + _NEVER])
@@ -666,7 +670,7 @@ def _model_card(
     name: str, source: str, config: RfDetrConfig, changes: Sequence[Change], is_published: bool
 ) -> ModelCard:
     masks = config.architectures == [RfDetrForInstanceSegmentation.__name__]
-    names = {label: name for label, name in config.id2label.items() if not is_no_class(name)}
+    names = {label: name for label, name in config.id2label.items() if not is_background_label(name)}
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-segmentation" if masks else "object-detection",

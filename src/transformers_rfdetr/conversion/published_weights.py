@@ -15,7 +15,7 @@ from urllib.error import HTTPError
 
 from transformers.utils import logging
 
-from ..model.configuration_rf_detr import ALIASES, squeeze_name
+from ..model.configuration_rf_detr import ALIASES, normalize_name
 
 logger = logging.get_logger(__name__)
 
@@ -76,8 +76,8 @@ PUBLISHED = {
 _BY_VARIANT = {file.variant: file for file in reversed(PUBLISHED.values())}
 # A variant's name goes before a file's: rf-detr-large is the variant, whose file is rf-detr-large-2026.pth.
 _BY_SPELLING = (
-    {squeeze_name(_stem(name)): file for name, file in PUBLISHED.items()}
-    | {squeeze_name(variant): file for variant, file in _BY_VARIANT.items()}
+    {normalize_name(_stem(name)): file for name, file in PUBLISHED.items()}
+    | {normalize_name(variant): file for variant, file in _BY_VARIANT.items()}
     | {spelling: _BY_VARIANT[variant] for spelling, variant in ALIASES.items()}
 )
 
@@ -90,7 +90,7 @@ def published_file(name: str) -> PublishedFile | None:
             any usual spelling of a variant (`rf-detr-large`, `RFDETRLarge`: the file `rf-detr-large-2026.pth`) or of
             a file that has no variant of its own (`rf-detr-base-o365`). A name with a folder is none of these.
     """
-    return PUBLISHED.get(name) if re.search(r"[./\\]", name) else _BY_SPELLING.get(squeeze_name(name))
+    return PUBLISHED.get(name) if re.search(r"[./\\]", name) else _BY_SPELLING.get(normalize_name(name))
 
 
 def weights_folder() -> Path:

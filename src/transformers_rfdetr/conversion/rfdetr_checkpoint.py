@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from ..atomic_files import whole_file
+from ..atomic_files import atomic_file
 from ..model.checkpoint_layouts import FLOATS, Change
 
 logger = logging.get_logger(__name__)
@@ -83,7 +83,7 @@ def read_rfdetr_file(path: str | os.PathLike[str], *, ema: bool = False, trust_c
     return RfdetrFile(merged, _arguments(content), changes)
 
 
-def in_short(value: Any) -> str:
+def summarize_value(value: Any) -> str:
     """A stored value for a message: short texts, numbers, and flat lists of a few; of all else what it is.
 
     A list that holds another one twice, and that one a third twice, is small in its file and without an end as a text.
@@ -95,7 +95,7 @@ def in_short(value: Any) -> str:
         return repr(value)
     is_list = isinstance(value, list | tuple)
     if is_list and len(value) <= 8 and not any(isinstance(entry, list | tuple) for entry in value):
-        return f"[{', '.join(map(in_short, value))}]"
+        return f"[{', '.join(map(summarize_value, value))}]"
     kind = type(value).__name__
     return f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"
 
@@ -214,7 +214,7 @@ def _weights(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     for candidate in (content.get("model"), content.get("state_dict"), content):
         if _is_state_dict(candidate):
             return candidate
-    keys = ", ".join(in_short(key) for key in list(content)[:6])
+    keys = ", ".join(summarize_value(key) for key in list(content)[:6])
     raise ValueError(f"{path} holds {keys}: no RF-DETR checkpoint, which has its weights as 'model' or 'state_dict'")
 
 
@@ -224,11 +224,11 @@ def _check_memory(path: Path, weights: Mapping[str, Tensor], size: int) -> None:
     for name, tensor in weights.items():
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
             kind = f"{tensor.dtype}, {tensor.layout}, {tensor.device}"
-            raise ValueError(f"{path}: {in_short(name)} ({kind}) is no plain table of numbers; save it as one")
+            raise ValueError(f"{path}: {summarize_value(name)} ({kind}) is no plain table of numbers; save it as one")
         needed, stored = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
         if needed > stored:
             raise ValueError(
-                f"{path}: {in_short(name)} ({shape_of(tensor)}) takes {needed} bytes, and {stored} are stored for it;"
+                f"{path}: {summarize_value(name)} ({shape_of(tensor)}) takes {needed} bytes, and {stored} are stored for it;"
                 " save a clone of it, which repeats no number"
             )
         total += needed
@@ -264,7 +264,9 @@ def _bare_names(path: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, Te
             continue
         stripped = _WRAPPED.sub("", name)
         if stripped in bare:
-            raise ValueError(f"{path} holds {in_short(stripped)} twice, the second time as {in_short(name)}")
+            raise ValueError(
+                f"{path} holds {summarize_value(stripped)} twice, the second time as {summarize_value(name)}"
+            )
         prefixes |= {match[0] for match in _WRAPPED.finditer(name)}
         bare[stripped] = tensor
     return bare, changes + [Change("names", f"{prefix}*", "*") for prefix in sorted(prefixes)]
@@ -305,12 +307,12 @@ def _merge_lora(path: Path, state_dict: dict[str, Tensor], changes: list[Change]
         weight = plain.get(f"{layer}.weight")
         if weight is None or not {"lora_A", "lora_B"} <= set(parts):
             raise ValueError(
-                f"{path} holds {sorted(parts)} of {in_short(layer)}; an adapter has lora_A, lora_B and the weight"
+                f"{path} holds {sorted(parts)} of {summarize_value(layer)}; an adapter has lora_A, lora_B and the weight"
             )
         if not _adapter_fits(weight, parts):
             all_parts = {"weight": weight} | parts
             shapes = ", ".join(f"{name} {shape_of(part)} ({part.dtype})" for name, part in all_parts.items())
-            raise ValueError(f"{path}: the adapter of {in_short(layer)} does not fit: {shapes}")
+            raise ValueError(f"{path}: the adapter of {summarize_value(layer)} does not fit: {shapes}")
         merged = weight + _LORA_ALPHA / len(parts["lora_A"]) * (parts["lora_B"] @ parts["lora_A"])
         if "lora_magnitude_vector" in parts:
             merged *= (parts["lora_magnitude_vector"] / merged.norm(dim=1))[:, None]
@@ -359,5 +361,5 @@ def write_rfdetr_file(
         "model_config": model_config,
     }
     # torch names the archive inside after a path that it is given, and that one is new each time.
-    with whole_file(path) as partial, partial.open("wb") as file:
+    with atomic_file(path) as partial, partial.open("wb") as file:
         torch.save(content, file)

@@ -231,8 +231,8 @@ class TorchvisionTransform:
         scale = min(1.0, self.max_size / max(size))
         working = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
         masks: np.ndarray = np.zeros((len(shapes), *working), bool)
-        has_shape = [i for i, shape in enumerate(shapes) if shape is not None]
-        masks[has_shape] = rasterize([shapes[i] for i in has_shape], size, working)
+        has_segmentation = [i for i, shape in enumerate(shapes) if shape is not None]
+        masks[has_segmentation] = rasterize([shapes[i] for i in has_segmentation], size, working)
         boxes = [_box_of(annotation, shape, size) for annotation, shape in zip(annotations, shapes, strict=True)]
         if working != size:
             picture = picture.resize(working[::-1], Image.Resampling.BILINEAR)

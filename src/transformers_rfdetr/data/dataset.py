@@ -22,16 +22,16 @@ from PIL.ExifTags import Base
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ..atomic_files import printable
-from ..model.configuration_rf_detr import located
+from ..atomic_files import escape_unprintable
+from ..model.configuration_rf_detr import error_context
 from ..model.image_processing_rf_detr import (
     RfDetrImageProcessor,
     are_numbers,
     clamp_box,
     is_index,
-    open_picture,
-    plain,
+    open_image,
     read_rgb,
+    to_builtin,
 )
 from ..model.masks import measure, read_segmentation
 from .augmentation import as_augmentation
@@ -106,17 +106,17 @@ class InstanceDataset(_Labelled, torch.utils.data.Dataset):
         *,
         label_map: Mapping[int, str] | None = None,
     ) -> None:
-        tally = Tally(checked_classes(label_map or coco_categories(coco)))
-        self._hold(tally, PackedRows(tally.watch(coco_records(coco)), pictures))
+        tally = AnnotationIndex(checked_classes(label_map or coco_categories(coco)))
+        self._hold(tally, PackedRecords(tally.watch(coco_records(coco)), pictures))
 
     @classmethod
-    def of_rows(cls, tally: "Tally", rows: Any) -> "InstanceDataset":
-        """The data set of records that the tally has watched; `rows` reads them as a [`PackedRows`] does."""
+    def of_rows(cls, tally: "AnnotationIndex", rows: Any) -> "InstanceDataset":
+        """The data set of records that the tally has watched; `rows` reads them as a [`PackedRecords`] does."""
         dataset = cls.__new__(cls)
         dataset._hold(tally, rows)
         return dataset
 
-    def _hold(self, tally: "Tally", rows: Any) -> None:
+    def _hold(self, tally: "AnnotationIndex", rows: Any) -> None:
         self._tally, self._rows, self._classes = tally, rows, tally.classes
 
     def __len__(self) -> int:
@@ -127,7 +127,7 @@ class InstanceDataset(_Labelled, torch.utils.data.Dataset):
             raise IndexError(f"index {index} is outside the {len(self)} images of the data set")
         index = int(index) % len(self)
         record = self._rows.record(index)
-        with located(place_of(record, index)):
+        with error_context(place_of(record, index)):
             return _read_sample(record, self._rows.picture(index, record), self._tally.label_of, *self._ids(index))
 
     def _ids(self, index: int) -> tuple[int | None, int | None]:
@@ -143,7 +143,7 @@ class InstanceDataset(_Labelled, torch.utils.data.Dataset):
         images, annotations = [], []
         for index in logging.tqdm(range(len(self)), desc="Annotations", delay=2):
             record = self._rows.record(index)
-            with located(place_of(record, index)):
+            with error_context(place_of(record, index)):
                 size = (record.get("height"), record.get("width"))
                 if not all(size):
                     size = upright_size(self._rows.encoded(index, record))
@@ -237,7 +237,7 @@ class InstanceDatasets(dict[str, Any], _Labelled):
         counted = {name: split for name, split in self.items() if isinstance(split, InstanceDataset)}
         header = ["label", "name", "category id"]
         rows = [
-            [str(label), printable(self.id2label[label]), str(category)]
+            [str(label), escape_unprintable(self.id2label[label]), str(category)]
             for label, category in enumerate(self.category_ids)
         ]
         for name, split in counted.items():
@@ -303,7 +303,7 @@ def _complete(
     }
     annotations = []
     for position, given in enumerate(record["annotations"]):
-        with located(_named(given, position)):
+        with error_context(_named(given, position)):
             annotation = with_box_and_area(given, size)
         if first_id is not None:
             annotation["id"] = first_id + position
@@ -330,7 +330,7 @@ def with_box_and_area(annotation: Mapping[str, Any], size: tuple[int, int]) -> d
     return complete
 
 
-def has_shape(segmentation: Any) -> bool:
+def has_segmentation(segmentation: Any) -> bool:
     """Whether there is an RLE, a bitmap or a polygon; whether it encloses a pixel is not looked at."""
     if isinstance(segmentation, Mapping) or not isinstance(segmentation, Iterable):
         return segmentation is not None
@@ -349,12 +349,12 @@ def _check_annotations(annotations: Sequence[Mapping[str, Any]], classes: Mappin
                 f"{_named(annotation, position)}: category_id {category!r:.60} is none of the classes"
                 f" {shown_classes(classes)}; define it in the data's categories, or correct the annotation"
             )
-        if box is not None and not are_numbers(plain(box), 4):
+        if box is not None and not are_numbers(to_builtin(box), 4):
             raise ValueError(
                 f"{_named(annotation, position)}: bbox {box!r:.60} is not [x, y, width, height],"
                 " four finite numbers in pixels; correct it, or leave it out where there is a segmentation"
             )
-        area, crowd = plain(annotation.get("area")), plain(annotation.get("iscrowd"))
+        area, crowd = to_builtin(annotation.get("area")), to_builtin(annotation.get("iscrowd"))
         if area is not None and not (are_numbers([area], 1) and area >= 0):
             raise ValueError(
                 f"{_named(annotation, position)}: area {area!r:.60} is not a finite number of at"
@@ -364,7 +364,7 @@ def _check_annotations(annotations: Sequence[Mapping[str, Any]], classes: Mappin
             raise ValueError(f"{_named(annotation, position)}: iscrowd {crowd!r:.60} is not 0 or 1; correct it")
 
 
-class Tally:
+class AnnotationIndex:
     """Checks records on their way and counts what they hold, in a few bytes an object."""
 
     def __init__(self, classes: dict[int, str]) -> None:
@@ -380,12 +380,14 @@ class Tally:
         for index, record in enumerate(records):
             image_id = record.get("image_id")
             image_ids.append(image_id if is_index(image_id) else -1)
-            with located(place_of(record, index)):
+            with error_context(place_of(record, index)):
                 _check_annotations(record["annotations"], self.classes)
             for annotation in record["annotations"]:
                 ids.append(annotation["id"] if is_index(annotation.get("id")) else 0)
                 self._label.append(self.label_of[annotation["category_id"]])
-                self._flags.append(bool(annotation.get("iscrowd")) + 2 * has_shape(annotation.get("segmentation")))
+                self._flags.append(
+                    bool(annotation.get("iscrowd")) + 2 * has_segmentation(annotation.get("segmentation"))
+                )
             self.first.append(len(ids))
             yield record
         self.keeps_ids = min(ids, default=1) > 0 and len(np.unique(ids)) == len(ids)
@@ -424,7 +426,7 @@ def shown_classes(classes: Mapping[Any, str], most: int = 12) -> str:
     return f"{{{listed}{f', ... ({len(classes)} in all)' * (len(classes) > most)}}}"
 
 
-class PackedRows:
+class PackedRecords:
     """Records as JSON, one after the other in one buffer.
 
     A Python object for each annotation would be 10 times as large, and its reference count, which every reader writes,
@@ -437,7 +439,7 @@ class PackedRows:
         for record in logging.tqdm(records, desc="Reading annotations", unit=" images", delay=2):
             buffer += json.dumps(record, separators=(",", ":"), default=_as_json).encode()
             ends.append(len(buffer))
-            if isinstance(self.pictures, str) and leads_out(self.pictures, record.get("file_name")):
+            if isinstance(self.pictures, str) and is_outside(self.pictures, record.get("file_name")):
                 outside.append(record["file_name"])
             elif not self._is_there(record, len(ends) - 2):
                 missing.append(record.get("file_name") or record.get("image_id"))
@@ -485,7 +487,7 @@ def _first(names: Sequence[Any]) -> str:
     return ", ".join(f"{name!r:.200}" for name in names[:3])
 
 
-def leads_out(folder: str | os.PathLike[str], name: Any) -> bool:
+def is_outside(folder: str | os.PathLike[str], name: Any) -> bool:
     """Whether a file name, relative to the folder or absolute, means a file outside of it; links are not looked at."""
     if not isinstance(name, str | os.PathLike):
         return False
@@ -512,7 +514,7 @@ def upright_size(picture: Any) -> tuple[int, int]:
     """A path, the bytes of a file or a PIL picture -> (H, W) with the EXIF rotation applied, from the header."""
     if not isinstance(picture, PIL.Image.Image):
         try:
-            with open_picture(BytesIO(picture) if isinstance(picture, bytes) else picture) as opened:
+            with open_image(BytesIO(picture) if isinstance(picture, bytes) else picture) as opened:
                 return upright_size(opened)
         except Exception as error:  # Pillow's are many, among them that of too many pixels
             raise ValueError(f"{picture!r:.200} cannot be opened as an image: {error}") from error
@@ -563,7 +565,7 @@ def _check_image(image: Mapping[str, Any]) -> None:
     if not isinstance(name, str | None):
         raise ValueError(f"image {image.get('id')!r:.60}: file_name {name!r:.60} is not a text; correct it")
     for side in ("width", "height"):
-        given = plain(image.get(side))
+        given = to_builtin(image.get(side))
         if given is not None and not (are_numbers([given], 1) and given >= 0 and given == int(given)):
             raise ValueError(f"image {image.get('id')!r:.60}: {side} {given!r:.60} is no number of pixels; correct it")
 
@@ -706,7 +708,7 @@ class _Preparation:
     def __call__(self, sample: Mapping[str, Any], *key: int) -> dict[str, Any]:
         """A sample of an [`InstanceDataset`] -> the model's inputs and labels, with the draws of `key`."""
         picture, annotations = sample["image"], sample["annotations"]
-        with located(f"{sample.get('file_name', 'picture')!s}, image_id {sample['image_id']}"):
+        with error_context(f"{sample.get('file_name', 'picture')!s}, image_id {sample['image_id']}"):
             if self.augmentation is not None:
                 picture, annotations = self.augmentation(picture, annotations, np.random.default_rng([self.seed, *key]))
             target = {"image_id": sample["image_id"], "annotations": annotations}
@@ -794,7 +796,7 @@ class InstanceStream(_Labelled):
         """Rows -> what `InstanceDataset` gives for an image; `image_id` is the position where rows have no number."""
         label_of = {category: label for label, category in enumerate(self._classes)}
         for position, row in enumerate(rows):
-            with located(f"row {position}"):
+            with error_context(f"row {position}"):
                 record = self._reader.record(row)
                 _check_annotations(record["annotations"], self._classes)
                 image_id = None if is_index(record.get("image_id")) else position

@@ -12,19 +12,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers.utils import logging
 
-from ..model.configuration_rf_detr import check_limit, located
-from ..model.image_processing_rf_detr import is_index, open_picture
+from ..model.configuration_rf_detr import check_limit, error_context
+from ..model.image_processing_rf_detr import is_index, open_image
 from .dataset import (
+    AnnotationIndex,
     InstanceDataset,
     InstanceDatasets,
     InstanceStream,
-    PackedRows,
-    Tally,
+    PackedRecords,
     checked_classes,
     coco_categories,
     coco_records,
     entries,
-    leads_out,
+    is_outside,
     one_label_map,
     place_of,
     shown_classes,
@@ -51,7 +51,7 @@ _FIELDS = {
     "iscrowd": ("iscrowd", "is_crowd", "crowd"),
 }
 _SPLITS = {"valid": "validation", "val": "validation", "dev": "validation"}
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 _SCAN_ROWS = 500  # that are translated at a time
 _FORMS = (
     "a data set id on the Hub, a data set of the library datasets, a folder that it reads, a COCO JSON or a mapping of"
@@ -210,7 +210,7 @@ def _load_coco(files: Mapping[str, tuple[Path, list[Path]]], image_folder: Any, 
     read, classes = {}, {}
     for split, (path, _) in files.items():
         read[split] = read_coco(path)
-        with located(str(path)):
+        with error_context(str(path)):
             classes[split] = coco_categories(read[split])
     used = {
         split: {
@@ -225,15 +225,15 @@ def _load_coco(files: Mapping[str, tuple[Path, list[Path]]], image_folder: Any, 
             named.pop(parent, None)
     for split, ids in used.items():  # before the splits are compared: the more precise message
         if ids - classes[split].keys():
-            with located(str(files[split][0])):
-                deque(Tally(checked_classes(classes[split])).watch(coco_records(read[split])), maxlen=0)
+            with error_context(str(files[split][0])):
+                deque(AnnotationIndex(checked_classes(classes[split])).watch(coco_records(read[split])), maxlen=0)
     label_map = one_label_map(classes, used)
     _refuse_other_names(label_map, class_names)
     splits = {}
     for split, (path, folders) in files.items():
         coco = read.pop(split)
         given = image_folder.get(split) if isinstance(image_folder, Mapping) else image_folder
-        with located(str(path)):
+        with error_context(str(path)):
             folder = _picture_folder(coco, folders if given is None else [Path(given).expanduser()])
             splits[split] = InstanceDataset(coco, folder, label_map=label_map)
     return InstanceDatasets(splits)
@@ -271,14 +271,14 @@ def yolo_file(path: Path) -> Path | None:
 def _load_yolo(path: Path, image_folder: Any, class_names: Any) -> InstanceDatasets:
     classes, root, places = read_yolo_description(path, image_folder, class_names)
     splits = {}
-    with located(str(path)):
+    with error_context(str(path)):
         for key, place in places.items():
-            tally, pictures = Tally(classes), yolo_pictures(root, place, key)
+            tally, pictures = AnnotationIndex(classes), yolo_images(root, place, key)
             if missing := [path for path in pictures if not path.is_file()]:
                 shown, total = ", ".join(map(str, missing[:3])), len(pictures)
                 raise ValueError(f"{key}: {len(missing)} of {total} pictures are not there: {shown}; correct {key!r}")
             records = _yolo_records(pictures, root, classes)
-            splits[split_name(key)] = InstanceDataset.of_rows(tally, PackedRows(tally.watch(records), root))
+            splits[split_name(key)] = InstanceDataset.of_rows(tally, PackedRecords(tally.watch(records), root))
     return InstanceDatasets(splits)
 
 
@@ -291,7 +291,7 @@ def read_yolo_description(
     description = read_yaml(read_text(path), yaml.SafeLoader, str(path))
     if not isinstance(description, dict):
         raise ValueError(f"{path} holds no keys; give 'names' and 'train'")
-    with located(str(path)):
+    with error_context(str(path)):
         names = description.get("names")
         classes = checked_classes(_read_class_names(names or class_names or _numbered(description.get("nc"))))
         if names:
@@ -320,14 +320,14 @@ def _yolo_root(path: Path, description: Mapping[str, Any], image_folder: Any) ->
     place = description.get("path")
     if not isinstance(place, str) or not (path.parent / place).is_dir():
         return path.parent
-    if leads_out(path.parent, place):
+    if is_outside(path.parent, place):
         raise ValueError(
             f"path {place!r:.200} leads out of {path.parent}; move {path.name} there, or load it with image_folder"
         )
     return path.parent / place
 
 
-def yolo_pictures(root: Path, places: Any, key: str) -> list[Path]:
+def yolo_images(root: Path, places: Any, key: str) -> list[Path]:
     """What a data.yaml says of one split -> its pictures, in the order of their names or of the list."""
     found: list[Path] = []
     for place in places if isinstance(places, list) else [places]:
@@ -335,19 +335,19 @@ def yolo_pictures(root: Path, places: Any, key: str) -> list[Path]:
             raise ValueError(f"{key}: a {type(place).__name__} is no folder or list of pictures; correct {key!r}")
         # Roboflow's exports say ../train/images where train/images is meant.
         options = [root / place, root / place.removeprefix("../")]
-        path = next((option for option in options if option.exists() and not leads_out(root, option.absolute())), None)
+        path = next((option for option in options if option.exists() and not is_outside(root, option.absolute())), None)
         if path is None and options[0].exists():
             raise ValueError(f"{key}: {place!r:.200} leads out of {root}; if it is right, give a folder above both")
         if path is None:
             raise ValueError(f"{key}: {options[0]} is not there; correct {key!r}, or 'path', which is {root}")
         if path.is_dir():
-            found += sorted(item for item in path.rglob("*") if item.suffix.lower() in PICTURE_SUFFIXES)
+            found += sorted(item for item in path.rglob("*") if item.suffix.lower() in IMAGE_SUFFIXES)
         else:
             lines = (line.strip() for line in read_text(path).splitlines())
             found += [path.parent / line for line in lines if line]
     if not found:
         raise ValueError(f"{key}: there are no pictures in {places!r} of {root}; correct {key!r}")
-    if outside := [path for path in found if leads_out(root, path.absolute())]:
+    if outside := [path for path in found if is_outside(root, path.absolute())]:
         shown = ", ".join(map(str, outside[:3]))
         raise ValueError(
             f"{key}: {len(outside)} of {len(found)} pictures lie outside of {root}: {shown}; correct {key!r}"
@@ -363,7 +363,7 @@ def _yolo_records(pictures: Sequence[Path], root: Path, classes: Mapping[int, st
         lines = read_text(labels).splitlines() if labels.is_file() else []
         for line_number, line in enumerate(lines, start=1):
             if line.strip():
-                with located(f"{labels}, line {line_number}"):
+                with error_context(f"{labels}, line {line_number}"):
                     annotations.append(read_yolo_line(line.split(), size, classes))
         name = os.path.relpath(path, root) if path.is_relative_to(root) else str(path)
         head = {"image_id": number, "file_name": name, "width": size[1], "height": size[0]}
@@ -448,8 +448,8 @@ def _load_hub(source: Any, class_names: Any) -> InstanceDatasets:
             needed = split.with_format(None).select_columns([*reader.columns.values()])
             result[name] = InstanceStream(needed, reader, classes)
             continue
-        tally, rows = Tally(classes), ArrowRows(split, reader)
-        with located(f"split {name!r}"):
+        tally, rows = AnnotationIndex(classes), ArrowRows(split, reader)
+        with error_context(f"split {name!r}"):
             deque(tally.watch(rows.scan(f"Annotations of {name}")), maxlen=0)
         result[name] = InstanceDataset.of_rows(tally, rows)
     return InstanceDatasets(result)
@@ -461,7 +461,7 @@ def read_hub(source: Any, class_names: Any = None) -> tuple[dict[str, Any], dict
     splits = {split_name(name): split for name, split in given.items()}
     readers = {}
     for name, split in splits.items():
-        with located(f"split {name!r}"):
+        with error_context(f"split {name!r}"):
             readers[name] = RowReader.of(split)
     classes = _hub_classes(readers, splits, class_names)
     ids = {text: category for category, text in classes.items()}
@@ -557,7 +557,7 @@ class RowReader(NamedTuple):
     def picture(self, row: Mapping[str, Any]) -> Any:
         """The picture of a row, as a path or a PIL picture."""
         value = self.encoded(row)
-        return open_picture(BytesIO(value)) if isinstance(value, bytes) else value
+        return open_image(BytesIO(value)) if isinstance(value, bytes) else value
 
 
 def _element(feature: Any) -> Any:
@@ -612,7 +612,7 @@ class ArrowRows:
         batches = self.annotations.with_format("arrow").iter(_SCAN_ROWS)
         rows = (row for batch in batches for row in batch.to_pylist())
         for index, row in enumerate(logging.tqdm(rows, total=len(self.annotations), desc=title, delay=2)):
-            with located(f"row {index}"):
+            with error_context(f"row {index}"):
                 record = self.reader.record(row)
             yield record
 

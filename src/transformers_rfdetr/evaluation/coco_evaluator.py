@@ -19,8 +19,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from transformers.utils import logging
 
-from ..model.configuration_rf_detr import located
-from ..model.image_processing_rf_detr import are_numbers, plain, read_target_sizes, select_detections, valid_size
+from ..model.configuration_rf_detr import error_context
+from ..model.image_processing_rf_detr import are_numbers, read_target_sizes, select_detections, to_builtin, valid_size
 from ..model.masks import mask_areas, measure, read_segmentation, region_to_rle, upsample_masks
 
 logger = logging.get_logger(__name__)
@@ -167,7 +167,7 @@ class InstanceSegmentationEvaluator:
                 logger.warning(f"image {image_id} has come before and is left out; so are others, without a warning")
             self._has_warned = True
             return
-        with located(f"image {image_id}"):
+        with error_context(f"image {image_id}"):
             self._add(image_id, pack_detections(scores, labels, masks, boxes, self._sizes[image_id]))
 
     def state(self) -> dict[int, Detections]:
@@ -186,7 +186,7 @@ class InstanceSegmentationEvaluator:
             image_id = self._known_image(image_id)
             if image_id in self._detections:
                 found = min(found, self._detections[image_id], key=_bytes_of)
-            with located(f"image {image_id}"):
+            with error_context(f"image {image_id}"):
                 self._add(image_id, found)
 
     def predictions(self) -> Iterator[dict[str, Any]]:
@@ -300,10 +300,10 @@ class InstanceSegmentationEvaluator:
         grouped: dict[int, list[Mapping[str, Any]]] = {}
         lost: dict[str, list[Any]] = {"image_id": [], "category_id": []}
         for annotation in annotations:
-            ids = {field: plain(annotation.get(field)) for field in lost}
+            ids = {field: to_builtin(annotation.get(field)) for field in lost}
             for field, known in (("image_id", self._sizes), ("category_id", self.category_names)):
                 if ids[field] not in known:
-                    lost[field].append((plain(annotation.get("id")), ids[field]))
+                    lost[field].append((to_builtin(annotation.get("id")), ids[field]))
             grouped.setdefault(ids["image_id"], []).append(annotation)
         for field, pairs in lost.items():
             if pairs:
@@ -336,8 +336,8 @@ class InstanceSegmentationEvaluator:
 
     def _read_object(self, image_id: int, annotation: Mapping[str, Any]) -> tuple[Any, ...] | None:
         """Category, crowd, area, box and RLE (or None) of an annotation, or None where there is no shape."""
-        with located(f"image {image_id}, annotation {plain(annotation.get('id'))}"):
-            box, area = (plain(annotation.get(field)) for field in ("bbox", "area"))
+        with error_context(f"image {image_id}, annotation {to_builtin(annotation.get('id'))}"):
+            box, area = (to_builtin(annotation.get(field)) for field in ("bbox", "area"))
             if box is not None and not are_numbers(box, 4):
                 raise ValueError(f"bbox {box!r:.60} is not [x, y, width, height], four finite numbers; correct it")
             if area is not None and not (are_numbers([area], 1) and area >= 0):
@@ -349,12 +349,12 @@ class InstanceSegmentationEvaluator:
             return None
         if area is None:
             area = float(coco_mask.area(rle)) if rle else box[2] * box[3]
-        return plain(annotation["category_id"]), bool(plain(annotation.get("iscrowd"))), area, box, rle
+        return to_builtin(annotation["category_id"]), bool(to_builtin(annotation.get("iscrowd"))), area, box, rle
 
     def _read_mask(self, image_id: int, segmentation: Any) -> dict[str, Any] | None:
         """Any segmentation -> RLE, or None."""
         if self._sizes[image_id] is None and isinstance(segmentation, Mapping) and "size" in segmentation:
-            height, width = plain(segmentation["size"])
+            height, width = to_builtin(segmentation["size"])
             self._sizes[image_id] = (int(height), int(width))
         size = self._sizes[image_id]
         if size is None and segmentation is not None and len(segmentation):
@@ -365,7 +365,7 @@ class InstanceSegmentationEvaluator:
     # Detections
 
     def _known_image(self, image_id: Any) -> int:
-        known = plain(image_id)
+        known = to_builtin(image_id)
         if known not in self._sizes:
             raise ValueError(
                 f"image id {known!r} is none of the {len(self._sizes)} of the ground truth; pass an id of its images"
@@ -519,7 +519,7 @@ def pack_detections(scores: Any, labels: Any, masks: Any, boxes: Any, image_size
     if masks is not None:
         rles = []
         for index in best.tolist():
-            with located(f"mask {index}"):
+            with error_context(f"mask {index}"):
                 rles.append(_read_detected_mask(masks[index], image_size))
             image_size = (rles[0]["size"][0], rles[0]["size"][1])
         packed = PackedMasks.pack(rles, image_size)
@@ -554,7 +554,7 @@ def _read_detected_mask(mask: Any, image_size: tuple[int, int] | None) -> dict[s
         mask = np.asarray(mask)
         if mask.ndim != 2 or mask.dtype.itemsize != 1:
             raise ValueError(f"{mask.dtype} of shape {mask.shape} is no mask; pass RLE, or bool of (height, width)")
-    given = plain(mask.get("size")) if isinstance(mask, Mapping) else list(mask.shape)
+    given = to_builtin(mask.get("size")) if isinstance(mask, Mapping) else list(mask.shape)
     if image_size is None and are_numbers(given, 2):
         image_size = (int(given[0]), int(given[1]))
     rle = read_segmentation(mask, image_size or (0, 0))
@@ -581,7 +581,7 @@ def _bytes_of(found: Detections) -> tuple[bytes, ...]:
 
 def _read_categories(categories: Iterable[Mapping[str, Any]]) -> dict[int, str]:
     """Ids -> names, no two the same."""
-    pairs = [(plain(category["id"]), str(category.get("name", category["id"]))) for category in categories]
+    pairs = [(to_builtin(category["id"]), str(category.get("name", category["id"]))) for category in categories]
     _check_distinct("category", [category for category, _ in pairs])
     times = Counter(name for _, name in pairs)
     return {category: name if times[name] == 1 else f"{name} (id {category})" for category, name in pairs}
@@ -589,7 +589,7 @@ def _read_categories(categories: Iterable[Mapping[str, Any]]) -> dict[int, str]:
 
 def _read_images(images: Iterable[Mapping[str, Any]]) -> dict[int, tuple[int, int] | None]:
     """Ids -> (H, W), or None where they are not given."""
-    entries = [[plain(image.get(field)) for field in ("id", "height", "width")] for image in images]
+    entries = [[to_builtin(image.get(field)) for field in ("id", "height", "width")] for image in images]
     _check_distinct("image", [image_id for image_id, _, _ in entries])
     return {image_id: (int(height), int(width)) if height and width else None for image_id, height, width in entries}
 

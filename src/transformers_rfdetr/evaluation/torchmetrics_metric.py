@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
-from ..model.configuration_rf_detr import located
-from ..model.image_processing_rf_detr import plain
+from ..model.configuration_rf_detr import error_context
+from ..model.image_processing_rf_detr import to_builtin
 from .coco_evaluator import Detections, InstanceSegmentationEvaluator, coco_of_images, pack_detections
 
 try:
@@ -87,7 +87,7 @@ class InstanceSegmentationMetric(Metric):
         if len(preds) != len(target):
             raise ValueError(f"{len(preds)} predictions for {len(target)} targets; pass one of each for every image")
         for index, (found, truth) in enumerate(zip(preds, target, strict=True)):
-            with located(f"image {index}"):
+            with error_context(f"image {index}"):
                 image_size = _image_size(truth.get("masks")) or _image_size(found.get("masks"))
                 detections = pack_detections(
                     found["scores"], found["labels"], found.get("masks"), found.get("boxes"), image_size
@@ -153,7 +153,7 @@ def _read_target(target: Mapping[str, Any], image_size: tuple[int, int] | None) 
         if areas is not None and float(areas[index]) > 0:  # torchmetrics derives it where it is 0
             one["area"] = float(areas[index])
     height, width = image_size or (None, None)
-    return {"image_id": plain(target.get("image_id")), "height": height, "width": width, "objects": objects}
+    return {"image_id": to_builtin(target.get("image_id")), "height": height, "width": width, "objects": objects}
 
 
 def _encode(mask: Any) -> Any:
@@ -166,4 +166,4 @@ def _encode(mask: Any) -> Any:
 
 
 def _plain_list(values: Any) -> list[Any]:
-    return [plain(value) for value in values]
+    return [to_builtin(value) for value in values]

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..atomic_files import explained
+from ..atomic_files import translate_disk_errors
 from ..data.synthetic import draw_scene
-from ..inference.predict import Choices, difference, fix_size
-from ..model.configuration_rf_detr import as_pair, check_resolution, is_no_class, read_size
+from ..inference.predict import ForcedTopK, bake_position_embeddings, difference
+from ..model.configuration_rf_detr import as_pair, check_resolution, is_background_label, read_size
 from ..model.image_processing_rf_detr import RfDetrImageProcessor, is_index
 from ..model.modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection
 
@@ -181,7 +181,7 @@ def _read_resolution(model: RfDetrForObjectDetection, resolution: int | Sequence
 
 def _class_names(model: RfDetrForObjectDetection) -> dict[int, str]:
     """The names by label, without rows of the head that are no class."""
-    return {label: name for label, name in model.config.id2label.items() if not is_no_class(name)}
+    return {label: name for label, name in model.config.id2label.items() if not is_background_label(name)}
 
 
 def _read_top_k(model: RfDetrForObjectDetection, top_k: int | None, post_process: bool) -> int:
@@ -268,7 +268,7 @@ def best_pairs(logits: Tensor, boxes: Tensor, top_k: int) -> tuple[Tensor, Tenso
 def _prepared(reference: RfDetrForObjectDetection, size: tuple[int, int], dtype: str) -> RfDetrForObjectDetection:
     """A copy whose table of positions is of `size` in pixels, and which computes in `dtype`."""
     model = copy.deepcopy(reference)
-    fix_size(model, size)
+    bake_position_embeddings(model, size)
     if dtype == "float16":
         model.half()
         transformer = model.transformer
@@ -339,7 +339,7 @@ def _new_files(output: Path) -> Iterator[Path]:
     """A path to write to, in a folder of its own; the files there take their places when all is done, or go."""
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
-    with explained(output), TemporaryDirectory(prefix=".", suffix=".partial", dir=output.parent) as partial:
+    with translate_disk_errors(output), TemporaryDirectory(prefix=".", suffix=".partial", dir=output.parent) as partial:
         yield Path(partial, output.name)
         for path in sorted(Path(partial).iterdir()):  # .bin before .xml
             os.replace(path, output.with_name(path.name))
@@ -350,7 +350,7 @@ def _new_files(output: Path) -> Iterator[Path]:
 
 def _run_torch(module: _Outputs) -> _Runner:
     def run(pixels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        with Choices() as choices:
+        with ForcedTopK() as choices:
             outputs = module(pixels)
         return list(outputs), choices.made
 
@@ -399,7 +399,7 @@ def _differences(run: _Runner, expected: _Outputs, batches: Sequence[Tensor]) ->
     differences = dict.fromkeys([*expected.names, "ranking"], 0.0)
     for pixels in batches:
         outputs, chosen = run(pixels)
-        with Choices(chosen) as choices:
+        with ForcedTopK(chosen) as choices:
             wanted = expected(pixels)
         seen = dict(zip(expected.names, map(difference, outputs, wanted), strict=True))
         seen["ranking"] = max(choices.losses)

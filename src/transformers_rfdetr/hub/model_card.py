@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from ..atomic_files import write_text
 from ..data.drawing import color_of
-from ..model.configuration_rf_detr import RfDetrConfig, is_no_class
+from ..model.configuration_rf_detr import RfDetrConfig, is_background_label
 
 logger = logging.get_logger(__name__)
 
@@ -165,7 +165,7 @@ def model_card(
         model_name=title if results else None,
         **metadata,
     )
-    names = {label: name for label, name in config.id2label.items() if not is_no_class(name)}
+    names = {label: name for label, name in config.id2label.items() if not is_background_label(name)}
     parts = [
         f"# {escape(title)}",
         _summary(config, len(names), has_masks, run),

@@ -30,9 +30,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from transformers.utils import logging
 
-from ..atomic_files import explained, whole_file, write_text
-from ..model.configuration_rf_detr import RfDetrConfig, is_no_class
-from ..model.image_processing_rf_detr import is_index, read_rgb, redacted
+from ..atomic_files import atomic_file, translate_disk_errors, write_text
+from ..model.configuration_rf_detr import RfDetrConfig, is_background_label
+from ..model.image_processing_rf_detr import is_index, read_rgb, redact_url
 from .instances import Instances, check_color_by
 from .predict import predict
 from .tiling import predict_tiled
@@ -42,7 +42,7 @@ _LONGEST_NAME = 40  # characters of a class's name in that of a file
 _GOES_ON = "free some space, and the same command goes on where it stopped"
 
 
-class UnreadablePictureError(ValueError):
+class UnreadableImageError(ValueError):
     """A picture that cannot be read, where all were to be."""
 
 
@@ -78,7 +78,7 @@ class Summary:
     complete: bool = False
 
 
-def list_pictures(sources: Sequence[str], leave_out: str | os.PathLike[str] | None = None) -> list[Picture]:
+def list_images(sources: Sequence[str], leave_out: str | os.PathLike[str] | None = None) -> list[Picture]:
     """Files, folders (all that is in them but hidden files), patterns and URLs -> pictures in a fixed order.
 
     Args:
@@ -240,10 +240,10 @@ def predict_to_folder(
             found = iter(find(images))
             write_settings(folder, settings)  # which are possible, as has just been seen
             part.parent.mkdir(exist_ok=True)
-            with explained(part, _GOES_ON), part.open("a", encoding="utf-8") as lines:
+            with translate_disk_errors(part, _GOES_ON), part.open("a", encoding="utf-8") as lines:
                 for picture, image in batch:
                     bar.update()
-                    line = {"image": picture.name, "source": redacted(picture.source)}
+                    line = {"image": picture.name, "source": redact_url(picture.source)}
                     if isinstance(image, Image.Image):
                         instances = next(found)
                         problem = write(picture, image, instances)
@@ -253,7 +253,7 @@ def predict_to_folder(
                         summary.failed.append((picture.name, problem))
                         _write_line(lines, {**line, "error": problem})
                         if strict:
-                            raise UnreadablePictureError(f"{picture.name}: {problem}")
+                            raise UnreadableImageError(f"{picture.name}: {problem}")
                         continue
                     _write_line(lines, {**line, **instances.to_dict()})
                     summary.done += 1
@@ -370,7 +370,7 @@ def _drawn_name(name: str) -> str:
 def _save(picture: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = _kind_of(path.name)
-    with whole_file(path, _GOES_ON) as partial:
+    with atomic_file(path, _GOES_ON) as partial:
         picture.save(partial, kind, **({"quality": 92} if kind in ("JPEG", "WEBP") else {}))
 
 
@@ -393,7 +393,7 @@ def _merge(folder: Path, keys: Sequence[str], config: RfDetrConfig) -> bool:
         return False
     now = set(keys)
     order = [*keys, *(key for key in places if key not in now)]  # the latter of earlier calls
-    names = {label: name for label, name in config.id2label.items() if not is_no_class(name)}
+    names = {label: name for label, name in config.id2label.items() if not is_background_label(name)}
     ids = getattr(config, "category_ids", None)
     ids = ids if isinstance(ids, list) and all(map(is_index, ids)) else []
     if len(ids) <= max(names, default=-1):  # none, or of the classes that a checkpoint had before
@@ -404,7 +404,7 @@ def _merge(folder: Path, keys: Sequence[str], config: RfDetrConfig) -> bool:
     with ExitStack() as stack:
         files = {path: stack.enter_context(path.open("rb")) for path in {path for path, _, _ in places.values()}}
         lines, coco = (
-            stack.enter_context(stack.enter_context(whole_file(folder / name)).open("w", encoding="utf-8"))
+            stack.enter_context(stack.enter_context(atomic_file(folder / name)).open("w", encoding="utf-8"))
             for name in ("predictions.jsonl", "predictions.coco.json")
         )
         coco.write(f'{{"categories": {json.dumps(categories)},\n"annotations": [')

@@ -15,11 +15,18 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.utils import logging
 
-from ..model.configuration_rf_detr import RfDetrConfig, as_pair, check_resolution, is_no_class, located, read_size
+from ..model.configuration_rf_detr import (
+    RfDetrConfig,
+    as_pair,
+    check_resolution,
+    error_context,
+    is_background_label,
+    read_size,
+)
 from ..model.image_processing_rf_detr import RfDetrImageProcessor, select_detections, valid_size
 from ..model.loss_rf_detr import MaskFactors, StagePrediction
 from ..model.masks import region_to_rle, upsample_masks
-from ..model.modeling_rf_detr import NO_CLASS_LOGIT, RfDetrForObjectDetection, RfDetrOutput
+from ..model.modeling_rf_detr import BACKGROUND_LOGIT, RfDetrForObjectDetection, RfDetrOutput
 from ..model.modeling_rf_detr_dinov2 import resize_position_table
 from .instances import Instances
 
@@ -88,7 +95,7 @@ def labels_of(config: RfDetrConfig, names: str | Sequence[str]) -> Tensor:
         ValueError: a name is none of the model's; the message has the nearest ones.
     """
     names = [names] if isinstance(names, str) else names
-    known = [name for name in config.id2label.values() if not is_no_class(name)]
+    known = [name for name in config.id2label.values() if not is_background_label(name)]
     if not names:
         raise ValueError(f"no classes to look for; name some of {', '.join(known[:10])}, or leave classes out for all")
     for name in names:
@@ -112,7 +119,7 @@ def _predict_batch(
 ) -> Iterator[Instances]:
     tensors = []
     for index in range(start, min(start + batch_size, len(pictures))):
-        with located(f"picture {index}"):
+        with error_context(f"picture {index}"):
             tensors.append(processor.read(pictures[index]))
     inputs = processor(tensors, input_data_format="channels_first").to(model.device)
     pixel_mask = inputs.get("pixel_mask")
@@ -121,7 +128,7 @@ def _predict_batch(
     if wanted is not None:  # before the best ones are chosen, of which others would take the places
         unwanted = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
         unwanted[wanted.to(logits.device)] = False
-        logits = logits.masked_fill(unwanted, NO_CLASS_LOGIT)
+        logits = logits.masked_fill(unwanted, BACKGROUND_LOGIT)
     outputs = RfDetrOutput(logits=logits, pred_boxes=stage.boxes)
     for index, tensor in enumerate(tensors):
         size = (tensor.shape[1], tensor.shape[2])
@@ -164,7 +171,7 @@ class InferenceModel:
         self.active = [str(dtype).removeprefix("torch."), f"{batch_size} x {size[0]} x {size[1]}"]
         self.differences: dict[str, float] = {}
         self._model = copy.deepcopy(model).eval().requires_grad_(False)
-        fix_size(self._model, size)
+        bake_position_embeddings(self._model, size)
         self._model.to(dtype)
         self._run: Callable[[Tensor], tuple] = self._tensors
 
@@ -196,7 +203,7 @@ class InferenceModel:
     def _tensors(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         base = self._model.run(pixel_values, None, False, False)
         stage = self._model.last_stage(base, self.size)
-        tensors = (base.enc_indices, self._model.without_no_objects(stage.logits), stage.boxes)
+        tensors = (base.enc_indices, self._model.mask_background_logits(stage.logits), stage.boxes)
         if stage.masks is None:
             return tensors
         return *tensors, stage.masks.pixels, *stage.masks.project(stage.masks.queries)
@@ -284,7 +291,7 @@ def compile_for_inference(
     return fast
 
 
-def fix_size(model: RfDetrForObjectDetection, size: tuple[int, int]) -> None:
+def bake_position_embeddings(model: RfDetrForObjectDetection, size: tuple[int, int]) -> None:
     """Resample the position table to pictures of (height, width), for good."""
     config = model.config.backbone_config
     grid = (size[0] // config.patch_size, size[1] // config.patch_size)
@@ -297,7 +304,7 @@ def fix_size(model: RfDetrForObjectDetection, size: tuple[int, int]) -> None:
 # -- comparing two ways to compute one model -------------------------------------------------------------------------
 
 
-class Choices(TorchFunctionMode):
+class ForcedTopK(TorchFunctionMode):
     """Notes the indices that each `torch.topk` chooses, or makes it take `given` ones and notes how much is lost.
 
     The first stage orders tokens by their logits. Rounding may change the order of two that are as good as tied, after
@@ -339,7 +346,7 @@ def _check(fast: InferenceModel, model: RfDetrForObjectDetection, picture: Tenso
     """Compare with the plain model in float32, which takes the tokens that the fast one chose."""
     tolerance = _TOLERANCES[fast.dtype]
     chosen, *found = (tensor[:1].clone() for tensor in fast._run(picture.expand(fast.batch_size, -1, -1, -1)))
-    with Choices([chosen]) as choices:
+    with ForcedTopK([chosen]) as choices:
         expected = copy.deepcopy(model).eval().float().predict_stage(picture.float())
     pairs = {"logits": (found[0], expected.logits), "boxes": (found[1], expected.boxes)}
     if expected.masks is not None:

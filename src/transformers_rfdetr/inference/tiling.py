@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..model.configuration_rf_detr import as_pair, check_resolution, read_size
-from ..model.image_processing_rf_detr import RfDetrImageProcessor, decode_image, put_channels_first, read_image
+from ..model.image_processing_rf_detr import RfDetrImageProcessor, channels_first, decode_image, read_image
 from ..model.masks import mask_areas, region_to_rle
 from ..model.modeling_rf_detr import RfDetrForObjectDetection
 from .instances import Instances
@@ -144,7 +144,7 @@ def _pixels(processor: RfDetrImageProcessor, image: Any) -> Tensor:
         image = torch.from_numpy(np.require(image, image.dtype.newbyteorder("="), ["C", "W"]))
     if not isinstance(image, Tensor):
         return processor.read(image)  # it knows what is wrong with it
-    return put_channels_first(image.detach(), data_format)
+    return channels_first(image.detach(), data_format)
 
 
 def _crop(processor: RfDetrImageProcessor, pixels: Tensor, tile: Tile, size: tuple[int, int]) -> Tensor:

@@ -21,8 +21,8 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
-from ..atomic_files import explained, whole_file
-from ..model.image_processing_rf_detr import redacted
+from ..atomic_files import atomic_file, translate_disk_errors
+from ..model.image_processing_rf_detr import redact_url
 from .instances import Instances
 from .predict import predict
 
@@ -327,7 +327,7 @@ class VideoWriter:
         )
         rate = Fraction(self.fps).limit_denominator(1001)
         with ExitStack() as stack:
-            container = av.open(str(stack.enter_context(whole_file(self.path))), "w", format="mp4")
+            container = av.open(str(stack.enter_context(atomic_file(self.path))), "w", format="mp4")
             self._stream = container.add_stream(codec, rate=rate, options=options)
             self._stream.width, self._stream.height = (side + side % 2 for side in self.size)
             self._stream.pix_fmt = "yuv420p"
@@ -348,7 +348,7 @@ class VideoWriter:
         frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
         self._last_pts = max(round(seconds / _TICK), self._last_pts + 1)
         frame.pts, frame.time_base = self._last_pts, _TICK
-        with explained(self.path):
+        with translate_disk_errors(self.path):
             self._container.mux(self._stream.encode(frame))
 
     def close(self) -> None:
@@ -484,7 +484,7 @@ def predict_video(
             color_by = color_by or ("instance" if track else "class")
             lines = None
             if jsonl is not None:
-                stack.enter_context(explained(Path(jsonl)))
+                stack.enter_context(translate_disk_errors(Path(jsonl)))
                 lines = stack.enter_context(open(jsonl, "w", encoding="utf-8"))
             sinks = _Sinks(stack, output, lines, rate, color_by, on_frame)
             totals = [total for total in (reader.num_frames, max_frames) if total is not None]
@@ -574,7 +574,7 @@ def _read_source(source: str | os.PathLike[str] | int) -> _Source:
     if "://" in text:
         # FFmpeg looks at a stream for 5 s by default; a slow one would not be open within the timeout.
         options = {"analyzeduration": "2000000"} | ({"rtsp_transport": "tcp"} if text.startswith("rtsp") else {})
-        return _Source(redacted(text), "stream", text, None, options)
+        return _Source(redact_url(text), "stream", text, None, options)
     path = Path(text).expanduser()
     if not path.is_file():
         raise ValueError(f"{text} is no file; {_REMEDY}")

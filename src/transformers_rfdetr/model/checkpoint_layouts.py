@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import cached_file, logging
 
-from .configuration_rf_detr import RfDetrConfig, check_limit, located, read_label_maps
+from .configuration_rf_detr import RfDetrConfig, check_limit, error_context, read_label_maps
 from .modeling_rf_detr_dinov2 import resize_position_table
 
 logger = logging.get_logger(__name__)
@@ -337,13 +337,13 @@ class RfDetrCheckpoint(PreTrainedModel):
             shapes = _read_shapes([name for name in files if name.endswith(".safetensors")])
             # transformers reads shards by what their index says of itself, which may be anything.
             is_single = [os.path.basename(name) for name in files] == ["model.safetensors"]
-            with located(str(path)):
+            with error_context(str(path)):
                 fits = is_single and is_original_layout(shapes) and _tables_fit(shapes, stored, config)
             if fits or not files:
                 return cls._loaded(super().from_pretrained(path, *model_args, config=config, **kwargs))
             state_dict = read_tensors(files)
         if state_dict is not None:
-            with located(str(path)):
+            with error_context(str(path)):
                 state_dict, changes = fit_tables(to_original_layout(state_dict), stored, config)
             for change in changes:
                 logger.warning(f"{path}: {change}")

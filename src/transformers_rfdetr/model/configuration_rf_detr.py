@@ -80,14 +80,14 @@ VARIANTS = {
 }
 
 
-def squeeze_name(name: str) -> str:
+def normalize_name(name: str) -> str:
     """A name's letters and digits, which are the same in all its usual spellings."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 # Every usual spelling differs from the name above in case and punctuation only (RFDETRSegMedium, rfdetr-seg-medium),
 # or is one of these.
-ALIASES = {squeeze_name(name): name for name in VARIANTS} | {
+ALIASES = {normalize_name(name): name for name in VARIANTS} | {
     "rfdetrlarge2026": "rf-detr-large",
     "rfdetrsegn": "rf-detr-seg-nano",
     "rfdetrsegs": "rf-detr-seg-small",
@@ -107,7 +107,7 @@ def resolve_variant(name: str) -> str:
         ValueError: if `name` is no published variant; the message lists the known ones.
     """
     stem = re.sub(r"\.(pth?|ckpt)$", "", str(name).rstrip("/").rsplit("/", 1)[-1])
-    variant = ALIASES.get(squeeze_name(stem))
+    variant = ALIASES.get(normalize_name(stem))
     if variant is None:
         raise ValueError(f"{name!r} is not a published RF-DETR variant; the known ones are {', '.join(VARIANTS)}")
     return variant
@@ -135,7 +135,7 @@ COCO_ID2LABEL = {slot: COCO_NAMES.get(slot, f"unused {slot}") for slot in range(
 BACKGROUND, PARENT = "__background__", "__parent__"
 
 
-def is_no_class(name: str) -> bool:
+def is_background_label(name: str) -> bool:
     """Whether a label's name, such as `__background__`, says that it is no class."""
     return name.startswith("__") and name.endswith("__")
 
@@ -297,7 +297,7 @@ def _common_fields(cls: type, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def located(where: str) -> Iterator[None]:
+def error_context(where: str) -> Iterator[None]:
     """Puts the place in front of the message of an error."""
     try:
         yield
@@ -306,7 +306,7 @@ def located(where: str) -> Iterator[None]:
 
 
 @contextmanager
-def reading(what: str) -> Iterator[None]:
+def config_errors_as_value_errors(what: str) -> Iterator[None]:
     """Turns what transformers raises for values that it does not expect, and for what is no JSON, into a ValueError."""
     try:
         yield
@@ -391,7 +391,7 @@ class RfDetrDinov2Config(PreTrainedConfig):
         self._check()
         kwargs["out_features"] = out_features
         _take_fixed(kwargs, self._derived())
-        with reading("backbone_config"):
+        with config_errors_as_value_errors("backbone_config"):
             super().__init__(**_common_fields(type(self), kwargs))
 
     @staticmethod
@@ -612,7 +612,7 @@ class RfDetrConfig(PreTrainedConfig):
         self.resolution = self._default_resolution() if resolution is None else resolution
         kwargs = _common_fields(type(self), kwargs)
         check_limit("parameters", self._num_parameters(len(kwargs.get("id2label", ())) or kwargs.get("num_labels", 2)))
-        with reading("the configuration"):
+        with config_errors_as_value_errors("the configuration"):
             super().__init__(**kwargs)
 
     def _check(self) -> None:
@@ -702,7 +702,7 @@ class RfDetrConfig(PreTrainedConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
         """The fields that a file holds; ValueError where it holds something else."""
-        with reading(str(pretrained_model_name_or_path)):
+        with config_errors_as_value_errors(str(pretrained_model_name_or_path)):
             fields, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
             if not isinstance(fields, dict):
                 raise ValueError(f"{pretrained_model_name_or_path}: config.json holds {fields!r:.80}, no dictionary")

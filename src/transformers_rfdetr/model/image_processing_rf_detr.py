@@ -27,7 +27,7 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import logging
 
-from .configuration_rf_detr import RfDetrConfig, located, reading, refuse_methods
+from .configuration_rf_detr import RfDetrConfig, config_errors_as_value_errors, error_context, refuse_methods
 from .masks import measure, rasterize, read_segmentation, region_to_rle, upsample_masks
 
 logger = logging.get_logger(__name__)
@@ -109,8 +109,8 @@ class RfDetrImageProcessor(BaseImageProcessor):
         self.do_rescale = do_rescale
         self.rescale_factor = rescale_factor
         self.do_normalize = do_normalize
-        self.image_mean = plain(list(IMAGENET_DEFAULT_MEAN) if image_mean is None else image_mean)
-        self.image_std = plain(list(IMAGENET_DEFAULT_STD) if image_std is None else image_std)
+        self.image_mean = to_builtin(list(IMAGENET_DEFAULT_MEAN) if image_mean is None else image_mean)
+        self.image_std = to_builtin(list(IMAGENET_DEFAULT_STD) if image_std is None else image_std)
         self.do_convert_annotations = do_convert_annotations
         self.do_pad = do_pad
         self.pad_size = None if pad_size is None else _read_size(pad_size, "pad_size")
@@ -135,7 +135,7 @@ class RfDetrImageProcessor(BaseImageProcessor):
     @classmethod
     def get_image_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
         """The settings that a file holds; ValueError where it holds something else."""
-        with reading(str(pretrained_model_name_or_path)):
+        with config_errors_as_value_errors(str(pretrained_model_name_or_path)):
             settings, rest = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
             if not isinstance(settings, dict):
                 raise ValueError(
@@ -239,7 +239,7 @@ class RfDetrImageProcessor(BaseImageProcessor):
 
         pixels, orig_sizes = [], []
         for index, image in enumerate(images):
-            with located(f"image {index}"):
+            with error_context(f"image {index}"):
                 picture = read_image(image, self.do_rescale, self.rescale_factor, input_data_format)
             orig_sizes.append((picture.shape[1], picture.shape[2]))
             pixels.append(self._resize_and_normalize(picture))
@@ -305,9 +305,9 @@ class RfDetrImageProcessor(BaseImageProcessor):
         for position, annotation in enumerate(target["annotations"]):
             here = f"{where}, annotation {position}"
             _require(isinstance(annotation, Mapping), here, "", annotation, "a dict in COCO form")
-            here = f"{here} (id {plain(annotation.get('id'))})"
+            here = f"{here} (id {to_builtin(annotation.get('id'))})"
             fields = ("category_id", "bbox", "area", "iscrowd")
-            label, box, area, crowd = (plain(annotation.get(field)) for field in fields)
+            label, box, area, crowd = (to_builtin(annotation.get(field)) for field in fields)
             _require(crowd in (None, 0, 1), here, "iscrowd", crowd, "0 or 1")
             if crowd:
                 continue
@@ -317,7 +317,7 @@ class RfDetrImageProcessor(BaseImageProcessor):
             _require(fine, here, "bbox", box, "[x, y, width, height], four finite numbers in pixels")
             shape = None
             if with_masks or box is None:
-                with located(f"{here}, segmentation"):
+                with error_context(f"{here}, segmentation"):
                     shape = read_segmentation(annotation.get("segmentation"), orig_size)
             if shape is not None and (box is None or area is None):
                 shape_box, shape_area = measure(shape, orig_size)
@@ -334,7 +334,7 @@ class RfDetrImageProcessor(BaseImageProcessor):
 
         keep: Any = slice(None)
         if with_masks:
-            with located(f"{where}, segmentation"):
+            with error_context(f"{where}, segmentation"):
                 masks = rasterize(shapes, orig_size, resized_size)
             keep = masks.any(axis=(1, 2))
             if not keep.all():
@@ -586,18 +586,18 @@ def decode_image(image: PIL.Image.Image | str | os.PathLike[str]) -> np.ndarray:
         return np.array(image)
     except Exception as error:  # Pillow answers broken files with SyntaxError, struct.error, zlib.error and others
         reason = str(error) or type(error).__name__
-        raise ValueError(f"{redacted(source)!s:.200} cannot be opened as an image: {reason}") from error
+        raise ValueError(f"{redact_url(source)!s:.200} cannot be opened as an image: {reason}") from error
 
 
 def _open(source: str) -> PIL.Image.Image:
     """A path, http(s) URL or base64 string -> the picture in its own mode (transformers clips 16 bits to 8)."""
     # Not by its path, of which Pillow maps the pixels and turns those of a TIFF wrongly.
-    with _stream(source) as stream, open_picture(stream) as image:
+    with _stream(source) as stream, open_image(stream) as image:
         image.load()
         return image
 
 
-def open_picture(file: Any) -> PIL.Image.Image:
+def open_image(file: Any) -> PIL.Image.Image:
     """A file or its path -> the picture, not loaded yet, if it is in one of the usual formats.
 
     Pillow knows more of them; for some it starts other programs.
@@ -615,7 +615,7 @@ def _stream(source: str) -> BinaryIO:
     encoded = source.partition(",")[2] if source.startswith("data:image/") else source
     try:
         stream = BytesIO(base64.b64decode("".join(encoded.split()), validate=True))
-        open_picture(stream)
+        open_image(stream)
     except (ValueError, OSError) as error:
         raise ValueError("there is no such file; give a path, an http(s) URL or base64") from error
     return stream
@@ -647,7 +647,7 @@ def _fetch(url: str) -> bytes:
     return bytes(content)
 
 
-def redacted(source: Any) -> Any:
+def redact_url(source: Any) -> Any:
     """A source as it may be written down and shown: the user and the query of a URL may hold a password."""
     if not isinstance(source, str) or "://" not in source:
         return source
@@ -669,7 +669,7 @@ def read_image(image: Any, do_rescale: bool, rescale_factor: float, input_data_f
     if image.is_complex():
         raise ValueError(f"a tensor of {image.dtype} is no image; pass real numbers")
 
-    picture = put_channels_first(image.detach(), input_data_format)
+    picture = channels_first(image.detach(), input_data_format)
     if 0 in picture.shape:
         raise ValueError(f"shape {tuple(image.shape)} has no pixels; leave the image out")
     values = picture.to(torch.float32, memory_format=torch.contiguous_format)
@@ -699,7 +699,7 @@ def read_image(image: Any, do_rescale: bool, rescale_factor: float, input_data_f
     return values.expand(3, -1, -1)
 
 
-def put_channels_first(image: torch.Tensor, input_data_format: str | None) -> torch.Tensor:
+def channels_first(image: torch.Tensor, input_data_format: str | None) -> torch.Tensor:
     """(H, W), (H, W, channels) or (channels, H, W) -> (1 or 3, H, W)."""
     shape = tuple(image.shape)
     if image.ndim == 2:
@@ -732,15 +732,15 @@ def _require(fine: bool, where: str, field: str, value: Any, rule: str) -> None:
         raise ValueError(f"{where}{', ' * bool(field)}{field}: {value!r:.60} is not {rule}")
 
 
-def plain(value: Any) -> Any:
+def to_builtin(value: Any) -> Any:
     """Arrays, tensors and numpy's scalars, also in lists -> Python's numbers and lists; one number of any shape is one.
 
     They stand in the rows of a `datasets.Dataset` with a format.
     """
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [to_builtin(item) for item in value]
     if isinstance(value, np.ndarray | np.generic | torch.Tensor):
-        return value.item() if math.prod(value.shape) == 1 else plain(value.tolist())
+        return value.item() if math.prod(value.shape) == 1 else to_builtin(value.tolist())
     return value
 
 
@@ -769,13 +769,13 @@ def _read_target_head(target: Any, index: int, orig_size: tuple[int, int]) -> tu
     annotations = target.get("annotations") if isinstance(target, Mapping) else None
     fine = isinstance(annotations, list | tuple) or (isinstance(annotations, np.ndarray) and annotations.ndim == 1)
     _require(fine, where, "annotations", target, "{'image_id': ..., 'annotations': [...]}")
-    image_id = plain(target.get("image_id"))
+    image_id = to_builtin(target.get("image_id"))
     if isinstance(image_id, str) and image_id.isdecimal():
         image_id = int(image_id)
     _require(is_index(image_id), where, "image_id", image_id, "a whole number of at least 0; number the images")
     where = f"{where} (image_id {image_id})"
     for name, expected in zip(("height", "width"), orig_size, strict=True):
-        given = plain(target.get(name))
+        given = to_builtin(target.get(name))
         rule = f"the picture's {expected} (EXIF rotation applied); pair the annotations with their own picture"
         _require(given in (None, expected), where, name, given, rule)
     return int(image_id), where
@@ -834,7 +834,7 @@ def read_target_sizes(target_sizes: Any, batch_size: int) -> list[tuple[int, int
             f"target_sizes {pairs!r:.80} are not a list of {batch_size}; pass one (height, width) for each image"
         )
     for pair in pairs:
-        size = plain(pair)
+        size = to_builtin(pair)
         if not are_numbers(size, 2) or min(size) < 1 or any(side != int(side) for side in size):
             raise ValueError(f"target size {pair!r} is not (height, width) in positive whole pixels; give such a pair")
     return [(int(height), int(width)) for height, width in pairs]

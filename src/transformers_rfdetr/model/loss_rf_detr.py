@@ -116,7 +116,7 @@ def uncertain_points(mask_logits: Tensor, num_points: int, points: PointSource) 
 # -- boxes -----------------------------------------------------------------------------------------------------------
 
 
-def corners(boxes: Tensor) -> Tensor:
+def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """(cx, cy, w, h) -> (x0, y0, x1, y1); a negative width or height counts as 0."""
     centre, half = boxes[..., :2], boxes[..., 2:].clamp(min=0) / 2
     return torch.cat([centre - half, centre + half], dim=-1)
@@ -170,7 +170,7 @@ def matching_cost(stage: StagePrediction, targets: Sequence[Mapping], weights: L
     for index, target in enumerate(targets):
         labels, boxes = target["class_labels"], target["boxes"]
         predicted = stage.boxes[index]
-        _, giou = iou_and_giou(corners(predicted)[:, None], corners(boxes)[None])
+        _, giou = iou_and_giou(box_cxcywh_to_xyxy(predicted)[:, None], box_cxcywh_to_xyxy(boxes)[None])
         cost = weights.bbox_cost * torch.cdist(predicted, boxes, p=1)
         cost = cost + weights.class_cost * class_cost(stage.logits[index][:, labels], weights.focal_alpha)
         cost = cost - weights.giou_cost * giou
@@ -297,7 +297,7 @@ def stage_losses(
     classes = torch.cat([target["class_labels"][objects] for target, (_, objects) in zip(targets, pairs, strict=True)])
     truth = torch.cat([target["boxes"][objects] for target, (_, objects) in zip(targets, pairs, strict=True)])
     boxes = stage.boxes[images, queries]
-    iou, giou = iou_and_giou(corners(boxes), corners(truth))
+    iou, giou = iou_and_giou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(truth))
     losses = {
         "loss_ce": class_loss(stage.logits, (images, queries, classes), iou.detach(), weights.focal_alpha),
         "loss_bbox": (boxes - truth).abs().sum(),

@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .checkpoint_layouts import RfDetrCheckpoint
-from .configuration_rf_detr import PROJECTOR_SCALES, RfDetrConfig, is_no_class
+from .configuration_rf_detr import PROJECTOR_SCALES, RfDetrConfig, is_background_label
 from .loss_rf_detr import (
     LossWeights,
     MaskFactors,
@@ -32,12 +32,12 @@ from .loss_rf_detr import (
     random_points,
     rf_detr_loss,
 )
-from .modeling_rf_detr_dinov2 import RfDetrDinov2Backbone, attend, recomputed
+from .modeling_rf_detr_dinov2 import RfDetrDinov2Backbone, checkpointed, scaled_dot_product_attention
 
 # -- outputs ---------------------------------------------------------------------------------------------------------
 
 # Of a label that is not looked for: a score of 0, and finite in half precision.
-NO_CLASS_LOGIT = -1e4
+BACKGROUND_LOGIT = -1e4
 
 
 @dataclass
@@ -307,7 +307,7 @@ def valid_ratios(paddings: Sequence[Tensor]) -> Tensor:
     return torch.stack(ratios, dim=1).repeat(1, 1, 2)
 
 
-def anchor_boxes(shapes: Sequence[tuple[int, int]], paddings: Sequence[Tensor] | None, device: Any) -> tuple:
+def encoder_proposals(shapes: Sequence[tuple[int, int]], paddings: Sequence[Tensor] | None, device: Any) -> tuple:
     """A box around each token's centre, as a fraction of the unpadded picture, of 5 % at the first level, then 10 %.
 
     Returns:
@@ -366,7 +366,7 @@ class GroupSelfAttention(nn.Module):
             for rows in (*located.chunk(2, dim=-1), values)
         )
         dropout = self.config.dropout if self.training else 0.0
-        context, weights = attend(self, queries, keys, values, dropout, need_weights)
+        context, weights = scaled_dot_product_attention(self, queries, keys, values, dropout, need_weights)
         context = context.flatten(-2).unflatten(0, (-1, num_groups)).flatten(1, 2)
         if weights is not None:
             weights = weights.unflatten(0, (-1, num_groups)).flatten(1, 2)
@@ -484,7 +484,7 @@ class RfDetrTransformer(nn.Module):
         self.enc_out_class_embed = nn.ModuleList(ClassLogits(width, config.num_labels) for _ in groups)
         self.enc_out_bbox_embed = nn.ModuleList(box_head(width) for _ in groups)
 
-    def propose(
+    def select_two_stage_proposals(
         self, memory: Tensor, anchors: Tensor, invalid: Tensor, num_groups: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Each group chooses its K best tokens.
@@ -532,7 +532,7 @@ class MaskBlock(GradientCheckpointingLayer):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, D, h, w) -> (B, D, h, w)."""
-        update = recomputed(lambda x: self.pwconv1(self.norm(x)), self.dwconv(pixels).permute(0, 2, 3, 1))
+        update = checkpointed(lambda x: self.pwconv1(self.norm(x)), self.dwconv(pixels).permute(0, 2, 3, 1))
         return pixels + F.gelu(update).permute(0, 3, 1, 2)
 
 
@@ -695,8 +695,10 @@ class RfDetrModel(RfDetrPreTrainedModel):
         paddings = None if pixel_mask is None else level_paddings(pixel_mask, levels)
         padding = None if paddings is None else torch.cat([pad.flatten(1) for pad in paddings], dim=1)
 
-        anchors, invalid = anchor_boxes(shapes, paddings, memory.device)
-        tokens, logits, boxes, chosen = self.transformer.propose(memory, anchors, invalid, num_groups)
+        anchors, invalid = encoder_proposals(shapes, paddings, memory.device)
+        tokens, logits, boxes, chosen = self.transformer.select_two_stage_proposals(
+            memory, anchors, invalid, num_groups
+        )
         content, references = self.queries(boxes.detach(), num_groups)
 
         located = (
@@ -848,15 +850,15 @@ class RfDetrForObjectDetection(RfDetrModel):
         """What a result is made of: the logits and boxes of the last layer, and its masks, not multiplied out."""
         base = self.run(pixel_values, drop_full_mask(pixel_mask), None, None)
         last = self.last_stage(base, (pixel_values.shape[-2], pixel_values.shape[-1]))
-        return last._replace(logits=self.without_no_objects(last.logits))
+        return last._replace(logits=self.mask_background_logits(last.logits))
 
-    def without_no_objects(self, logits: Tensor) -> Tensor:
+    def mask_background_logits(self, logits: Tensor) -> Tensor:
         """Very low logits where a head of rfdetr's has a row that is no class, so that no result reports it."""
-        labels = [label for label, name in self.config.id2label.items() if is_no_class(name)]
+        labels = [label for label, name in self.config.id2label.items() if is_background_label(name)]
         if labels:
             logits = logits.clone()
             for label in labels:
-                logits[..., label] = NO_CLASS_LOGIT
+                logits[..., label] = BACKGROUND_LOGIT
         return logits
 
     # Outside of compiled graphs, which would be made anew for every number of objects; what it calls is compiled.
@@ -912,7 +914,7 @@ class RfDetrForObjectDetection(RfDetrModel):
         return RfDetrOutput(
             loss=loss,
             loss_dict=loss_dict,
-            logits=last.logits if self.training else self.without_no_objects(last.logits),
+            logits=last.logits if self.training else self.mask_background_logits(last.logits),
             pred_boxes=last.boxes,
             pred_masks=None if factored else last.masks.logits(),
             **base,

@@ -47,7 +47,7 @@ class VitPatchProjection(VitInitialisation, nn.Conv2d):
         super().__init__(3, width, kernel_size=patch_size, stride=patch_size)
 
 
-def attend(
+def scaled_dot_product_attention(
     module: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, dropout: float = 0.0, need_weights: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Scaled dot-product attention, by the implementation that the model's configuration names.
@@ -71,7 +71,7 @@ def attend(
     return function(module, queries, keys, values, None, dropout=dropout, scaling=scaling)[0], None
 
 
-def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def checkpointed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`function(x)`, of whose steps the backward pass repeats the cheap ones instead of keeping what they gave.
 
     `function` ends with a linear layer, which is not repeated: the repetition stops when all that is needed is there.
@@ -191,7 +191,7 @@ class RfDetrDinov2Attention(nn.Module):
             self.attention[name](tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for name in ("query", "key", "value")
         )
-        context, _ = attend(self, queries, keys, values)
+        context, _ = scaled_dot_product_attention(self, queries, keys, values)
         return scale(self.output["dense"], context.flatten(-2))
 
 
@@ -242,8 +242,8 @@ class RfDetrDinov2Layer(GradientCheckpointingLayer):
             sequence = sequence.reshape(rows // self.windows_per_image, self.windows_per_image * length, width)
         context = self.attention(sequence, self.layer_scale1).reshape(tokens.shape)
         tokens = tokens + drop_path(context, self.drop_path_rate, self.training)
-        hidden = recomputed(lambda x: self.mlp["fc1"](self.norm2(x)), tokens)
-        hidden = recomputed(lambda x: self.layer_scale2(self.mlp["fc2"], F.gelu(x)), hidden)
+        hidden = checkpointed(lambda x: self.mlp["fc1"](self.norm2(x)), tokens)
+        hidden = checkpointed(lambda x: self.layer_scale2(self.mlp["fc2"], F.gelu(x)), hidden)
         return tokens + drop_path(hidden, self.drop_path_rate, self.training)
 
 

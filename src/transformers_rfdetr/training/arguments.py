@@ -147,7 +147,7 @@ def best_key(args: RfDetrTrainingArguments) -> str:
     return "eval_" + args.metric_for_best_model.removeprefix("eval_")
 
 
-def base_key(key: str) -> str:
+def non_ema_key(key: str) -> str:
     """The name of a metric of the weights themselves."""
     return key.replace("eval_", "eval_base_", 1)
 
@@ -162,9 +162,9 @@ def note_on_numbers(args: RfDetrTrainingArguments) -> str | None:
     )
 
 
-def deciding(args: RfDetrTrainingArguments, metrics: dict[str, Any]) -> dict[str, Any]:
+def best_of_ema_and_base(args: RfDetrTrainingArguments, metrics: dict[str, Any]) -> dict[str, Any]:
     """Metrics in which the one for the best model is the better of average and weights, where both are evaluated."""
     key = best_key(args)
-    if base_key(key) not in metrics:
+    if non_ema_key(key) not in metrics:
         return metrics
-    return {**metrics, key: (max if args.greater_is_better else min)(metrics[key], metrics[base_key(key)])}
+    return {**metrics, key: (max if args.greater_is_better else min)(metrics[key], metrics[non_ema_key(key)])}

@@ -149,8 +149,8 @@ class WeightAverage:
                     parameter.copy_(weights[name])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The average by the names of the parameters; see [`whole`]."""
-        return {name: whole(tensor).clone() for name, tensor in self._average.items()}
+        """The average by the names of the parameters; see [`full_tensor`]."""
+        return {name: full_tensor(tensor).clone() for name, tensor in self._average.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor], num_updates: int) -> None:
         """Continue from a [`state_dict`]; a parameter that it does not hold goes on from the model's.
@@ -161,17 +161,17 @@ class WeightAverage:
         """
         self.num_updates = num_updates
         for name, tensor in self._average.items():
-            copy_whole(tensor, state[name] if name in state else whole(self._parameters[name]))
+            copy_full_tensor(tensor, state[name] if name in state else full_tensor(self._parameters[name]))
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor that may be sharded by FSDP version 2; a collective then."""
     tensor = tensor.detach()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 @torch.no_grad()
-def copy_whole(tensor: Tensor, values: Tensor) -> None:
+def copy_full_tensor(tensor: Tensor, values: Tensor) -> None:
     """Set a tensor that may be sharded from all of its values."""
     if hasattr(tensor, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor

@@ -19,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .optimization import whole
+from .optimization import full_tensor
 
 logger = logging.get_logger(__name__)
 
@@ -67,7 +67,7 @@ class UpdateGuard:
         finite = torch.stack([batch.loss for batch in window]).isfinite().all()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if gradients and accelerator.scaler is None:  # which looks for overflow itself, and expects it now and then
-            finite = finite & whole(torch.nn.utils.get_total_norm(gradients)).isfinite().to(finite.device)
+            finite = finite & full_tensor(torch.nn.utils.get_total_norm(gradients)).isfinite().to(finite.device)
         broken = accelerator.reduce((~finite).float(), reduction="sum").item()
         if not broken:
             self.num_in_a_row = 0
@@ -75,7 +75,9 @@ class UpdateGuard:
         self.num_in_a_row += 1
         what, pictures = self._blame(window)
         problem = f"the {what} of update {update} is not finite"
-        bad_weights = [name for name, weight in model.named_parameters() if not whole(weight.detach()).isfinite().all()]
+        bad_weights = [
+            name for name, weight in model.named_parameters() if not full_tensor(weight.detach()).isfinite().all()
+        ]
         if bad_weights:
             raise FloatingPointError(
                 f"{problem} because weights of the model are not, such as {bad_weights[0]}; go on from an earlier"
@@ -130,7 +132,7 @@ def newest_checkpoint(output_dir: str | os.PathLike[str]) -> str:
     checkpoints = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     numbered = [path for path in checkpoints if path.name.rpartition("-")[2].isdigit()]
     for path in sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        reason = damage(path) or ("" if (path / STATE_NAME).is_file() else f"it has no {STATE_NAME}")
+        reason = find_checkpoint_problem(path) or ("" if (path / STATE_NAME).is_file() else f"it has no {STATE_NAME}")
         if not reason:
             return str(path)
         logger.warning(f"{path} is not a whole checkpoint ({reason}); looking for an older one")
@@ -144,7 +146,7 @@ def list_files(checkpoint: str | os.PathLike[str]) -> None:
     (folder / FILES_NAME).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
 
 
-def damage(checkpoint: str | os.PathLike[str]) -> str | None:
+def find_checkpoint_problem(checkpoint: str | os.PathLike[str]) -> str | None:
     """Why a checkpoint is not whole, or None if it is: its state, written last, and the lengths of its files."""
     folder = Path(checkpoint)
     if not folder.is_dir():
@@ -224,7 +226,7 @@ def check_workers(num_workers: int) -> None:
 
 
 @contextmanager
-def explained_deaths(num_processes: int, resumed_from: str | os.PathLike[str] | None = None) -> Iterator[None]:
+def translate_worker_errors(num_processes: int, resumed_from: str | os.PathLike[str] | None = None) -> Iterator[None]:
     """Say in words what it means that a process which reads pictures, or another one of the run, is gone.
 
     Args:

@@ -12,7 +12,7 @@ from transformers.trainer_utils import SchedulerType
 from ..data.dataset import InstanceDataset
 from ..data.drawing import draw_annotations, draw_instances
 from ..inference.predict import predict
-from .arguments import RfDetrTrainingArguments, base_key, best_key, deciding
+from .arguments import RfDetrTrainingArguments, best_key, best_of_ema_and_base, non_ema_key
 
 DRAWN_SCORE = 0.5
 _LONGEST = 480  # side of a picture on the card, in pixels
@@ -73,15 +73,15 @@ def numbers_of(
     sign = 1 if args.greater_is_better else -1
     chosen = entries[-1]
     if args.load_best_model_at_end:
-        chosen = max(entries, key=lambda entry: sign * deciding(args, entry)[key])
+        chosen = max(entries, key=lambda entry: sign * best_of_ema_and_base(args, entry)[key])
     step = chosen["step"]
     flat = {name: value for entry in history if entry.get("step") == step for name, value in entry.items()}
-    is_base = deciding(args, flat)[key] != flat[key]
+    is_base = best_of_ema_and_base(args, flat)[key] != flat[key]
     is_final = args.load_best_model_at_end or step == state.global_step
     results = {}
     for split in splits:
         prefix = f"eval_{split}_" if split else "eval_"
-        prefix = base_key(prefix) if is_base else prefix
+        prefix = non_ema_key(prefix) if is_base else prefix
         numbers = {name.removeprefix(prefix): value for name, value in flat.items() if name.startswith(prefix)}
         numbers["per_class"] = {
             name.removeprefix(f"{kind}/"): {kind: value}

@@ -35,7 +35,7 @@ from transformers.trainer_utils import (
 )
 from transformers.utils import PushInProgress, logging
 
-from ..atomic_files import explained, whole_file, write_text
+from ..atomic_files import atomic_file, translate_disk_errors, write_text
 from ..data.augmentation import FlipAndCrop
 from ..data.dataset import (
     FollowEpoch,
@@ -68,29 +68,29 @@ from ..hub.model_card import (
     model_card,
     upload,
 )
-from ..model.configuration_rf_detr import RfDetrConfig, is_no_class
+from ..model.configuration_rf_detr import RfDetrConfig, is_background_label
 from ..model.image_processing_rf_detr import RfDetrImageProcessor
-from .arguments import RfDetrTrainingArguments, base_key, best_key, deciding, note_on_numbers
+from .arguments import RfDetrTrainingArguments, best_key, best_of_ema_and_base, non_ema_key, note_on_numbers
 from .optimization import (
     WeightAverage,
-    copy_whole,
+    copy_full_tensor,
+    full_tensor,
     parameter_groups,
     resize_batch,
     step_schedule,
     training_sizes,
-    whole,
 )
 from .recovery import (
     STATE_NAME,
     WEIGHTS_NAME,
     UpdateGuard,
     check_workers,
-    damage,
-    explained_deaths,
+    find_checkpoint_problem,
     list_files,
     newest_checkpoint,
     replace_folder,
     restore_best,
+    translate_worker_errors,
 )
 from .run_card import DRAWN_SCORE, draw_examples, numbers_of, recipe_of
 
@@ -373,7 +373,7 @@ class RfDetrTrainer(Trainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._newest_checkpoint()
-        elif resume_from_checkpoint and (reason := damage(resume_from_checkpoint)):
+        elif resume_from_checkpoint and (reason := find_checkpoint_problem(resume_from_checkpoint)):
             raise ValueError(
                 f"{resume_from_checkpoint} is not a whole checkpoint: {reason}; resume_from_checkpoint=True takes the"
                 f" newest whole one of {self.args.output_dir}"
@@ -388,7 +388,7 @@ class RfDetrTrainer(Trainer):
         self._measured = {}
         if self.is_world_process_zero():
             self._describe_data()
-        with explained_deaths(self.args.world_size, self.args.output_dir):
+        with translate_worker_errors(self.args.world_size, self.args.output_dir):
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         mean = output.training_loss * self._share_of_run()
         return output._replace(training_loss=mean, metrics={**output.metrics, "train_loss": mean})
@@ -574,7 +574,7 @@ class RfDetrTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The numbers of a data set; `eval_per_class` is a dictionary, of which the log gets one number a class."""
-        with explained_deaths(self.args.world_size):
+        with translate_worker_errors(self.args.world_size):
             metrics = super().evaluate(*args, **kwargs)
         return metrics | self._per_class
 
@@ -590,7 +590,7 @@ class RfDetrTrainer(Trainer):
         arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         base: dict[str, Any] = {}
         if self._averages and self.args.eval_base_model:
-            base = {base_key(key): value for key, value in self._stream(*arguments).metrics.items()}
+            base = {non_ema_key(key): value for key, value in self._stream(*arguments).metrics.items()}
         with self._evaluated_weights():
             output = self._stream(*arguments)
         output.metrics.update(base)
@@ -710,7 +710,7 @@ class RfDetrTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
             return
         # transformers writes shards, or nothing, by FSDP's kind of state; a model folder holds whole tensors.
-        state = {name: whole(tensor).cpu() for name, tensor in self.model.state_dict().items()}
+        state = {name: full_tensor(tensor).cpu() for name, tensor in self.model.state_dict().items()}
         if self.args.should_save:
             self._save(output_dir, state_dict=state)
 
@@ -775,7 +775,7 @@ class RfDetrTrainer(Trainer):
         # Copies, because an old checkpoint may be deleted while it is uploaded.
         files = []
         for path in _model_files(checkpoint):
-            with whole_file(folder / path.name) as partial:
+            with atomic_file(folder / path.name) as partial:
                 shutil.copyfile(path, partial)
             files.append(folder / path.name)
         parts = [(folder, files, "")]
@@ -902,9 +902,9 @@ class RfDetrTrainer(Trainer):
         key = best_key(self.args)
         if key in metrics:
             self._keep_best("ema" if self._averages else "regular", metrics[key], trial)
-        if base_key(key) in metrics:
-            self._keep_best("regular", metrics[base_key(key)], trial)
-        return super()._determine_best_metric(deciding(self.args, metrics), trial)
+        if non_ema_key(key) in metrics:
+            self._keep_best("regular", metrics[non_ema_key(key)], trial)
+        return super()._determine_best_metric(best_of_ema_and_base(self.args, metrics), trial)
 
     def _keep_best(self, kind: str, value: float, trial: Any) -> None:
         """Write `best_<kind>` if `value` is the best of its kind so far, and `best_total` if it is the best of all."""
@@ -919,7 +919,7 @@ class RfDetrTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(written, ignore_errors=True)  # of a run that was killed
         try:
-            with explained(root / f"best_{kind}", _FULL_DISK):
+            with translate_disk_errors(root / f"best_{kind}", _FULL_DISK):
                 with self._average.in_model() if kind == "ema" else nullcontext():
                     self._write_model(str(written))
                 for other in [kind] + ["total"] * better.get("total", True):
@@ -938,7 +938,7 @@ class RfDetrTrainer(Trainer):
         elif (best / "model.safetensors").is_file():
             weights = load_file(best / "model.safetensors")
             for name, parameter in self.model.named_parameters():
-                copy_whole(parameter, weights[name])
+                copy_full_tensor(parameter, weights[name])
         else:  # an adapter, or several files
             checkpoint, self.state.best_model_checkpoint = self.state.best_model_checkpoint, str(best)
             super()._load_best_model()
@@ -949,7 +949,7 @@ class RfDetrTrainer(Trainer):
         """Write a checkpoint: first what transformers does not know, last its state, which marks it as whole."""
         folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         try:
-            with explained(folder, _FULL_DISK):
+            with translate_disk_errors(folder, _FULL_DISK):
                 if self.args.should_save:
                     (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # so that it is not whole from now on
                     shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
@@ -957,7 +957,7 @@ class RfDetrTrainer(Trainer):
                 self._save_recipe(folder)
                 super()._save_checkpoint(model, trial)
         except OSError:
-            if self.args.should_save and damage(folder):
+            if self.args.should_save and find_checkpoint_problem(folder):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
@@ -978,7 +978,7 @@ class RfDetrTrainer(Trainer):
             tensors = {f"average.{name}": tensor for name, tensor in self._average.state_dict().items()}
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
-                    tensors[f"weights.{name}"] = whole(parameter)
+                    tensors[f"weights.{name}"] = full_tensor(parameter)
         if not self.args.should_save:
             return
         if tensors:
@@ -1007,7 +1007,7 @@ class RfDetrTrainer(Trainer):
             tensors = load_file(folder / WEIGHTS_NAME)
             for name, parameter in (model or self.model).named_parameters():
                 if f"weights.{name}" in tensors:
-                    copy_whole(parameter, tensors[f"weights.{name}"])
+                    copy_full_tensor(parameter, tensors[f"weights.{name}"])
             self._resumed["average"] = {
                 name.removeprefix("average."): tensor for name, tensor in tensors.items() if name.startswith("average.")
             }
@@ -1096,7 +1096,7 @@ class _EarlyStopping(EarlyStoppingCallback):
             self.early_stopping_patience_counter += 1
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: dict[str, Any], **kwargs: Any) -> None:
-        metrics = metrics if args.early_stopping_use_ema else deciding(args, metrics)
+        metrics = metrics if args.early_stopping_use_ema else best_of_ema_and_base(args, metrics)
         super().on_evaluate(args, state, control, metrics, **kwargs)
 
     def state(self) -> dict[str, Any]:
@@ -1136,7 +1136,7 @@ def adopt_classes(config: RfDetrConfig, dataset: InstanceDataset | InstanceStrea
         config.id2label, config.label2id = wanted, {name: label for label, name in wanted.items()}
         names = wanted
     # The heads of rfdetr's fine-tuned checkpoints have one row more.
-    if {label: name for label, name in names.items() if not is_no_class(name)} != wanted:
+    if {label: name for label, name in names.items() if not is_background_label(name)} != wanted:
         raise ValueError(
             f"the model's {len(names)} classes {_shorten(names)} are not the data's {len(wanted)} {_shorten(wanted)}; "
             "load it with from_pretrained(..., id2label=data.id2label, ignore_mismatched_sizes=True)"

@@ -26,13 +26,13 @@ from PIL.ExifTags import Base
 from pycocotools import mask as coco_mask
 from transformers.utils import logging
 
-from ...atomic_files import is_partial, printable, whole_file, whole_folder
-from ...model.image_processing_rf_detr import are_numbers, clamp_box, is_index, open_picture, plain, read_rgb
+from ...atomic_files import atomic_directory, atomic_file, escape_unprintable, is_partial
+from ...model.image_processing_rf_detr import are_numbers, clamp_box, is_index, open_image, read_rgb, to_builtin
 from ...model.masks import Shape, measure, read_segmentation, to_rle
-from ..dataset import has_shape, leads_out, one_label_map, upright_size, with_box_and_area
+from ..dataset import has_segmentation, is_outside, one_label_map, upright_size, with_box_and_area
 from ..drawing import draw_instances
 from ..sources import (
-    PICTURE_SUFFIXES,
+    IMAGE_SUFFIXES,
     ArrowRows,
     coco_files,
     is_hub_split,
@@ -45,8 +45,8 @@ from ..sources import (
     read_yolo_line,
     split_name,
     yolo_file,
+    yolo_images,
     yolo_label_file,
-    yolo_pictures,
 )
 from .repair import RepairedCopy, free_ids, json_value
 
@@ -207,7 +207,7 @@ class DataReport:
             lines += [f"{'':17}{_place(example)}" for example in found.examples]
         totals = Counter(found.severity for found in self.findings for _ in range(found.count))
         lines.append(", ".join(f"{severity}: {totals[severity]}" for severity in SEVERITIES))
-        return "\n".join(map(printable, lines))
+        return "\n".join(map(escape_unprintable, lines))
 
 
 def _place(example: Mapping[str, Any]) -> str:
@@ -284,7 +284,7 @@ def check_dataset(
     findings = _Findings(is_listed=fix is not None)
     gallery = None if overlays is None else _Gallery()
     twins, counts = _Twins(), {}
-    with nullcontext() if fix is None else whole_folder(Path(fix).expanduser()) as folder:
+    with nullcontext() if fix is None else atomic_directory(Path(fix).expanduser()) as folder:
         copy = None if folder is None else RepairedCopy(folder, {split.name: split.head() for split in splits})
         for split in splits:
             for problem in split.problems:
@@ -480,7 +480,7 @@ def _find_file(folder: Path, position: int, entry: Mapping[str, Any]) -> tuple[P
     name = entry.get("file_name")
     if not isinstance(name, str) or not name:
         return None, Problem("missing_file", f"file_name is {name!r:.60}", change=_LEFT_OUT)
-    if leads_out(folder, name):
+    if is_outside(folder, name):
         return None, Problem("unsafe_file_name", f"{name!r:.200} in {folder}", change=_LEFT_OUT)
     path = folder / name
     if not os.path.isfile(path):
@@ -595,7 +595,7 @@ def _other_form(number: Any) -> Any:
 
 def _yolo_splits(path: Path, image_folder: Any) -> list[_Split]:
     classes, root, places = read_yolo_description(path, image_folder)
-    pictures = {key: yolo_pictures(root, place, key) for key, place in places.items()}
+    pictures = {key: yolo_images(root, place, key) for key, place in places.items()}
     known = {yolo_label_file(picture, root) for found in pictures.values() for picture in found}
     splits = []
     for key, found in pictures.items():
@@ -776,7 +776,7 @@ def _read_picture(source: Any) -> _Picture:
             if not file.read(1):
                 return _Picture(problem=Problem("empty_file", change=_LEFT_OUT))
             file.seek(0)
-            picture = open_picture(file)
+            picture = open_image(file)
             kind = "truncated_image"
             given = picture.getexif().get(Base.Orientation)  # which a TIFF no longer has when it is loaded, and upright
             picture.load()
@@ -862,7 +862,7 @@ def _unlisted(splits: Sequence[_Split]) -> Iterator[tuple[_Split, Path]]:
         for folder in sorted(found - searched):
             searched.add(folder)
             for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-                if Path(entry.name).suffix.lower() in PICTURE_SUFFIXES and entry.path not in named and entry.is_file():
+                if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and entry.path not in named and entry.is_file():
                     yield split, Path(entry.path)
 
 
@@ -934,7 +934,7 @@ def _settle_size(image: _Image, picture: _Picture) -> tuple[tuple[int, int] | No
 
     Where data and file differ, the sizes at which all objects lie inside decide; where both do, nothing can.
     """
-    given = [plain(image.record.get(side)) for side in ("height", "width")]
+    given = [to_builtin(image.record.get(side)) for side in ("height", "width")]
     sides = [_as_side(side) for side in given]
     actual, turned = picture.size, picture.orientation
     if actual is None:
@@ -984,7 +984,7 @@ def _fit(annotations: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> boo
     for annotation in annotations:
         try:
             shape = read_segmentation(annotation.get("segmentation"), size)
-            box = plain(annotation.get("bbox"))
+            box = to_builtin(annotation.get("bbox"))
             if isinstance(shape, dict):
                 continue
             if not shape and not are_numbers(box, 4):
@@ -1013,7 +1013,7 @@ class _Examination:
         self.annotation, self.repaired = annotation, dict(annotation)
         self.problems: list[Problem] = []
         self.is_lost = self.has_mask = False
-        given, crowd = annotation.get("category_id"), plain(annotation.get("iscrowd"))
+        given, crowd = annotation.get("category_id"), to_builtin(annotation.get("iscrowd"))
         category = as_index(given)
         self.class_name = None if category is None else classes.get(category)
         if self.class_name is None:
@@ -1053,7 +1053,7 @@ class _Examination:
             del self.repaired["segmentation"]
             return None
         if shape is None or not area:
-            if has_shape(given):
+            if has_segmentation(given):
                 self._note("empty_segmentation", f"{given!r:.80}", "segmentation removed")
             elif not self.is_crowd:
                 self._note("object_without_mask")
@@ -1077,7 +1077,7 @@ class _Examination:
 
     def _check_box(self, size: tuple[int, int], mask: tuple[list[float], float] | None) -> list[float] | None:
         """The box of the object, inside the picture; None where it has none."""
-        given = plain(self.annotation.get("bbox"))
+        given = to_builtin(self.annotation.get("bbox"))
         if given is None and mask is not None:
             self._note("missing_box", "", f"bbox {mask[0]}")
         elif given is None:
@@ -1107,7 +1107,7 @@ class _Examination:
         return box
 
     def _check_area(self, box: list[float], mask: tuple[list[float], float] | None) -> None:
-        given = plain(self.annotation.get("area"))
+        given = to_builtin(self.annotation.get("area"))
         measured = box[2] * box[3] if mask is None else mask[1]
         if given is None:
             self._note("missing_area", "", f"area {measured:g}")
@@ -1127,7 +1127,7 @@ class _Examination:
 def _shape_kind(segmentation: Any, size: tuple[int, int]) -> str:
     """The kind of a segmentation that cannot be read."""
     if isinstance(segmentation, Mapping):
-        stated = plain(segmentation.get("size"))
+        stated = to_builtin(segmentation.get("size"))
         return "rle_of_another_size" if are_numbers(stated, 2) and stated != list(size) else "rle_corrupt"
     if not isinstance(segmentation, list):
         return "invalid_segmentation"
@@ -1237,8 +1237,8 @@ class _Gallery:
         for number, (split, image, problems) in enumerate(logging.tqdm(shown, desc="Drawing", delay=2)):
             stem = re.sub(r"[^\w.-]", "_", Path(str(image.id if image.name is None else image.name)).stem)
             with _open(image.source) as file:
-                drawn = _draw(read_rgb(open_picture(file)), image, split.classes, problems)
-            with whole_file(folder / f"{number:02}_{split.name}_{stem[:_LONGEST_STEM]}.jpg") as partial_file:
+                drawn = _draw(read_rgb(open_image(file)), image, split.classes, problems)
+            with atomic_file(folder / f"{number:02}_{split.name}_{stem[:_LONGEST_STEM]}.jpg") as partial_file:
                 drawn.save(partial_file, "JPEG", quality=90)
 
 
@@ -1251,7 +1251,7 @@ def _draw(
     for annotation in image.annotations:
         try:
             rle, mask_box = _outline(annotation.get("segmentation"), size)
-            box = plain(annotation.get("bbox"))
+            box = to_builtin(annotation.get("bbox"))
             x, y, box_width, box_height = box if are_numbers(box, 4) else mask_box
             category = annotation.get("category_id")
             words = [classes.get(category, "?") if is_index(category) else "?"]

@@ -16,7 +16,7 @@ import PIL.Image
 import PIL.ImageOps
 from PIL.ExifTags import Base
 
-from ...model.image_processing_rf_detr import open_picture
+from ...model.image_processing_rf_detr import open_image
 
 # Of pictures that are turned, so that little is lost.
 _SAVED_AS: dict[str, dict[str, Any]] = {
@@ -142,7 +142,7 @@ def _write_picture(source: Path, target: Path, way: str) -> None:
         except OSError:  # another disk, or one that knows no links
             shutil.copyfile(source, target)
         return
-    with open(source, "rb") as file, open_picture(file) as opened:
+    with open(source, "rb") as file, open_image(file) as opened:
         orientation = opened.getexif().get(Base.Orientation)
         picture = PIL.ImageOps.exif_transpose(opened) if way == "upright" else opened.copy()
         if way == "stored" and opened.format == "TIFF":  # which Pillow has turned on its own
