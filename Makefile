@@ -7,15 +7,11 @@ VERSIONS ?= 5.0.0 5.9.0 5.15.1 newest no-torchvision
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
 PIP = $(VENV)/bin/python -m pip install --quiet
 
-.PHONY: demo demo-predict test test-long test-versions bench lint clean
+.PHONY: demo test test-long test-versions bench lint clean
 
 # Trains from scratch on drawn pictures, at most 6 minutes on 2 cores; everything it writes is in demo/.
 demo: $(VENV)/.train
 	$(VENV)/bin/python -m transformers_rfdetr.cli.demo
-
-# IMAGE=photo.jpg and MODEL=folder-or-hub-id take yours; without them a drawn picture and random weights.
-demo-predict: $(VENV)/.core
-	$(VENV)/bin/python -m transformers_rfdetr.cli.demo_predict $(if $(IMAGE),--image '$(IMAGE)') $(if $(MODEL),--model '$(MODEL)')
 
 test: $(VENV)/.dev
 	$(PYTEST) -m "not long" tests

@@ -1,11 +1,6 @@
-"""The drawn pictures, the drawing of instances, and the command that `make demo-predict` runs."""
+"""The drawn pictures, and the drawing of instances."""
 
 import json
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +8,7 @@ import torch
 from PIL import Image, ImageChops
 from pycocotools.coco import COCO
 
-from transformers_rfdetr import RfDetrConfig, RfDetrForObjectDetection, RfDetrImageProcessor
-from transformers_rfdetr.cli.demo_predict import _save_random_checkpoint, main
+from transformers_rfdetr import RfDetrImageProcessor
 from transformers_rfdetr.data.drawing import color_of, draw_instances
 from transformers_rfdetr.data.synthetic import draw_dataset, draw_scene
 
@@ -265,159 +259,3 @@ def test_an_empty_mask_has_no_plate():
 def test_what_does_not_fit_together_is_refused(parts: dict, message: str):
     with pytest.raises(ValueError, match=message):
         draw_instances(GREY, **parts)
-
-
-# The command
-
-
-def test_the_demo_runs_anywhere_and_writes_an_overlay_of_the_drawn_picture(tmp_path: Path):
-    output = tmp_path / "made" / "overlay.png"
-    command = [sys.executable, "-m", "transformers_rfdetr.cli.demo_predict", "--output", output]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd=tmp_path)
-    lines = done.stdout.splitlines()
-    assert "RANDOM" in lines[0]
-    assert lines[1].startswith("3 instances")
-    assert len(lines) == 2 + 1 + 3 + 1
-    assert lines[-1].endswith(str(output))
-    picture, _ = draw_scene(seed=0)
-    with Image.open(output) as overlay:
-        assert overlay.size == picture.size
-        assert (np.asarray(overlay) != np.asarray(picture)).any(-1).sum() >= max(
-            int(line.split()[-1]) for line in lines[3:6]
-        )
-
-
-def test_the_demo_takes_a_picture_and_a_checkpoint_of_the_users(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    _save_random_checkpoint(str(tmp_path / "model"))
-    picture = Image.new("L", (90, 60), 200)
-    exif = picture.getexif()
-    exif[274] = 6  # a camera held upright
-    picture.save(tmp_path / "photo.jpg", exif=exif)
-    arguments = ["--image", tmp_path / "photo.jpg", "--model", tmp_path / "model", "--output", tmp_path / "out.png"]
-    assert main([*map(str, arguments), "--threshold", "0"]) == 0
-    printed = capsys.readouterr().out
-    assert "RANDOM" not in printed
-    assert "20 instances score above 0" in printed
-    with Image.open(tmp_path / "out.png") as overlay:
-        assert overlay.size == (60, 90)
-
-
-def test_a_detection_checkpoint_gives_boxes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    _save_random_checkpoint(str(tmp_path))
-    RfDetrForObjectDetection(RfDetrConfig.from_pretrained(tmp_path)).save_pretrained(tmp_path)
-    assert main(["--model", str(tmp_path), "--output", str(tmp_path / "out.png"), "--threshold", "0"]) == 0
-    assert "20 instances score above 0" in capsys.readouterr().out
-
-
-def test_a_picture_without_instances_is_written_all_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["--threshold", "1", "--output", str(tmp_path / "out.png")]) == 0
-    assert "No instances score above 1" in capsys.readouterr().out
-    with Image.open(tmp_path / "out.png") as overlay:
-        assert overlay.tobytes() == draw_scene(seed=0)[0].tobytes()
-
-
-def test_the_demo_shows_a_picture_of_16_bits_as_the_model_sees_it(tmp_path: Path):
-    Image.fromarray(np.full((60, 90), 13107, np.uint16)).save(tmp_path / "deep.png")
-    arguments = ["--image", tmp_path / "deep.png", "--output", tmp_path / "out.png", "--threshold", "1"]
-    assert main(list(map(str, arguments))) == 0
-    with Image.open(tmp_path / "out.png") as overlay:
-        assert overlay.getextrema() == ((51, 51),) * 3
-
-
-@pytest.mark.parametrize(
-    ("name", "loaded"),
-    [
-        ("RFDETRSegMedium", "Roboflow/rf-detr-seg-medium"),
-        ("rf-detr-seg-nano", "Roboflow/rf-detr-seg-nano"),
-        ("Somebody/rf-detr-seg-nano", "Somebody/rf-detr-seg-nano"),
-        ("rf-detr-seg-small", "rf-detr-seg-small"),  # a folder
-        ("unknown", "unknown"),
-    ],
-)
-def test_the_model_may_be_any_usual_spelling_of_a_published_one(
-    name: str, loaded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    def load(name: str, **_):
-        asked.append(name)
-        raise OSError("no network here")
-
-    asked: list[str] = []
-    monkeypatch.chdir(tmp_path)
-    RfDetrConfig().save_pretrained("rf-detr-seg-small")
-    monkeypatch.setattr(RfDetrConfig, "from_pretrained", load)
-    assert main(["--model", name]) == 2
-    assert asked == [loaded]
-
-
-def test_a_folder_without_a_preprocessor_takes_the_model_s_resolution_and_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-):
-    _save_random_checkpoint(str(tmp_path))
-    (tmp_path / "preprocessor_config.json").unlink()
-    assert main(["--model", str(tmp_path), "--output", str(tmp_path / "out.png"), "--threshold", "0"]) == 0
-    assert f"{tmp_path} has no preprocessor_config.json" in caplog.text
-    assert "20 instances score above 0" in capsys.readouterr().out
-
-
-WRONG = {
-    "--threshold 1.5": "--threshold 1.5 is outside [0, 1]",
-    "--threshold nan": "--threshold nan is outside [0, 1]",
-    "--image missing.png": "missing.png cannot be opened as an image: there is no such file",
-    "--image text.png": "text.png cannot be opened as an image",
-    "--image exif.png": "exif.png cannot be opened as an image",
-    "--image http://127.0.0.1:9/picture.png": "cannot be opened as an image",
-    "--model ./missing/model": "--model: ./missing/model cannot be loaded",
-    "--model detection": "--model: detection lacks",
-    "--model corrupt": "--model: corrupt cannot be loaded",
-    "--output overlay.nothing": "--output overlay.nothing has no ending",
-}
-
-
-@pytest.fixture(scope="module")
-def endings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """Exit code and lines on stderr of each wrong command, and the files after all of them, in one fresh process."""
-    folder = tmp_path_factory.mktemp("wrong")
-    (folder / "text.png").write_text("no picture")
-    Image.new("RGB", (8, 8)).save(folder / "exif.png", exif=b"garbage")
-    for name in ("detection", "corrupt"):
-        _save_random_checkpoint(str(folder / name))
-    config = RfDetrConfig.from_pretrained(folder / "detection")
-    RfDetrForObjectDetection(config).save_pretrained(folder / "detection")
-    config.architectures = ["RfDetrForInstanceSegmentation"]  # which its weights are not of
-    config.save_pretrained(folder / "detection")
-    (folder / "corrupt" / "model.safetensors").write_bytes(b"xx" * 100)
-    program = """
-import sys
-from transformers_rfdetr.cli.demo_predict import main
-for line in sys.argv[1:]:
-    print("COMMAND", line, file=sys.stderr)
-    print(main(line.split()), file=sys.stderr)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program, *WRONG],
-        env=os.environ
-        | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=folder,
-    )
-    _, *commands = done.stderr.split("COMMAND ")
-    lines = [command.splitlines() for command in commands]
-    return {first: rest for first, *rest in lines} | {"files": sorted(path.name for path in folder.iterdir())}
-
-
-@pytest.mark.parametrize("command", WRONG)
-def test_wrong_arguments_end_with_one_line_and_code_2(endings: dict[str, list[str]], command: str):
-    error, code = endings[command]
-    assert code == "2"
-    assert error.startswith("demo_predict: ")
-    assert WRONG[command] in error
-
-
-def test_a_checkpoint_is_refused_by_the_names_of_what_it_lacks(endings: dict[str, list[str]]):
-    assert re.search(r"lacks \d+ weights .*\(segmentation_head\.", endings["--model detection"][0])
-
-
-def test_wrong_arguments_leave_no_files(endings: dict[str, list[str]]):
-    assert endings["files"] == ["corrupt", "detection", "exif.png", "text.png"]
