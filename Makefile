@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 # transformers releases at which something that we build on changed, and the newest.
 VERSIONS ?= 5.0.0 5.9.0 5.15.1 newest no-torchvision
-# Two workers of one thread each: small models gain nothing from more.
-PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
+# Two workers of one thread each: small models gain nothing from more. A file stays on one worker, so that its module
+# fixtures are built once.
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 PIP = $(VENV)/bin/python -m pip install --quiet
 
 .PHONY: demo test test-long test-versions bench lint clean
@@ -14,10 +15,10 @@ demo: $(VENV)/.train
 	$(VENV)/bin/python -m transformers_rfdetr.cli.demo
 
 test: $(VENV)/.dev
-	$(PYTEST) -m "not long" tests
+	$(PYTEST) -m "not long"
 
 test-long: $(VENV)/.dev
-	$(PYTEST) -m long tests
+	$(PYTEST) -m long
 
 # Ours, transformers' port and rfdetr in the same runs; half an hour on 2 cores. Writes benchmarks/RESULTS.md.
 bench: $(VENV)/.dev
@@ -36,7 +37,7 @@ test-version-%:
 
 .PHONY: test-one
 test-one: $(VENV)/.lane
-	LANE=$(LANE) $(PYTEST) -m "not long" tests
+	LANE=$(LANE) $(PYTEST) -m "not long"
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python >= 3.11, not %s; try make PYTHON=python3.12" % sys.version)'
