@@ -1,16 +1,13 @@
 """RF-DETR instance segmentation and detection for Hugging Face transformers.
 
 Importing the package lets transformers' Auto classes and pipelines answer RF-DETR checkpoints with these classes;
-it changes nothing else. What only training and evaluation need is imported when it is named.
+it changes nothing else. A public name is imported when it is used.
 """
 
 import importlib
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from .model.configuration_rf_detr import RfDetrConfig, RfDetrDinov2Config, resolve_variant
-from .model.image_processing_rf_detr import RfDetrImageProcessor
-from .model.modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection, RfDetrModel
-from .registration import register
 
 if TYPE_CHECKING:
     from .data.augmentation import FlipAndCrop
@@ -25,6 +22,9 @@ if TYPE_CHECKING:
     from .inference.predict import compile_for_inference, predict
     from .inference.tiling import predict_tiled
     from .inference.video import predict_video
+    from .model.configuration_rf_detr import RfDetrConfig, RfDetrDinov2Config, resolve_variant
+    from .model.image_processing_rf_detr import RfDetrImageProcessor
+    from .model.modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection, RfDetrModel
     from .training.arguments import RfDetrTrainingArguments
     from .training.trainer import RfDetrTrainer
 
@@ -57,32 +57,55 @@ __all__ = [
     "resolve_variant",
     "write_report",
 ]
+# Public name -> the module that has it.
 _LATER = {
     "FlipAndCrop": "data.augmentation",
     "FollowEpoch": "data.dataset",
     "InstanceDataset": "data.dataset",
+    "InstanceSegmentationEvaluator": "evaluation.coco_evaluator",
+    "InstanceSegmentationMetric": "evaluation.torchmetrics_metric",
     "Instances": "inference.instances",
-    "load": "hub.load",
+    "RfDetrConfig": "model.configuration_rf_detr",
+    "RfDetrDinov2Config": "model.configuration_rf_detr",
+    "RfDetrForInstanceSegmentation": "model.modeling_rf_detr",
+    "RfDetrForObjectDetection": "model.modeling_rf_detr",
+    "RfDetrImageProcessor": "model.image_processing_rf_detr",
+    "RfDetrModel": "model.modeling_rf_detr",
+    "RfDetrTrainer": "training.trainer",
+    "RfDetrTrainingArguments": "training.arguments",
+    "analyse": "evaluation.report",
+    "check_dataset": "data.checks.check",
+    "collate_fn": "data.dataset",
     "compile_for_inference": "inference.predict",
+    "evaluate_instance_segmentation": "evaluation.coco_evaluator",
+    "load": "hub.load",
+    "load_instance_dataset": "data.sources",
     "predict": "inference.predict",
     "predict_tiled": "inference.tiling",
     "predict_video": "inference.video",
-    "check_dataset": "data.checks.check",
-    "analyse": "evaluation.report",
+    "resolve_variant": "model.configuration_rf_detr",
     "write_report": "evaluation.report",
-    "collate_fn": "data.dataset",
-    "load_instance_dataset": "data.sources",
-    "InstanceSegmentationEvaluator": "evaluation.coco_evaluator",
-    "evaluate_instance_segmentation": "evaluation.coco_evaluator",
-    "InstanceSegmentationMetric": "evaluation.torchmetrics_metric",
-    "RfDetrTrainer": "training.trainer",
-    "RfDetrTrainingArguments": "training.arguments",
 }
-
-register()
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _register()
     return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _register() -> None:
+    from .registration import register
+
+    register()
+
+
+# Registration imports torch and transformers, which takes seconds. The command line answers --help without them, and
+# registers when a command starts; `python -m transformers_rfdetr.cli.app` is how torchrun starts it.
+if Path(*sys.argv[:1]).stem != "transformers-rfdetr" and "transformers_rfdetr.cli.app" not in sys.orig_argv:
+    _register()

@@ -1,5 +1,6 @@
 """Which Auto classes now answer with ours."""
 
+import functools
 import inspect
 
 from transformers.models.auto.configuration_auto import AutoConfig
@@ -18,6 +19,7 @@ from .model.image_processing_rf_detr import RfDetrImageProcessor
 from .model.modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection, RfDetrModel
 
 
+@functools.cache
 def register() -> None:
     """Let `rf_detr` checkpoints load as our classes, also where transformers has a port of its own.
 

@@ -22,9 +22,11 @@ from transformers_rfdetr import (
     load,
     load_instance_dataset,
 )
-from transformers_rfdetr.cli import benchmark, evaluate, info, train
+from transformers_rfdetr.cli import benchmark, evaluate, info, train, training_run
 from transformers_rfdetr.conversion import convert as conversion
+from transformers_rfdetr.conversion import describe
 from transformers_rfdetr.data.synthetic import draw_dataset
+from transformers_rfdetr.inference import benchmark as measurement
 
 from small_models import small_config, small_model
 
@@ -193,7 +195,7 @@ def test_a_run_with_other_settings_is_refused_until_the_old_one_may_be_moved(fin
 def test_where_it_runs_and_how_it_looks_may_change_when_a_run_goes_on(finished):
     stored = yaml.safe_load((finished.output / "train.yaml").read_text())
     free = {"device": "auto", "dataloader_num_workers": 2, "report_to": "none", "versions": {}, "output": "there"}
-    found = train.find_checkpoint(finished.output, stored | free)
+    found = training_run.find_checkpoint(finished.output, stored | free)
     assert found == str(finished.output / "checkpoint-2")
 
 
@@ -206,19 +208,21 @@ def test_a_folder_with_a_model_of_unknown_origin_is_not_written_into(copied):
 def test_heads_of_the_data_s_own_classes_are_kept(data, tmp_path):
     names = {0: "building", 1: "__background__"}
     folder = save(small_model(num_labels=2, id2label=names), tmp_path / "checkpoint")
-    model, _ = train._load_model({"model": str(folder), "resolution": [96, 48]}, load_instance_dataset(data)["train"])
+    model, _ = training_run._load_model(
+        {"model": str(folder), "resolution": [96, 48]}, load_instance_dataset(data)["train"]
+    )
     assert_equal(model.state_dict(), weights(folder))
     assert model.config.resolution == (96, 48)
 
 
 def test_a_name_on_the_hub_is_pushed_to_once_in_the_end(tmp_path):
-    arguments = train._training_arguments({"output": str(tmp_path), "device": "cpu", "push_to_hub": "me/barns"})
+    arguments = training_run._training_arguments({"output": str(tmp_path), "device": "cpu", "push_to_hub": "me/barns"})
     assert (arguments.push_to_hub, arguments.hub_model_id, arguments.hub_strategy) == (True, "me/barns", "end")
     assert arguments.use_cpu
 
 
 def read(path, *given):
-    return train.read_recipe(path, given)
+    return training_run.read_recipe(path, given)
 
 
 def test_options_go_before_the_file_and_defaults_are_left_out(tmp_path, monkeypatch):
@@ -329,7 +333,9 @@ def test_pictures_may_lie_elsewhere_than_their_json(finished, data, tmp_path):
     command = ["evaluate", finished.output / "model", tmp_path / "only.json", "--split", "train", "--device", "cpu"]
     assert "image_folder" in refusal(*command)
     assert run(*command, "--image-folder", annotations.parent).exit_code == 0
-    recipe = train.read_recipe(None, [("model", "m"), ("data", "d"), ("output", "o"), ("image_folder", str(tmp_path))])
+    recipe = training_run.read_recipe(
+        None, [("model", "m"), ("data", "d"), ("output", "o"), ("image_folder", str(tmp_path))]
+    )
     assert recipe["image_folder"] == str(tmp_path)
 
 
@@ -377,11 +383,11 @@ def test_time_rate_and_flops_are_those_of_hand_arithmetic(monkeypatch):
     model.device = torch.device("cpu")
     ticks = [0.0] * 3 + [tick for duration in (3.0, 1.0, 2.0, 5.0, 4.0) for tick in (10.0, 10.0 + duration)]
     clock = iter(ticks * 2)  # the first three are of the warm-up
-    monkeypatch.setattr(benchmark, "draw_scene", lambda *arguments: (None, []))
-    monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    monkeypatch.setattr(benchmark, "predict", lambda *arguments, **options: None)
+    monkeypatch.setattr(measurement, "draw_scene", lambda *arguments: (None, []))
+    monkeypatch.setattr(measurement, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(measurement, "predict", lambda *arguments, **options: None)
     processor = SimpleNamespace(size={"height": 4, "width": 6})
-    numbers = benchmark.measure(model, processor, batch_size=2, compiled=False, runs=5)
+    numbers = measurement.measure(model, processor, batch_size=2, compiled=False, runs=5)
     assert numbers["parameters"] == 15
     assert numbers["flops"] == 2 * 3 * 5 * 4 * 6
     expected = {"median_seconds": 3.0, "p90_seconds": 4.6, "pictures_per_second": pytest.approx(2 / 3)}
@@ -390,7 +396,7 @@ def test_time_rate_and_flops_are_those_of_hand_arithmetic(monkeypatch):
 
 def test_peak_memory_is_what_a_call_needs_beyond_what_is_there():
     there = torch.ones(8 << 20)  # 32 MiB, kept
-    peak = benchmark._peak_bytes(lambda: (there[:1] + torch.ones(16 << 20)).sum(), torch.device("cpu"))
+    peak = measurement._peak_bytes(lambda: (there[:1] + torch.ones(16 << 20)).sum(), torch.device("cpu"))
     if peak is None:
         pytest.skip("the system does not tell")
     assert 120 << 20 <= peak <= 160 << 20  # two tensors of 64 MiB
@@ -439,7 +445,7 @@ def test_a_folder_is_named_after_the_nearest_variant(overrides, text, tmp_path):
 
 def test_the_variant_is_found_by_its_architecture():
     for name in ("rf-detr-large", "rf-detr-seg-large", "rf-detr-seg-2xlarge", "rf-detr-base"):
-        assert info.nearest_variant(RfDetrConfig.from_variant(name), "-seg-" in name) == (name, {})
+        assert describe.nearest_variant(RfDetrConfig.from_variant(name), "-seg-" in name) == (name, {})
 
 
 def test_a_folder_says_its_classes_weights_and_preprocessing(checkpoint):

@@ -519,7 +519,7 @@ def test_a_video_on_a_server_that_was_stopped_is_not_done_and_a_stream_is(
         Path(jsonl).write_text("{}\n")
         return VideoSummary(1, 1.0, 1.0, 0, 0, 0, interrupted=True, is_cut=False)
 
-    monkeypatch.setattr(command, "predict_video", stop)
+    monkeypatch.setattr("transformers_rfdetr.inference.video.predict_video", stop)
     assert run(model, name, "-o", tmp_path).exit_code == 130
     lines = [path.name for path in (tmp_path / "videos").iterdir()]
     assert len(lines) == 1
@@ -530,7 +530,7 @@ def test_a_video_of_which_the_connection_was_lost_is_no_result(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     cut = VideoSummary(1, 1.0, 1.0, 0, 0, 0, interrupted=False, is_cut=True)
-    monkeypatch.setattr(command, "predict_video", lambda *_, **__: cut)
+    monkeypatch.setattr("transformers_rfdetr.inference.video.predict_video", lambda *_, **__: cut)
     done = run(model, "http://h/a/x.mp4", "http://h/b/x.mp4", "-o", tmp_path)
     assert done.exit_code == 1
     assert "x.mp4: the connection ended after 1 frames" in done.output

@@ -1,28 +1,14 @@
 """`transformers-rfdetr benchmark`: time, FLOPs and memory of a model on this machine."""
 
-import ctypes
-import gc
 import json
-import re
-import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import torch
-import transformers
 import typer
-from torch.utils.flop_counter import FlopCounterMode
-from transformers.utils import logging
 
 from .. import __version__
 from ..atomic_files import check_writable, make_directory, write_text
-from ..data.synthetic import draw_scene
-from ..hub.load import load
-from ..inference.predict import compile_for_inference, predict
-from ..model.configuration_rf_detr import as_pair, check_resolution
 from .errors import one_line_errors
 from .options import read_dtype, read_size
 
@@ -32,8 +18,6 @@ transformers-rfdetr benchmark rf-detr-seg-medium
 
 transformers-rfdetr benchmark my-model --device cuda --dtype float16 --compile --batch-size 8 --json numbers.json
 """
-_PICTURE_SIZE = (480, 640)
-_WARM_UP = 3
 
 
 @one_line_errors
@@ -52,6 +36,13 @@ def benchmark(
     ] = None,
 ) -> None:
     """Measure a model: its forward pass alone, and from a picture to instances, with FLOPs and memory."""
+    import torch
+    import transformers
+
+    from ..hub.load import load
+    from ..inference.benchmark import device_name, measure
+    from ..model.configuration_rf_detr import as_pair, check_resolution
+
     for option, number in (("--batch-size", batch_size), ("--runs", runs)):
         if number < 1:
             raise ValueError(f"{option} {number} must be at least 1")
@@ -67,7 +58,7 @@ def benchmark(
         "size": list(sides),
         "batch_size": batch_size,
         "device": str(loaded.device),
-        "device_name": _device_name(loaded.device),
+        "device_name": device_name(loaded.device),
         "dtype": dtype,
         "compiled": compiled,
         "runs": runs,
@@ -79,100 +70,6 @@ def benchmark(
         numbers["versions"] = versions | {"torch": str(torch.__version__)}
         make_directory(json_file.parent)
         write_text(json_file, json.dumps(numbers, indent=1))
-
-
-def measure(model: Any, processor: Any, *, batch_size: int, compiled: bool, runs: int) -> dict[str, Any]:
-    """Time, FLOPs and memory of a model.
-
-    Args:
-        model: In evaluation mode, on the device that it is measured on.
-        processor: Its image processor, of one exact size.
-        batch_size: Pictures at a time.
-        compiled: Whether the times are those of [`compile_for_inference`]'s copy. The FLOPs are the plain model's.
-        runs: How many are timed.
-
-    Returns:
-        `forward`, the model alone with all masks multiplied out, and `predict`, from drawn pictures of 480 x 640 to
-        instances, each with `median_seconds` and `p90_seconds` of a batch and `pictures_per_second` at the median;
-        `flops` of one picture, two for each multiplication of matrix products, convolutions and attention;
-        `parameters`; `active`, what a compiled copy runs with, else None; `peak_bytes` of the first prediction: all
-        that torch allocates on a GPU, weights included; on a CPU what the process grew by, None where the system does
-        not tell (it has to be Linux).
-    """
-    model.requires_grad_(False)  # the counter asks views of trainable parameters for gradient functions
-    size = (processor.size["height"], processor.size["width"])
-    pixels = torch.randn(batch_size, 3, *size, generator=torch.Generator().manual_seed(0)).to(model.device)
-    pictures = [draw_scene(0, _PICTURE_SIZE)[0]] * batch_size
-    numbers = {"parameters": sum(parameter.numel() for parameter in model.parameters()), "active": None}
-    run = model
-    if compiled:
-        run = compile_for_inference(model, size=size, batch_size=batch_size, dtype=model.dtype)
-        numbers["active"] = run.active
-    calls: dict[str, Callable[[], Any]] = {
-        "forward": lambda: run(pixels),
-        "predict": lambda: predict(run, processor, pictures, batch_size=batch_size),
-    }
-    numbers["peak_bytes"] = _peak_bytes(calls["predict"], model.device)
-    with torch.no_grad():
-        with FlopCounterMode(display=False) as counter:
-            model(pixels)
-        numbers["flops"] = counter.get_total_flops() // batch_size
-        for name, call in calls.items():
-            seconds = _time(call, runs, model.device, name)
-            median = float(np.median(seconds))
-            p90 = float(np.percentile(seconds, 90))
-            rate = batch_size / median
-            numbers[name] = {"median_seconds": median, "p90_seconds": p90, "pictures_per_second": rate}
-    return numbers
-
-
-def _time(call: Callable[[], Any], runs: int, device: torch.device, title: str) -> list[float]:
-    """Seconds of each run, after the warm-up."""
-    seconds = []
-    for index in logging.tqdm(range(_WARM_UP + runs), desc=title):
-        _synchronize(device)
-        start = time.perf_counter()
-        call()
-        _synchronize(device)
-        if index >= _WARM_UP:
-            seconds.append(time.perf_counter() - start)
-    return seconds
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def _peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Memory of one call; see [`measure`]."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        call()
-        return torch.cuda.max_memory_allocated(device)
-    before = None
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what loading has freed would else be used before the process grows
-        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-        before = _resident("VmRSS")
-    call()
-    return None if before is None or device.type != "cpu" else _resident("VmHWM") - before
-
-
-def _resident(name: str) -> int:
-    """A line of Linux's account of this process, in bytes."""
-    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return int(found[1]) * 1024
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} threads" if device.type == "cpu" else device.type
 
 
 def _as_text(numbers: Mapping[str, Any]) -> str:

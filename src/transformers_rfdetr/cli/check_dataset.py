@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from ..atomic_files import check_writable, make_directory, write_text
-from ..data.checks import check as check_data
 from .errors import one_line_errors, terminated_as_interrupted
 
 EXAMPLE = """examples:
@@ -49,6 +48,8 @@ def check_dataset(
     The exit code is 0 without errors, 1 if there are errors in SOURCE (also when --fix repaired them), and 2 if it
     cannot be read at all. Warnings and remarks do not count.
     """
+    from ..data.checks import check as check_data
+
     if json_file is not None and str(json_file) != "-":
         check_writable(json_file)
         if json_file.is_file() and json_file.stat().st_size and not _is_report(json_file):

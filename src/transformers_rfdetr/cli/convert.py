@@ -1,14 +1,15 @@
 """`transformers-rfdetr convert` and `convert-back`: checkpoints of rfdetr to folders of transformers, and back."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..conversion.convert import Conversion, convert_to_rfdetr, convert_to_transformers, format_changes
-from ..model.configuration_rf_detr import is_background_label
 from .errors import one_line_errors
 from .options import read_names
+
+if TYPE_CHECKING:
+    from ..conversion.convert import Conversion
 
 TO_HF_EXAMPLE = """examples:
 
@@ -37,6 +38,8 @@ def convert(
     private: Annotated[bool, typer.Option("--private", help="create that repository as a private one")] = False,
 ) -> None:
     """Convert a checkpoint of rfdetr (.pth, .pt, .ckpt) to a folder that from_pretrained loads."""
+    from ..conversion.convert import convert_to_transformers
+
     conversion = convert_to_transformers(
         source,
         output,
@@ -58,12 +61,17 @@ def convert_back(
     output: Annotated[Path, typer.Argument(help="the file to make, such as model.pth")],
 ) -> None:
     """Convert a folder of transformers to a checkpoint file that rfdetr loads."""
+    from ..conversion.convert import convert_to_rfdetr
+
     conversion = convert_to_rfdetr(source, output)
     _report(conversion)
     typer.echo(f'Load it with rfdetr.RFDETR.from_checkpoint("{output}").')
 
 
-def _report(conversion: Conversion) -> None:
+def _report(conversion: "Conversion") -> None:
+    from ..conversion.convert import format_changes
+    from ..model.configuration_rf_detr import is_background_label
+
     config = conversion.config
     names = [name for name in config.id2label.values() if not is_background_label(name)]
     shown = f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"

@@ -31,9 +31,12 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*args: object, **kwargs: object) -> None:
+        from ..registration import register
+
         for stream in (sys.stdout, sys.stderr):  # names of files may hold what a terminal cannot show
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
+        register()  # which importing the package leaves to the commands; see `transformers_rfdetr`
         try:
             command(*args, **kwargs)
         except (OSError, ValueError, ImportError, FloatingPointError) as error:

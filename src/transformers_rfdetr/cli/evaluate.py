@@ -8,10 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from ..atomic_files import check_writable, make_directory, write_text
-from ..data.sources import load_instance_dataset
-from ..evaluation.coco_evaluator import evaluate_instance_segmentation
-from ..evaluation.report import analyse, save_report
-from ..hub.load import load
 from .errors import one_line_errors
 from .options import read_dtype
 
@@ -47,6 +43,11 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate a model as COCO does: AP and AR of masks and boxes, and mean IoU."""
+    from ..data.sources import load_instance_dataset
+    from ..evaluation.coco_evaluator import evaluate_instance_segmentation
+    from ..evaluation.report import analyse, save_report
+    from ..hub.load import load
+
     if batch_size < 1:
         raise ValueError(f"--batch-size {batch_size} must be at least 1")
     if threshold is not None and not 0 <= threshold < 1:

@@ -5,11 +5,8 @@ from typing import Annotated
 
 import typer
 
-from ..export.exporter import TOLERANCES
-from ..export.exporter import export as export_model
-from ..hub.load import load
 from .errors import one_line_errors
-from .options import read_size
+from .options import DTYPES, read_size
 
 EXAMPLE = """examples:
 
@@ -31,13 +28,16 @@ def export(
         bool, typer.Option("--post-process", help="scores, labels and boxes of the best pairs instead of all logits")
     ] = False,
     top_k: Annotated[int | None, typer.Option(help="how many of them; as many as queries by default")] = None,
-    dtype: Annotated[str, typer.Option(help=" or ".join(TOLERANCES))] = "float32",
+    dtype: Annotated[str, typer.Option(help=" or ".join(DTYPES[:2]))] = "float32",
     batch_size: Annotated[int | None, typer.Option(help="pictures in a batch; any number by default")] = None,
     image: Annotated[
         list[str] | None, typer.Option(metavar="PATH_OR_URL", help="a picture to check it on; may be repeated")
     ] = None,
 ) -> None:
     """Write a model as an ONNX or OpenVINO file, if it then computes what PyTorch computes."""
+    from ..export.exporter import export as export_model
+    from ..hub.load import load
+
     loaded, processor = load(model)
     done = export_model(
         loaded,

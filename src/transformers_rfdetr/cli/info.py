@@ -2,30 +2,11 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
-import torch
 import typer
-from huggingface_hub import try_to_load_from_cache
-from safetensors import SafetensorError, safe_open
 
 from ..atomic_files import escape_unprintable
-from ..conversion.convert import read_rfdetr_model
-from ..hub.load import check_model_type
-from ..model.checkpoint_layouts import FLOATS, is_original_layout, weight_files
-from ..model.configuration_rf_detr import (
-    COCO_ID2LABEL,
-    COCO_NAMES,
-    VARIANTS,
-    RfDetrConfig,
-    as_pair,
-    is_background_label,
-    resolve_variant,
-)
-from ..model.image_processing_rf_detr import RfDetrImageProcessor
-from ..model.modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection
 from .errors import one_line_errors
 
 EXAMPLE = """examples:
@@ -37,28 +18,6 @@ transformers-rfdetr info runs/buildings/model --json
 transformers-rfdetr info output/checkpoint_best_total.pth
 """
 _NUM_SHOWN = 8  # of classes and of differences
-_BACKBONE = (
-    *("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_windows", "num_register_tokens"),
-    "out_indices",
-)
-_DECODER = (
-    *("d_model", "decoder_layers", "decoder_ffn_dim", "decoder_self_attention_heads", "decoder_cross_attention_heads"),
-    *("decoder_n_points", "projector_scale", "mask_downsample_ratio"),
-)
-# What a model may have otherwise and still be of its variant.
-_SIZES = ("position_grid", "num_queries", "resolution")
-
-
-class _Checkpoint(NamedTuple):
-    """What is read of a checkpoint."""
-
-    kind: str  # for people
-    config: RfDetrConfig
-    has_masks: bool
-    processor: RfDetrImageProcessor
-    dtype: str | None = None
-    key_layout: str | None = None
-    file_size: int | None = None  # bytes
 
 
 @one_line_errors
@@ -69,169 +28,10 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="print all of it as JSON, every class too")] = False,
 ) -> None:
     """Say what a model is: variant, task, classes, sizes, parameters, file. Of a published name nothing is loaded."""
+    from ..conversion.describe import describe
+
     facts = describe(model)
     typer.echo(json.dumps(facts, indent=1) if as_json else _as_text(facts))
-
-
-def describe(name: str) -> dict[str, Any]:
-    """What a checkpoint is, in plain types.
-
-    Args:
-        name: A folder, a Hub id, a published name in any usual spelling, or a file of rfdetr. Weights are not
-            downloaded: of a repository on the Hub they are looked at where they are in the cache.
-
-    Returns:
-        `model`, `source`, `variant` (the nearest published one), `differences` from it (field -> [here, there]),
-        `task`, `num_classes`, `classes` (label -> name), `resolution` [height, width], `block`, of which sides are
-        multiples, `legal_sizes` next to the resolution, `num_queries`, `group_detr`, `parameters`, `backbone` and
-        `decoder` (layers, width, ...), `preprocessing`; and `dtype`, `key_layout` and `file_size` in bytes, None where
-        no weights are looked at.
-
-    Raises:
-        ValueError: it is no RF-DETR model, or cannot be read.
-    """
-    path = Path(name).expanduser()
-    if path.is_file():
-        found = _read_file(path)
-    elif path.is_dir() or (variant := _published_name(name)) is None:
-        found = _read_repository(str(path) if path.is_dir() else name)
-    else:
-        config = RfDetrConfig.from_variant(variant)
-        kind = "a published checkpoint; nothing was downloaded"
-        found = _Checkpoint(kind, config, "-seg-" in variant, RfDetrImageProcessor.from_config(config))
-    config = found.config
-    backbone = config.backbone_config
-    nearest, differences = nearest_variant(config, found.has_masks)
-    classes = {label: text for label, text in config.id2label.items() if _is_class(label, text)}
-    sides = as_pair(config.resolution)
-    processor = found.processor
-    return {
-        "model": name,
-        "source": found.kind,
-        "variant": nearest,
-        "differences": differences,
-        "task": "instance segmentation" if found.has_masks else "object detection",
-        "num_classes": len(classes),
-        "classes": classes,
-        "resolution": list(sides),
-        "block": backbone.patch_size * backbone.num_windows,
-        "legal_sizes": sorted({size for side in sides for step in (-1, 1) for size in config.legal_sizes(side + step)}),
-        "num_queries": config.num_queries,
-        "group_detr": config.group_detr,
-        "parameters": _count_parameters(config, found.has_masks),
-        "dtype": found.dtype,
-        "key_layout": found.key_layout,
-        "file_size": found.file_size,
-        "backbone": {name: getattr(backbone, name) for name in _BACKBONE},
-        "decoder": {name: getattr(config, name) for name in _DECODER},
-        "preprocessing": {name: getattr(processor, name) for name in ("size", "image_mean", "image_std")},
-    }
-
-
-def nearest_variant(config: RfDetrConfig, has_masks: bool) -> tuple[str, dict[str, list[Any]]]:
-    """The published variant that is most like a configuration, and where they differ: field -> [here, there]."""
-    ours = _architecture(config)
-    differences = {}
-    for variant in VARIANTS:
-        if ("-seg-" in variant) == has_masks:
-            theirs = _architecture(RfDetrConfig.from_variant(variant))
-            differences[variant] = {name: [ours[name], theirs[name]] for name in ours if ours[name] != theirs[name]}
-
-    def distance(variant: str) -> tuple[int, bool, int, int]:
-        changed = differences[variant]
-        further = abs(max(ours["resolution"]) - VARIANTS[variant].resolution)
-        return len(changed.keys() - {*_SIZES}), "position_grid" in changed, len(changed), further
-
-    nearest = min(differences, key=distance)
-    return nearest, differences[nearest]
-
-
-def _architecture(config: RfDetrConfig) -> dict[str, Any]:
-    backbone = config.backbone_config
-    return {
-        **{name: getattr(backbone, name) for name in _BACKBONE},
-        **{name: getattr(config, name) for name in _DECODER},
-        "position_grid": list(backbone.position_grid),
-        "num_queries": config.num_queries,
-        "resolution": list(as_pair(config.resolution)),
-    }
-
-
-def _is_class(label: int, name: str) -> bool:
-    """Whether objects can be of a label: the published heads have rows that are no category of COCO."""
-    return not is_background_label(name) and not (label not in COCO_NAMES and name == COCO_ID2LABEL.get(label))
-
-
-def _count_parameters(config: RfDetrConfig, has_masks: bool) -> int:
-    with torch.device("meta"):  # shapes without memory
-        model = (RfDetrForInstanceSegmentation if has_masks else RfDetrForObjectDetection)(config)
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-# Where checkpoints are
-
-
-def _published_name(name: str) -> str | None:
-    if "/" not in name:
-        with suppress(ValueError):
-            return resolve_variant(name)
-    return None
-
-
-def _read_repository(name: str) -> _Checkpoint:
-    """A folder or a repository on the Hub."""
-    is_folder = Path(name).is_dir()
-    try:
-        check_model_type(name)
-        config = RfDetrConfig.from_pretrained(name)
-        cached = None if is_folder else try_to_load_from_cache(name, "model.safetensors")
-        files = weight_files(name, None, None, {}) if is_folder else [cached] if isinstance(cached, str) else []
-        dtype, key_layout = _read_headers([file for file in files if file.endswith(".safetensors")])
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{name} is no RF-DETR model in a folder or on the Hub: {reason}") from error
-    try:
-        processor = RfDetrImageProcessor.from_pretrained(name)
-    except OSError:  # as `load` does
-        processor = RfDetrImageProcessor.from_config(config)
-    return _Checkpoint(
-        "a folder" if is_folder else "a repository on the Hub",
-        config,
-        any("Segmentation" in architecture for architecture in config.architectures or ["Segmentation"]),
-        processor,
-        dtype,
-        key_layout,
-        sum(Path(file).stat().st_size for file in files) or None,
-    )
-
-
-def _read_headers(files: Sequence[str]) -> tuple[str | None, str | None]:
-    """The dtypes and the key layout of safetensors files."""
-    dtypes: dict[str, str] = {}
-    for name in files:
-        with safe_open(name, framework="pt") as file:
-            dtypes |= {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
-    if not dtypes:
-        return None, None
-    found = sorted({str(FLOATS.get(dtype, dtype)).removeprefix("torch.") for dtype in dtypes.values()})
-    return ", ".join(found), "original" if is_original_layout(dtypes) else "transformers' port's, in whole or in part"
-
-
-def _read_file(path: Path) -> _Checkpoint:
-    """A checkpoint file of rfdetr, read as `convert` reads it."""
-    state_dict, config, _, _ = read_rfdetr_model(path)
-    return _Checkpoint(
-        "a file of rfdetr; `transformers-rfdetr convert` makes a folder of it",
-        config,
-        config.architectures == [RfDetrForInstanceSegmentation.__name__],
-        RfDetrImageProcessor.from_config(config),
-        ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values()})),
-        "original",
-        path.stat().st_size,
-    )
-
-
-# For people
 
 
 def _as_text(facts: Mapping[str, Any]) -> str:
@@ -264,9 +64,11 @@ def _as_text(facts: Mapping[str, Any]) -> str:
 
 def _variant_text(variant: str, differences: Mapping[str, Sequence[Any]]) -> str:
     """ "rf-detr-seg-medium", "as rf-detr-seg-medium, at 504 x 504 px", or what else differs."""
+    from ..conversion.describe import SIZES
+
     if not differences:
         return variant
-    other = {name: values for name, values in differences.items() if name not in _SIZES}
+    other = {name: values for name, values in differences.items() if name not in SIZES}
     if other:
         listed = [f"{name} {there} (here {here})" for name, (here, there) in list(other.items())[:_NUM_SHOWN]]
         return f"none that is published; the nearest one, {variant}, has {', '.join(listed)}"

@@ -3,21 +3,25 @@
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "float16", "bfloat16")
 
 
-def read_dtype(name: str) -> torch.dtype:
+def read_dtype(name: str) -> "torch.dtype":
     """ "float32", "float16" or "bfloat16".
 
     Raises:
         ValueError: it is none of them.
     """
-    if name not in _DTYPES:
-        raise ValueError(f"--dtype {name} is none of {', '.join(_DTYPES)}")
-    return _DTYPES[name]
+    import torch
+
+    if name not in DTYPES:
+        raise ValueError(f"--dtype {name} is none of {', '.join(DTYPES)}")
+    return getattr(torch, name)
 
 
 def read_size(option: str, text: str) -> int | tuple[int, int]:

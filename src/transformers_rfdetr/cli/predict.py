@@ -7,32 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from http.client import HTTPException
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-import numpy as np
-import torch
 import typer
-from PIL import Image
 
 from ..atomic_files import escape_unprintable
-from ..hub.load import load
-from ..inference.folder import (
-    Picture,
-    Summary,
-    UnreadableImageError,
-    check_settings,
-    distinct,
-    fingerprint,
-    list_images,
-    predict_to_folder,
-    write_settings,
-)
-from ..inference.video import VideoSummary, predict_video
-from ..model.image_processing_rf_detr import redact_url
 from .errors import one_line_errors, terminated_as_interrupted
 from .options import absolute, read_dtype, read_names, read_size
+
+if TYPE_CHECKING:
+    from ..inference.folder import Picture, Summary
+    from ..inference.video import VideoSummary
 
 EXAMPLE = """examples:
 
@@ -92,6 +79,21 @@ def predict(
     Pictures come out as OUTPUT/pictures, predictions.jsonl and predictions.coco.json, videos as OUTPUT/videos. The same
     command again skips what is done. Started by torchrun or accelerate launch, each process takes its share.
     """
+    import torch
+    from PIL import Image
+
+    from ..hub.load import load
+    from ..inference.folder import (
+        Picture,
+        UnreadableImageError,
+        check_settings,
+        distinct,
+        fingerprint,
+        list_images,
+        predict_to_folder,
+    )
+    from ..model.image_processing_rf_detr import redact_url
+
     if (sources is None) == (dataset is None):
         raise ValueError("give either sources (files, folders, URLs, ...) or --dataset")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -196,6 +198,8 @@ def _is_stream(source: str, is_alone: bool) -> bool:
         return True
     if not source.startswith(("http://", "https://")):
         return False
+    from ..model.image_processing_rf_detr import redact_url
+
     try:
         suffix = Path(urlsplit(source).path).suffix.lower()
     except ValueError as error:
@@ -259,13 +263,16 @@ class _Column(Sequence):
 def _predict_video(
     model: Any,
     processor: Any,
-    video: Picture,
+    video: "Picture",
     output: Path,
     settings: Mapping[str, Any],
     pictures: bool,
     window: Callable[[Any, int], None] | None,
     **options: Any,
 ) -> None:
+    from ..inference.folder import write_settings
+    from ..inference.video import predict_video
+
     drawn_to = output / "videos" / video.name
     if drawn_to.suffix.lower() != ".mp4":
         drawn_to = drawn_to.with_name(f"{drawn_to.name}.mp4")
@@ -303,13 +310,13 @@ def _predict_video(
         raise KeyboardInterrupt
 
 
-def _video_line(source: str, done: VideoSummary) -> str:
+def _video_line(source: str, done: "VideoSummary") -> str:
     line = f"{escape_unprintable(source)}: {done.frames} frames at {done.frames_per_second:.1f} a second"
     trouble = {"undecodable": done.undecodable, "dropped": done.dropped, "reopened": done.reopened}
     return line + "".join(f", {count} {what}" for what, count in trouble.items() if count)
 
 
-def _report(summary: Summary, output: Path, rank: int, world: int) -> None:
+def _report(summary: "Summary", output: Path, rank: int, world: int) -> None:
     share = f" (process {rank} of {world})" if world > 1 else ""
     before = f", {summary.skipped} done before" if summary.skipped else ""
     typer.echo(f"{summary.instances} instances in {summary.done} pictures{before}{share}")
@@ -336,6 +343,8 @@ def _open_window() -> Callable[[Any, int], None]:
         import cv2
     except ImportError as error:
         raise ImportError("--show needs OpenCV: pip install opencv-python") from error
+
+    import numpy as np
 
     def show(picture: Any, milliseconds: int) -> None:
         cv2.imshow("transformers-rfdetr", np.asarray(picture)[..., ::-1])
