@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .data.augmentation import FlipAndCrop
     from .data.checks.check import check_dataset
-    from .data.dataset import FollowEpoch, InstanceDataset, collate_fn
-    from .data.sources import load_instance_dataset
+    from .data.dataset import InstanceDataset
+    from .data.load import load_instance_dataset
+    from .data.prepared import FollowEpoch, collate_fn
     from .evaluation.coco_evaluator import InstanceSegmentationEvaluator, evaluate_instance_segmentation
     from .evaluation.report import analyse, write_report
     from .evaluation.torchmetrics_metric import InstanceSegmentationMetric
@@ -60,7 +61,7 @@ __all__ = [
 # Public name -> the module that has it.
 _LATER = {
     "FlipAndCrop": "data.augmentation",
-    "FollowEpoch": "data.dataset",
+    "FollowEpoch": "data.prepared",
     "InstanceDataset": "data.dataset",
     "InstanceSegmentationEvaluator": "evaluation.coco_evaluator",
     "InstanceSegmentationMetric": "evaluation.torchmetrics_metric",
@@ -75,11 +76,11 @@ _LATER = {
     "RfDetrTrainingArguments": "training.arguments",
     "analyse": "evaluation.report",
     "check_dataset": "data.checks.check",
-    "collate_fn": "data.dataset",
+    "collate_fn": "data.prepared",
     "compile_for_inference": "inference.predict",
     "evaluate_instance_segmentation": "evaluation.coco_evaluator",
     "load": "hub.load",
-    "load_instance_dataset": "data.sources",
+    "load_instance_dataset": "data.load",
     "predict": "inference.predict",
     "predict_tiled": "inference.tiling",
     "predict_video": "inference.video",

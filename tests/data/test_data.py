@@ -20,15 +20,9 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from transformers_rfdetr import RfDetrImageProcessor, load_instance_dataset
 from transformers_rfdetr.data.augmentation import FlipAndCrop
-from transformers_rfdetr.data.dataset import (
-    ClassCount,
-    FollowEpoch,
-    InstanceDataset,
-    InstanceDatasets,
-    InstanceStream,
-    PreparedDataset,
-    collate_fn,
-)
+from transformers_rfdetr.data.dataset import ClassCount, InstanceDataset, InstanceDatasets
+from transformers_rfdetr.data.prepared import FollowEpoch, PreparedDataset, collate_fn
+from transformers_rfdetr.data.streams import InstanceStream
 from transformers_rfdetr.data.synthetic import draw_dataset
 
 from small_models import shared_folder

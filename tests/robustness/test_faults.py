@@ -34,7 +34,8 @@ from transformers_rfdetr.atomic_files import (
     write_text,
 )
 from transformers_rfdetr.data.checks.check import check_dataset
-from transformers_rfdetr.data.dataset import InstanceDataset, collate_fn
+from transformers_rfdetr.data.dataset import InstanceDataset
+from transformers_rfdetr.data.prepared import collate_fn
 from transformers_rfdetr.data.synthetic import draw_dataset
 from transformers_rfdetr.inference.folder import list_images, predict_to_folder
 from transformers_rfdetr.training.recovery import (

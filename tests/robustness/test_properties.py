@@ -25,7 +25,7 @@ from pycocotools import mask as coco_mask
 from transformers_rfdetr import RfDetrForInstanceSegmentation, RfDetrImageProcessor, predict
 from transformers_rfdetr.data.checks.check import check_dataset
 from transformers_rfdetr.data.dataset import InstanceDataset
-from transformers_rfdetr.data.sources import load_instance_dataset
+from transformers_rfdetr.data.load import load_instance_dataset
 from transformers_rfdetr.inference.instances import Instances
 from transformers_rfdetr.model.masks import measure, rasterize, read_segmentation, region_to_rle, to_rle, upsample_masks
 

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForInstanceSegmentation, TrainerCallback, TrainingArguments
 
 from transformers_rfdetr import RfDetrConfig, RfDetrForObjectDetection, RfDetrImageProcessor
-from transformers_rfdetr.data.dataset import InstanceDataset, InstanceDatasets, collate_fn
-from transformers_rfdetr.data.sources import load_instance_dataset
+from transformers_rfdetr.data.dataset import InstanceDataset, InstanceDatasets
+from transformers_rfdetr.data.load import load_instance_dataset
+from transformers_rfdetr.data.prepared import collate_fn
 from transformers_rfdetr.data.synthetic import draw_dataset
 from transformers_rfdetr.evaluation.coco_evaluator import evaluate_instance_segmentation
 from transformers_rfdetr.model import modeling_rf_detr

@@ -43,7 +43,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate a model as COCO does: AP and AR of masks and boxes, and mean IoU."""
-    from ..data.sources import load_instance_dataset
+    from ..data.load import load_instance_dataset
     from ..evaluation.coco_evaluator import evaluate_instance_segmentation
     from ..evaluation.report import analyse, save_report
     from ..hub.load import load

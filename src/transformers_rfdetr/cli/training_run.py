@@ -18,7 +18,8 @@ from transformers import TrainerCallback, set_seed
 
 from .. import __version__
 from ..atomic_files import make_directory, write_text
-from ..data.sources import load_instance_dataset, read_text, read_yaml
+from ..data.load import load_instance_dataset
+from ..data.text_files import read_text, read_yaml
 from ..hub.load import load
 from ..model.configuration_rf_detr import is_background_label
 from .evaluate import format_numbers

@@ -37,17 +37,11 @@ from transformers.utils import PushInProgress, logging
 
 from ..atomic_files import atomic_file, translate_disk_errors, write_text
 from ..data.augmentation import FlipAndCrop
-from ..data.dataset import (
-    FollowEpoch,
-    InstanceDataset,
-    InstanceDatasets,
-    InstanceStream,
-    PreparedDataset,
-    PreparedStream,
-    collate_fn,
-)
+from ..data.dataset import InstanceDataset, InstanceDatasets
 from ..data.drawing import draw_grid
-from ..data.sources import load_instance_dataset
+from ..data.load import load_instance_dataset
+from ..data.prepared import FollowEpoch, PreparedDataset, collate_fn
+from ..data.streams import InstanceStream, PreparedStream
 from ..evaluation.coco_evaluator import (
     InstanceSegmentationEvaluator,
     category_of_labels,

@@ -29,25 +29,14 @@ from transformers.utils import logging
 from ...atomic_files import atomic_directory, atomic_file, escape_unprintable, is_partial
 from ...model.image_processing_rf_detr import are_numbers, clamp_box, is_index, open_image, read_rgb, to_builtin
 from ...model.masks import Shape, measure, read_segmentation, to_rle
-from ..dataset import has_segmentation, is_outside, one_label_map, upright_size, with_box_and_area
+from ..annotation_records import has_segmentation, with_box_and_area
+from ..coco import find_coco_files, grouping_category_ids, read_coco_file
 from ..drawing import draw_instances
-from ..sources import (
-    IMAGE_SUFFIXES,
-    ArrowRows,
-    coco_files,
-    is_hub_split,
-    load_rows,
-    parent_ids,
-    read_coco,
-    read_hub,
-    read_text,
-    read_yolo_description,
-    read_yolo_line,
-    split_name,
-    yolo_file,
-    yolo_images,
-    yolo_label_file,
-)
+from ..hub_rows import ArrowRows, is_hub_split, load_rows, read_hub_rows
+from ..image_files import IMAGE_SUFFIXES, is_outside, upright_size
+from ..label_maps import common_label_map, split_name
+from ..text_files import read_text
+from ..yolo import find_yolo_file, list_yolo_images, parse_yolo_line, read_data_yaml, yolo_label_path
 from .repair import RepairedCopy, free_ids, json_value
 
 SEVERITIES = ("error", "warning", "info")
@@ -454,9 +443,9 @@ def _read_source(source: Any, image_folder: Any) -> list[_Split]:
     if not is_mapping and not isinstance(source, str | os.PathLike):
         raise ValueError(f"{source!r:.200} is no source of data; give a folder, a COCO JSON or a data.yaml")
     path = None if is_mapping else Path(source).expanduser()
-    if files := coco_files(source if path is None else path):
+    if files := find_coco_files(source if path is None else path):
         return [_coco_split(name, *found, image_folder) for name, found in files.items()]
-    if yaml_file := yolo_file(path):
+    if yaml_file := find_yolo_file(path):
         return _yolo_splits(yaml_file, image_folder)
     if image_folder is not None:
         raise ValueError(f"image_folder is for COCO and YOLO files, and {path} is none; leave it out")
@@ -465,7 +454,7 @@ def _read_source(source: Any, image_folder: Any) -> list[_Split]:
 
 def _coco_split(name: str, path: Path, folders: Sequence[Path], image_folder: Any) -> _Split:
     given = image_folder.get(name) if isinstance(image_folder, Mapping) else image_folder
-    coco = read_coco(path)
+    coco = read_coco_file(path)
     for key in ("images", "annotations", "categories"):
         if not isinstance(coco.get(key), list) and (key != "annotations" or coco.get(key) is not None):
             kind = type(coco[key]).__name__ if key in coco else "missing"
@@ -594,9 +583,9 @@ def _other_form(number: Any) -> Any:
 
 
 def _yolo_splits(path: Path, image_folder: Any) -> list[_Split]:
-    classes, root, places = read_yolo_description(path, image_folder)
-    pictures = {key: yolo_images(root, place, key) for key, place in places.items()}
-    known = {yolo_label_file(picture, root) for found in pictures.values() for picture in found}
+    classes, root, places = read_data_yaml(path, image_folder)
+    pictures = {key: list_yolo_images(root, place, key) for key, place in places.items()}
+    known = {yolo_label_path(picture, root) for found in pictures.values() for picture in found}
     splits = []
     for key, found in pictures.items():
         images, problems = [], []
@@ -611,7 +600,7 @@ def _yolo_splits(path: Path, image_folder: Any) -> list[_Split]:
         split = _build_split(split_name(key), coco, root, partial(_find_listed, found))
         for image, faults in zip(split.images, problems, strict=True):
             image.problems += faults
-        folders = {yolo_label_file(picture, root).parent for picture in found} - {picture.parent for picture in found}
+        folders = {yolo_label_path(picture, root).parent for picture in found} - {picture.parent for picture in found}
         labels = {label for folder in folders for label in folder.glob("*.txt")} - known
         for label in sorted(label for label in labels if label.name != "classes.txt"):  # of programs that draw labels
             split.note("annotation_of_missing_image", f"{label} belongs to no picture")
@@ -631,7 +620,7 @@ def _read_yolo_picture(
         return entry, [], []
     entry |= {"height": size[0], "width": size[1]}
     objects, problems = [], []
-    labels = yolo_label_file(path, root)
+    labels = yolo_label_path(path, root)
     try:
         lines = read_text(labels).splitlines() if labels.is_file() else []
     except ValueError as error:
@@ -640,7 +629,7 @@ def _read_yolo_picture(
         if not line.strip():
             continue
         try:
-            found = with_box_and_area(read_yolo_line(line.split(), size, classes), size)
+            found = with_box_and_area(parse_yolo_line(line.split(), size, classes), size)
             objects.append({**found, "image_id": number})
         except ValueError as error:
             problems.append(
@@ -660,7 +649,7 @@ def _row_splits(source: Any) -> list[_Split]:
     """Rows of the library datasets."""
     if not all(hasattr(split, "num_rows") for split in ([source] if is_hub_split(source) else source.values())):
         raise ValueError("these rows are streams; load them without streaming=True, to read all of them")
-    rows, readers, classes = read_hub(source)
+    rows, readers, classes = read_hub_rows(source)
     splits = []
     for name, split in rows.items():
         table = ArrowRows(split, readers[name])
@@ -691,7 +680,7 @@ def _row_splits(source: Any) -> list[_Split]:
 def _check_categories(splits: Sequence[_Split]) -> None:
     used = {split.name: split.used() for split in splits}
     named = [{"categories": [_named(category) for category in split.categories]} for split in splits]
-    groups = parent_ids(named) - set().union(*used.values())
+    groups = grouping_category_ids(named) - set().union(*used.values())
     for split in splits:
         split.groups = groups
         if not split.categories and any(image.annotations for image in split.images):
@@ -724,7 +713,7 @@ def _check_categories(splits: Sequence[_Split]) -> None:
     for split in splits:
         both = {s.name: {n: name for n, name in s.classes.items() if n not in groups} for s in (first, split)}
         try:
-            one_label_map(both, {name: used[name] for name in both})
+            common_label_map(both, {name: used[name] for name in both})
         except ValueError as error:
             split.note("categories_differ", str(error), change=f"numbered by name, as in {first.name!r}")
 
