@@ -29,16 +29,13 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from transformers_rfdetr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection, RfDetrImageProcessor, predict
 from transformers_rfdetr.data.dataset import InstanceDataset
-from transformers_rfdetr.data.drawing import color_of, draw_instances
+from transformers_rfdetr.data.drawing import draw_instances
 from transformers_rfdetr.hub.load import load
 from transformers_rfdetr.hub.model_card import (
     CODE_FILES,
     Run,
     add_code,
-    curves_of,
-    draw_curves,
     model_card,
-    ticks,
 )
 from transformers_rfdetr.training.run_card import draw_examples, numbers_of
 from transformers_rfdetr.training.trainer import RfDetrTrainer, RfDetrTrainingArguments
@@ -591,49 +588,6 @@ def test_a_detection_model_gets_no_class_of_segmentation_beside_its_code(tmp_pat
     maps = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert sorted(maps) == ["AutoConfig", "AutoImageProcessor", "AutoModel", "AutoModelForObjectDetection"]
     assert isinstance(RfDetrForObjectDetection.from_pretrained(tmp_path), RfDetrForObjectDetection)
-
-
-# -- pictures --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
-        (0, 0.9, [0, 0.2, 0.4, 0.6, 0.8]),
-        (3, 47, [10, 20, 30, 40]),
-        (1, 2, [1, 1.2, 1.4, 1.6, 1.8, 2.0]),
-        (0, 1234, [0, 500, 1000]),
-    ],
-)
-def test_ticks_are_round_numbers_inside_the_range(low, high, expected):
-    assert ticks(low, high) == pytest.approx(expected)
-
-
-def test_curves_come_from_the_log_without_what_cannot_be_drawn():
-    log = [
-        {"loss": 3.0, "step": 1},
-        {"loss": float("nan"), "step": 2},
-        {"eval_segm_AP": -1.0, "eval_loss": 2.0, "step": 2},
-        {"eval_segm_AP": 0.25, "step": 4},
-        {"train_runtime": 1.0, "step": 4},
-    ]
-    assert curves_of(log) == {
-        "loss": {"training": [(1, 3.0)], "validation": [(2, 2.0)]},
-        "average precision": {"mask AP": [(4, 0.25)]},
-    }
-    assert curves_of(log[-1:]) == {}
-
-
-def test_a_curve_runs_where_its_numbers_are():
-    picture = draw_curves({"loss": {"rising": [(0, 0.0), (100, 8.0)]}, "other": {"flat": [(5, 1.0)]}})
-    assert picture.size == (1120, 340)
-    # The axes of a panel are 64 from the left, 40 from the top, 20 from the right, 72 from the bottom.
-    colours = np.asarray(picture, dtype=int)
-    for fraction in (0.3, 0.5, 0.7):
-        x, y = round(64 + fraction * (560 - 64 - 20)), round(340 - 72 - fraction * (340 - 72 - 40))
-        assert np.abs(colours[y - 2 : y + 3, x] - color_of(0)).sum(axis=1).min() < 60
-        assert np.abs(colours[y - 20 : y - 10, x] - color_of(0)).sum(axis=1).min() > 200
 
 
 # -- runs ------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""What goes to the Hub beside the weights: the model card, its pictures, the code; and the upload itself.
+"""What goes to the Hub beside the weights: the model card and the code; and the upload itself.
 
-[`model_card`] and [`draw_curves`] turn facts into text and pictures and read nothing else.
+[`model_card`] turns facts into text and reads nothing else.
 """
 
 import json
@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData
-from PIL import Image, ImageDraw, ImageFont
 from transformers.utils import logging
 
 from ..atomic_files import write_text
-from ..data.drawing import color_of
 from ..model.configuration_rf_detr import RfDetrConfig, is_background_label
 
 logger = logging.get_logger(__name__)
@@ -306,98 +304,6 @@ def escape(text: str) -> str:
 def is_hub_id(name: str | None) -> bool:
     """Whether it can be the name of a repository, owner included, and is no folder here."""
     return bool(name) and bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII)) and not Path(name).exists()
-
-
-# -- its pictures ----------------------------------------------------------------------------------------------------
-
-_SCALE = 2  # drawn this much larger, then reduced: Pillow's lines have no smooth edges
-_PANEL = (560, 340)
-_MARGINS = (64, 40, 20, 72)  # left, top, right, bottom of a panel's axes
-_INK, _FAINT = (60, 60, 60), (225, 225, 225)
-
-Points = Sequence[tuple[float, float]]
-
-
-def curves_of(log_history: Sequence[Mapping[str, Any]], prefix: str = "eval_") -> dict[str, dict[str, list]]:
-    """The Trainer's log -> panel -> curve -> points (update, value), for [`draw_curves`]; what is empty is left out.
-
-    Args:
-        log_history: As of `TrainerState`.
-        prefix: What the evaluation's numbers begin with.
-    """
-    wanted = {
-        "loss": {"training": "loss", "validation": f"{prefix}loss"},
-        "average precision": {
-            "mask AP": f"{prefix}segm_AP",
-            "mask AP50": f"{prefix}segm_AP50",
-            "box AP": f"{prefix}bbox_AP",
-        },
-    }
-    panels = {}
-    for title, keys in wanted.items():
-        curves = {
-            label: [(e["step"], e[key]) for e in log_history if _is_drawable(e.get(key))] for label, key in keys.items()
-        }
-        if any(curves.values()):
-            panels[title] = {label: points for label, points in curves.items() if points}
-    return panels
-
-
-def _is_drawable(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
-
-
-def draw_curves(panels: Mapping[str, Mapping[str, Points]]) -> Image.Image:
-    """Curves over updates, one panel beside the other, each from 0 to a round number."""
-    width, height = (_SCALE * side for side in _PANEL)
-    canvas = Image.new("RGB", (width * len(panels), height), "white")
-    for index, (title, curves) in enumerate(panels.items()):
-        panel = Image.new("RGB", (width, height), "white")
-        _draw_panel(ImageDraw.Draw(panel), title, curves)
-        canvas.paste(panel, (index * width, 0))
-    return canvas.resize((canvas.width // _SCALE, canvas.height // _SCALE), Image.Resampling.LANCZOS)
-
-
-def _draw_panel(draw: ImageDraw.ImageDraw, title: str, curves: Mapping[str, Points]) -> None:
-    font = ImageFont.load_default(size=13 * _SCALE)
-    left, top, right, bottom = (_SCALE * side for side in _MARGINS)
-    right, bottom = _SCALE * _PANEL[0] - right, _SCALE * _PANEL[1] - bottom
-    xs, ys = ([point[axis] for points in curves.values() for point in points] for axis in (0, 1))
-    first, last = min(xs), max(max(xs), min(xs) + 1)
-    step = ticks(0, max(ys) or 1.0)[1]
-    most = math.ceil((max(ys) or 1.0) / step - 1e-9) * step
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return left + (x - first) / (last - first) * (right - left), bottom - y / most * (bottom - top)
-
-    draw.text(((left + right) / 2, top / 2), title, _INK, font, anchor="mm")
-    for tick in (number * step for number in range(round(most / step) + 1)):
-        _, y = place(first, tick)
-        draw.line([(left, y), (right, y)], _FAINT, _SCALE)
-        draw.text((left - 6 * _SCALE, y), f"{tick:g}", _INK, font, anchor="rm")
-    for tick in ticks(first, last):
-        x, _ = place(tick, 0)
-        draw.text((x, bottom + 6 * _SCALE), f"{tick:g}", _INK, font, anchor="mt")
-    draw.line([(left, top), (left, bottom), (right, bottom)], _INK, _SCALE)
-    for index, points in enumerate(curves.values()):
-        places = [place(x, y) for x, y in points]
-        draw.line(places, color_of(index), 2 * _SCALE, joint="curve")
-        for x, y in places if len(places) < 40 else []:
-            draw.ellipse((x - 5, y - 5, x + 5, y + 5), color_of(index))
-    x, y = left, bottom + 44 * _SCALE
-    for index, label in enumerate(curves):
-        draw.line([(x, y), (x + 20 * _SCALE, y)], color_of(index), 3 * _SCALE)
-        draw.text((x + 26 * _SCALE, y), label, _INK, font, anchor="lm")
-        x += 46 * _SCALE + draw.textlength(label, font)
-    draw.text((right, y), "updates", _INK, font, anchor="rm")
-
-
-def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """At most `most` round numbers (1, 2 or 5 times a power of ten apart) from `low` to `high`, `low` < `high`."""
-    size = (high - low) / (most - 1)
-    power = 10 ** math.floor(math.log10(size))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= size * (1 - 1e-9))
-    return [number * step for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 # -- the code --------------------------------------------------------------------------------------------------------

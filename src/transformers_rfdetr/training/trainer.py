@@ -49,6 +49,7 @@ from ..evaluation.coco_evaluator import (
     number_names,
     with_categories,
 )
+from ..evaluation.curves import draw_png, training_charts
 from ..hub.model_card import (
     CURVES,
     GRID,
@@ -56,8 +57,6 @@ from ..hub.model_card import (
     Run,
     add_code,
     create_repository,
-    curves_of,
-    draw_curves,
     is_hub_id,
     model_card,
     upload,
@@ -875,9 +874,10 @@ class RfDetrTrainer(Trainer):
         """Write the pictures of the card -> their files and captions."""
         drawn = {}
         is_many = isinstance(self.eval_dataset, dict)
-        panels = curves_of(self.state.log_history, f"eval_{next(iter(self.eval_dataset))}_" if is_many else "eval_")
-        if panels:
-            draw_curves(panels).save(folder / CURVES)
+        prefix = f"eval_{next(iter(self.eval_dataset))}_" if is_many else "eval_"
+        charts = training_charts(self.state.log_history, prefix, with_learning_rate=False)
+        if charts:
+            (folder / CURVES).write_bytes(draw_png(charts))
             drawn[CURVES] = "Loss and average precision during training"
         dataset = _raw(next(iter(self.eval_dataset.values())) if is_many else self.eval_dataset)
         rows = []
