@@ -109,7 +109,13 @@ class Elements(HTMLParser):
             self.words.append(data)
 
 
-HOSTILE = ["</title></svg><script>alert(1)</script>", '"><img src=x onerror=alert(1)>', r"$\frac{$", "_hidden", "\udcff"]
+HOSTILE = [
+    "</title></svg><script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    r"$\frac{$",
+    "_hidden",
+    "\udcff",
+]
 
 
 def test_hostile_labels_are_text_in_svg_and_in_png():

@@ -24,10 +24,10 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from ..atomic_files import write_text
-from ..hub.model_card import ticks
 from ..inference.instances import Instances
 from ..model.masks import measure, rasterize, read_segmentation, to_rle
 from .coco_evaluator import InstanceSegmentationEvaluator, detect_in_dataset
+from .curves import Chart, draw_svg, precision_recall_charts, training_charts
 
 _MIN_IOU = 0.5  # of a detection and its object
 _LONGEST_SIDE = 640  # of a picture on the page, in pixels
@@ -35,8 +35,6 @@ _MOST_JPEG_BYTES, _QUALITIES = 100_000, (85, 70, 50, 30, 15)
 # Of an outline: pixels of the page's picture that it may be beside the mask, and what makes it too long to be drawn.
 _TOLERANCE, _MOST_EDGES, _MOST_CHARACTERS = 0.75, 4_000, 6_000
 _MOST_CONFUSED = 20  # classes that the confusion matrix shows
-_COLORS = ("#3b82f6", "#ef8a17", "#16a34a", "#d946ef", "#0ea5b7", "#dc2626", "#8b6f47", "#7c7c8a")
-_RECALLS = np.linspace(0, 1, 101)
 _AT = {0.5: 0, 0.75: 5}  # IoU -> its place among COCO's thresholds
 
 
@@ -199,7 +197,7 @@ def save_report(
     """
     if num_images < 0:
         raise ValueError(f"num_images {num_images} must be at least 0")
-    charts = [] if training is None else _training_charts(_read_history(Path(training)))
+    charts = [] if training is None else training_charts(_read_history(Path(training)))
     images = [image for image in analysis.images if len(image.truth) or len(image.found)]
     half = math.ceil(len(images) / 2)
     worst, best = images[: min(num_images, half)], images[half:][::-1][:num_images]
@@ -208,7 +206,7 @@ def save_report(
         _Section("classes", "Classes", _class_table(analysis)),
         _Section("curves", "Precision and recall", _precision_charts(analysis)),
         _Section("confusion", "Confusion", _confusion_table(analysis)),
-        _Section("training", "Training", f'<div class="charts">{"".join(charts)}</div>' if charts else ""),
+        _Section("training", "Training", _charts(charts) if charts else ""),
         _Section("worst", "Worst pictures", _gallery(worst, dataset)),
         _Section("best", "Best pictures", _gallery(best, dataset)),
         _Section("how", "How this is counted", _explanation(analysis)),
@@ -433,30 +431,24 @@ def _confusion_table(analysis: Analysis) -> str:
 # -- charts ------------------------------------------------------------------------------------------------------------
 
 
-class _Line(NamedTuple):
-    name: str
-    x: np.ndarray
-    y: np.ndarray
-    color: str = "currentColor"
-    width: float = 2
+def _charts(charts: Iterable[Chart]) -> str:
+    return f'<div class="charts">{"".join(map(_chart, charts))}</div>'
+
+
+def _chart(chart: Chart) -> str:
+    legend = "".join(
+        f'<li><i style="background:{curve.color}"></i>{_text(curve.label)}</li>'
+        for curve in chart.curves
+        if curve.in_legend
+    )
+    return f'<figure class="chart"><figcaption>{chart.title}</figcaption>{draw_svg(chart)}<ul>{legend}</ul></figure>'
 
 
 def _precision_charts(analysis: Analysis) -> str:
     if not analysis.curves:
         return ""
-    charts = []
-    for iou, place in _AT.items():
-        lines = []
-        for number, (name, curve) in enumerate(analysis.curves.items()):
-            color = _COLORS[number] if len(analysis.curves) <= len(_COLORS) else "#8888"
-            lines.append(_Line(f"{name} {curve[place].mean():.3f}", _RECALLS, curve[place], color))
-        if len(lines) > 1:
-            mean = np.mean([curve[place] for curve in analysis.curves.values()], axis=0)
-            lines.append(_Line(f"mean of classes {mean.mean():.3f}", _RECALLS, mean, width=3.5))
-        shown = lines if len(lines) <= len(_COLORS) + 1 else lines[-1:]
-        charts.append(_chart(f"IoU at least {iou}", "recall", "precision", lines, (0.0, 1.0), shown))
     words = "<p>The best precision where at least that recall is reached; the numbers are areas, AP at that IoU.</p>"
-    return f'{words}<div class="charts">{"".join(charts)}</div>'
+    return words + _charts(precision_recall_charts(analysis.curves))
 
 
 def _read_history(folder: Path) -> list[dict[str, Any]]:
@@ -473,86 +465,6 @@ def _read_history(folder: Path) -> list[dict[str, Any]]:
         return [dict(entry) for entry in history]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{found[-1]} is no log of a Trainer ({error!r:.80}); give another training run") from error
-
-
-def _training_charts(history: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A chart each of losses, of validation numbers and of the learning rate, as far as the log has them."""
-    masks = {"eval_segm_AP": "mask AP", "eval_segm_AP50": "mask AP50", "eval_mean_iou": "mean IoU"}
-    boxes = {"eval_bbox_AP": "box AP", "eval_bbox_AP50": "box AP50"}
-    has_masks = any("eval_segm_AP" in entry for entry in history)
-    charts = []
-    for title, axis, names, limits in (
-        ("Loss", "loss", {"loss": "training", "eval_loss": "validation"}, None),
-        ("Validation", "AP, IoU", masks if has_masks else boxes, (0.0, 1.0)),
-        ("Learning rate", "learning rate", {"learning_rate": "learning rate"}, None),
-    ):
-        lines = []
-        for color, (key, name) in zip(_COLORS, names.items(), strict=False):
-            pairs = [(entry.get("step"), entry.get(key)) for entry in history]
-            points = np.array([pair for pair in pairs if all(map(_is_finite, pair))], np.float64).reshape(-1, 2)
-            if len(points):
-                lines.append(_Line(name, points[:, 0], points[:, 1], color))
-        if lines:
-            charts.append(_chart(title, "updates", axis, lines, limits, lines))
-    return charts
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _chart(
-    title: str,
-    x_name: str,
-    y_name: str,
-    lines: Sequence[_Line],
-    limits: tuple[float, float] | None,
-    keyed: Iterable[_Line],
-) -> str:
-    """Lines over two axes, as SVG, with a key of the `keyed` ones.
-
-    Args:
-        title: Over the chart.
-        x_name: Of the axis.
-        y_name: Of the axis.
-        lines: Of at least one point each.
-        limits: Of y; by default 0 and the largest number.
-        keyed: Lines that the key names; the others show their name when pointed at.
-    """
-    left, top, width, height = 70, 10, 380, 240
-    x_all, y_all = (np.concatenate([getattr(line, axis) for line in lines]) for axis in "xy")
-    x_low, x_high = min(0.0, x_all.min()), max(x_all.max(), 1e-12)
-    y_low, y_high = limits or (min(0.0, y_all.min()), max(1.05 * y_all.max(), 1e-12))
-
-    def place(x: Any, y: Any) -> tuple[Any, Any]:
-        return left + (x - x_low) / (x_high - x_low) * width, top + (y_high - y) / (y_high - y_low) * height
-
-    parts = []
-    for x in ticks(x_low, x_high, most=9):
-        at, _ = place(x, 0)
-        parts.append(f'<path class="grid" d="M{at:.1f} {top}v{height}"/>')
-        parts.append(f'<text x="{at:.1f}" y="{top + height + 17}" text-anchor="middle">{x:g}</text>')
-    for y in ticks(y_low, y_high, most=9):
-        _, at = place(0, y)
-        parts.append(f'<path class="grid" d="M{left} {at:.1f}h{width}"/>')
-        parts.append(f'<text x="{left - 7}" y="{at + 4:.1f}" text-anchor="end">{y:g}</text>')
-    middle = top + height / 2
-    parts.append(f'<text x="{left + width / 2}" y="{top + height + 36}" text-anchor="middle">{x_name}</text>')
-    parts.append(f'<text transform="translate(13 {middle}) rotate(-90)" text-anchor="middle">{y_name}</text>')
-    for line in lines:
-        xs, ys = place(line.x, line.y)
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys, strict=True))
-        style = f'stroke="{line.color}" stroke-width="{line.width}"'
-        name = f"<title>{_text(line.name)}</title>"
-        if len(line.x) == 1:
-            parts.append(f'<circle cx="{xs[0]:.1f}" cy="{ys[0]:.1f}" r="4" fill="{line.color}">{name}</circle>')
-        parts.append(f'<polyline class="line" points="{points}" {style}>{name}</polyline>')
-    key = "".join(f'<li><i style="background:{line.color}"></i>{_text(line.name)}</li>' for line in keyed)
-    return (
-        f'<figure class="chart"><figcaption>{title}</figcaption>'
-        f'<svg viewBox="0 0 {left + width + 14} {top + height + 44}" role="img" aria-label="{title}">{"".join(parts)}'
-        f"</svg><ul>{key}</ul></figure>"
-    )
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
@@ -747,12 +659,10 @@ tbody th{font-weight:500;max-width:34ch;overflow:hidden;text-overflow:ellipsis}
 text-overflow:ellipsis}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(330px,1fr));gap:18px}
 figure{margin:0;break-inside:avoid}
-.chart{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 14px;max-width:600px}
+.chart{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 14px;max-width:460px}
 .chart figcaption{font-weight:600;margin-bottom:4px}
-.chart svg{width:100%;display:block}
-.chart text{fill:var(--soft);font-size:12px}
-.grid{stroke:var(--line);fill:none}
-.line{fill:none;stroke-linejoin:round}
+.chart svg{width:100%;height:auto;display:block;color:var(--soft)}
+.chart text{font-family:inherit!important}
 .chart ul{list-style:none;display:flex;flex-wrap:wrap;gap:2px 16px;margin:6px 0 0;padding:0;font-size:13px}
 .chart li{overflow-wrap:anywhere}
 .chart li i{display:inline-block;width:16px;height:4px;border-radius:2px;margin-right:6px;vertical-align:middle}
