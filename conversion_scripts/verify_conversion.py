@@ -28,8 +28,8 @@ from transformers_rfdetr.cli.errors import one_line_errors
 from transformers_rfdetr.conversion.convert import convert_to_transformers, rfdetr_class
 from transformers_rfdetr.data.synthetic import draw_scene
 from transformers_rfdetr.model.checkpoint_layouts import to_original_layout
-from transformers_rfdetr.model.configuration_rf_detr import BACKGROUND, PARENT
-from transformers_rfdetr.model.image_processing_rf_detr import read_rgb
+from transformers_rfdetr.model.image_io import read_rgb
+from transformers_rfdetr.model.variants_rf_detr import BACKGROUND, PARENT
 
 TOLERANCE = 1e-3  # of a stage's largest magnitude, or of 1 where that is smaller
 _SHOWN = 3  # detections of each, where none scores above the threshold

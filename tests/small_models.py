@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from transformers_rfdetr import RfDetrConfig, RfDetrForInstanceSegmentation
-from transformers_rfdetr.model.configuration_rf_detr import VARIANTS
+from transformers_rfdetr.model.variants_rf_detr import VARIANTS
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from .inference.predict import compile_for_inference, predict
     from .inference.tiling import predict_tiled
     from .inference.video import predict_video
-    from .model.configuration_rf_detr import RfDetrConfig, RfDetrDinov2Config, resolve_variant
+    from .model.configuration_rf_detr import RfDetrConfig, RfDetrDinov2Config
     from .model.image_processing_rf_detr import RfDetrImageProcessor
     from .model.modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection, RfDetrModel
+    from .model.variants_rf_detr import resolve_variant
     from .training.arguments import RfDetrTrainingArguments
     from .training.trainer import RfDetrTrainer
 

@@ -30,7 +30,7 @@ from transformers_rfdetr.conversion import convert as conversion
 from transformers_rfdetr.conversion import published_weights
 from transformers_rfdetr.conversion.convert import convert_to_rfdetr, convert_to_transformers, format_changes
 from transformers_rfdetr.conversion.rfdetr_checkpoint import read_rfdetr_file, write_rfdetr_file
-from transformers_rfdetr.model.configuration_rf_detr import COCO_ID2LABEL, COCO_NAMES, VARIANTS
+from transformers_rfdetr.model.variants_rf_detr import COCO_ID2LABEL, COCO_NAMES, VARIANTS
 
 from faults import attempt
 from small_models import randomised, stand_in_config

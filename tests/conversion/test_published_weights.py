@@ -21,7 +21,7 @@ from transformers_rfdetr.conversion.published_weights import (
     published_file,
     weights_folder,
 )
-from transformers_rfdetr.model.configuration_rf_detr import ALIASES, VARIANTS
+from transformers_rfdetr.model.variants_rf_detr import ALIASES, VARIANTS
 
 # The file, the variant whose architecture it has, and what names it besides its own full name.
 SPELLINGS = {

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from transformers_rfdetr import RfDetrConfig, RfDetrForInstanceSegmentation, RfDetrForObjectDetection, RfDetrModel
 from transformers_rfdetr.model.checkpoint_layouts import is_original_layout, to_original_layout
-from transformers_rfdetr.model.configuration_rf_detr import VARIANTS
+from transformers_rfdetr.model.variants_rf_detr import VARIANTS
 
 from small_models import pixels, small_config, small_model
 

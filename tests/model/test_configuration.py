@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from transformers_rfdetr import RfDetrConfig, RfDetrDinov2Config, resolve_variant
-from transformers_rfdetr.model.configuration_rf_detr import VARIANTS
+from transformers_rfdetr.model.variants_rf_detr import VARIANTS
 
 from small_models import small_config
 

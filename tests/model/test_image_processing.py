@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from transformers_rfdetr import RfDetrConfig, RfDetrImageProcessor
 from transformers_rfdetr.data.synthetic import draw_dataset
-from transformers_rfdetr.model.image_processing_rf_detr import read_rgb
+from transformers_rfdetr.model.image_io import read_rgb
 
 from small_models import small_config
 
@@ -158,7 +158,7 @@ class TestSettings:
         assert processor(24, image_mean=np.zeros(3))(photo(), do_pad=False).pixel_values.shape == (1, 3, 24, 24)
         assert ours(photo(), do_normalize=False).pixel_values.min() >= 0
         assert ours.size == {"height": 24, "width": 24}
-        with pytest.raises(ValueError, match=r"unknown arguments \['do_resise'\]"):
+        with pytest.raises(ValueError, match=r"got \['do_resise'\]"):
             ours(photo(), do_resise=False)
 
     def test_is_an_image_processor_without_a_backend(self):
@@ -227,7 +227,7 @@ class TestPixels:
 
     def test_are_padded_to_pad_size(self):
         assert processor((10, 20), pad_size=(30, 25))(photo()).pixel_mask.sum() == 200
-        with pytest.raises(ValueError, match="smaller"):
+        with pytest.raises(ValueError, match=r"pad_size.*\(15, 15\)"):
             processor((10, 20), pad_size=15)(photo())
 
     def test_of_unequal_sizes_cannot_go_without_padding(self):
@@ -237,7 +237,7 @@ class TestPixels:
     def test_return_tensors(self):
         assert isinstance(processor()(photo(), return_tensors="np").pixel_values, np.ndarray)
         assert processor()(photo(), return_tensors="pt").pixel_values.dtype == torch.float32
-        with pytest.raises(ValueError, match="return_tensors 'tf'"):
+        with pytest.raises(ValueError, match="return_tensors.*'tf'"):
             processor()(photo(), return_tensors="tf")
 
 
@@ -296,7 +296,7 @@ class TestPilModes:
         torch.testing.assert_close(raw(PIL.Image.open(file)), turned)
         labels = processor()(PIL.Image.open(file), target(height=12, width=8)).labels[0]
         assert labels["orig_size"].tolist() == [12, 8]
-        with pytest.raises(ValueError, match=r"image 0 \(image_id 7\), height: 8 is not the picture's 12"):
+        with pytest.raises(ValueError, match=r"image 0 \(image_id 7\): .*height.*12.*8"):
             processor()(PIL.Image.open(file), target(height=8, width=12))
 
 
@@ -381,7 +381,7 @@ class TestArrays:
             processor()([photo(), image])
 
     def test_are_at_least_one(self):
-        with pytest.raises(ValueError, match="no images"):
+        with pytest.raises(ValueError, match="images"):
             processor()([])
 
 
@@ -690,14 +690,14 @@ class TestObjectsThatLeave:
 
     def test_the_warning_comes_once_and_each_image_is_named(self, hf_log):
         type(transformers_logging.get_logger("x")).warning_once.cache_clear()
-        with hf_log.at_level(logging.INFO, logger="transformers_rfdetr.model.image_processing_rf_detr"):
+        with hf_log.at_level(logging.INFO, logger="transformers_rfdetr.model.coco_labels"):
             for _ in range(3):
                 labels_of(annotation(segmentation=[]))
         assert [record.levelname for record in hf_log.records].count("WARNING") == 1
         assert hf_log.text.count("image 0 (image_id 7): 1 of 1 annotations") == 3
 
     def test_nothing_leaves_in_silence(self, hf_log):
-        with hf_log.at_level(logging.INFO, logger="transformers_rfdetr.model.image_processing_rf_detr"):
+        with hf_log.at_level(logging.INFO, logger="transformers_rfdetr.model.coco_labels"):
             labels_of(annotation(segmentation=[]), annotation())
         assert "image 0 (image_id 7): 1 of 2 annotations have no usable shape" in hf_log.text
 
@@ -712,49 +712,49 @@ class TestWhatCannotBeRead:
             ({"segmentation": {"size": [50, 30], "counts": [1500]}}, r"segmentation: .*\[50, 30\].*\[30, 50\]"),
             ({"segmentation": {"size": [30, 50], "counts": "zz"}}, "segmentation: .*counts"),
             ({"segmentation": np.ones((50, 30), bool)}, "segmentation: .*50x30"),
-            ({"category_id": -1}, "category_id: -1 is not a class index"),
-            ({"category_id": 1.0}, "category_id: 1.0"),
-            ({"category_id": "1"}, "category_id: '1'"),
-            ({"category_id": True}, "category_id: True"),
-            ({"category_id": None}, "category_id: None"),
-            ({"bbox": [1, 2, 3]}, r"bbox: \[1, 2, 3\]"),
-            ({"bbox": [1, 2, 3, "4"]}, "bbox: .* four finite numbers"),
+            ({"category_id": -1}, "category_id.*-1"),
+            ({"category_id": 1.0}, "category_id.*1.0"),
+            ({"category_id": "1"}, "category_id.*'1'"),
+            ({"category_id": True}, "category_id.*True"),
+            ({"category_id": None}, "category_id.*None"),
+            ({"bbox": [1, 2, 3]}, r"bbox.*\[1, 2, 3\]"),
+            ({"bbox": [1, 2, 3, "4"]}, "bbox.*'4'"),
             ({"bbox": [1, 2, 3, True]}, "bbox"),
             ({"bbox": [1, 2, 3, float("nan")]}, "bbox"),
             ({"bbox": []}, "bbox"),
             ({"bbox": "1234"}, "bbox"),
-            ({"area": -1}, "area: -1"),
-            ({"area": "12"}, "area: '12'"),
-            ({"area": float("inf")}, "area: inf"),
-            ({"iscrowd": 2}, "iscrowd: 2 is not 0 or 1"),
-            ({"iscrowd": np.array([0, 1])}, r"iscrowd: \[0, 1\] is not 0 or 1"),
-            ({"iscrowd": torch.tensor([1, 0])}, r"iscrowd: \[1, 0\] is not 0 or 1"),
-            ({"category_id": torch.tensor([1, 2])}, r"category_id: \[1, 2\]"),
-            ({"bbox": torch.tensor(3.0)}, "bbox: 3.0"),
+            ({"area": -1}, "area.*-1"),
+            ({"area": "12"}, "area.*'12'"),
+            ({"area": float("inf")}, "area.*inf"),
+            ({"iscrowd": 2}, "iscrowd.*2"),
+            ({"iscrowd": np.array([0, 1])}, r"iscrowd.*\[0, 1\]"),
+            ({"iscrowd": torch.tensor([1, 0])}, r"iscrowd.*\[1, 0\]"),
+            ({"category_id": torch.tensor([1, 2])}, r"category_id.*\[1, 2\]"),
+            ({"bbox": torch.tensor(3.0)}, "bbox.*3.0"),
         ],
     )
     def test_names_image_annotation_and_field(self, fields, message):
         pair = [target(image_id=3), target(annotation(), annotation(id=99, **fields))]
-        place = r"image 1 \(image_id 7\), annotation 1 \(id 99\), "
+        place = r"image 1 \(image_id 7\), annotation 1 \(id 99\): .*"
         with pytest.raises(ValueError, match=place + message):
             processor()([photo(30, 50)] * 2, pair, return_segmentation_masks=True)
 
     @pytest.mark.parametrize(
         ("annotations", "message"),
         [
-            (target(image_id="a1"), "image 0, image_id: 'a1' is not a whole number"),
-            (target(image_id=None), "image 0, image_id: None"),
-            (target(image_id=1.5), "image 0, image_id: 1.5"),
-            ({"annotations": []}, "image 0, image_id: None"),
-            ({"image_id": 1}, "image 0, annotations"),
-            ({"image_id": 1, "annotations": {}}, "image 0, annotations"),
-            ({"image_id": 1, "annotations": np.array({})}, "image 0, annotations"),
-            (target(image_id=torch.tensor([1, 2])), r"image 0, image_id: \[1, 2\]"),
-            (target(height=np.array([30, 30])), r"height: \[30, 30\] is not the picture's 30"),
-            ([[annotation()]], "image 0, annotations"),
-            (target("square"), "annotation 0: 'square' is not a dict"),
-            (target(width=51), r"image 0 \(image_id 7\), width: 51 is not the picture's 50"),
-            ([target(), target()], "2 annotations for 1 images"),
+            (target(image_id="a1"), "image 0: .*image_id.*'a1'"),
+            (target(image_id=None), "image 0: .*image_id.*None"),
+            (target(image_id=1.5), "image 0: .*image_id.*1.5"),
+            ({"annotations": []}, "image 0: .*image_id.*None"),
+            ({"image_id": 1}, "image 0: .*annotations"),
+            ({"image_id": 1, "annotations": {}}, "image 0: .*annotations"),
+            ({"image_id": 1, "annotations": np.array({})}, "image 0: .*annotations"),
+            (target(image_id=torch.tensor([1, 2])), r"image 0: .*image_id.*\[1, 2\]"),
+            (target(height=np.array([30, 30])), r"height.*30.*\[30, 30\]"),
+            ([[annotation()]], "image 0: .*annotations"),
+            (target("square"), "annotation 0: .*'square'"),
+            (target(width=51), r"image 0 \(image_id 7\): .*width.*50.*51"),
+            ([target(), target()], "annotations.*1 images.*2"),
         ],
     )
     def test_names_what_stands_around_the_annotations(self, annotations, message):

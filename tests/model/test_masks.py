@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 
 from transformers_rfdetr.model.masks import (
+    box_and_area,
     mask_areas,
-    measure,
     rasterize,
     read_segmentation,
     region_to_rle,
@@ -114,8 +114,8 @@ class TestEveryEncoding:
         assert rasterize([], SIZE, (4, 5)).shape == (0, 4, 5)
 
     def test_box_and_area_are_pycocotools(self):
-        assert measure(read_segmentation([SQUARE], SIZE), SIZE) == ([3.0, 2.0, 4.0, 3.0], 12.0)
-        assert measure(read_segmentation(square_mask(), SIZE), SIZE) == ([3.0, 2.0, 4.0, 3.0], 12.0)
+        assert box_and_area(read_segmentation([SQUARE], SIZE), SIZE) == ([3.0, 2.0, 4.0, 3.0], 12.0)
+        assert box_and_area(read_segmentation(square_mask(), SIZE), SIZE) == ([3.0, 2.0, 4.0, 3.0], 12.0)
 
 
 class TestNestedLists:

@@ -145,19 +145,19 @@ class TestDetection:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"target_sizes": [(10, 10)]}, r"\[\(10, 10\)\] are not a list of 2"),
-            ({"target_sizes": torch.ones(3, 2)}, "are not a list of 2"),
-            ({"target_sizes": 10}, "target_sizes 10 are not a list of 2"),
-            ({"target_sizes": (10, 12)}, "target size 10 is not"),
-            ({"target_sizes": ["10", "12"]}, "target size '10' is not"),
-            ({"target_sizes": [None, None]}, "target size None is not"),
-            ({"target_sizes": [(10.7, 12), (1, 1)]}, r"target size \(10\.7, 12\) is not"),
-            ({"target_sizes": torch.tensor([[float("nan"), 3], [1, 1]])}, r"target size \[nan, 3\.0\] is not"),
-            ({"target_sizes": [(float("inf"), 3), (1, 1)]}, r"target size \(inf, 3\) is not"),
+            ({"target_sizes": [(10, 10)]}, r"target_sizes.*2 images.*\[\(10, 10\)\]"),
+            ({"target_sizes": torch.ones(3, 2)}, "target_sizes.*2 images"),
+            ({"target_sizes": 10}, "target_sizes.*2 images.*10"),
+            ({"target_sizes": (10, 12)}, "target_sizes.*10"),
+            ({"target_sizes": ["10", "12"]}, "target_sizes.*'10'"),
+            ({"target_sizes": [None, None]}, "target_sizes.*None"),
+            ({"target_sizes": [(10.7, 12), (1, 1)]}, r"target_sizes.*\(10\.7, 12\)"),
+            ({"target_sizes": torch.tensor([[float("nan"), 3], [1, 1]])}, r"target_sizes.*\[nan, 3\.0\]"),
+            ({"target_sizes": [(float("inf"), 3), (1, 1)]}, r"target_sizes.*\(inf, 3\)"),
             ({"target_sizes": [(10, 10), (0, 10)]}, r"\(0, 10\)"),
             ({"target_sizes": [(10, 10), (10, 10, 3)]}, r"\(10, 10, 3\)"),
-            ({"top_k": 0}, "top_k 0"),
-            ({"top_k": 2.5}, "top_k 2.5"),
+            ({"top_k": 0}, "top_k.*0"),
+            ({"top_k": 2.5}, r"top_k.*2\.5"),
         ],
     )
     def test_wrong_arguments_raise(self, settings, message):
@@ -295,16 +295,16 @@ class TestWholeMasks:
 
     @pytest.mark.parametrize("part", [-0.1, 1.5, float("nan")])
     def test_overlap_threshold_is_a_part(self, part):
-        with pytest.raises(ValueError, match=rf"overlap_mask_area_threshold {part} is outside \[0, 1\]"):
+        with pytest.raises(ValueError, match=rf"overlap_mask_area_threshold.*\[0, 1\].*{part}"):
             instances(random_outputs(), overlap_mask_area_threshold=part)
 
     @pytest.mark.parametrize("mask", [torch.ones(32, 32), torch.ones(1, 32, 32), torch.zeros(2, 32, 32)])
     def test_pixel_mask_covers_something_of_every_image(self, mask):
-        with pytest.raises(ValueError, match=r"pixel_mask of shape .* is not \(B, H, W\) .* 2 images"):
+        with pytest.raises(ValueError, match=r"pixel_mask.*\(B, H, W\).*2 images"):
             instances(random_outputs(), pixel_mask=mask)
 
     def test_cannot_be_asked_for_in_both_forms(self):
-        with pytest.raises(ValueError, match="choose one"):
+        with pytest.raises(ValueError, match="return_coco_annotation.*return_binary_maps"):
             instances(random_outputs(), return_coco_annotation=True, return_binary_maps=True)
 
     def test_need_masks(self):
@@ -379,7 +379,7 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 import torch
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:]
 from test_post_processing import instances, one_image
 
 def peak():
@@ -401,7 +401,7 @@ def test_large_pictures_take_little_memory():
     """100 instances of 12 megapixels, which as floats would take 4.8 GB and as bool 1.2 GB."""
     if not Path("/proc/self/status").exists():
         pytest.skip("needs Linux, whose high-water mark starts anew with a program")
-    command = [sys.executable, "-c", MEASURE, str(Path(__file__).parents[1])]
+    command = [sys.executable, "-c", MEASURE, *map(str, Path(__file__).parents[:2])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     label_map, rle, binary_maps = map(float, done.stdout.split())
     assert label_map < 200

@@ -22,7 +22,7 @@ from transformers_rfdetr import (
 from transformers_rfdetr.conversion import convert as conversion
 from transformers_rfdetr.conversion.convert import convert_to_rfdetr, convert_to_transformers
 from transformers_rfdetr.data.synthetic import draw_scene
-from transformers_rfdetr.model.configuration_rf_detr import BACKGROUND, COCO_NAMES
+from transformers_rfdetr.model.variants_rf_detr import BACKGROUND, COCO_NAMES
 
 from peer import PEER_CLASSES, build_peer, narrow_dinov2, randomise, record_choices, replay_choices
 from small_models import stand_in_config

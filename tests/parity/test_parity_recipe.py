@@ -11,7 +11,7 @@ from rfdetr.training.param_groups import get_param_dict
 from torch.optim.swa_utils import AveragedModel
 
 from transformers_rfdetr import RfDetrConfig
-from transformers_rfdetr.model.configuration_rf_detr import VARIANTS
+from transformers_rfdetr.model.variants_rf_detr import VARIANTS
 from transformers_rfdetr.training.optimization import WeightAverage, parameter_groups, step_schedule, training_sizes
 
 from peer import twins

@@ -19,7 +19,7 @@ from transformers_rfdetr.cli.app import app
 from transformers_rfdetr.data.checks.check import check_dataset
 from transformers_rfdetr.hub.model_card import escape
 from transformers_rfdetr.inference.video import VideoReader
-from transformers_rfdetr.model.image_processing_rf_detr import read_rgb
+from transformers_rfdetr.model.image_io import read_rgb
 from transformers_rfdetr.model.masks import read_segmentation
 
 from coco_files import SQUARE, content, image, picture, square, write_coco
@@ -221,7 +221,7 @@ def test_the_user_in_a_url_is_told_to_the_server_and_to_nobody_else(server, mode
 
 
 def test_a_server_that_drips_is_left(server, monkeypatch):
-    monkeypatch.setattr("transformers_rfdetr.model.image_processing_rf_detr.MAX_URL_SECONDS", 0.2)
+    monkeypatch.setattr("transformers_rfdetr.model.image_io.MAX_URL_SECONDS", 0.2)
     with pytest.raises(ValueError, match=r"it took longer than 0\.2 seconds; .*MAX_URL_SECONDS"):
         read_rgb(f"http://{server}/slow")
 

@@ -15,7 +15,7 @@ from transformers_rfdetr import load_instance_dataset
 from transformers_rfdetr.cli import check_dataset as command
 from transformers_rfdetr.data.checks.check import check_dataset
 from transformers_rfdetr.data.image_files import upright_size
-from transformers_rfdetr.model.image_processing_rf_detr import read_rgb
+from transformers_rfdetr.model.image_io import read_rgb
 from transformers_rfdetr.model.masks import read_segmentation
 
 from coco_files import (

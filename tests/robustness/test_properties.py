@@ -27,7 +27,14 @@ from transformers_rfdetr.data.checks.check import check_dataset
 from transformers_rfdetr.data.dataset import InstanceDataset
 from transformers_rfdetr.data.load import load_instance_dataset
 from transformers_rfdetr.inference.instances import Instances
-from transformers_rfdetr.model.masks import measure, rasterize, read_segmentation, region_to_rle, to_rle, upsample_masks
+from transformers_rfdetr.model.masks import (
+    box_and_area,
+    rasterize,
+    read_segmentation,
+    region_to_rle,
+    to_rle,
+    upsample_masks,
+)
 
 from small_models import small_config, small_model
 
@@ -89,7 +96,7 @@ def test_polygons_cover_what_pycocotools_draws(shape, size, output):
         return
     expected = coco_mask.merge(coco_mask.frPyObjects(rings, *size))
     assert to_rle(read, size)["counts"] == expected["counts"]
-    assert measure(read, size) == (coco_mask.toBbox(expected).tolist(), coco_mask.area(expected))
+    assert box_and_area(read, size) == (coco_mask.toBbox(expected).tolist(), coco_mask.area(expected))
     scale = [output[1] / size[1], output[0] / size[0]]
     scaled = [[value * scale[i % 2] for i, value in enumerate(row)] for row in rings]
     drawn = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(scaled, *output)))
@@ -201,7 +208,7 @@ def test_bitmaps_are_what_they_show(mask, kind, high, crop):
     elif refused is None:
         if isinstance(read, list):  # polygons of zeros: rows of another size than the picture's
             assert crop
-            assert measure(read, size)[1] == 0
+            assert box_and_area(read, size)[1] == 0
         else:
             pixels = np.zeros(mask.shape) if read is None else coco_mask.decode(read)
             np.testing.assert_array_equal(pixels, mask)

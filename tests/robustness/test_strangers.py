@@ -34,9 +34,10 @@ from transformers_rfdetr import (
 from transformers_rfdetr.data.checks.check import check_dataset
 from transformers_rfdetr.data.dataset import InstanceDataset
 from transformers_rfdetr.inference.folder import list_images, predict_to_folder
-from transformers_rfdetr.model.configuration_rf_detr import LIMITS, VARIANTS
-from transformers_rfdetr.model.image_processing_rf_detr import read_rgb
+from transformers_rfdetr.model.image_io import read_rgb
 from transformers_rfdetr.model.masks import rasterize, read_segmentation
+from transformers_rfdetr.model.validation import LIMITS
+from transformers_rfdetr.model.variants_rf_detr import VARIANTS
 
 from small_models import small_config, small_model, stand_in_config
 
@@ -511,7 +512,7 @@ def test_a_narrow_picture_cannot_be_made_a_huge_one():
 
 
 def test_a_server_that_sends_without_an_end_is_left(monkeypatch):
-    monkeypatch.setattr("transformers_rfdetr.model.image_processing_rf_detr.MAX_URL_BYTES", 10_000)
+    monkeypatch.setattr("transformers_rfdetr.model.image_io.MAX_URL_BYTES", 10_000)
 
     class Endless(BaseHTTPRequestHandler):
         def do_GET(self):

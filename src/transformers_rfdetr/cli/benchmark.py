@@ -41,7 +41,7 @@ def benchmark(
 
     from ..hub.load import load
     from ..inference.benchmark import device_name, measure
-    from ..model.configuration_rf_detr import as_pair, check_resolution
+    from ..model.validation import as_pair, check_resolution
 
     for option, number in (("--batch-size", batch_size), ("--runs", runs)):
         if number < 1:

@@ -70,7 +70,7 @@ def convert_back(
 
 def _report(conversion: "Conversion") -> None:
     from ..conversion.convert import format_changes
-    from ..model.configuration_rf_detr import is_background_label
+    from ..model.variants_rf_detr import is_background_label
 
     config = conversion.config
     names = [name for name in config.id2label.values() if not is_background_label(name)]

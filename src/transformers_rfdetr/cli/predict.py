@@ -92,7 +92,7 @@ def predict(
         list_images,
         predict_to_folder,
     )
-    from ..model.image_processing_rf_detr import redact_url
+    from ..model.image_io import redact_url
 
     if (sources is None) == (dataset is None):
         raise ValueError("give either sources (files, folders, URLs, ...) or --dataset")
@@ -198,7 +198,7 @@ def _is_stream(source: str, is_alone: bool) -> bool:
         return True
     if not source.startswith(("http://", "https://")):
         return False
-    from ..model.image_processing_rf_detr import redact_url
+    from ..model.image_io import redact_url
 
     try:
         suffix = Path(urlsplit(source).path).suffix.lower()

@@ -21,7 +21,7 @@ from ..atomic_files import make_directory, write_text
 from ..data.load import load_instance_dataset
 from ..data.text_files import read_text, read_yaml
 from ..hub.load import load
-from ..model.configuration_rf_detr import is_background_label
+from ..model.variants_rf_detr import is_background_label
 from .evaluate import format_numbers
 from .options import absolute, read_size
 

@@ -31,23 +31,21 @@ from ..model.checkpoint_layouts import (
     to_original_layout,
     weight_files,
 )
-from ..model.configuration_rf_detr import (
+from ..model.configuration_rf_detr import RfDetrConfig, RfDetrDinov2Config
+from ..model.image_processing_rf_detr import RfDetrImageProcessor
+from ..model.modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection
+from ..model.validation import as_pair, error_context
+from ..model.variants_rf_detr import (
     ALIASES,
     BACKGROUND,
     COCO_ID2LABEL,
     COCO_NAMES,
     PARENT,
     VARIANTS,
-    RfDetrConfig,
-    RfDetrDinov2Config,
-    as_pair,
-    error_context,
     is_background_label,
     normalize_name,
     resolve_variant,
 )
-from ..model.image_processing_rf_detr import RfDetrImageProcessor
-from ..model.modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection
 from .published_weights import PUBLISHED, download_weights, md5_of, published_file
 from .rfdetr_checkpoint import read_rfdetr_file, shape_of, summarize_value, write_rfdetr_file
 

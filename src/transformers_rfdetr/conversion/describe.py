@@ -11,17 +11,11 @@ from safetensors import SafetensorError, safe_open
 
 from ..hub.load import check_model_type
 from ..model.checkpoint_layouts import FLOATS, is_original_layout, weight_files
-from ..model.configuration_rf_detr import (
-    COCO_ID2LABEL,
-    COCO_NAMES,
-    VARIANTS,
-    RfDetrConfig,
-    as_pair,
-    is_background_label,
-    resolve_variant,
-)
+from ..model.configuration_rf_detr import RfDetrConfig
 from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from ..model.modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection
+from ..model.validation import as_pair
+from ..model.variants_rf_detr import COCO_ID2LABEL, COCO_NAMES, VARIANTS, is_background_label, resolve_variant
 from .convert import read_rfdetr_model
 
 _BACKBONE = (

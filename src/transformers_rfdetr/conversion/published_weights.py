@@ -15,7 +15,7 @@ from urllib.error import HTTPError
 
 from transformers.utils import logging
 
-from ..model.configuration_rf_detr import ALIASES, normalize_name
+from ..model.variants_rf_detr import ALIASES, normalize_name
 
 logger = logging.get_logger(__name__)
 

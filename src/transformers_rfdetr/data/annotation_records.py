@@ -9,15 +9,10 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from ..model.configuration_rf_detr import error_context
-from ..model.image_processing_rf_detr import (
-    are_numbers,
-    clamp_box,
-    is_index,
-    read_rgb,
-    to_builtin,
-)
-from ..model.masks import measure, read_segmentation
+from ..model.coco_labels import clip_box
+from ..model.image_io import read_rgb
+from ..model.masks import box_and_area, read_segmentation
+from ..model.validation import are_numbers, error_context, is_index, to_builtin
 from .image_files import is_outside
 from .label_maps import describe_classes
 
@@ -90,10 +85,10 @@ def with_box_and_area(annotation: Mapping[str, Any], size: tuple[int, int]) -> d
     if box is None or area is None:
         shape = read_segmentation(annotation.get("segmentation"), size)
         if shape is not None:
-            shape_box, shape_area = measure(shape, size)
+            shape_box, shape_area = box_and_area(shape, size)
             complete |= {"bbox": shape_box if box is None else box, "area": shape_area if area is None else area}
         elif box is not None:
-            x0, y0, x1, y1 = clamp_box(box, size)
+            x0, y0, x1, y1 = clip_box(box, size)
             complete["area"] = max(0, x1 - x0) * max(0, y1 - y0)
     return complete
 

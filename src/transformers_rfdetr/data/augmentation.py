@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from ..model.masks import Shape, measure, rasterize, read_segmentation, region_to_rle
+from ..model.masks import Segmentation, box_and_area, rasterize, read_segmentation, region_to_rle
 
 Annotations = list[dict[str, Any]]
 Augmentation = Callable[[Image.Image, Annotations, np.random.Generator], tuple[Image.Image, Annotations]]
@@ -133,7 +133,7 @@ def _crop(annotation: dict[str, Any], size: tuple[int, int], left: int, top: int
         shape = coco_mask.encode(np.asfortranarray(region))
     else:
         shape = [polygon - np.resize([left, top], polygon.size) for polygon in shape]
-    visible_box, visible_area = measure(shape, (side, side))
+    visible_box, visible_area = box_and_area(shape, (side, side))
     if not visible_area:
         return None
     return {**cut, "segmentation": _as_coco(shape), "bbox": cut.get("bbox", visible_box), "area": visible_area}
@@ -186,7 +186,7 @@ def _moved(
     return moved
 
 
-def _as_coco(shape: Shape) -> Any:
+def _as_coco(shape: Segmentation) -> Any:
     """A shape in one of the forms of COCO's JSON."""
     return shape if isinstance(shape, dict) else [polygon.tolist() for polygon in shape]
 
@@ -246,7 +246,7 @@ class TorchvisionTransform:
                 if not mask.any():
                     continue
                 changed["segmentation"] = region_to_rle(mask, 0, 0, size)
-                box, area = measure(changed["segmentation"], size)
+                box, area = box_and_area(changed["segmentation"], size)
             else:
                 box = clip_box([box[0], box[1], box[2] - box[0], box[3] - box[1]], size)
                 area = box[2] * box[3]
@@ -312,8 +312,8 @@ class TorchvisionTransform:
         return pixels.as_subclass(torch.Tensor), found
 
 
-def _box_of(annotation: dict[str, Any], shape: Shape | None, size: tuple[int, int]) -> Sequence[float]:
+def _box_of(annotation: dict[str, Any], shape: Segmentation | None, size: tuple[int, int]) -> Sequence[float]:
     """The annotation's box, or its shape's, or an empty one."""
     if annotation.get("bbox") is not None:
         return annotation["bbox"]
-    return [0.0, 0.0, 0.0, 0.0] if shape is None else measure(shape, size)[0]
+    return [0.0, 0.0, 0.0, 0.0] if shape is None else box_and_area(shape, size)[0]

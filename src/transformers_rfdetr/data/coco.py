@@ -7,11 +7,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..model.image_processing_rf_detr import (
-    are_numbers,
-    is_index,
-    to_builtin,
-)
+from ..model.validation import are_numbers, is_index, to_builtin
 from .label_maps import (
     split_name,
 )

@@ -11,10 +11,8 @@ import torch.utils.data
 from transformers.utils import logging
 
 from ..atomic_files import escape_unprintable
-from ..model.configuration_rf_detr import error_context
-from ..model.image_processing_rf_detr import (
-    RfDetrImageProcessor,
-)
+from ..model.image_processing_rf_detr import RfDetrImageProcessor
+from ..model.validation import error_context
 from .annotation_records import AnnotationIndex, PackedRecords, complete_record, describe_image, read_sample
 from .coco import coco_categories, coco_records
 from .image_files import upright_size

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
 
-from ..model.image_processing_rf_detr import read_rgb
+from ..model.image_io import read_rgb
 from ..model.masks import read_segmentation, to_rle
 
 _OPACITY = 0.45  # of a mask

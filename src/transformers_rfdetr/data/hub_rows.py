@@ -8,10 +8,8 @@ from typing import Any, NamedTuple
 
 from transformers.utils import logging
 
-from ..model.configuration_rf_detr import error_context
-from ..model.image_processing_rf_detr import (
-    open_image,
-)
+from ..model.image_io import open_image
+from ..model.validation import error_context
 from .annotation_records import describe_image
 from .label_maps import check_class_names, common_label_map, read_class_names, split_name, validate_classes
 

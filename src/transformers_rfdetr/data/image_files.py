@@ -8,9 +8,7 @@ from typing import Any
 import PIL.Image
 from PIL.ExifTags import Base
 
-from ..model.image_processing_rf_detr import (
-    open_image,
-)
+from ..model.image_io import open_image
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 

@@ -3,9 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..model.image_processing_rf_detr import (
-    is_index,
-)
+from ..model.validation import is_index
 
 _SPLITS = {"valid": "validation", "val": "validation", "dev": "validation"}
 

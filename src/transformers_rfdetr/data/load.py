@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..model.configuration_rf_detr import error_context
+from ..model.validation import error_context
 from .annotation_records import AnnotationIndex, PackedRecords
 from .coco import (
     coco_categories,

@@ -10,11 +10,8 @@ import torch.nn.functional as F
 import torch.utils.data
 from transformers import TrainerCallback
 
-from ..model.configuration_rf_detr import error_context
-from ..model.image_processing_rf_detr import (
-    RfDetrImageProcessor,
-    is_index,
-)
+from ..model.image_processing_rf_detr import RfDetrImageProcessor
+from ..model.validation import error_context, is_index
 from .augmentation import as_augmentation
 
 

@@ -8,11 +8,8 @@ import torch
 import torch.distributed
 import torch.utils.data
 
-from ..model.configuration_rf_detr import error_context
-from ..model.image_processing_rf_detr import (
-    RfDetrImageProcessor,
-    is_index,
-)
+from ..model.image_processing_rf_detr import RfDetrImageProcessor
+from ..model.validation import error_context, is_index
 from .annotation_records import check_annotations, read_sample
 from .label_maps import (
     HasLabelMap,

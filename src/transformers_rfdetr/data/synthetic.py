@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from ..model.masks import measure, rasterize, region_to_rle
+from ..model.masks import box_and_area, rasterize, region_to_rle
 
 CATEGORIES = [{"id": 1, "name": "building"}]
 
@@ -243,7 +243,7 @@ class _Scene:
             inside = (corners >= 0).all() and (corners <= self.size[::-1]).all()
             whole = inside and mask.sum() == self.areas[number]
             segmentation = polygons if whole else region_to_rle(mask, 0, 0, self.size)
-            bbox, area = measure(segmentation, self.size)
+            bbox, area = box_and_area(segmentation, self.size)
             found.append(
                 {
                     "id": len(found) + 1,

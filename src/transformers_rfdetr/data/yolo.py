@@ -7,10 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..model.configuration_rf_detr import check_limit, error_context
-from ..model.image_processing_rf_detr import (
-    is_index,
-)
+from ..model.validation import check_limit, error_context, is_index
 from .image_files import IMAGE_SUFFIXES, is_outside, upright_size
 from .label_maps import (
     check_class_names,

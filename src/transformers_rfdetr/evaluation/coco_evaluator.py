@@ -19,9 +19,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from transformers.utils import logging
 
-from ..model.configuration_rf_detr import error_context
-from ..model.image_processing_rf_detr import are_numbers, read_target_sizes, select_detections, to_builtin, valid_size
-from ..model.masks import mask_areas, measure, read_segmentation, region_to_rle, upsample_masks
+from ..model.masks import box_and_area, mask_areas, read_segmentation, region_to_rle, upsample_masks
+from ..model.post_processing_rf_detr import read_target_sizes, select_detections, valid_size
+from ..model.validation import are_numbers, error_context, to_builtin
 
 logger = logging.get_logger(__name__)
 
@@ -344,7 +344,7 @@ class InstanceSegmentationEvaluator:
                 raise ValueError(f"area {area!r:.60} is not a number of at least 0; correct it or leave it out")
             rle = self._read_mask(image_id, annotation.get("segmentation"))
         if box is None or min(box[2:]) <= 0:
-            box = measure(rle, self._sizes[image_id])[0] if rle else None
+            box = box_and_area(rle, self._sizes[image_id])[0] if rle else None
         if box is None or min(box[2:]) <= 0:
             return None
         if area is None:

@@ -25,7 +25,7 @@ from pycocotools import mask as coco_mask
 
 from ..atomic_files import write_text
 from ..inference.instances import Instances
-from ..model.masks import measure, rasterize, read_segmentation, to_rle
+from ..model.masks import box_and_area, rasterize, read_segmentation, to_rle
 from .coco_evaluator import InstanceSegmentationEvaluator, detect_in_dataset
 from .curves import Chart, draw_svg, precision_recall_charts, training_charts
 
@@ -229,7 +229,7 @@ def _read_truth(
     for annotation, label in zip(annotations, labels, strict=True):
         shape, box = read_segmentation(annotation.get("segmentation"), size), annotation.get("bbox")
         if (box is None or min(box[2:]) <= 0) and shape is not None:
-            box = measure(shape, size)[0]
+            box = box_and_area(shape, size)[0]
         if box is None or min(box[2:]) <= 0:
             continue
         x, y, width, height = box

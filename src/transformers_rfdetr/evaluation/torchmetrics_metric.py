@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
-from ..model.configuration_rf_detr import error_context
-from ..model.image_processing_rf_detr import to_builtin
+from ..model.validation import error_context, to_builtin
 from .coco_evaluator import Detections, InstanceSegmentationEvaluator, coco_of_images, pack_detections
 
 try:

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from ..atomic_files import translate_disk_errors
 from ..data.synthetic import draw_scene
 from ..inference.predict import ForcedTopK, bake_position_embeddings, difference
-from ..model.configuration_rf_detr import as_pair, check_resolution, is_background_label, read_size
-from ..model.image_processing_rf_detr import RfDetrImageProcessor, is_index
+from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from ..model.modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection
+from ..model.validation import as_pair, check_resolution, is_index, read_size
+from ..model.variants_rf_detr import is_background_label
 
 # How far the outputs may be from those of PyTorch in float32, by the file's dtype: the largest difference of a number,
 # absolute up to 1 and relative above. Small trained models use a tenth of it, random ones of full size up to a third.

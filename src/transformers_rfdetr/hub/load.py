@@ -8,9 +8,10 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from ..model.configuration_rf_detr import RfDetrConfig, resolve_variant
+from ..model.configuration_rf_detr import RfDetrConfig
 from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from ..model.modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection
+from ..model.variants_rf_detr import resolve_variant
 
 logger = logging.get_logger(__name__)
 

@@ -18,7 +18,8 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, EvalResult, HfApi, M
 from transformers.utils import logging
 
 from ..atomic_files import write_text
-from ..model.configuration_rf_detr import RfDetrConfig, is_background_label
+from ..model.configuration_rf_detr import RfDetrConfig
+from ..model.variants_rf_detr import is_background_label
 
 logger = logging.get_logger(__name__)
 
@@ -308,15 +309,8 @@ def is_hub_id(name: str | None) -> bool:
 
 # -- the code --------------------------------------------------------------------------------------------------------
 
-CODE_FILES = (
-    "checkpoint_layouts.py",
-    "configuration_rf_detr.py",
-    "image_processing_rf_detr.py",
-    "loss_rf_detr.py",
-    "masks.py",
-    "modeling_rf_detr.py",
-    "modeling_rf_detr_dinov2.py",
-)
+_MODEL_FOLDER = Path(__file__).parents[1] / "model"
+CODE_FILES = tuple(sorted(path.name for path in _MODEL_FOLDER.glob("*.py") if path.name != "__init__.py"))
 _PROCESSOR_MAP = {"AutoImageProcessor": "image_processing_rf_detr.RfDetrImageProcessor"}
 _DETECTION_MAP = {
     "AutoConfig": "configuration_rf_detr.RfDetrConfig",
@@ -348,7 +342,7 @@ def add_code(folder: Path) -> list[Path]:
                 auto_map = auto_map | _SEGMENTATION_MAP
             text = json.dumps(stored | {"auto_map": auto_map}, indent=2, sort_keys=True)
             write_text(path, f"{text}\n")
-    return [Path(shutil.copyfile(Path(__file__).parents[1] / "model" / name, folder / name)) for name in CODE_FILES]
+    return [Path(shutil.copyfile(_MODEL_FOLDER / name, folder / name)) for name in CODE_FILES]
 
 
 # -- the upload ------------------------------------------------------------------------------------------------------

@@ -31,8 +31,10 @@ from pycocotools import mask as coco_mask
 from transformers.utils import logging
 
 from ..atomic_files import atomic_file, translate_disk_errors, write_text
-from ..model.configuration_rf_detr import RfDetrConfig, is_background_label
-from ..model.image_processing_rf_detr import is_index, read_rgb, redact_url
+from ..model.configuration_rf_detr import RfDetrConfig
+from ..model.image_io import read_rgb, redact_url
+from ..model.validation import is_index
+from ..model.variants_rf_detr import is_background_label
 from .instances import Instances, check_color_by
 from .predict import predict
 from .tiling import predict_tiled

@@ -15,19 +15,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.utils import logging
 
-from ..model.configuration_rf_detr import (
-    RfDetrConfig,
-    as_pair,
-    check_resolution,
-    error_context,
-    is_background_label,
-    read_size,
-)
-from ..model.image_processing_rf_detr import RfDetrImageProcessor, select_detections, valid_size
+from ..model.configuration_rf_detr import RfDetrConfig
+from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from ..model.loss_rf_detr import MaskFactors, StagePrediction
 from ..model.masks import region_to_rle, upsample_masks
 from ..model.modeling_rf_detr import BACKGROUND_LOGIT, RfDetrForObjectDetection, RfDetrOutput
 from ..model.modeling_rf_detr_dinov2 import resize_position_table
+from ..model.post_processing_rf_detr import select_detections, valid_size
+from ..model.validation import as_pair, check_resolution, error_context, read_size
+from ..model.variants_rf_detr import is_background_label
 from .instances import Instances
 
 logger = logging.get_logger(__name__)

@@ -19,10 +19,11 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from transformers.utils import logging
 
-from ..model.configuration_rf_detr import as_pair, check_resolution, read_size
-from ..model.image_processing_rf_detr import RfDetrImageProcessor, channels_first, decode_image, read_image
+from ..model.image_io import channels_first, decode_image, read_image
+from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from ..model.masks import mask_areas, region_to_rle
 from ..model.modeling_rf_detr import RfDetrForObjectDetection
+from ..model.validation import as_pair, check_resolution, read_size
 from .instances import Instances
 from .predict import InferenceModel, predict
 

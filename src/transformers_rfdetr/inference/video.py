@@ -22,7 +22,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from ..atomic_files import atomic_file, translate_disk_errors
-from ..model.image_processing_rf_detr import redact_url
+from ..model.image_io import redact_url
 from .instances import Instances
 from .predict import predict
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import cached_file, logging
 
-from .configuration_rf_detr import RfDetrConfig, check_limit, error_context, read_label_maps
+from .configuration_rf_detr import RfDetrConfig
 from .modeling_rf_detr_dinov2 import resize_position_table
+from .validation import check_limit, error_context, read_label_maps
 
 logger = logging.get_logger(__name__)
 

@@ -1,34 +1,31 @@
-"""What the architecture is: the configuration, and the table of published variants, one row each."""
+"""What the architecture is: the configuration."""
 
 import inspect
-import json
-import math
 import numbers
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
+from .validation import (
+    are_all,
+    as_pair,
+    check_counts,
+    check_grid,
+    check_limit,
+    check_numbers,
+    check_resolution,
+    config_errors_as_value_errors,
+    nearest_legal_sizes,
+    read_label_maps,
+    read_size,
+    refuse_methods,
+)
+from .variants_rf_detr import COCO_ID2LABEL, VARIANTS, resolve_variant
+
 # The scale of each projector level relative to the patch grid: P3 is twice as fine, P5 half as fine.
 PROJECTOR_SCALES = {"P3": 2.0, "P4": 1.0, "P5": 0.5}
-# The largest values that a configuration may have: a file may come from anyone, and one number in it can ask for more
-# memory than there is. Far above any model that was published; to go further, raise an entry.
-LIMITS = {
-    "parameters": 2_000_000_000,
-    "num_hidden_layers": 1_000,
-    "decoder_layers": 1_000,
-    "group_detr": 1_000,
-    "num_queries": 10_000,
-    "num_labels": 100_000,
-    "image_size": 8_192,  # pixels along a side
-    "resolution": 8_192,
-    "patches": 512,  # along a side
-}
-
-
 # What transformers takes the name of an attention or expert kernel from, also with an underscore in front.
 _KERNEL_FIELDS = ("attn_implementation", "experts_implementation", "implementation_internal")
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -39,227 +36,12 @@ _FOREIGN_FIELDS = {
 }
 
 
-class Variant(NamedTuple):
-    """One published model: what differs between the rows of the family. All sizes are in pixels."""
-
-    patch_size: int
-    num_windows: int
-    decoder_layers: int
-    resolution: int
-    position_grid: int  # side of the stored position table, in patches
-    num_queries: int
-    out_indices: tuple[int, ...] = (3, 6, 9, 12)
-    hidden_size: int = 384  # of the backbone, whose heads are 64 wide
-    decoder: MappingProxyType = MappingProxyType({})  # fields that differ from the defaults of RfDetrConfig
-
-
-_LARGE_DEPRECATED = MappingProxyType(
-    {
-        "d_model": 384,
-        "decoder_self_attention_heads": 12,
-        "decoder_cross_attention_heads": 24,
-        "decoder_n_points": 4,
-        "projector_scale": ["P3", "P5"],
-    }
-)
-# https://github.com/roboflow/rf-detr, configuration of each published class.
-VARIANTS = {
-    "rf-detr-nano": Variant(16, 2, 2, 384, 24, 300),
-    "rf-detr-small": Variant(16, 2, 3, 512, 32, 300),
-    "rf-detr-medium": Variant(16, 2, 4, 576, 36, 300),
-    "rf-detr-large": Variant(16, 2, 4, 704, 44, 300),
-    "rf-detr-base": Variant(14, 4, 3, 560, 37, 300, (2, 5, 8, 11)),
-    "rf-detr-large-deprecated": Variant(14, 4, 3, 560, 37, 300, (2, 5, 8, 11), 768, _LARGE_DEPRECATED),
-    "rf-detr-seg-preview": Variant(12, 2, 4, 432, 36, 200),
-    "rf-detr-seg-nano": Variant(12, 1, 4, 312, 26, 100),
-    "rf-detr-seg-small": Variant(12, 2, 4, 384, 32, 100),
-    "rf-detr-seg-medium": Variant(12, 2, 5, 432, 36, 200),
-    "rf-detr-seg-large": Variant(12, 2, 5, 504, 42, 200),
-    "rf-detr-seg-xlarge": Variant(12, 2, 6, 624, 52, 300),
-    "rf-detr-seg-2xlarge": Variant(12, 2, 6, 768, 64, 300),
-}
-
-
-def normalize_name(name: str) -> str:
-    """A name's letters and digits, which are the same in all its usual spellings."""
-    return re.sub(r"[^a-z0-9]", "", name.lower())
-
-
-# Every usual spelling differs from the name above in case and punctuation only (RFDETRSegMedium, rfdetr-seg-medium),
-# or is one of these.
-ALIASES = {normalize_name(name): name for name in VARIANTS} | {
-    "rfdetrlarge2026": "rf-detr-large",
-    "rfdetrsegn": "rf-detr-seg-nano",
-    "rfdetrsegs": "rf-detr-seg-small",
-    "rfdetrsegm": "rf-detr-seg-medium",
-    "rfdetrsegl": "rf-detr-seg-large",
-    "rfdetrsegxl": "rf-detr-seg-xlarge",
-    "rfdetrseg2xl": "rf-detr-seg-2xlarge",
-    "rfdetrsegxxl": "rf-detr-seg-2xlarge",
-    "rfdetrsegxxlarge": "rf-detr-seg-2xlarge",
-}
-
-
-def resolve_variant(name: str) -> str:
-    """The published name behind any usual spelling: `RFDETRSegMedium`, `Roboflow/rf-detr-seg-medium`, ...
-
-    Raises:
-        ValueError: if `name` is no published variant; the message lists the known ones.
-    """
-    stem = re.sub(r"\.(pth?|ckpt)$", "", str(name).rstrip("/").rsplit("/", 1)[-1])
-    variant = ALIASES.get(normalize_name(stem))
-    if variant is None:
-        raise ValueError(f"{name!r} is not a published RF-DETR variant; the known ones are {', '.join(VARIANTS)}")
-    return variant
-
-
-# fmt: off
-COCO_NAMES = {
-    1: "person", 2: "bicycle", 3: "car", 4: "motorcycle", 5: "airplane", 6: "bus", 7: "train", 8: "truck", 9: "boat",
-    10: "traffic light", 11: "fire hydrant", 13: "stop sign", 14: "parking meter", 15: "bench", 16: "bird", 17: "cat",
-    18: "dog", 19: "horse", 20: "sheep", 21: "cow", 22: "elephant", 23: "bear", 24: "zebra", 25: "giraffe",
-    27: "backpack", 28: "umbrella", 31: "handbag", 32: "tie", 33: "suitcase", 34: "frisbee", 35: "skis",
-    36: "snowboard", 37: "sports ball", 38: "kite", 39: "baseball bat", 40: "baseball glove", 41: "skateboard",
-    42: "surfboard", 43: "tennis racket", 44: "bottle", 46: "wine glass", 47: "cup", 48: "fork", 49: "knife",
-    50: "spoon", 51: "bowl", 52: "banana", 53: "apple", 54: "sandwich", 55: "orange", 56: "broccoli", 57: "carrot",
-    58: "hot dog", 59: "pizza", 60: "donut", 61: "cake", 62: "chair", 63: "couch", 64: "potted plant", 65: "bed",
-    67: "dining table", 70: "toilet", 72: "tv", 73: "laptop", 74: "mouse", 75: "remote", 76: "keyboard",
-    77: "cell phone", 78: "microwave", 79: "oven", 80: "toaster", 81: "sink", 82: "refrigerator", 84: "book",
-    85: "clock", 86: "vase", 87: "scissors", 88: "teddy bear", 89: "hair drier", 90: "toothbrush",
-}
-# fmt: on
-# The published heads have one slot per COCO category id, 0 to 90; eleven of the ids name nothing.
-COCO_ID2LABEL = {slot: COCO_NAMES.get(slot, f"unused {slot}") for slot in range(91)}
-# Rows of the class heads that rfdetr's fine-tuned checkpoints have besides their classes: one after them, or, before
-# 1.6, one in front of them for Roboflow's category 0. No object was ever of these, so they are not reported.
-BACKGROUND, PARENT = "__background__", "__parent__"
-
-
-def is_background_label(name: str) -> bool:
-    """Whether a label's name, such as `__background__`, says that it is no class."""
-    return name.startswith("__") and name.endswith("__")
-
-
-def as_pair(size: Any) -> tuple[int, int]:
-    """`size` as (height, width): a single number means a square."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
-
-
-def read_size(size: Any, name: str) -> int | tuple[int, int]:
-    """A size in pixels, one number or (height, width), as plain ints.
-
-    Raises:
-        ValueError: if it is neither.
-    """
-    sides = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
-    if not all(isinstance(side, numbers.Integral) and not isinstance(side, bool) for side in sides):
-        raise ValueError(f"{name} {size!r} is neither a whole number of pixels nor [height, width]")
-    height, width = (int(side) for side in sides)
-    return height if height == width else (height, width)
-
-
-def read_label_maps(fields: dict[str, Any]) -> dict[str, Any]:
-    """Configuration fields with the missing one of `id2label` and `label2id` derived from the other.
-
-    Raises:
-        ValueError: unless the classes are numbered from 0 without gaps, and have names.
-    """
-    fields = {name: value for name, value in fields.items() if value is not None or "label" not in name}
-    for name in ("id2label", "label2id"):
-        if not isinstance(fields.get(name, {}), Mapping):
-            raise ValueError(f"{name} {fields[name]!r:.80} is no mapping; give {{0: 'roof', 1: 'tree'}} as id2label")
-    if "id2label" in fields:
-        fields["id2label"] = {_read_slot(slot): label for slot, label in fields["id2label"].items()}
-        _check_names(fields["id2label"])
-        fields.setdefault("label2id", {label: slot for slot, label in fields["id2label"].items()})
-    elif "label2id" in fields:
-        fields["id2label"] = {_read_slot(slot): label for label, slot in fields["label2id"].items()}
-        _check_names(fields["id2label"])
-    return fields
-
-
-def _read_slot(slot: Any) -> int:
-    """A class index as JSON's keys hold it, a text, or as a number."""
-    if isinstance(slot, bool) or not isinstance(slot, numbers.Integral | str) or not str(slot).isdecimal():
-        raise ValueError(f"{slot!r:.80} is no class index; number the classes from 0")
-    return int(slot)
-
-
-def _check_names(id2label: dict[int, str]) -> None:
-    slots = sorted(id2label)
-    if not slots or slots != list(range(len(slots))):
-        shown = f"{slots!r:.80}"
-        raise ValueError(f"id2label numbers its slots {shown}; they must be 0 .. {len(slots) - 1}, one for each class")
-    if unnamed := [slot for slot in slots if not isinstance(id2label[slot], str)]:
-        raise ValueError(f"id2label[{unnamed[0]}] is {id2label[unnamed[0]]!r:.80}, not a name; give a text")
-
-
-def nearest_legal_sizes(size: int, block: int) -> list[int]:
-    """The multiples of `block` next to `size`, nearest first."""
-    below = max(size // block * block, 0)
-    return sorted({max(below, block), below + block}, key=lambda legal: abs(legal - size))
-
-
-def check_resolution(size: Any, patch_size: int, num_windows: int, name: str = "resolution") -> None:
-    """Raise ValueError, naming the nearest legal sizes, unless each side of `size` is a multiple of patch x windows."""
-    block = patch_size * num_windows
-    for side in as_pair(size):
-        if side <= 0 or side % block:
-            legal = " or ".join(map(str, nearest_legal_sizes(side, block)))
-            raise ValueError(
-                f"{name} {side} is not a multiple of {block} (patch {patch_size} x {num_windows} windows); try {legal}"
-            )
-
-
 def _take_fixed(kwargs: dict[str, Any], fixed: dict[str, Any]) -> None:
     """Remove the settings that RF-DETR fixes from `kwargs`; another value would be another network, so it raises."""
     for key, value in fixed.items():
         given = kwargs.pop(key, None)
         if given is not None and given != value:
             raise ValueError(f"{key}={given!r} is not RF-DETR, which has {key}={value!r} here; remove the setting")
-
-
-def _check_counts(config: Any, *names: str, least: int = 1) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} {value!r:.80} must be a whole number of at least {least}")
-        check_limit(name, int(value))
-
-
-def check_limit(name: str, value: int) -> None:
-    """Raise ValueError for a value above its limit; what has no entry in `LIMITS` has none."""
-    if value > LIMITS.get(name, value):
-        raise ValueError(
-            f"{name} {value:.6g} is above the limit of {LIMITS[name]}, which no published model comes near; if it is"
-            f" right and there is memory for it, raise transformers_rfdetr.model.configuration_rf_detr.LIMITS[{name!r}]"
-        )
-
-
-def _check_numbers(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= float(value) < math.inf:
-            raise ValueError(f"{name} {value!r:.80} must be a finite number of at least 0")
-
-
-def _check_grid(name: str, size: Any, patch_size: int) -> None:
-    for side in as_pair(size):
-        check_limit(name, side)
-        check_limit("patches", side // patch_size)
-
-
-def _are_all(values: Any, kind: type) -> bool:
-    """Whether it is a list of values of a kind, which are no bool."""
-    return isinstance(values, list | tuple) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
-
-
-def refuse_methods(cls: type, fields: Mapping[str, Any]) -> None:
-    """Raise ValueError for a field that would take the place of a method."""
-    for name in fields:
-        if callable(getattr(cls, name, None)):
-            raise ValueError(f"{name!r:.80} is no setting of {cls.__name__} but a method; remove it")
 
 
 def _refuse_foreign(cls: type, fields: Mapping[str, Any]) -> None:
@@ -280,7 +62,7 @@ def _common_fields(cls: type, fields: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(fields.get("model_type", ""), str):
         raise ValueError(f"model_type {fields['model_type']!r:.80} is no name of a kind of model; give 'rf_detr'")
     architectures = fields.get("architectures")
-    if architectures is not None and not _are_all(architectures, str):
+    if architectures is not None and not are_all(architectures, str):
         example = "['RfDetrForInstanceSegmentation']"
         raise ValueError(f"architectures {architectures!r:.80} is no list of names of classes; give {example}")
     fields = read_label_maps(fields)
@@ -294,29 +76,6 @@ def _common_fields(cls: type, fields: dict[str, Any]) -> dict[str, Any]:
         if dtype is not None and type(dtype).__name__ != "dtype" and dtype not in _DTYPES:
             raise ValueError(f"{name} {dtype!r:.80} is no floating-point type of torch; give one of {_DTYPES}")
     return fields
-
-
-@contextmanager
-def error_context(where: str) -> Iterator[None]:
-    """Puts the place in front of the message of an error."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-@contextmanager
-def config_errors_as_value_errors(what: str) -> Iterator[None]:
-    """Turns what transformers raises for values that it does not expect, and for what is no JSON, into a ValueError."""
-    try:
-        yield
-    except Exception as error:  # TypeError, AttributeError, KeyError, RecursionError, ...
-        if isinstance(error, ValueError) and not isinstance(error, UnicodeDecodeError):
-            raise
-        if isinstance(error, OSError) and not isinstance(error.__context__, json.JSONDecodeError | UnicodeDecodeError):
-            raise
-        reason = f"{type(error).__name__} {error!s:.200}"
-        raise ValueError(f"{what} cannot be read as a configuration: {reason}; correct it") from error
 
 
 class RfDetrDinov2Config(PreTrainedConfig):
@@ -397,7 +156,7 @@ class RfDetrDinov2Config(PreTrainedConfig):
     @staticmethod
     def _indices_of(names: Any) -> list[int]:
         """Taps by the names of their stages."""
-        if not _are_all(names, str) or not all(re.fullmatch(r"stem|stage\d{1,9}", name) for name in names):
+        if not are_all(names, str) or not all(re.fullmatch(r"stem|stage\d{1,9}", name) for name in names):
             raise ValueError(f"out_features {names!r:.80} are no names of stages; give 'stem', 'stage1', ...")
         return [0 if name == "stem" else int(name.removeprefix("stage")) for name in names]
 
@@ -405,12 +164,12 @@ class RfDetrDinov2Config(PreTrainedConfig):
         return {name: getattr(self, name) for name in ("stage_names", "out_features", "window_block_indexes")}
 
     def _check(self) -> None:
-        _check_counts(self, "hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_windows")
-        _check_counts(self, "num_register_tokens", least=0)
-        _check_numbers(self, "drop_path_rate", "layerscale_value", "initializer_range")
+        check_counts(self, "hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_windows")
+        check_counts(self, "num_register_tokens", least=0)
+        check_numbers(self, "drop_path_rate", "layerscale_value", "initializer_range")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
-        in_order = _are_all(self.out_indices, int) and self.out_indices == sorted(set(self.out_indices))
+        in_order = are_all(self.out_indices, int) and self.out_indices == sorted(set(self.out_indices))
         if (
             not in_order
             or not self.out_indices
@@ -426,7 +185,7 @@ class RfDetrDinov2Config(PreTrainedConfig):
                 raise ValueError(
                     f"image_size {side} is not a multiple of the patch size {self.patch_size}; try {legal}"
                 )
-        _check_grid("image_size", self.image_size, self.patch_size)
+        check_grid("image_size", self.image_size, self.patch_size)
         if not self.initializer_range:
             raise ValueError("initializer_range 0 leaves no weights to train; 0.02 is usual")
         if not 0.0 <= self.drop_path_rate < 1.0:
@@ -575,7 +334,7 @@ class RfDetrConfig(PreTrainedConfig):
             kwargs.pop("layer_norm_eps")
         kwargs.pop("intermediate_size", None)
         projector_scale = projector_scale or ["P4"]
-        if not _are_all(projector_scale, str):
+        if not are_all(projector_scale, str):
             raise ValueError(f"projector_scale {projector_scale!r:.80} is no list of levels; give ['P4']")
         _take_fixed(kwargs, {"layer_norm_eps": 1e-6, "num_feature_levels": len(projector_scale)})
         if backbone_config is None:
@@ -616,13 +375,13 @@ class RfDetrConfig(PreTrainedConfig):
             super().__init__(**kwargs)
 
     def _check(self) -> None:
-        _check_counts(
+        check_counts(
             self,
             *("d_model", "num_queries", "group_detr", "decoder_layers", "decoder_ffn_dim", "decoder_n_points"),
             *("decoder_self_attention_heads", "decoder_cross_attention_heads"),
             *("mask_downsample_ratio", "mask_point_sample_ratio"),
         )
-        _check_numbers(
+        check_numbers(
             self,
             *("dropout", "focal_alpha", "class_cost", "bbox_cost", "giou_cost", "class_loss_coefficient"),
             *("bbox_loss_coefficient", "giou_loss_coefficient", "mask_class_loss_coefficient"),
@@ -676,7 +435,7 @@ class RfDetrConfig(PreTrainedConfig):
         if name == "resolution":
             value = read_size(value, "resolution")
             check_resolution(value, self.backbone_config.patch_size, self.backbone_config.num_windows)
-            _check_grid("resolution", value, self.backbone_config.patch_size)
+            check_grid("resolution", value, self.backbone_config.patch_size)
             if min(as_pair(value)) < self.mask_downsample_ratio:
                 raise ValueError(
                     f"mask_downsample_ratio {self.mask_downsample_ratio} leaves no mask pixel of resolution {value};"

@@ -13,7 +13,7 @@ import torch
 from pycocotools import mask as coco_mask
 
 # What `read_segmentation` returns: polygons, each (2P,) float64 pixels x0, y0, x1, y1, ..., or one compressed RLE.
-Shape = list[Any] | dict[str, Any]
+Segmentation = list[Any] | dict[str, Any]
 
 _MAX_COORDINATE = 1e6
 # The longest outline of an object: pycocotools walks along it in fifths of a pixel and keeps 40 bytes of each pixel.
@@ -23,7 +23,7 @@ MAX_POLYGONS = 10_000  # of an object
 _CHUNK_PIXELS = 1 << 17
 
 
-def read_segmentation(segmentation: Any, image_size: tuple[int, int]) -> Shape | None:
+def read_segmentation(segmentation: Any, image_size: tuple[int, int]) -> Segmentation | None:
     """Checks a COCO `segmentation` and brings it into one of two forms: polygons, or a compressed RLE.
 
     Args:
@@ -183,7 +183,7 @@ def _decompress(counts: bytes) -> np.ndarray | None:
     return runs
 
 
-def to_rle(shape: Shape, image_size: tuple[int, int]) -> dict[str, Any]:
+def to_rle(shape: Segmentation, image_size: tuple[int, int]) -> dict[str, Any]:
     """A shape in a picture of `image_size` -> one compressed RLE, polygons united, by pycocotools."""
     return shape if isinstance(shape, dict) else coco_mask.merge(coco_mask.frPyObjects(shape, *image_size))
 
@@ -193,13 +193,13 @@ def mask_areas(rles: Sequence[dict[str, Any]]) -> np.ndarray:
     return np.array([coco_mask.area(rle) for rle in rles], np.float64)
 
 
-def measure(shape: Shape, image_size: tuple[int, int]) -> tuple[list[float], float]:
+def box_and_area(shape: Segmentation, image_size: tuple[int, int]) -> tuple[list[float], float]:
     """Box [x, y, width, height] and area of a shape, both in pixels of the picture, by pycocotools."""
     rle = to_rle(shape, image_size)
     return coco_mask.toBbox(rle).tolist(), float(coco_mask.area(rle))
 
 
-def rasterize(shapes: Sequence[Shape], image_size: tuple[int, int], output_size: tuple[int, int]) -> np.ndarray:
+def rasterize(shapes: Sequence[Segmentation], image_size: tuple[int, int], output_size: tuple[int, int]) -> np.ndarray:
     """Shapes in a picture of `image_size` -> masks (N, h, w) bool of `output_size`.
 
     Polygons are scaled and drawn straight at the output size, by pycocotools. RLE is decoded and resized by nearest

@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .checkpoint_layouts import RfDetrCheckpoint
-from .configuration_rf_detr import PROJECTOR_SCALES, RfDetrConfig, is_background_label
+from .configuration_rf_detr import PROJECTOR_SCALES, RfDetrConfig
 from .loss_rf_detr import (
     LossWeights,
     MaskFactors,
@@ -33,6 +33,7 @@ from .loss_rf_detr import (
     rf_detr_loss,
 )
 from .modeling_rf_detr_dinov2 import RfDetrDinov2Backbone, checkpointed, scaled_dot_product_attention
+from .variants_rf_detr import is_background_label
 
 # -- outputs ---------------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .configuration_rf_detr import RfDetrDinov2Config, check_resolution
+from .configuration_rf_detr import RfDetrDinov2Config
+from .validation import check_resolution
 
 
 class VitInitialisation:

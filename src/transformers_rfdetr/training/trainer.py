@@ -61,8 +61,9 @@ from ..hub.model_card import (
     model_card,
     upload,
 )
-from ..model.configuration_rf_detr import RfDetrConfig, is_background_label
+from ..model.configuration_rf_detr import RfDetrConfig
 from ..model.image_processing_rf_detr import RfDetrImageProcessor
+from ..model.variants_rf_detr import is_background_label
 from .arguments import RfDetrTrainingArguments, best_key, best_of_ema_and_base, non_ema_key, note_on_numbers
 from .optimization import (
     WeightAverage,

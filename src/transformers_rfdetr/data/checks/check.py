@@ -27,8 +27,10 @@ from pycocotools import mask as coco_mask
 from transformers.utils import logging
 
 from ...atomic_files import atomic_directory, atomic_file, escape_unprintable, is_partial
-from ...model.image_processing_rf_detr import are_numbers, clamp_box, is_index, open_image, read_rgb, to_builtin
-from ...model.masks import Shape, measure, read_segmentation, to_rle
+from ...model.coco_labels import clip_box
+from ...model.image_io import open_image, read_rgb
+from ...model.masks import Segmentation, box_and_area, read_segmentation, to_rle
+from ...model.validation import are_numbers, is_index, to_builtin
 from ..annotation_records import has_segmentation, with_box_and_area
 from ..coco import find_coco_files, grouping_category_ids, read_coco_file
 from ..drawing import draw_instances
@@ -1036,7 +1038,7 @@ class _Examination:
         given = self.annotation.get("segmentation")
         try:
             shape = read_segmentation(given, size)
-            box, area = ([], 0.0) if shape is None else measure(shape, size)
+            box, area = ([], 0.0) if shape is None else box_and_area(shape, size)
         except _UNREADABLE as error:
             self._note(_shape_kind(given, size), str(error)[:300], "segmentation removed")
             del self.repaired["segmentation"]
@@ -1086,7 +1088,7 @@ class _Examination:
         self, given: list[float], size: tuple[int, int], mask: tuple[list[float], float] | None
     ) -> list[float]:
         """A legal box, clipped to the picture."""
-        x0, y0, x1, y1 = clamp_box(given, size)
+        x0, y0, x1, y1 = clip_box(given, size)
         box = [x0, y0, x1 - x0, y1 - y0]
         if _distance(given, box) > 1:
             self._note("box_beyond_edge", f"bbox {given!r:.80}", f"bbox {box}")
@@ -1135,7 +1137,7 @@ def _box_fault(box: Any, size: tuple[int, int]) -> str | None:
         return "invalid_box"
     if min(box[2:]) <= 0:
         return "inverted_box" if min(box[2:]) < 0 else "empty_box"
-    x0, y0, x1, y1 = clamp_box(box, size)
+    x0, y0, x1, y1 = clip_box(box, size)
     return "box_outside" if x1 <= x0 or y1 <= y0 else None
 
 
@@ -1258,9 +1260,9 @@ def _draw(
 def _outline(segmentation: Any, size: tuple[int, int]) -> tuple[dict[str, Any], list[float] | None]:
     """A mask as RLE and its box; nothing and None where it cannot be read."""
     try:
-        shape: Shape | None = read_segmentation(segmentation, size)
+        shape: Segmentation | None = read_segmentation(segmentation, size)
     except _UNREADABLE:
         shape = None
     if shape is None:
         return coco_mask.frPyObjects({"size": list(size), "counts": [size[0] * size[1]]}, *size), None
-    return to_rle(shape, size), measure(shape, size)[0]
+    return to_rle(shape, size), box_and_area(shape, size)[0]

@@ -16,7 +16,7 @@ import PIL.Image
 import PIL.ImageOps
 from PIL.ExifTags import Base
 
-from ...model.image_processing_rf_detr import open_image
+from ...model.image_io import open_image
 
 # Of pictures that are turned, so that little is lost.
 _SAVED_AS: dict[str, dict[str, Any]] = {
