@@ -17,7 +17,9 @@ from typer.testing import CliRunner
 from transformers_rfdetr import load_instance_dataset
 from transformers_rfdetr.cli import check_dataset as command
 from transformers_rfdetr.data.checks import check as check_data
-from transformers_rfdetr.data.checks.check import KINDS, check_dataset
+from transformers_rfdetr.data.checks.annotations import crosses_itself
+from transformers_rfdetr.data.checks.check import check_dataset
+from transformers_rfdetr.data.checks.findings import KINDS
 
 from coco_files import (
     AREA,
@@ -249,7 +251,7 @@ def test_all_changes_and_what_is_left_are_listed(defects):
         *("near_duplicate_across_splits", "box_mask_mismatch", "self_intersecting_polygon", "polygon_outside"),
         "object_without_mask",
     }
-    assert [entry["change"] for entry in listed["changes"] if entry["file_name"] == "cut.jpg"] == ["left out"]
+    assert [entry["change"] for entry in listed["changes"] if entry["file_name"] == "cut.jpg"] == ["dropped"]
     [entry] = [entry for entry in listed["changes"] if entry["kind"] == "box_beyond_edge"]
     assert (entry["file_name"], entry["annotation_id"], entry["change"]) == ("a.png", 9, "bbox [50, 10, 10, 20]")
     [entry] = [entry for entry in listed["changes"] if entry["kind"] == "category"]
@@ -462,7 +464,7 @@ def test_a_data_set_of_boxes_is_not_said_to_lack_masks(tmp_path):
     ],
 )
 def test_edges_that_cross_are_told_from_edges_that_touch(polygon, crosses):
-    assert check_data._crosses_itself(np.array(polygon, float)) is crosses
+    assert crosses_itself(np.array(polygon, float)) is crosses
 
 
 def test_crossings_are_those_of_all_pairs_of_edges():
@@ -473,7 +475,7 @@ def test_crossings_are_those_of_all_pairs_of_edges():
         edges = list(zip(points, points[1:] + points[:1], strict=True))
         pairs = itertools.combinations(edges, 2)
         expected = any(turns(*a, *b) and turns(*b, *a) for a, b in pairs)
-        assert check_data._crosses_itself(np.array(points, float).ravel()) is expected
+        assert crosses_itself(np.array(points, float).ravel()) is expected
         found[expected] += 1
     assert min(found[True], found[False]) > 5
 
@@ -487,9 +489,9 @@ def turns(a, b, c, d):
 def test_a_crossing_is_found_in_a_long_polygon():
     angles = np.linspace(0, 2 * np.pi, 600, endpoint=False)
     circle = np.stack([np.cos(angles), np.sin(angles)], 1) * 100
-    assert not check_data._crosses_itself(circle.ravel())
+    assert not crosses_itself(circle.ravel())
     circle[[500, 501]] = circle[[501, 500]]
-    assert check_data._crosses_itself(circle.ravel())
+    assert crosses_itself(circle.ravel())
 
 
 # Duplicates
@@ -564,7 +566,7 @@ def test_rows_of_datasets_are_checked_and_not_repaired(tmp_path):
         ("missing_size", "train"): 1,
         ("missing_area", "train"): 2,
     }
-    with pytest.raises(ValueError, match=r"rows of datasets; correct them with `Dataset.map`"):
+    with pytest.raises(ValueError, match=r"`fix` .*`Dataset\.map`"):
         check_dataset(rows, fix=tmp_path / "fixed")
 
 
@@ -641,10 +643,10 @@ def test_the_command_prints_nothing_but_json_where_it_is_asked_to(small):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("no JSON", "is no JSON"),
-        ("[]", "holds a list, not a dict"),
-        ("{}", "'images' is missing, not a list"),
-        ('{"images": [], "annotations": 3, "categories": []}', "'annotations' is int, not a list"),
+        ("no JSON", "train.json"),
+        ("[]", "list"),
+        ("{}", "train.json: 'images'"),
+        ('{"images": [], "annotations": 3, "categories": []}', "train.json: 'annotations' must be a list"),
     ],
 )
 def test_the_command_says_in_a_line_why_a_source_cannot_be_read(tmp_path, content, message):
@@ -658,11 +660,11 @@ def test_the_command_says_in_a_line_why_a_source_cannot_be_read(tmp_path, conten
 @pytest.mark.parametrize(
     ("option", "place", "message"),
     [
-        ("--fix", "data", "which is only read"),
-        ("--fix", "data/fixed", "which is only read"),
-        ("--fix", "other", "is not empty"),
-        ("--fix", "other/file", "is a file"),
-        ("--overlays", "data/drawn", "which is only read"),
+        ("--fix", "data", "outside of the source"),
+        ("--fix", "data/fixed", "outside of the source"),
+        ("--fix", "other", "new or empty"),
+        ("--fix", "other/file", "the file"),
+        ("--overlays", "data/drawn", "outside of the source"),
     ],
 )
 def test_nothing_is_written_into_the_source_or_over_other_files(small, tmp_path, option, place, message):
@@ -671,7 +673,9 @@ def test_nothing_is_written_into_the_source_or_over_other_files(small, tmp_path,
     before = content(tmp_path)
     result = CliRunner().invoke(app, [str(small), option, str(tmp_path / place)])
     assert result.exit_code == 2
+    assert f"`{option[2:]}` must" in result.stderr
     assert message in result.stderr
+    assert str(tmp_path / place) in result.stderr
     assert content(tmp_path) == before
 
 
@@ -688,5 +692,5 @@ def test_the_example_runs():
 
 def test_every_source_is_one_that_exists(tmp_path):
     for source in (5, {}, tmp_path / "none.json", tmp_path / "none.yaml"):
-        with pytest.raises(ValueError, match=r"give|cannot be read"):
+        with pytest.raises(ValueError, match=r"`source`|none\."):
             check_dataset(source)

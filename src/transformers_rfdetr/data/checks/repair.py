@@ -1,155 +1,148 @@
-"""A repaired copy of a data set: files in COCO's form, and the list of what is not as it was.
+"""A repaired copy of a dataset: COCO files, images, and the list of changes.
 
-What is repaired, and how, is decided by `check_data`; here it is put together and written.
+What is repaired, and how, is decided in the checks.
 """
 
 import itertools
 import json
-import math
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import PIL.Image
 import PIL.ImageOps
 from PIL.ExifTags import Base
 
 from ...model.image_io import open_image
+from .findings import json_value
+from .raw_split import free_ids
 
-# Of pictures that are turned, so that little is lost.
-_SAVED_AS: dict[str, dict[str, Any]] = {
+# How a file goes into a copy: "link" as it is; "upright" rotated as EXIF says, or "stored" not rotated, both without
+# the EXIF tag.
+CopyMode = Literal["link", "upright", "stored"]
+# Formats that rotated images are saved in, with high quality.
+_SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"lossless": True},
     "AVIF": {"quality": 95, "subsampling": "4:4:4"},
 }
-# From upright to as it is stored, by EXIF's orientation.
-_BACK = {
+# EXIF orientation -> from upright back to stored.
+_TO_STORED = {
     5: PIL.Image.Transpose.TRANSPOSE,
     6: PIL.Image.Transpose.ROTATE_90,
     7: PIL.Image.Transpose.TRANSVERSE,
     8: PIL.Image.Transpose.ROTATE_270,
 }
-_EXPORTED = {"train": "train", "validation": "valid", "test": "test"}  # the folders of Roboflow's exports
+_ROBOFLOW_FOLDERS = {"train": "train", "validation": "valid", "test": "test"}
 
 
 class RepairedCopy:
     """Writes splits with one list of categories for all of them.
 
     Args:
-        folder: What is filled.
-        splits: The JSON of each, with empty lists of images and annotations; an id of its `categories` has one name.
+        folder: An empty folder that is filled.
+        splits: By name, the JSON of each split with empty lists of images and annotations. In its `categories`, each
+            id is unique.
     """
 
     def __init__(self, folder: Path, splits: Mapping[str, Mapping[str, Any]]) -> None:
         self.folder = folder
-        self._written: dict[Path, tuple[Any, str]] = {}  # file of the copy -> its source, and the way that it came
-        self._exported = splits.keys() <= _EXPORTED.keys()
-        united, ids = _unite_categories(split["categories"] for split in splits.values())
-        self._content = {name: {**split, "categories": united} for name, split in splits.items()}
-        self._files = {self._annotation_file(split): split for split in splits}
+        self._written: dict[Path, tuple[str, CopyMode]] = {}  # file of the copy -> its source, and how it was copied
+        self._is_roboflow = splits.keys() <= _ROBOFLOW_FOLDERS.keys()
+        categories, ids = _unite_categories(split["categories"] for split in splits.values())
+        self._content = {name: {**split, "categories": categories} for name, split in splits.items()}
+        self._annotation_files = {self._annotation_file(split): split for split in splits}
         names = {split: {entry["id"]: entry["name"] for entry in splits[split]["categories"]} for split in splits}
-        self._numbers = {split: {number: ids[name] for number, name in names[split].items()} for split in splits}
-        self._notes = [
+        self._category_ids = {split: {old: ids[name] for old, name in names[split].items()} for split in splits}
+        self._changes = [
             {"kind": "category", "split": split, "image_id": None, "file_name": None, "annotation_id": None}
-            | {"detail": f"category {number} {name!r}", "change": f"id {ids[name]}"}
+            | {"detail": f"category {category_id} {name!r}", "change": f"id {ids[name]}"}
             for split in splits
-            for number, name in names[split].items()
-            if ids[name] != number
+            for category_id, name in names[split].items()
+            if ids[name] != category_id
         ]
 
     def add(
-        self, split: str, image: Mapping[str, Any], annotations: Iterable[Mapping[str, Any]], source: Path, way: str
+        self,
+        split: str,
+        image: Mapping[str, Any],
+        annotations: Iterable[Mapping[str, Any]],
+        source: Path,
+        mode: CopyMode,
     ) -> None:
-        """Write a picture, and keep its annotations for [`write`].
-
-        `image` is its entry in the copy; `way` is "link" for the file as it is, "upright" to turn it as EXIF says, or
-        "stored" not to turn it, the latter two without EXIF's tag.
-        """
-        name = self._place_picture(self._folder(split), image["file_name"], source, way)
-        content, numbers = self._content[split], self._numbers[split]
+        """Write an image file, and keep its entry of `images` and its annotations for [`write`]."""
+        name = self._place_image(self._folder(split), image["file_name"], source, mode)
+        content, category_ids = self._content[split], self._category_ids[split]
         content["images"].append({**image, "file_name": name})
         content["annotations"] += [
-            {**annotation, "image_id": image["id"], "category_id": numbers[annotation["category_id"]]}
+            {**annotation, "image_id": image["id"], "category_id": category_ids[annotation["category_id"]]}
             for annotation in annotations
         ]
 
-    def _place_picture(self, folder: Path, name: str, source: Path, way: str) -> str:
-        """Write the file of an image -> its name, another one where a file of another kind has that already."""
-        origin, path = (os.path.realpath(source), way), Path(name)
+    def _place_image(self, folder: Path, name: str, source: Path, mode: CopyMode) -> str:
+        """Write an image file; return its name, which gets a number if another file already has it."""
+        origin, path = (os.path.realpath(source), mode), Path(name)
         for number in itertools.count(2):
             target = folder / path
-            if target not in self._files and self._written.setdefault(target, origin) == origin:
+            if target not in self._annotation_files and self._written.setdefault(target, origin) == origin:
                 break
             path = path.with_stem(f"{Path(name).stem}_{number}")
-        if not target.exists():  # which it does for the second image of a file
-            _write_picture(source, target, way)
+        if not target.exists():  # it does if two entries share the file
+            _write_image(source, target, mode)
         return str(path)
 
-    def _annotation_file(self, split: str) -> Path:
-        if self._exported:
-            return self._folder(split) / "_annotations.coco.json"
-        return self.folder / "annotations" / f"instances_{split}.json"
-
     def write(self, changes: Sequence[Mapping[str, Any]], left: Sequence[Mapping[str, Any]]) -> None:
-        """Write the annotations, and `changes.json`: what was changed, and what is as odd as it was."""
-        for path, split in self._files.items():
+        """Write the annotations and `changes.json`, with what was changed and the problems that are left."""
+        for path, split in self._annotation_files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             content = self._content[split]
             try:
                 text = json.dumps(content, allow_nan=False)
-            except ValueError:  # somewhere in what is not looked at
+            except ValueError:  # NaN or infinity in a field that is not checked
                 text = json.dumps(json_value(content))
             path.write_text(text, encoding="utf-8")
-        listed = {"changes": [*self._notes, *changes], "left": left}
+        listed = {"changes": [*self._changes, *changes], "left": left}
         (self.folder / "changes.json").write_text(json.dumps(listed, indent=1), encoding="utf-8")
 
     def _folder(self, split: str) -> Path:
-        return self.folder / (_EXPORTED[split] if self._exported else split)
+        return self.folder / (_ROBOFLOW_FOLDERS[split] if self._is_roboflow else split)
 
-
-def json_value(value: Any) -> Any:
-    """A value of a JSON file as every program reads it: null where Python knows a number that is not finite."""
-    if isinstance(value, Mapping):
-        return {key: json_value(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [json_value(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def free_ids(taken: Collection[Any]) -> Iterator[int]:
-    """Whole numbers from 1 on that are none of those taken."""
-    return (number for number in itertools.count(1) if number not in taken)
+    def _annotation_file(self, split: str) -> Path:
+        if self._is_roboflow:
+            return self._folder(split) / "_annotations.coco.json"
+        return self.folder / "annotations" / f"instances_{split}.json"
 
 
 def _unite_categories(splits: Iterable[list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """One list of categories for all splits, and id by name: the first that has it, a free one where that is taken."""
-    numbers: dict[str, int] = {}
+    """Return one list of categories for all splits, and ids by name: the first id of a name, or a new one if taken."""
+    ids: dict[str, int] = {}
     united = []
-    for number, category in ((entry["id"], entry) for entries in splits for entry in entries):
-        if (name := category["name"]) not in numbers:
-            numbers[name] = next(free_ids(numbers.values())) if number in numbers.values() else number
-            united.append({**category, "id": numbers[name]})
-    return united, numbers
+    for category in itertools.chain.from_iterable(splits):
+        if (name := category["name"]) not in ids:
+            is_taken = category["id"] in ids.values()
+            ids[name] = next(free_ids(ids.values())) if is_taken else category["id"]
+            united.append({**category, "id": ids[name]})
+    return united, ids
 
 
-def _write_picture(source: Path, target: Path, way: str) -> None:
+def _write_image(source: Path, target: Path, mode: CopyMode) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    if way == "link":
+    if mode == "link":
         try:
             os.link(os.path.realpath(source), target)
-        except OSError:  # another disk, or one that knows no links
+        except OSError:  # another disk, or a file system without hard links
             shutil.copyfile(source, target)
         return
     with open(source, "rb") as file, open_image(file) as opened:
         orientation = opened.getexif().get(Base.Orientation)
-        picture = PIL.ImageOps.exif_transpose(opened) if way == "upright" else opened.copy()
-        if way == "stored" and opened.format == "TIFF":  # which Pillow has turned on its own
-            picture = picture.transpose(_BACK[orientation])
-        picture.info.pop("xmp", None)  # which may hold the orientation again
-        exif = picture.getexif()
+        image = PIL.ImageOps.exif_transpose(opened) if mode == "upright" else opened.copy()
+        if mode == "stored" and opened.format == "TIFF":  # which Pillow rotates when it loads it
+            image = image.transpose(_TO_STORED[orientation])
+        image.info.pop("xmp", None)  # which may hold the orientation too
+        exif = image.getexif()
         exif.pop(Base.Orientation, None)
-        kind = "JPEG" if opened.format == "MPO" else opened.format  # of some cameras: a JPEG with others behind it
+        kind = "JPEG" if opened.format == "MPO" else opened.format  # MPO: a JPEG of some cameras, with more behind it
         profile = opened.info.get("icc_profile")
-        picture.save(target, kind, exif=exif, icc_profile=profile, **_SAVED_AS.get(kind or "", {}))
+        image.save(target, kind, exif=exif, icc_profile=profile, **_SAVE_OPTIONS.get(kind or "", {}))

@@ -1,0 +1,222 @@
+"""One annotation: its category, segmentation, box and area, and what a repaired copy has instead."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...model.coco_labels import clip_box
+from ...model.masks import box_and_area, read_segmentation
+from ...model.validation import are_numbers, is_index, to_builtin
+from ..annotation_records import has_segmentation
+from .findings import DROPPED, Problem
+from .images import UNREADABLE
+from .raw_split import as_index
+
+_MAX_EDGE_PAIRS = 1 << 20  # of one polygon that are compared for a crossing: half a second
+
+
+class Mask(NamedTuple):
+    """What is measured of a mask."""
+
+    box: list[float]  # [x, y, width, height] in pixels
+    area: float
+
+
+class AnnotationCheck:
+    """Checks an annotation, whose values may be of any type.
+
+    Args:
+        annotation: One of COCO's annotations.
+        size: (H, W) of the image in pixels; None if it is unknown.
+        classes: Names by category id.
+
+    Attributes:
+        problems: What was found.
+        repaired: The annotation for a repaired copy, unless it `is_dropped`.
+        class_name: None if the category is not defined.
+    """
+
+    def __init__(self, annotation: Mapping[str, Any], size: tuple[int, int] | None, classes: Mapping[int, str]) -> None:
+        self.annotation, self.repaired = annotation, dict(annotation)
+        self.problems: list[Problem] = []
+        self.is_dropped = self.has_mask = False
+        self.class_name = self._check_category(classes)
+        self.is_crowd = self._check_crowd()
+        if size is not None:
+            mask = self._check_segmentation(size)
+            self.has_mask = mask is not None
+            box = self._check_box(size, mask)
+            if box is not None:
+                self._check_area(box, mask)
+
+    def _note(self, kind: str, detail: str = "", change: str | None = None) -> None:
+        self.problems.append(Problem(kind, detail, self.annotation.get("id"), change))
+
+    def _drop(self, kind: str, detail: str) -> None:
+        self._note(kind, detail, DROPPED)
+        self.is_dropped = True
+
+    def _check_category(self, classes: Mapping[int, str]) -> str | None:
+        given = self.annotation.get("category_id")
+        category_id = as_index(given)
+        name = None if category_id is None else classes.get(category_id)
+        if name is None:
+            self._drop("unknown_category", f"category_id {given!r:.40}")
+        elif not is_index(given):
+            self._note("unknown_category", f"category_id {given!r:.40}", f"category_id {category_id}")
+            self.repaired["category_id"] = category_id
+        return name
+
+    def _check_crowd(self) -> bool:
+        crowd = to_builtin(self.annotation.get("iscrowd"))
+        if isinstance(crowd, list | dict) or crowd not in (None, 0, 1):
+            self._drop("invalid_iscrowd", f"iscrowd {crowd!r:.40}")
+            crowd = 0
+        self.repaired["iscrowd"] = int(bool(crowd))
+        if crowd:
+            self._note("crowd")
+        return bool(crowd)
+
+    def _check_segmentation(self, size: tuple[int, int]) -> Mask | None:
+        given = self.annotation.get("segmentation")
+        try:
+            segmentation = read_segmentation(given, size)
+            mask = Mask([], 0.0) if segmentation is None else Mask(*box_and_area(segmentation, size))
+        except UNREADABLE as error:
+            self._note(_segmentation_problem(given, size), str(error)[:300], "segmentation removed")
+            del self.repaired["segmentation"]
+            return None
+        if segmentation is None or not mask.area:
+            if has_segmentation(given):
+                self._note("empty_segmentation", f"{given!r:.80}", "segmentation removed")
+            elif not self.is_crowd:
+                self._note("object_without_mask")
+            self.repaired.pop("segmentation", None)
+            return None
+        if isinstance(segmentation, list):
+            self._check_polygons(given, segmentation, size)
+        return mask
+
+    def _check_polygons(self, given: Any, polygons: list[np.ndarray], size: tuple[int, int]) -> None:
+        rows = given if any(isinstance(row, Sequence | np.ndarray) for row in given) else [given]
+        if short := [row for row in rows if 0 < len(row) < 6]:
+            detail = f"{len(short)} of {len(rows)}, {short[0]!r:.60}"
+            self._note("short_polygon", detail, f"{len(short)} polygons removed")
+            self.repaired["segmentation"] = [row for row in rows if len(row) >= 6]
+        points = np.concatenate(polygons).reshape(-1, 2)
+        beyond = max(-points.min(), (points - size[::-1]).max())
+        if beyond > 1:
+            self._note("polygon_outside", f"by {beyond:.0f} pixels")
+        if num_crossing := sum(map(crosses_itself, polygons)):
+            self._note("self_intersecting_polygon", f"{num_crossing} of {len(polygons)} polygons")
+
+    def _check_box(self, size: tuple[int, int], mask: Mask | None) -> list[float] | None:
+        """Return the box within the image; None if there is none."""
+        given = to_builtin(self.annotation.get("bbox"))
+        if given is None and mask is not None:
+            self._note("missing_box", "", f"bbox {mask.box}")
+        elif given is None:
+            self._drop("no_box_or_mask", "")
+        elif (kind := _box_problem(given, size)) is not None and mask is not None:
+            self._note(kind, f"bbox {given!r:.80}", f"bbox {mask.box}, that of the mask")
+        elif kind is not None:
+            self._drop(kind, f"bbox {given!r:.80}")
+        else:
+            return self._compare_box(given, size, mask)
+        if mask is None:
+            return None
+        self.repaired["bbox"] = mask.box
+        return mask.box
+
+    def _compare_box(self, given: list[float], size: tuple[int, int], mask: Mask | None) -> list[float]:
+        """Compare a valid box with the image and the mask; return it clipped to the image."""
+        x0, y0, x1, y1 = clip_box(given, size)
+        box = [x0, y0, x1 - x0, y1 - y0]
+        if _largest_edge_distance(given, box) > 1:
+            self._note("box_beyond_edge", f"bbox {given!r:.80}", f"bbox {box}")
+            self.repaired["bbox"] = box
+        if mask is not None and _largest_edge_distance(box, mask.box) > max(2, 0.05 * max(mask.box[2:])):
+            self._note("box_mask_mismatch", f"bbox {given!r:.80}, that of the mask {mask.box}")
+        return box
+
+    def _check_area(self, box: list[float], mask: Mask | None) -> None:
+        given = to_builtin(self.annotation.get("area"))
+        measured, source = (box[2] * box[3], "box") if mask is None else (mask.area, "mask")
+        if given is None:
+            self._note("missing_area", "", f"area {measured:g}")
+        elif not are_numbers([given], 1) or given < 0:
+            self._note("invalid_area", f"area {given!r:.40}", f"area {measured:g}")
+        else:
+            # Half of the outline's pixels may be counted or not.
+            tolerance = max(0.1 * max(given, measured), box[2] + box[3])
+            # Without a mask, the area may be that of a mask which was not exported: any part of the box.
+            excess = given - measured if mask is None else abs(given - measured)
+            if excess <= tolerance:
+                return
+            self._note("area_mismatch", f"area {given:g}, that of the {source} {measured:g}", f"area {measured:g}")
+        self.repaired["area"] = measured
+
+
+def _segmentation_problem(segmentation: Any, size: tuple[int, int]) -> str:
+    """Return the kind of problem of a segmentation that cannot be read."""
+    if isinstance(segmentation, Mapping):
+        stated = to_builtin(segmentation.get("size"))
+        return "rle_of_another_size" if are_numbers(stated, 2) and stated != list(size) else "rle_corrupt"
+    if not isinstance(segmentation, list):
+        return "invalid_segmentation"
+    rows = [row for row in segmentation if isinstance(row, list)] or [segmentation]
+    if not all(isinstance(value, int | float) for row in rows for value in row):
+        return "invalid_segmentation"
+    if any(len(row) % 2 for row in rows):
+        return "polygon_odd_numbers"
+    is_finite = all(are_numbers(row, len(row)) for row in rows)
+    return "invalid_segmentation" if is_finite else "polygon_not_finite"
+
+
+def _box_problem(box: Any, size: tuple[int, int]) -> str | None:
+    """Return the kind of problem of an invalid box; None for a valid one."""
+    if not are_numbers(box, 4):
+        return "invalid_box"
+    if min(box[2:]) <= 0:
+        return "inverted_box" if min(box[2:]) < 0 else "empty_box"
+    x0, y0, x1, y1 = clip_box(box, size)
+    return "box_outside" if x1 <= x0 or y1 <= y0 else None
+
+
+def _largest_edge_distance(box: Sequence[float], other: Sequence[float]) -> float:
+    edges, other_edges = ([x, y, x + width, y + height] for x, y, width, height in (box, other))
+    return max(abs(edge - other_edge) for edge, other_edge in zip(edges, other_edges, strict=True))
+
+
+def crosses_itself(polygon: np.ndarray) -> bool:
+    """Return whether two edges of a polygon (2P,) cross. Edges may touch or overlap.
+
+    False for a polygon with so many edges above each other that comparing them would take too long.
+    """
+    start = polygon.reshape(-1, 2)
+    end = np.roll(start, -1, axis=0)
+    order = np.minimum(start, end)[:, 0].argsort()
+    start, end = start[order], end[order]
+    low, high = np.minimum(start, end), np.maximum(start, end)
+    # Edges are sorted by their left ends: an edge can cross only the later ones that begin left of its right end.
+    stop: Any = np.searchsorted(low[:, 0], high[:, 0], "right")
+    if (stop - np.arange(1, len(start) + 1)).sum() > _MAX_EDGE_PAIRS:
+        return False
+    for first in range(0, len(start), 256):  # all pairs at once may not fit in memory
+        edges = np.arange(first, min(first + 256, len(start)))
+        counts = stop[edges] - edges - 1
+        one: np.ndarray = np.repeat(edges, counts)
+        other = one + 1 + np.arange(len(one)) - np.repeat(np.cumsum(counts) - counts, counts)
+        overlaps = (low[one, 1] <= high[other, 1]) & (low[other, 1] <= high[one, 1])
+        a, b, c, d = start[one[overlaps]], end[one[overlaps]], start[other[overlaps]], end[other[overlaps]]
+        if ((_side(a, b, c) * _side(a, b, d) < 0) & (_side(c, d, a) * _side(c, d, b) < 0)).any():
+            return True
+    return False
+
+
+def _side(start: np.ndarray, end: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """(N, 2) each -> (N,) on which side of the line from start to end a point lies: -1, 1, or 0 on the line."""
+    along, across = end - start, points - start
+    cross = along[..., 0] * across[..., 1] - along[..., 1] * across[..., 0]
+    return np.sign(cross) * (np.abs(cross) > 1e-6)  # below 1e-6, rounding decides

@@ -1,0 +1,75 @@
+"""Categories: unique ids and names within a split, and the same in all splits."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..coco import grouping_category_ids
+from ..label_maps import common_label_map
+from .raw_split import RawSplit, category_name
+
+
+def check_categories(splits: Sequence[RawSplit]) -> None:
+    """Fill in the classes of each split, and note the problems of its categories."""
+    used = {split.name: split.used_category_ids() for split in splits}
+    named = [{"categories": [_with_names(category) for category in split.categories]} for split in splits]
+    groups = grouping_category_ids(named) - set().union(*used.values())
+    for split in splits:
+        split.group_ids = groups
+        if not split.categories and any(image.annotations for image in split.images):
+            split.note("no_categories", "", change=None)
+        _check_split(split, used[split.name])
+    inconsistent = {"no_categories", "duplicate_category_id", "duplicate_category_name"}
+    if not inconsistent & {problem.kind for split in splits for problem in split.problems}:
+        _compare_splits(splits, used, groups)
+
+
+def _check_split(split: RawSplit, used: set[int]) -> None:
+    by_name: dict[str, Mapping[str, Any]] = {}
+    for category in split.categories:
+        category_id, name = category["id"], category_name(category)
+        if category_id in split.classes:
+            _note_repeated_id(split, category_id, name)
+            continue
+        split.classes[category_id] = name
+        if category_id in split.group_ids:
+            split.note("unused_category", f"{category_id} {name!r:.60} only groups others")
+            continue
+        first = by_name.setdefault(name, category)
+        if first is not category:
+            change = "merged"
+            if not _are_same_class(first, category):
+                split.ambiguous_ids |= {first["id"], category_id}
+                change = "dropped, with their objects: whether they are one class is ambiguous"
+            split.note("duplicate_category_name", f"{first['id']} and {category_id}: {name!r:.60}", change=change)
+        elif category_id not in used:
+            split.note("unused_category", f"{category_id} {name!r:.60}", change=None)
+
+
+def _are_same_class(*categories: Mapping[str, Any]) -> bool:
+    """Whether categories of one name are one class: the data name them, and they are in the same group."""
+    is_named = all(isinstance(category.get("name"), str) and category["name"].strip() for category in categories)
+    return is_named and len({str(category.get("supercategory")) for category in categories}) == 1
+
+
+def _note_repeated_id(split: RawSplit, category_id: int, name: str) -> None:
+    first_name = split.classes[category_id]
+    change = "the repeated definition is dropped"
+    if name != first_name:
+        split.ambiguous_ids.add(category_id)
+        change = "dropped, with its objects: which of the two names is right is ambiguous"
+    split.note("duplicate_category_id", f"{category_id} is {first_name!r:.60} and {name!r:.60}", change=change)
+
+
+def _compare_splits(splits: Sequence[RawSplit], used: Mapping[str, set[int]], groups: set[int]) -> None:
+    first = next((split for split in splits if split.name == "train"), splits[0])
+    for split in splits:
+        both = {s.name: {n: name for n, name in s.classes.items() if n not in groups} for s in (first, split)}
+        try:
+            common_label_map(both, {name: used[name] for name in both})
+        except ValueError as error:
+            split.note("categories_differ", str(error), change=f"numbered by name, as in {first.name!r}")
+
+
+def _with_names(category: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the category with a name and a supercategory that are strings."""
+    return {"id": category["id"], "name": category_name(category), "supercategory": str(category.get("supercategory"))}

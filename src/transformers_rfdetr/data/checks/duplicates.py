@@ -1,0 +1,97 @@
+"""Image files that are in a dataset more than once, and those that it does not list."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import imagehash
+import numpy as np
+import PIL.Image
+
+from ..image_files import IMAGE_SUFFIXES
+from .findings import Problem
+from .raw_split import RawSplit
+
+# Of 64 bits. On 573 drawn, COCO and microscopy images, the two closest different images differ in 14 bits; of copies
+# that were scaled, brightened by 15 % or saved as JPEG of quality 20 to 90, at least 98 % differ in 4 or fewer.
+_MAX_DIFFERENT_BITS = 4
+
+
+def perceptual_hash(image: PIL.Image.Image) -> int | None:
+    """Return the 64 bits of `imagehash.phash`; None for a nearly uniform image, whose bits would be noise."""
+    grey = _to_grey(image)
+    # In its 8 x 8 areas, a uniform image varies by no more than the noise of its sensor or encoding.
+    areas = np.asarray(grey.resize((8, 8), PIL.Image.Resampling.BOX))
+    if np.ptp(areas) <= 0.02 * areas.max():
+        return None
+    return int(str(imagehash.phash(grey)), 16)
+
+
+def _to_grey(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Return the image in 8 bits; values of more bits are scaled by the largest one."""
+    if image.mode == "LAB":
+        return image.convert("RGB").convert("L")
+    if image.mode[0] not in "IF":
+        return image.convert("L")
+    values = np.asarray(image, np.float64)
+    return PIL.Image.fromarray((values.clip(0) * (255 / max(values.max(), 1e-9))).astype(np.uint8))
+
+
+class DuplicateFinder:
+    """Finds the same file twice in a split, and images that look like one of an earlier split."""
+
+    def __init__(self) -> None:
+        self._first_by_digest: dict[bytes, tuple[str, Any]] = {}  # -> (split, image)
+        self._hashes: list[int] = []
+        self._hashed: list[tuple[str, Any]] = []
+        self._earlier = np.zeros(0, np.uint64)  # hashes of the splits that have ended
+
+    def add(self, split: str, image: Any, digest: bytes | None, hash_bits: int | None) -> Iterator[Problem]:
+        """Yield the problems of an image, given by its name, and remember it.
+
+        `digest` is that of its file, None if it could not be read; `hash_bits` is its `perceptual_hash`.
+        """
+        if digest is None:
+            return
+        place = (split, image)
+        first = self._first_by_digest.setdefault(digest, place)
+        if first[0] != split:
+            yield Problem("near_duplicate_across_splits", f"the same file as {first[1]!s:.80} of {first[0]}")
+        elif first != place:
+            yield Problem("duplicate_image", f"the same file as {first[1]!s:.80}")
+        elif hash_bits is not None and len(self._earlier):
+            different = self._earlier ^ np.uint64(hash_bits)
+            counts = np.unpackbits(different.view(np.uint8).reshape(-1, 8), axis=1).sum(1)
+            nearest = int(counts.argmin())
+            if counts[nearest] <= _MAX_DIFFERENT_BITS:
+                other_split, other = self._hashed[nearest]
+                detail = f"{counts[nearest]} of 64 bits differ from {other!s:.80} of {other_split}"
+                yield Problem("near_duplicate_across_splits", detail)
+        if hash_bits is not None:
+            self._hashes.append(hash_bits)
+            self._hashed.append(place)
+
+    def end_split(self) -> None:
+        """Compare further images with those of this split too."""
+        self._earlier = np.array(self._hashes, np.uint64)
+
+
+def find_unlisted_files(splits: Sequence[RawSplit]) -> Iterator[tuple[RawSplit, Path]]:
+    """Yield image files that lie beside the listed ones and are not listed in any split."""
+    listed = {
+        split.name: {os.path.abspath(image.source) for image in split.images if split.folder and image.source}
+        for split in splits
+    }
+    all_listed = set().union(*listed.values())
+    searched: set[str] = set()
+    for split in splits:
+        for folder in sorted({os.path.dirname(path) for path in listed[split.name]} - searched):
+            searched.add(folder)
+            for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+                if (
+                    Path(entry.name).suffix.lower() in IMAGE_SUFFIXES
+                    and entry.path not in all_listed
+                    and entry.is_file()
+                ):
+                    yield split, Path(entry.path)
