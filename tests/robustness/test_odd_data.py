@@ -293,7 +293,7 @@ def test_without_a_category_there_is_nothing_to_repair(tmp_path, one):
     for categories in ([], [{"id": -1, "name": "roof"}]):
         path = one(categories=categories)
         assert check_dataset(path).count("no_categories") == 1
-        with pytest.raises(ValueError, match="`fix` .*category"):
+        with pytest.raises(ValueError, match=r"`fix` .*category"):
             check_dataset(path, fix=tmp_path / "fixed")
         assert not (tmp_path / "fixed").exists()
 

@@ -45,7 +45,7 @@ class DuplicateFinder:
         self._first_by_digest: dict[bytes, tuple[str, Any]] = {}  # -> (split, image)
         self._hashes: list[int] = []
         self._hashed: list[tuple[str, Any]] = []
-        self._earlier = np.zeros(0, np.uint64)  # hashes of the splits that have ended
+        self._earlier: np.ndarray = np.zeros(0, np.uint64)  # hashes of the splits that have ended
 
     def add(self, split: str, image: Any, digest: bytes | None, hash_bits: int | None) -> Iterator[Problem]:
         """Yield the problems of an image, given by its name, and remember it.
