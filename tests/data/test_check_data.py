@@ -627,7 +627,7 @@ def test_the_command_ends_with_0_without_errors_and_1_with_errors(small, tmp_pat
     result = CliRunner().invoke(app, [str(small), "--fix", str(tmp_path / "fixed"), "--json", str(tmp_path / "r.json")])
     assert result.exit_code == 1
     assert "missing_file (train)" in result.stdout
-    assert "changes.json lists what is different" in result.stdout
+    assert "changes.json lists the changes" in result.stdout
     assert json.loads((tmp_path / "r.json").read_text())["findings"][0]["kind"] == "missing_file"
     assert CliRunner().invoke(app, [str(tmp_path / "fixed"), "--workers", "1"]).exit_code == 0
 

@@ -540,7 +540,7 @@ def test_json_never_takes_the_place_of_something_else(tmp_path, one):
     for taken in (path, path.parent / "a.png"):
         result = CliRunner().invoke(app, [str(path), "--json", str(taken)])
         assert result.exit_code == 2
-        assert "is no report of this command" in result.stderr
+        assert f"--json must be a new file or an earlier report, got {taken}" in result.stderr
         assert content(tmp_path) == before
     (path.parent / "report.json").touch()
     for _ in range(2):  # an empty file and an earlier report are written over

@@ -1,4 +1,4 @@
-"""`transformers-rfdetr check-dataset`: what is wrong or odd in a data set, and a repaired copy of it."""
+"""`transformers-rfdetr check-dataset`: list the problems of a dataset, and write a repaired copy."""
 
 import json
 from pathlib import Path
@@ -11,9 +11,9 @@ from .errors import one_line_errors, terminated_as_interrupted
 
 EXAMPLE = """examples:
 
-transformers-rfdetr check-dataset my-export --overlays look
+transformers-rfdetr check-dataset my-export --overlays overlays
 
-transformers-rfdetr check-dataset train.json --image-folder pictures --fix repaired --json report.json
+transformers-rfdetr check-dataset train.json --image-folder images --fix repaired --json report.json
 """
 
 
@@ -21,40 +21,44 @@ transformers-rfdetr check-dataset train.json --image-folder pictures --fix repai
 @terminated_as_interrupted()
 def check_dataset(
     source: Annotated[
-        str, typer.Argument(help="a COCO JSON, a folder with one for each split, a data.yaml of YOLO, or a Hub id")
+        str, typer.Argument(help="A COCO JSON, a folder with one for each split, a data.yaml of YOLO, or a Hub id.")
     ],
     fix: Annotated[
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="write a repaired copy there, with a list of all changes; pictures are links to the same files, so"
-            " that drawing into one changes both",
+            help="Write a repaired copy to this folder, with a list of all changes. Images are hard links to the"
+            " same files: editing one changes both.",
         ),
     ] = None,
     overlays: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="draw up to 50 annotated pictures there, the odd ones first")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Draw up to 50 annotated images there, those with problems first."),
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="write the report as JSON; - prints nothing else")
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the report as JSON. With -, print it, and nothing else."),
     ] = None,
     image_folder: Annotated[
-        Path | None, typer.Option(help="the pictures of a COCO JSON; of YOLO what its places are relative to")
+        Path | None, typer.Option(help="The images of a COCO JSON; for YOLO, the root of its paths.")
     ] = None,
-    num_queries: Annotated[int, typer.Option(help="of the model; images with more objects are named", min=1)] = 200,
-    workers: Annotated[int | None, typer.Option(help="threads; as many as cores by default", min=1)] = None,
+    num_queries: Annotated[
+        int, typer.Option(help="The queries of the model: images with more objects are reported.", min=1)
+    ] = 200,
+    workers: Annotated[int | None, typer.Option(help="Threads. The default is the number of cores.", min=1)] = None,
 ) -> None:
-    """Read every picture and annotation, and list all that would be lost, mean something else, or is odd.
+    """Check every image and annotation, and list what would be lost, change its meaning, or is unusual.
 
-    The exit code is 0 without errors, 1 if there are errors in SOURCE (also when --fix repaired them), and 2 if it
-    cannot be read at all. Warnings and remarks do not count.
+    The exit code is 0 without errors, 1 with errors in SOURCE (also if --fix repaired them), and 2 if SOURCE cannot be
+    read at all. Warnings and infos do not count.
     """
-    from ..data.checks import check as check_data
+    from ..data.checks import check
 
     if json_file is not None and str(json_file) != "-":
         check_writable(json_file)
         if json_file.is_file() and json_file.stat().st_size and not _is_report(json_file):
-            raise ValueError(f"--json {json_file} exists, and is no report of this command; give another name")
-    report = check_data.check_dataset(
+            raise ValueError(f"--json must be a new file or an earlier report, got {json_file}. Give another name.")
+    report = check.check_dataset(
         source, image_folder=image_folder, num_queries=num_queries, workers=workers, fix=fix, overlays=overlays
     )
     as_json = None if json_file is None else json.dumps(report.to_dict(), indent=1)
@@ -66,12 +70,12 @@ def check_dataset(
             write_text(json_file, as_json)
         typer.echo(str(report))
         if fix is not None:
-            typer.echo(f"The repaired copy is in {fix}; {fix / 'changes.json'} lists what is different.")
+            typer.echo(f"The repaired copy is in {fix}; {fix / 'changes.json'} lists the changes.")
     if report.has_errors:
         raise typer.Exit(1)
 
 
 def _is_report(path: Path) -> bool:
-    begins = b'{\n "source": '  # a data set may be too large to be read for this
+    beginning = b'{\n "source": '  # a dataset may be too large to parse
     with path.open("rb") as file:
-        return file.read(len(begins)) == begins
+        return file.read(len(beginning)) == beginning

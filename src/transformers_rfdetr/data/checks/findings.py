@@ -17,14 +17,8 @@ KINDS = {
     "truncated_image": ("error", "the file is damaged or truncated; copy it again, or remove its entry"),
     "huge_image": ("error", "Pillow refuses this many pixels as an attack; downscale the image or cut it into tiles"),
     "exif_rotation": ("info", "EXIF rotates the image, and it is read upright; other programs may ignore EXIF"),
-    "exif_frame_unknown": (
-        "warning",
-        "EXIF rotates the image, and its size does not show whether it was annotated upright; look at an overlay",
-    ),
-    "exif_swapped_size": (
-        "error",
-        "height and width are those before the EXIF rotation; give those of the upright image, or remove the EXIF tag",
-    ),
+    "exif_frame_unknown": ("warning", "EXIF rotates the image, but it may have been annotated unrotated; see overlays"),
+    "exif_swapped_size": ("error", "height and width must be those after EXIF's rotation; swap them, or drop the tag"),
     "size_mismatch": ("error", "height and width must be those of the file; correct them, or the file name"),
     "missing_size": ("info", "height or width is missing and is read from the file; other programs may need it"),
     "image_without_objects": ("info", "the image is used as background in training"),
@@ -39,10 +33,7 @@ KINDS = {
     "duplicate_file_name": ("warning", "two images share one file, each with some of its objects; merge them"),
     "unlisted_file": ("warning", "an image file beside the others has no entry; it is not used"),
     "duplicate_image": ("warning", "two files of the split have the same content; remove one"),
-    "near_duplicate_across_splits": (
-        "warning",
-        "an image of another split looks the same, which makes an evaluation too optimistic; keep both in one split",
-    ),
+    "near_duplicate_across_splits": ("warning", "an image of another split looks the same; keep both in one split"),
     # categories
     "no_categories": ("error", "no category can be used, so that all objects are lost; define and number categories"),
     "invalid_category": ("error", "a category id must be a whole number of at least 0; number the categories"),
@@ -66,17 +57,11 @@ KINDS = {
     "inverted_box": ("error", "a box must be [x, y, width, height], and not two corners; correct the negative side"),
     "box_outside": ("error", "a box must overlap the image, or the object is lost; correct the box"),
     "box_beyond_edge": ("warning", "the box extends more than a pixel beyond the image; it is clipped"),
-    "box_mask_mismatch": (
-        "warning",
-        "the box differs from that of the mask by more than 2 pixels and 5 % of its longer side",
-    ),
+    "box_mask_mismatch": ("warning", "the box is more than 2 pixels and 5 % of its longer side off that of the mask"),
     "missing_box": ("info", "the box is missing and is computed from the mask"),
     "no_box_or_mask": ("error", "neither a box nor a mask can be read, so that the object is lost; add one"),
     "invalid_area": ("error", "an area must be a finite number of at least 0; correct or remove it"),
-    "area_mismatch": (
-        "warning",
-        "the area differs from that of the mask, or exceeds the box; it decides between small, medium and large",
-    ),
+    "area_mismatch": ("warning", "the area is not that of the mask, or exceeds the box; metrics by size depend on it"),
     "missing_area": ("info", "the area is missing and is computed from the mask or the box"),
     # segmentations
     "polygon_odd_numbers": ("error", "a polygon must be x0, y0, x1, y1, ...: an even number of values; correct it"),
