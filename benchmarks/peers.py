@@ -30,7 +30,7 @@ from transformers.models.rf_detr.image_processing_rf_detr import RfDetrImageProc
 from transformers.models.rf_detr.modeling_rf_detr import RfDetrForInstanceSegmentation as PortModel
 from transformers.utils.logging import disable_progress_bar
 
-from transformers_rfdetr import RfDetrConfig, RfDetrForInstanceSegmentation
+from transformers_rfdetr import RfDetrConfig, RfDetrForInstanceSegmentation, compile_for_inference
 
 # What --quick runs: the branches of rf-detr-seg-nano, few patches and queries.
 QUICK_VARIANT = "rf-detr-seg-nano"
@@ -125,7 +125,7 @@ def build_forms(models: dict[str, Any], device: str, *, compiled: bool, batch: i
         optimised = optimise_rfdetr(models["rfdetr"], dtype=dtype)
         forms[f"rfdetr optimised{suffix}"] = Form(optimised, _as_form(optimised.model.inference_model, dtype).run)
         if compiled:
-            fast = models["ours"].compile_for_inference(batch_size=batch, dtype=dtype)
+            fast = compile_for_inference(models["ours"], batch_size=batch, dtype=dtype)
             forms[f"ours compiled{suffix}"] = _as_form(fast, dtype)
             print(f"ours compiled{suffix}: {', '.join(fast.active)}")
     return forms

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from .evaluation.report import analyse, write_report
     from .evaluation.torchmetrics_metric import InstanceSegmentationMetric
     from .hub.load import load
+    from .inference.compiled import compile_for_inference
     from .inference.instances import Instances
-    from .inference.predict import compile_for_inference, predict
+    from .inference.predict import predict
     from .inference.tiling import predict_tiled
     from .inference.video import predict_video
     from .model.configuration_rf_detr import RfDetrConfig, RfDetrDinov2Config
@@ -78,7 +79,7 @@ _LATER = {
     "analyse": "evaluation.report",
     "check_dataset": "data.checks.check",
     "collate_fn": "data.prepared",
-    "compile_for_inference": "inference.predict",
+    "compile_for_inference": "inference.compiled",
     "evaluate_instance_segmentation": "evaluation.coco_evaluator",
     "load": "hub.load",
     "load_instance_dataset": "data.load",

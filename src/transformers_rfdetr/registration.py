@@ -1,7 +1,8 @@
-"""Which Auto classes now answer with ours."""
+"""What importing the package adds to transformers' Auto classes and to our own models."""
 
 import functools
 import inspect
+from typing import Any
 
 from transformers.models.auto.configuration_auto import AutoConfig
 
@@ -16,7 +17,12 @@ from transformers.models.auto.modeling_auto import (
 
 from .model.configuration_rf_detr import RfDetrConfig
 from .model.image_processing_rf_detr import RfDetrImageProcessor
-from .model.modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection, RfDetrModel
+from .model.modeling_rf_detr import (
+    RfDetrForInstanceSegmentation,
+    RfDetrForObjectDetection,
+    RfDetrModel,
+    RfDetrPreTrainedModel,
+)
 
 
 @functools.cache
@@ -37,3 +43,13 @@ def register() -> None:
         AutoImageProcessor.register(RfDetrConfig, image_processor_classes=backends, exist_ok=True)
     else:
         AutoImageProcessor.register(RfDetrConfig, slow_image_processor_class=RfDetrImageProcessor, exist_ok=True)
+    # From above: the model's files also work without the package, and then keep transformers' own `push_to_hub`.
+    for pushed in (RfDetrPreTrainedModel, RfDetrImageProcessor):
+        pushed.push_to_hub = push_to_hub
+
+
+def push_to_hub(self: Any, repo_id: str, *, with_code: bool = False, **settings: Any) -> Any:
+    """Upload the model or image processor, a model with its card; see [`hub.model_card.push_to_hub`]."""
+    from .hub.model_card import push_to_hub as push  # most programs never push, and the import takes time
+
+    return push(self, repo_id, with_code=with_code, **settings)

@@ -13,6 +13,7 @@ from transformers_rfdetr import (
     predict,
 )
 from transformers_rfdetr.data.synthetic import draw_scene
+from transformers_rfdetr.inference.compiled import InferenceModel
 
 from small_models import pixels, small_model
 
@@ -209,7 +210,7 @@ def test_a_copy_for_one_size_computes_the_same(kind, size):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_copy_in_half_precision_is_checked_and_predicts_nearly_the_same(dtype, pictures):
     model = confident_model()
-    fast = model.compile_for_inference(dtype=dtype, compiled=False)
+    fast = compile_for_inference(model, dtype=dtype, compiled=False)
     assert fast.dtype == dtype
     assert model.dtype == torch.float32
     assert 1e-5 < max(fast.differences.values()) < 0.1
@@ -218,16 +219,14 @@ def test_a_copy_in_half_precision_is_checked_and_predicts_nearly_the_same(dtype,
 
 
 def test_a_copy_that_computes_something_else_is_refused(monkeypatch):
-    from transformers_rfdetr.inference import predict as inference
-
-    real = inference.InferenceModel._tensors
+    real = InferenceModel._tensors
 
     def wrong(self, pixel_values):
         chosen, logits, *rest = real(self, pixel_values)
         logits[0, 0, 0] += 0.1
         return chosen, logits, *rest
 
-    monkeypatch.setattr(inference.InferenceModel, "_tensors", wrong)
+    monkeypatch.setattr(InferenceModel, "_tensors", wrong)
     with pytest.raises(ValueError, match=r"the logits of the model made for inference .* differ .* more than 0.001"):
         compile_for_inference(confident_model(), compiled=False)
 

@@ -146,6 +146,17 @@ def test_importing_leaves_transformers_own_classes_as_they_were(tmp_path):
     assert torch.equal(ours.query_feat.weight, small_model().query_feat.weight)
 
 
+@pytest.mark.parametrize("pushed", [RfDetrModel, RfDetrForInstanceSegmentation, RfDetrImageProcessor])
+def test_push_to_hub_is_the_one_that_writes_the_card(pushed, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "transformers_rfdetr.hub.model_card.push_to_hub", lambda *args, **settings: calls.append((args, settings))
+    )
+    instance = object.__new__(pushed)
+    instance.push_to_hub("me/barns", with_code=True, private=True)
+    assert calls == [((instance, "me/barns"), {"with_code": True, "private": True})]
+
+
 def test_importing_changes_no_global_state():
     program = """
         import logging, os, random, warnings

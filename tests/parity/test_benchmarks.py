@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from transformers_rfdetr import RfDetrForInstanceSegmentation
-
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = {
     "forward": {"ours", "ours bf16", "port", "port bf16", "rfdetr", "rfdetr optimised"},
@@ -146,7 +144,7 @@ def test_every_target_on_the_cpu_is_among_what_is_measured(tmp_path, monkeypatch
     monkeypatch.setattr(peers, "peak_bytes", lambda *_: 1)
     for script in ("training_step", "post_processing"):
         monkeypatch.setattr(module(script), "prepare", lambda *_: None)
-    monkeypatch.setattr(RfDetrForInstanceSegmentation, "compile_for_inference", lambda *_, **__: compiled)
+    monkeypatch.setattr(peers, "compile_for_inference", lambda *_, **__: compiled)
     monkeypatch.setattr(run_all, "stream", None)
     monkeypatch.setattr(run_all, "count_outputs_of_the_port", lambda: [("logits", 1.0)])
     monkeypatch.setattr(run_all, "alone", lambda function, *_: function() if function else {"rss": 1.0})

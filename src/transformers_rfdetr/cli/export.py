@@ -35,7 +35,7 @@ def export(
     ] = None,
 ) -> None:
     """Write a model as an ONNX or OpenVINO file, if it then computes what PyTorch computes."""
-    from ..export.exporter import export as export_model
+    from ..export import export as export_model
     from ..hub.load import load
 
     loaded, processor = load(model)

@@ -7,13 +7,13 @@ table of positions is resized before, as ONNX has no antialiased bicubic filter.
 """
 
 import copy
-import importlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..atomic_files import translate_disk_errors
 from ..data.synthetic import draw_scene
-from ..inference.predict import ForcedTopK, bake_position_embeddings, difference
+from ..inference.compiled import ForcedTopK, bake_position_embeddings, difference
 from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from ..model.modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection
 from ..model.validation import as_pair, check_resolution, is_index, read_size
@@ -82,7 +82,7 @@ def export(
 
     Example:
         >>> from transformers_rfdetr import RfDetrForInstanceSegmentation
-        >>> from transformers_rfdetr.export.exporter import export
+        >>> from transformers_rfdetr.export import export
         >>> model = RfDetrForInstanceSegmentation.from_pretrained("Roboflow/rf-detr-seg-nano")  # doctest: +SKIP
         >>> export(model, "seg-nano.onnx", dtype="float16").differences  # doctest: +SKIP
 
@@ -201,10 +201,8 @@ def _import_packages(format: str) -> None:
     if format == "openvino":
         commands["openvino"] = "pip install openvino"
     for name, command in commands.items():
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise ImportError(f"format {format} needs the package {name}, which is not here: {command}") from error
+        if find_spec(name) is None:
+            raise ImportError(f"format {format} needs the package {name}, which is not installed: {command}")
 
 
 # The pictures
@@ -283,6 +281,8 @@ def _prepared(reference: RfDetrForObjectDetection, size: tuple[int, int], dtype:
 
 
 def _write_onnx(module: _Outputs, example: Tensor, is_dynamic: bool, metadata: dict[str, str], path: Path) -> None:
+    import onnx
+
     program = torch.onnx.export(
         module,
         (example,),
@@ -298,13 +298,13 @@ def _write_onnx(module: _Outputs, example: Tensor, is_dynamic: bool, metadata: d
         # The stack of Python calls that made it, with the paths of this machine.
         node.ClearField("metadata_props")
         node.ClearField("doc_string")
-    onnx = importlib.import_module("onnx")
     onnx.helper.set_model_props(proto, metadata)
     onnx.save(proto, path)
 
 
 def _write_openvino(onnx_path: Path, path: Path, metadata: dict[str, str]) -> None:
-    openvino = importlib.import_module("openvino")
+    import openvino
+
     model = openvino.convert_model(onnx_path)
     for name, value in metadata.items():
         model.set_rt_info(value, ["model_info", name])
@@ -359,7 +359,9 @@ def _run_torch(module: _Outputs) -> _Runner:
 
 
 def _run_onnx(path: Path) -> _Runner:
-    onnx, onnxruntime = importlib.import_module("onnx"), importlib.import_module("onnxruntime")
+    import onnx
+    import onnxruntime
+
     proto = onnx.load(path)
     num_outputs = len(proto.graph.output)
     for node in proto.graph.node:
@@ -377,7 +379,8 @@ def _run_onnx(path: Path) -> _Runner:
 
 
 def _run_openvino(path: Path) -> _Runner:
-    openvino = importlib.import_module("openvino")
+    import openvino
+
     model = openvino.Core().read_model(path)
     num_outputs = len(model.outputs)
     model.add_outputs([node.output(1) for node in model.get_ordered_ops() if node.get_type_name() == "TopK"])

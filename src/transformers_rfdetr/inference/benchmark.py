@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging
 
 from ..data.synthetic import draw_scene
-from .predict import compile_for_inference, predict
+from .compiled import compile_for_inference
+from .predict import predict
 
 _PICTURE_SIZE = (480, 640)
 _WARM_UP = 3

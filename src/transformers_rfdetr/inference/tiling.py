@@ -24,8 +24,9 @@ from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from ..model.masks import mask_areas, region_to_rle
 from ..model.modeling_rf_detr import RfDetrForObjectDetection
 from ..model.validation import as_pair, check_resolution, read_size
+from .compiled import InferenceModel
 from .instances import Instances
-from .predict import InferenceModel, predict
+from .predict import predict
 
 # What ends closer than this to an inner border of its tile may go on behind it. The mask head's cells are 4 pixels.
 _REACH = 4

@@ -9,7 +9,6 @@ In training all G groups run side by side, with first-stage heads of their own; 
 Module names are those of the original checkpoints: the state dict is the file.
 """
 
-import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -640,14 +639,6 @@ class RfDetrPreTrainedModel(RfDetrCheckpoint):
         """Train DINOv2 again, but for the mask token and blocks after the last tap, which nothing reads."""
         self.backbone[0].encoder["encoder"].set_trainable(True)
 
-    def push_to_hub(self, repo_id: str, *, with_code: bool = False, **settings: Any) -> Any:
-        """Upload the model, and its code where asked; see `transformers_rfdetr.hub.model_card.push_to_hub`."""
-        try:
-            model_card = importlib.import_module("transformers_rfdetr.hub.model_card")
-        except ModuleNotFoundError:  # this file came with a model, which transformers pushes as it came
-            return super().push_to_hub(repo_id, **settings)
-        return model_card.push_to_hub(self, repo_id, with_code=with_code, **settings)
-
 
 class RfDetrModel(RfDetrPreTrainedModel):
     """Backbone and transformer, without the final heads.
@@ -838,14 +829,6 @@ class RfDetrForObjectDetection(RfDetrModel):
             num_boxes=num_boxes,
             across_ranks=self.training,
         )
-
-    def compile_for_inference(self, **settings: Any) -> Any:
-        """A copy made fast for pictures of one size; see `transformers_rfdetr.inference.predict.compile_for_inference`."""
-        return importlib.import_module("transformers_rfdetr.inference.predict").compile_for_inference(self, **settings)
-
-    def export(self, output: Any, **settings: Any) -> Any:
-        """Write the model as an ONNX or OpenVINO file; see `transformers_rfdetr.export.exporter.export`."""
-        return importlib.import_module("transformers_rfdetr.export.exporter").export(self, output, **settings)
 
     def predict_stage(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> StagePrediction:
         """What a result is made of: the logits and boxes of the last layer, and its masks, not multiplied out."""
