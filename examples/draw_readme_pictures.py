@@ -10,7 +10,8 @@ from pathlib import Path
 from transformers_rfdetr import load, predict, predict_tiled
 from transformers_rfdetr.data.drawing import draw_annotations, draw_grid
 from transformers_rfdetr.data.synthetic import draw_scene
-from transformers_rfdetr.inference.video import VideoWriter, predict_video
+from transformers_rfdetr.inference.video.predict_video import predict_video
+from transformers_rfdetr.inference.video.writer import VideoWriter
 
 _SEED = 2_000_000  # of pictures that the model was not trained on
 _THRESHOLD = 0.35

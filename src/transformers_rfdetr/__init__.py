@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .inference.instances import Instances
     from .inference.predict import predict
     from .inference.tiling import predict_tiled
-    from .inference.video import predict_video
+    from .inference.video.predict_video import predict_video
     from .model.configuration_rf_detr import RfDetrConfig, RfDetrDinov2Config
     from .model.image_processing_rf_detr import RfDetrImageProcessor
     from .model.modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection, RfDetrModel
@@ -85,8 +85,8 @@ _LATER = {
     "load_instance_dataset": "data.load",
     "predict": "inference.predict",
     "predict_tiled": "inference.tiling",
-    "predict_video": "inference.video",
-    "resolve_variant": "model.configuration_rf_detr",
+    "predict_video": "inference.video.predict_video",
+    "resolve_variant": "model.variants_rf_detr",
     "write_report": "evaluation.report",
 }
 

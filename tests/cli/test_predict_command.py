@@ -25,7 +25,9 @@ from transformers_rfdetr import RfDetrImageProcessor, load, predict, predict_til
 from transformers_rfdetr.cli import predict as command
 from transformers_rfdetr.inference import folder as bulk_prediction
 from transformers_rfdetr.inference.instances import Instances
-from transformers_rfdetr.inference.video import VideoReader, VideoSummary, VideoWriter
+from transformers_rfdetr.inference.video.predict_video import VideoSummary
+from transformers_rfdetr.inference.video.reader import VideoReader
+from transformers_rfdetr.inference.video.writer import VideoWriter
 
 from small_models import small_model
 
@@ -420,7 +422,7 @@ def test_a_video_comes_out_as_a_video_and_lines_once(model: Path, few: Path, vid
     assert "10 frames at" in done.output
     with VideoReader(tmp_path / "videos" / "street.mp4") as written:
         frames = list(written)
-    assert [frame.picture.size for frame in frames] == [(48, 32)] * 10
+    assert [frame.image.size for frame in frames] == [(48, 32)] * 10
     lines = [json.loads(line) for line in (tmp_path / "videos" / "street.jsonl").read_text().splitlines()]
     assert [line["seconds"] for line in lines] == [index / 5 for index in range(10)]
     assert all("track_id" in one for line in lines for one in line["instances"])
@@ -519,7 +521,7 @@ def test_a_video_on_a_server_that_was_stopped_is_not_done_and_a_stream_is(
         Path(jsonl).write_text("{}\n")
         return VideoSummary(1, 1.0, 1.0, 0, 0, 0, interrupted=True, is_cut=False)
 
-    monkeypatch.setattr("transformers_rfdetr.inference.video.predict_video", stop)
+    monkeypatch.setattr("transformers_rfdetr.inference.video.predict_video.predict_video", stop)
     assert run(model, name, "-o", tmp_path).exit_code == 130
     lines = [path.name for path in (tmp_path / "videos").iterdir()]
     assert len(lines) == 1
@@ -530,7 +532,7 @@ def test_a_video_of_which_the_connection_was_lost_is_no_result(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     cut = VideoSummary(1, 1.0, 1.0, 0, 0, 0, interrupted=False, is_cut=True)
-    monkeypatch.setattr("transformers_rfdetr.inference.video.predict_video", lambda *_, **__: cut)
+    monkeypatch.setattr("transformers_rfdetr.inference.video.predict_video.predict_video", lambda *_, **__: cut)
     done = run(model, "http://h/a/x.mp4", "http://h/b/x.mp4", "-o", tmp_path)
     assert done.exit_code == 1
     assert "x.mp4: the connection ended after 1 frames" in done.output
@@ -556,7 +558,7 @@ WRONG = {
     "url": (["http://[bad"], "http://[bad is no URL: Invalid IPv6 URL"),
     "of a video": (["{video}", "--threshold", "50"], "threshold 50.0 is outside"),
     "class in a video": (["{video}", "--classes", "nosuch"], "nosuch"),
-    "frames": (["{video}", "--max-frames", "0"], "max_frames 0 must be at least 1"),
+    "frames": (["{video}", "--max-frames", "0"], "`max_frames` must be at least 1, got 0"),
     "no camera": (["77"], "camera 77"),
 }
 

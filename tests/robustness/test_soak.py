@@ -26,7 +26,8 @@ from transformers_rfdetr.evaluation.coco_evaluator import evaluate_instance_segm
 from transformers_rfdetr.hub.load import load
 from transformers_rfdetr.inference.folder import list_images, predict_to_folder
 from transformers_rfdetr.inference.tiling import predict_tiled
-from transformers_rfdetr.inference.video import VideoWriter, predict_video
+from transformers_rfdetr.inference.video.predict_video import predict_video
+from transformers_rfdetr.inference.video.writer import VideoWriter
 from transformers_rfdetr.training.trainer import RfDetrTrainer, RfDetrTrainingArguments
 
 from small_models import small_config

@@ -19,7 +19,7 @@ from .options import absolute, read_dtype, read_names, read_size
 
 if TYPE_CHECKING:
     from ..inference.folder import Picture, Summary
-    from ..inference.video import VideoSummary
+    from ..inference.video.predict_video import VideoSummary
 
 EXAMPLE = """examples:
 
@@ -271,7 +271,7 @@ def _predict_video(
     **options: Any,
 ) -> None:
     from ..inference.folder import write_settings
-    from ..inference.video import predict_video
+    from ..inference.video.predict_video import predict_video
 
     drawn_to = output / "videos" / video.name
     if drawn_to.suffix.lower() != ".mp4":
@@ -285,7 +285,7 @@ def _predict_video(
     def on_frame(frame: Any, found: Any, drawn: Any) -> None:
         write_settings(output, settings)  # which are possible, as has just been seen
         if window is not None:
-            window(drawn or found.draw(frame.picture), 1)
+            window(drawn or found.draw(frame.image), 1)
 
     try:
         done = predict_video(

@@ -1,0 +1,1 @@
+"""Videos and live streams: read, predict, track, draw and write them frame by frame."""
