@@ -12,16 +12,16 @@ RIGHT = [50, 10, 60, 10, 60, 30, 50, 30]  # at the right edge of a picture of 40
 ORIENTATION = 0x0112
 
 
-def picture(seed, size=(40, 60)):
+def draw_image(seed, size=(40, 60)):
     """A picture (H, W) of soft areas, like no other seed's."""
     areas = np.random.default_rng(seed).integers(0, 256, (8, 9, 3), np.uint8)
     return PIL.Image.fromarray(areas).resize(size[::-1], PIL.Image.Resampling.BICUBIC)
 
 
-def save_turned(path, seed, orientation):
+def save_rotated(path, seed, orientation):
     exif = PIL.Image.Exif()
     exif[ORIENTATION] = orientation
-    picture(seed).save(path, exif=exif, quality=95)
+    draw_image(seed).save(path, exif=exif, quality=95)
 
 
 def square(number, image_id=1, category=1, **changes):
@@ -36,7 +36,7 @@ def rle(size=(40, 60)):
     return {"size": list(size), "counts": coco_mask.frPyObjects([SQUARE], *size)[0]["counts"].decode()}
 
 
-def image(number, name, size=(40, 60), **changes):
+def image_entry(number, name, size=(40, 60), **changes):
     return {"id": number, "file_name": name, "height": size[0], "width": size[1], **changes}
 
 
@@ -54,5 +54,5 @@ def errors_of(report):
     return {found.kind: found.count for found in report.findings if found.severity == "error"}
 
 
-def content(folder):
+def folder_content(folder):
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -27,13 +27,13 @@ from coco_files import (
     ORIENTATION,
     RIGHT,
     SQUARE,
-    content,
     counts_of,
+    draw_image,
     errors_of,
-    image,
-    picture,
+    folder_content,
+    image_entry,
     rle,
-    save_turned,
+    save_rotated,
     square,
     write_coco,
 )
@@ -45,24 +45,24 @@ pytestmark = pytest.mark.usefixtures("quiet")
 # Every defect, in one data set
 
 TRAIN_IMAGES = [
-    image(1, "a.png"),
-    image(2, "cut.jpg"),
-    image(3, "empty.png"),
-    image(4, "text.png"),
-    image(5, "huge.png", (100, 100)),
-    image(6, "turned.jpg", (60, 40)),
-    image(7, "upside_down.jpg"),
-    image(8, "swapped.jpg"),
-    image(9, "taller.png", (20, 60)),
-    image(10, "unsized.png", width=None),
-    image(11, "nothing.png"),
-    image(11, "nothing_2.png"),
-    image(None, "unnumbered.png"),
-    image(13, "gone.png"),
-    image(14, "../secret.png"),
-    image(15, "a.png"),
-    image(16, "a_copy.png"),
-    image(17, "lost.png"),
+    image_entry(1, "a.png"),
+    image_entry(2, "cut.jpg"),
+    image_entry(3, "empty.png"),
+    image_entry(4, "text.png"),
+    image_entry(5, "huge.png", (100, 100)),
+    image_entry(6, "turned.jpg", (60, 40)),
+    image_entry(7, "upside_down.jpg"),
+    image_entry(8, "swapped.jpg"),
+    image_entry(9, "taller.png", (20, 60)),
+    image_entry(10, "unsized.png", width=None),
+    image_entry(11, "nothing.png"),
+    image_entry(11, "nothing_2.png"),
+    image_entry(None, "unnumbered.png"),
+    image_entry(13, "gone.png"),
+    image_entry(14, "../secret.png"),
+    image_entry(15, "a.png"),
+    image_entry(16, "a_copy.png"),
+    image_entry(17, "lost.png"),
     "text",
 ]
 TRAIN_OBJECTS = [
@@ -137,21 +137,21 @@ def defects(tmp_path_factory):
         "lost.png",
     ]
     for seed, name in enumerate(names):
-        picture(seed).save(train / name)
-    picture(20, (100, 100)).save(train / "huge.png")
-    picture(21).save(train / "cut.jpg")
+        draw_image(seed).save(train / name)
+    draw_image(20, (100, 100)).save(train / "huge.png")
+    draw_image(21).save(train / "cut.jpg")
     (train / "cut.jpg").write_bytes((train / "cut.jpg").read_bytes()[:-300])
     (train / "empty.png").write_bytes(b"")
     (train / "text.png").write_text("no picture")
     (parent / "data" / "secret.png").write_text("never read")
     (train / "a_copy.png").write_bytes((train / "a.png").read_bytes())
     for seed, (name, orientation) in enumerate([("turned.jpg", 6), ("upside_down.jpg", 3), ("swapped.jpg", 6)], 30):
-        save_turned(train / name, seed, orientation)
+        save_rotated(train / name, seed, orientation)
     valid = parent / "data" / "valid"
-    write_coco(valid / "_annotations.coco.json", [image(1, "v.jpg", (50, 75))], [square(1)])
-    picture(0).resize((75, 50)).save(valid / "v.jpg", quality=90)
+    write_coco(valid / "_annotations.coco.json", [image_entry(1, "v.jpg", (50, 75))], [square(1)])
+    draw_image(0).resize((75, 50)).save(valid / "v.jpg", quality=90)
 
-    before = content(parent)
+    before = folder_content(parent)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 2400)  # refused are twice as many
         patch.setattr(PIL.Image, "warnings", _Silent())
@@ -277,7 +277,7 @@ def test_overlays_begin_with_what_is_odd(defects):
     # a, upside_down, swapped, taller, the second nothing, unnumbered, a again, its copy, lost and v are odd.
     assert len(names) == 13
     assert {name[3:] for name in names[10:]} == {"train_turned.jpg", "train_unsized.jpg", "train_nothing.jpg"}
-    drawn, plain = np.asarray(PIL.Image.open(parent / "drawn" / names[0]), int), np.asarray(picture(0), int)
+    drawn, plain = np.asarray(PIL.Image.open(parent / "drawn" / names[0]), int), np.asarray(draw_image(0), int)
     assert np.abs(drawn - plain)[10:30, 10:30].mean() > 20
 
 
@@ -293,16 +293,19 @@ def test_values_of_wrong_types_are_findings_and_never_a_crash(tmp_path):
     objects += [square(1000 + i, segmentation=shape) for i, shape in enumerate(shapes)]
     objects += [square(2000 + i, bbox=[value] * 4) for i, value in enumerate(ANYTHING)]
     images = [
-        image(100 + 20 * j + i, "a.png", **{name: value})
+        image_entry(100 + 20 * j + i, "a.png", **{name: value})
         for j, name in enumerate(("id", "file_name", "height", "width"))
         for i, value in enumerate(ANYTHING)
     ]
     categories = [{"id": value, "name": "x"} for value in ANYTHING] + [{"id": 1, "name": "roof"}, *ANYTHING]
     categories += [{"id": 50 + i, "name": v, "supercategory": v} for i, v in enumerate(ANYTHING)]
     path = write_coco(
-        tmp_path / "data" / "train.json", [image(1, "a.png"), *images, *ANYTHING], [*objects, *ANYTHING], categories
+        tmp_path / "data" / "train.json",
+        [image_entry(1, "a.png"), *images, *ANYTHING],
+        [*objects, *ANYTHING],
+        categories,
     )
-    picture(0).save(path.parent / "a.png")
+    draw_image(0).save(path.parent / "a.png")
     report = check_dataset(path, fix=tmp_path / "fixed", overlays=tmp_path / "drawn")
     assert report.count("invalid_annotation") == len(ANYTHING) - 2  # of the entries two are dicts
     assert report.count("invalid_segmentation") >= 5
@@ -333,8 +336,8 @@ def test_the_size_at_which_all_objects_lie_inside_is_taken(tmp_path, stated, sha
     box = BOX if isinstance(shape, dict) else [*shape[:2], shape[2] - shape[0], shape[5] - shape[1]]
     segmentation = shape if isinstance(shape, dict) else [shape]
     item = square(1, segmentation=segmentation, bbox=box, area=box[2] * box[3])
-    path = write_coco(tmp_path / "data" / "train.json", [image(1, "a.jpg", stated)], [item])
-    save_turned(path.parent / "a.jpg", 0, orientation)
+    path = write_coco(tmp_path / "data" / "train.json", [image_entry(1, "a.jpg", stated)], [item])
+    save_rotated(path.parent / "a.jpg", 0, orientation)
     report = check_dataset(path, fix=tmp_path / "fixed")
     assert errors_of(report) == {"exif_swapped_size" if orientation == 6 else "size_mismatch": 1}
     copy = json.loads((tmp_path / "fixed" / "train" / "_annotations.coco.json").read_text())
@@ -348,8 +351,8 @@ def test_the_size_at_which_all_objects_lie_inside_is_taken(tmp_path, stated, sha
 
 
 def test_a_copy_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
-    path = write_coco(tmp_path / "data" / "train.json", [image(1, "a.png")], [square(1)])
-    picture(0).save(path.parent / "a.png")
+    path = write_coco(tmp_path / "data" / "train.json", [image_entry(1, "a.png")], [square(1)])
+    draw_image(0).save(path.parent / "a.png")
 
     def interrupt(copy, changes, left):
         assert (copy.folder / "train" / "a.png").is_file()
@@ -366,16 +369,16 @@ def test_a_copy_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_two_files_with_one_id_and_objects_are_both_left_out(tmp_path):
-    path = write_coco(tmp_path / "data" / "train.json", [image(1, "a.png"), image(1, "b.png")], [square(1)])
+    path = write_coco(tmp_path / "data" / "train.json", [image_entry(1, "a.png"), image_entry(1, "b.png")], [square(1)])
     for seed, name in enumerate(("a.png", "b.png")):
-        picture(seed).save(path.parent / name)
+        draw_image(seed).save(path.parent / name)
     assert errors_of(check_dataset(path, fix=tmp_path / "fixed")) == {"duplicate_image_id": 1}
     assert json.loads((tmp_path / "fixed" / "train" / "_annotations.coco.json").read_text())["images"] == []
 
 
 def test_an_entry_that_stands_there_twice_is_kept_once(tmp_path):
-    path = write_coco(tmp_path / "data" / "train.json", [image(1, "a.png"), image(1, "a.png")], [square(1)])
-    picture(0).save(path.parent / "a.png")
+    path = write_coco(tmp_path / "data" / "train.json", [image_entry(1, "a.png"), image_entry(1, "a.png")], [square(1)])
+    draw_image(0).save(path.parent / "a.png")
     assert errors_of(check_dataset(path, fix=tmp_path / "fixed")) == {"duplicate_image_id": 1}
     [sample] = load_instance_dataset(tmp_path / "fixed")["train"]
     assert len(sample["annotations"]) == 1
@@ -385,8 +388,8 @@ def two_splits(folder, train_categories, valid_categories):
     """A picture each with an object of category 1 and one of category 2."""
     for seed, (split, categories) in enumerate([("train", train_categories), ("valid", valid_categories)]):
         items = [square(1), square(2, category=2)]
-        write_coco(folder / split / "_annotations.coco.json", [image(1, "a.png")], items, categories)
-        picture(seed).save(folder / split / "a.png")
+        write_coco(folder / split / "_annotations.coco.json", [image_entry(1, "a.png")], items, categories)
+        draw_image(seed).save(folder / split / "a.png")
     return folder
 
 
@@ -446,8 +449,8 @@ def test_splits_with_other_names_are_copied_as_coco_names_them(tmp_path):
 
 def test_a_data_set_of_boxes_is_not_said_to_lack_masks(tmp_path):
     items = [square(1, segmentation=...), square(2, segmentation=[], area=150), square(3, segmentation=[], area=900)]
-    path = write_coco(tmp_path / "train.json", [image(1, "a.png")], items)
-    picture(0).save(tmp_path / "a.png")
+    path = write_coco(tmp_path / "train.json", [image_entry(1, "a.png")], items)
+    draw_image(0).save(tmp_path / "a.png")
     # An area inside the box may be that of a mask that is not here; one of 900 is not inside 400.
     assert counts_of(check_dataset(path)) == {("area_mismatch", "train"): 1}
 
@@ -500,12 +503,15 @@ def test_a_crossing_is_found_in_a_long_polygon():
 def test_pictures_that_look_the_same_in_another_split_are_found_whatever_their_mode(tmp_path):
     files = {}
     for split in ("train", "validation"):
-        path = write_coco(tmp_path / split / "a.json", [image(i, f"{i}.png") for i in range(1, 5)], [square(1)])
+        path = write_coco(tmp_path / split / "a.json", [image_entry(i, f"{i}.png") for i in range(1, 5)], [square(1)])
         files[split] = path
-    grey = picture(5).convert("L")
+    grey = draw_image(5).convert("L")
     deep = PIL.Image.fromarray(np.asarray(grey, np.uint16) * 200)  # the same in 16 bits
     flat = PIL.Image.new("L", (60, 40), 90)
-    for folder, pictures in (("train", [picture(1), grey, flat, picture(3)]), ("validation", [picture(2), deep, flat])):
+    for folder, pictures in (
+        ("train", [draw_image(1), grey, flat, draw_image(3)]),
+        ("validation", [draw_image(2), deep, flat]),
+    ):
         for number, item in enumerate(pictures, start=1):
             item.save(tmp_path / folder / f"{number}.png")
     PIL.Image.new("L", (60, 40), 91).save(tmp_path / "validation" / "4.png")  # flat too, but another one
@@ -527,7 +533,7 @@ def yolo(tmp_path):
         (folder / split / "images").mkdir(parents=True)
         (folder / split / "labels").mkdir()
         for name in names:
-            picture(ord(name[0])).save(folder / split / "images" / name)
+            draw_image(ord(name[0])).save(folder / split / "images" / name)
     broken = folder / "train" / "images" / "b.jpg"
     broken.write_bytes(broken.read_bytes()[:-300])
     lines = ["0 0.25 0.25 0.5 0.25 0.5 0.75", "1 0.5 0.5 0.5 0.5", "7 0.5 0.5 0.5 0.5", "0 0.5 x", "", "1 1 1 0.5 0"]
@@ -558,7 +564,7 @@ def test_yolo_files_are_read_line_by_line(tmp_path, yolo):
 def test_rows_of_datasets_are_checked_and_not_repaired(tmp_path):
     datasets = pytest.importorskip("datasets")
     objects = {"bbox": [BOX, [100.0, 0, 9, 9]], "category": ["roof", "tree"], "segmentation": [[SQUARE], [SQUARE]]}
-    rows = datasets.Dataset.from_list([{"image": picture(0), "objects": objects}])
+    rows = datasets.Dataset.from_list([{"image": draw_image(0), "objects": objects}])
     rows = rows.cast_column("image", datasets.Image())
     report = check_dataset({"train": rows})
     assert counts_of(report) == {
@@ -612,8 +618,8 @@ app.command(epilog=command.EXAMPLE)(command.check_dataset)
 @pytest.fixture
 def small(tmp_path):
     """A JSON without an error, in a folder of its own."""
-    path = write_coco(tmp_path / "data" / "train.json", [image(1, "a.png")], [square(1)])
-    picture(0).save(path.parent / "a.png")
+    path = write_coco(tmp_path / "data" / "train.json", [image_entry(1, "a.png")], [square(1)])
+    draw_image(0).save(path.parent / "a.png")
     return path
 
 
@@ -623,7 +629,7 @@ def test_the_command_ends_with_0_without_errors_and_1_with_errors(small, tmp_pat
     result = CliRunner().invoke(app, [str(small)])
     assert result.exit_code == 0
     assert "train: 1 images, 0 of them without objects; 1 objects, 1 with a mask; 0 crowds; roof 1" in result.stdout
-    write_coco(small, [image(1, "a.png"), image(2, "b.png")], [square(1)])
+    write_coco(small, [image_entry(1, "a.png"), image_entry(2, "b.png")], [square(1)])
     result = CliRunner().invoke(app, [str(small), "--fix", str(tmp_path / "fixed"), "--json", str(tmp_path / "r.json")])
     assert result.exit_code == 1
     assert "missing_file (train)" in result.stdout
@@ -670,13 +676,13 @@ def test_the_command_says_in_a_line_why_a_source_cannot_be_read(tmp_path, conten
 def test_nothing_is_written_into_the_source_or_over_other_files(small, tmp_path, option, place, message):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("of somebody")
-    before = content(tmp_path)
+    before = folder_content(tmp_path)
     result = CliRunner().invoke(app, [str(small), option, str(tmp_path / place)])
     assert result.exit_code == 2
     assert f"`{option[2:]}` must" in result.stderr
     assert message in result.stderr
     assert str(tmp_path / place) in result.stderr
-    assert content(tmp_path) == before
+    assert folder_content(tmp_path) == before
 
 
 def test_the_pictures_may_lie_elsewhere(small, tmp_path):

@@ -168,7 +168,7 @@ def test_rle_of_every_form_is_the_mask_that_was_encoded(mask, form):
 
 
 @holds(60, mask=MASKS, place=st.integers(0, 40), letter=st.characters(codec="utf-8"), kind=st.integers(0, 2))
-def test_damaged_rle_is_refused_unless_its_runs_still_fill_the_picture(mask, place, letter, kind):
+def test_damaged_rle_is_refused_unless_its_runs_still_fill_the_image(mask, place, letter, kind):
     text = coco_mask.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
     place %= len(text)
     text = text[:place] + (letter if kind else "") + text[place + (kind < 2) :]  # one less, another, one more

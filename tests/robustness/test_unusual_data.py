@@ -24,12 +24,12 @@ from coco_files import (
     ORIENTATION,
     RIGHT,
     SQUARE,
-    content,
     counts_of,
+    draw_image,
     errors_of,
-    image,
-    picture,
-    save_turned,
+    folder_content,
+    image_entry,
+    save_rotated,
     square,
     write_coco,
 )
@@ -47,8 +47,10 @@ def one(tmp_path):
 
     def write(annotations=None, images=None, **lists):
         path = tmp_path / "data" / "train.json"
-        write_coco(path, images or [image(1, "a.png")], [square(1)] if annotations is None else annotations, **lists)
-        picture(0).save(path.parent / "a.png")
+        write_coco(
+            path, images or [image_entry(1, "a.png")], [square(1)] if annotations is None else annotations, **lists
+        )
+        draw_image(0).save(path.parent / "a.png")
         return path
 
     return write
@@ -66,9 +68,9 @@ def copy_of(tmp_path):
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK", "I;16"])
 def test_a_tiff_is_upright_wherever_it_is_read(tmp_path, one, orientation, mode):
-    path = one(images=[image(1, "a.tif")])
-    deep = PIL.Image.fromarray(np.asarray(picture(0).convert("L"), np.uint16) * 257)
-    given = deep if mode == "I;16" else picture(0).convert(mode)
+    path = one(images=[image_entry(1, "a.tif")])
+    deep = PIL.Image.fromarray(np.asarray(draw_image(0).convert("L"), np.uint16) * 257)
+    given = deep if mode == "I;16" else draw_image(0).convert(mode)
     exif = PIL.Image.Exif()
     exif[ORIENTATION] = orientation
     given.save(path.parent / "a.tif", exif=exif)
@@ -85,7 +87,7 @@ def test_a_tiff_is_upright_wherever_it_is_read(tmp_path, one, orientation, mode)
     upright = turn.get(orientation, stored)
     assert np.array_equal(read_rgb(path.parent / "a.tif"), upright)
     assert upright_size(path.parent / "a.tif") == upright.shape[:2]
-    write_coco(path, [image(1, "a.tif", upright.shape[:2])], [square(1)])
+    write_coco(path, [image_entry(1, "a.tif", upright.shape[:2])], [square(1)])
     report = check_dataset(path, fix=tmp_path / "fixed")
     kind = "exif_rotation" if orientation >= 5 else "exif_frame_unknown"
     assert report.count(kind) == (orientation > 1)
@@ -96,19 +98,19 @@ def test_a_tiff_is_upright_wherever_it_is_read(tmp_path, one, orientation, mode)
 def test_a_tiff_whose_objects_were_drawn_as_it_is_stored_is_written_so(tmp_path, one):
     item = square(1, segmentation=[RIGHT], bbox=[50, 10, 10, 20], area=200)
     for orientation in (5, 6, 7, 8):
-        path = one([item], [image(1, "a.tif")])
+        path = one([item], [image_entry(1, "a.tif")])
         exif = PIL.Image.Exif()
         exif[ORIENTATION] = orientation
-        picture(0).save(path.parent / "a.tif", exif=exif)
+        draw_image(0).save(path.parent / "a.tif", exif=exif)
         fixed = tmp_path / str(orientation)
         assert errors_of(check_dataset(path, fix=fixed)) == {"exif_swapped_size": 1}
         assert counts_of(check_dataset(fixed)) == {}
-        assert np.array_equal(load_instance_dataset(fixed)["train"][0]["image"], picture(0))
+        assert np.array_equal(load_instance_dataset(fixed)["train"][0]["image"], draw_image(0))
 
 
 def test_a_copy_of_a_copy_is_the_same(tmp_path, one):
-    path = one([], [image(1, "a.jpg", (99, 77))])
-    save_turned(path.parent / "a.jpg", 0, 6)
+    path = one([], [image_entry(1, "a.jpg", (99, 77))])
+    save_rotated(path.parent / "a.jpg", 0, 6)
     check_dataset(path, fix=tmp_path / "fixed")
     assert check_dataset(tmp_path / "fixed", fix=tmp_path / "again").count("exif_rotation") == 0
     assert json.loads((tmp_path / "again" / "changes.json").read_text()) == {"changes": [], "left": []}
@@ -120,10 +122,10 @@ def test_a_copy_of_a_copy_is_the_same(tmp_path, one):
 def test_turned_pictures_of_every_kind_are_written_upright(tmp_path, one, kind):
     if kind != "png" and not PIL.features.check(kind):
         pytest.skip(f"Pillow was built without {kind}")
-    path = one(images=[image(1, f"a.{kind}", (60, 40))])
+    path = one(images=[image_entry(1, f"a.{kind}", (60, 40))])
     exif = PIL.Image.Exif()
     exif[ORIENTATION] = 6
-    picture(0).save(path.parent / f"a.{kind}", exif=exif, **({"lossless": True} if kind == "webp" else {}))
+    draw_image(0).save(path.parent / f"a.{kind}", exif=exif, **({"lossless": True} if kind == "webp" else {}))
     report = check_dataset(path, fix=tmp_path / "fixed")
     assert (report.count("exif_rotation"), report.has_errors) == (1, False)
     [sample] = load_instance_dataset(tmp_path / "fixed")["train"]
@@ -133,14 +135,16 @@ def test_turned_pictures_of_every_kind_are_written_upright(tmp_path, one, kind):
 
 
 def test_an_orientation_that_there_is_not_turns_nothing(one):
-    path = one(images=[image(1, "a.jpg")])
-    save_turned(path.parent / "a.jpg", 0, 9)
+    path = one(images=[image_entry(1, "a.jpg")])
+    save_rotated(path.parent / "a.jpg", 0, 9)
     assert upright_size(path.parent / "a.jpg") == (40, 60)
     assert not check_dataset(path).has_errors
 
 
 def test_a_picture_whose_values_the_processor_refuses_is_not_called_clean(tmp_path, one):
-    path = one(images=[image(1, "a.tif"), image(2, "b.tif")], annotations=[square(1), square(2, image_id=2)])
+    path = one(
+        images=[image_entry(1, "a.tif"), image_entry(2, "b.tif")], annotations=[square(1), square(2, image_id=2)]
+    )
     for name, highest in (("a.tif", 255), ("b.tif", 300)):
         values = np.linspace(0, highest, 2400).reshape(40, 60).astype(np.int32)
         PIL.Image.fromarray(values, "I").save(path.parent / name)
@@ -152,14 +156,14 @@ def test_a_picture_whose_values_the_processor_refuses_is_not_called_clean(tmp_pa
 
 
 def test_lab_pictures_are_read(one):
-    path = one(images=[image(1, "a.tif")])
+    path = one(images=[image_entry(1, "a.tif")])
     PIL.Image.new("LAB", (60, 40), (120, 90, 60)).save(path.parent / "a.tif")
     assert not check_dataset(path).has_errors
     assert load_instance_dataset(path)["train"][0]["image"].size == (60, 40)
 
 
 def test_of_a_file_that_is_no_picture_the_head_is_read_only(one):
-    path = one(images=[image(1, "b.png")])
+    path = one(images=[image_entry(1, "b.png")])
     with open(path.parent / "b.png", "wb") as file:
         file.truncate(1 << 28)
     tracemalloc.start()
@@ -186,7 +190,7 @@ def test_of_a_file_that_is_no_picture_the_head_is_read_only(one):
     ],
 )
 def test_a_side_that_is_missing_or_no_number_is_the_files(tmp_path, one, height, width, kind):
-    path = one(images=[image(1, "a.png") | {"height": height, "width": width}])
+    path = one(images=[image_entry(1, "a.png") | {"height": height, "width": width}])
     report = check_dataset(path, fix=tmp_path / "fixed")
     assert counts_of(report) == ({} if kind is None else {(kind, "train"): 1})
     assert [(item["height"], item["width"]) for item in copy_of(tmp_path)["images"]] == [(40, 60)]
@@ -197,7 +201,7 @@ def test_a_side_that_is_missing_or_no_number_is_the_files(tmp_path, one, height,
 
 def test_a_box_of_two_numbers_does_not_stop_the_search_for_the_size(one):
     for box in ([10, 10], {"x": 1}):
-        report = check_dataset(one([square(1, segmentation=..., bbox=box)], [image(1, "a.png", (80, 120))]))
+        report = check_dataset(one([square(1, segmentation=..., bbox=box)], [image_entry(1, "a.png", (80, 120))]))
         assert errors_of(report) == {"size_mismatch": 1, "invalid_box": 1}
 
 
@@ -226,10 +230,10 @@ def test_an_outline_of_very_many_points_is_not_searched_for_crossings(one):
 
 
 def test_an_image_whose_objects_are_all_lost_is_no_background(tmp_path, one):
-    images = [image(1, "a.png"), image(2, "b.png"), image(3, "c.png")]
+    images = [image_entry(1, "a.png"), image_entry(2, "b.png"), image_entry(3, "c.png")]
     path = one([square(1), square(2, image_id=2, category=9), square(3, category=9)], images)
     for seed, name in enumerate(("b.png", "c.png"), 1):
-        picture(seed).save(path.parent / name)
+        draw_image(seed).save(path.parent / name)
     report = check_dataset(path, fix=tmp_path / "fixed")
     assert (report.count("all_objects_lost"), report.count("image_without_objects")) == (1, 1)
     assert [item["id"] for item in copy_of(tmp_path)["images"]] == [1, 3]
@@ -237,9 +241,9 @@ def test_an_image_whose_objects_are_all_lost_is_no_background(tmp_path, one):
 
 def test_an_image_whose_objects_are_of_no_certain_class_is_no_background(tmp_path, one):
     two = [{"id": 1, "name": "m", "supercategory": "a"}, {"id": 2, "name": "m", "supercategory": "b"}]
-    images = [image(1, "a.png"), image(2, "b.png")]
+    images = [image_entry(1, "a.png"), image_entry(2, "b.png")]
     path = one([square(1), square(2, image_id=2, category=3)], images, categories=[*two, {"id": 3, "name": "roof"}])
-    picture(1).save(path.parent / "b.png")
+    draw_image(1).save(path.parent / "b.png")
     assert check_dataset(path, fix=tmp_path / "fixed").count("all_objects_lost") == 1
     assert [item["id"] for item in copy_of(tmp_path)["images"]] == [2]
 
@@ -250,7 +254,7 @@ def test_an_image_id_of_thousands_of_digits_is_a_finding(one):
 
 @pytest.mark.parametrize(("stated", "used"), [("7", 7), (7, "7")])
 def test_an_image_id_that_is_a_text_in_one_place_and_a_number_in_the_other_is_one(tmp_path, one, stated, used):
-    report = check_dataset(one([square(1, image_id=used)], [image(stated, "a.png")]), fix=tmp_path / "fixed")
+    report = check_dataset(one([square(1, image_id=used)], [image_entry(stated, "a.png")]), fix=tmp_path / "fixed")
     assert errors_of(report) == {"annotation_of_missing_image": 1}
     assert report.splits["train"]["objects"] == 1
     assert [item["image_id"] for item in copy_of(tmp_path)["annotations"]] == [stated]
@@ -263,11 +267,11 @@ def test_no_id_leaves_64_bits(tmp_path, one):
 
 
 def test_numbers_that_json_does_not_know_are_null_in_a_copy(tmp_path, one):
-    path = one([square(1, score=float("inf"))], [image(1, "a.png", note=[float("nan")])])
+    path = one([square(1, score=float("inf"))], [image_entry(1, "a.png", note=[float("nan")])])
     check_dataset(path, fix=tmp_path / "fixed")
     copy = copy_of(tmp_path)
     assert (copy["annotations"][0]["score"], copy["images"][0]["note"]) == (None, [None])
-    report = check_dataset(one(images=[image(float("inf"), "a.png")], annotations=[]))
+    report = check_dataset(one(images=[image_entry(float("inf"), "a.png")], annotations=[]))
     json.dumps(report.to_dict(), allow_nan=False)
 
 
@@ -320,8 +324,8 @@ def test_the_last_number_as_id_of_two_classes_is_replaced(tmp_path):
     last = (1 << 63) - 1
     for seed, (split, name) in enumerate((("train", "roof"), ("valid", "tree"))):
         path = tmp_path / "data" / split / "_annotations.coco.json"
-        write_coco(path, [image(1, "a.png")], [square(1, category=last)], [{"id": last, "name": name}])
-        picture(seed).save(path.parent / "a.png")
+        write_coco(path, [image_entry(1, "a.png")], [square(1, category=last)], [{"id": last, "name": name}])
+        draw_image(seed).save(path.parent / "a.png")
     check_dataset(tmp_path / "data", fix=tmp_path / "fixed")
     assert {item["id"] for item in copy_of(tmp_path)["categories"]} == {1, last}
 
@@ -329,14 +333,16 @@ def test_the_last_number_as_id_of_two_classes_is_replaced(tmp_path):
 # Names and places
 
 
-def test_a_copy_never_writes_into_a_picture_of_the_source(tmp_path):
+def test_a_repaired_copy_never_writes_to_a_source_image(tmp_path):
     """A picture has the name of the copy's annotations, and a link leads to a file of the user's."""
     data = tmp_path / "data"
-    path = write_coco(data / "train.json", [image(1, "_annotations.coco.json"), image(2, "b.png")], [square(1)])
-    picture(0).save(tmp_path / "private.png")
+    path = write_coco(
+        data / "train.json", [image_entry(1, "_annotations.coco.json"), image_entry(2, "b.png")], [square(1)]
+    )
+    draw_image(0).save(tmp_path / "private.png")
     (data / "_annotations.coco.json").symlink_to(tmp_path / "private.png")
-    picture(1).save(data / "b.png")
-    before = content(tmp_path)
+    draw_image(1).save(data / "b.png")
+    before = folder_content(tmp_path)
     check_dataset(path, fix=tmp_path / "fixed")
     assert {file: file.read_bytes() for file in before} == before
     names = {item["id"]: item["file_name"] for item in copy_of(tmp_path)["images"]}
@@ -349,8 +355,8 @@ def test_one_file_that_is_two_images_is_written_as_each_of_them_needs_it(tmp_pat
     upright = [10, 45, 30, 45, 30, 55, 10, 55]
     items = [square(1, segmentation=[upright], bbox=[10, 45, 20, 10], area=200)]
     items += [square(2, image_id=2, segmentation=[RIGHT], bbox=[50, 10, 10, 20], area=200)]
-    path = one(items, [image(1, "a.jpg", (60, 40)), image(2, "a.jpg", (40, 60))])
-    save_turned(path.parent / "a.jpg", 0, 6)
+    path = one(items, [image_entry(1, "a.jpg", (60, 40)), image_entry(2, "a.jpg", (40, 60))])
+    save_rotated(path.parent / "a.jpg", 0, 6)
     check_dataset(path, fix=tmp_path / "fixed")
     copy = copy_of(tmp_path)
     sizes = {item["file_name"]: (item["height"], item["width"]) for item in copy["images"]}
@@ -360,18 +366,21 @@ def test_one_file_that_is_two_images_is_written_as_each_of_them_needs_it(tmp_pat
 
 
 def test_names_that_are_one_file_only_without_their_detours_are_two_in_the_copy(tmp_path, one):
-    path = one(images=[image(1, "a.png"), image(2, "link/../a.png")], annotations=[square(1), square(2, image_id=2)])
+    path = one(
+        images=[image_entry(1, "a.png"), image_entry(2, "link/../a.png")],
+        annotations=[square(1), square(2, image_id=2)],
+    )
     (tmp_path / "elsewhere" / "inside").mkdir(parents=True)
-    picture(5).save(tmp_path / "elsewhere" / "a.png")
+    draw_image(5).save(tmp_path / "elsewhere" / "a.png")
     (path.parent / "link").symlink_to(tmp_path / "elsewhere" / "inside")
     check_dataset(path, fix=tmp_path / "fixed")
     names = {item["id"]: item["file_name"] for item in copy_of(tmp_path)["images"]}
     for number, seed in ((1, 0), (2, 5)):
-        assert np.array_equal(PIL.Image.open(tmp_path / "fixed" / "train" / names[number]), picture(seed))
+        assert np.array_equal(PIL.Image.open(tmp_path / "fixed" / "train" / names[number]), draw_image(seed))
 
 
 def test_two_spellings_of_a_name_under_one_id_are_one_entry(tmp_path, one):
-    report = check_dataset(one(images=[image(1, "a.png"), image(1, "./a.png")]), fix=tmp_path / "fixed")
+    report = check_dataset(one(images=[image_entry(1, "a.png"), image_entry(1, "./a.png")]), fix=tmp_path / "fixed")
     assert errors_of(report) == {"duplicate_image_id": 1}
     assert len(copy_of(tmp_path)["annotations"]) == 1
 
@@ -382,12 +391,12 @@ def test_image_folder_says_what_names_may_reach(tmp_path, one):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for name in ("../pictures/b.png", str(pictures / "b.png")):
-        picture(1).save(pictures / "b.png")
-        write_coco(path, [image(1, name)], [square(1)])
+        draw_image(1).save(pictures / "b.png")
+        write_coco(path, [image_entry(1, name)], [square(1)])
         with pytest.raises(ValueError, match="lead out of"):
             load_instance_dataset(path)
         assert errors_of(check_dataset(path)) == {"unsafe_file_name": 1}
-        assert np.array_equal(load_instance_dataset(path, image_folder=pictures)["train"][0]["image"], picture(1))
+        assert np.array_equal(load_instance_dataset(path, image_folder=pictures)["train"][0]["image"], draw_image(1))
         report = check_dataset(path, image_folder=pictures, fix=tmp_path / "fixed")
         assert counts_of(report) == {}
         assert [item["file_name"] for item in copy_of(tmp_path)["images"]] == ["b.png"]
@@ -428,7 +437,7 @@ def yolo(tmp_path):
     folder = tmp_path / "yolo"
     for part in ("images", "labels"):
         (folder / part).mkdir(parents=True)
-    picture(0).save(folder / "images" / "a.png")
+    draw_image(0).save(folder / "images" / "a.png")
     (folder / "labels" / "a.txt").write_text("0 0.25 0.25 0.5 0.25 0.5 0.75 0.25 0.75")
     (folder / "data.yaml").write_text("names: [roof]\ntrain: images\n")
     return folder
@@ -460,7 +469,7 @@ def test_labels_are_found_below_a_folder_that_is_called_images(tmp_path, yolo):
 
 
 def test_a_picture_of_which_no_label_can_be_read_is_no_background(tmp_path, yolo):
-    picture(1).save(yolo / "images" / "b.png")
+    draw_image(1).save(yolo / "images" / "b.png")
     (yolo / "labels" / "b.txt").write_text("0 0.5 x\n")
     report = check_dataset(yolo, fix=tmp_path / "fixed")
     assert (report.count("all_objects_lost"), report.count("image_without_objects")) == (1, 0)
@@ -500,8 +509,8 @@ def test_rows_may_share_a_text_as_id(tmp_path):
         }
     ]
     given = [
-        {"image": picture(0), "image_id": "scene", "objects": objects},
-        {"image": picture(1, (40, 100)), "image_id": "scene", "objects": wide},
+        {"image": draw_image(0), "image_id": "scene", "objects": objects},
+        {"image": draw_image(1, (40, 100)), "image_id": "scene", "objects": wide},
     ]
     rows = datasets.Dataset.from_list(given).cast_column("image", datasets.Image())
     report = check_dataset(rows)
@@ -516,11 +525,11 @@ def test_rows_may_share_a_text_as_id(tmp_path):
 
 def test_whatever_a_name_holds_the_report_is_printed_and_written(tmp_path, one):
     names = ["\x1b[2J.png", "a\nb.png", "\ud800.png", "日本.png", "e" * 245 + ".png"]
-    images = [image(number, name) for number, name in enumerate(names, 1)]
+    images = [image_entry(number, name) for number, name in enumerate(names, 1)]
     path = one([square(number, image_id=number) for number in range(1, 4)], images)
     for seed, name in enumerate(names):
         if name.isprintable():
-            picture(seed).save(path.parent / name)
+            draw_image(seed).save(path.parent / name)
     report = tmp_path / "report.json"
     for charset in ("utf-8", "cp1252"):
         given = [str(path), "--json", str(report), "--overlays", str(tmp_path / "drawn")]
@@ -536,12 +545,12 @@ def test_whatever_a_name_holds_the_report_is_printed_and_written(tmp_path, one):
 
 def test_json_never_takes_the_place_of_something_else(tmp_path, one):
     path = one()
-    before = content(tmp_path)
+    before = folder_content(tmp_path)
     for taken in (path, path.parent / "a.png"):
         result = CliRunner().invoke(app, [str(path), "--json", str(taken)])
         assert result.exit_code == 2
         assert f"--json must be a new file or an earlier report, got {taken}" in result.stderr
-        assert content(tmp_path) == before
+        assert folder_content(tmp_path) == before
     (path.parent / "report.json").touch()
     for _ in range(2):  # an empty file and an earlier report are written over
         assert CliRunner().invoke(app, [str(path), "--json", str(path.parent / "report.json")]).exit_code == 0
