@@ -90,9 +90,9 @@ def test_the_fine_tuning_streaming_and_metrics_blocks_run_one_after_the_other(tm
 
     # To a stand-in for the Hub: test_hub pushes to a server.
     uploads = []
-    monkeypatch.setattr("transformers_rfdetr.training.trainer.create_repository", lambda name, **_: name)
+    monkeypatch.setattr("transformers_rfdetr.training.run_upload.create_repository", lambda name, **_: name)
     monkeypatch.setattr(
-        "transformers_rfdetr.training.trainer.upload", lambda _, files, *__, **___: uploads.append(files)
+        "transformers_rfdetr.training.run_upload.upload", lambda _, files, *__, **___: uploads.append(files)
     )
     run(BLOCKS[5], {}, **names)
     [files] = uploads

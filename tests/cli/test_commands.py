@@ -265,7 +265,7 @@ GIVEN = ["train", "data", "--model", "m", "--output", "o"]
         ([*GIVEN, "--set", "drop_path=true"], "drop_path is True; it must be a number or null"),
         ([*GIVEN, "--set", "ema"], "--set ema has no value; give NAME=VALUE"),
         ([*GIVEN, "--set", "ema=[1"], "--set ema=[1 is no YAML: while parsing"),
-        ([*GIVEN, "--set", "layer_decay=2"], "layer_decay 2.0 must be in (0, 1]"),
+        ([*GIVEN, "--set", "layer_decay=2"], "`layer_decay` must be in (0, 1]"),
         ([*GIVEN, "--resolution", "100x"], "--resolution 100x is no number of pixels"),
         ([*GIVEN, "--device", "cuda:1"], "device cuda:1 is none of auto, cpu, cuda, mps"),
         ([*GIVEN, "--config", "none.yaml"], "No such file or directory: 'none.yaml'"),
@@ -278,7 +278,7 @@ GIVEN = ["train", "data", "--model", "m", "--output", "o"]
         (["benchmark", "m", "--json", "."], ". is a folder; give the name of a file"),
         (["train", "data", *GIVEN[2:], "--config", "no.yaml"], "no.yaml cannot be read"),
         ([*GIVEN, "--epochs", "nan"], "--epochs nan trains nothing"),
-        ([*GIVEN, "--set", "gradient_accumulation_steps=0"], "gradient_accumulation_steps 0 must be at least 1"),
+        ([*GIVEN, "--set", "gradient_accumulation_steps=0"], "`gradient_accumulation_steps` must be at least 1"),
         (["benchmark", "m", "--dtype", "int8"], "--dtype int8 is none of float32"),
     ],
 )

@@ -37,7 +37,7 @@ from transformers_rfdetr.hub.model_card import (
     add_code,
     model_card,
 )
-from transformers_rfdetr.training.run_card import draw_examples, numbers_of
+from transformers_rfdetr.training.run_card import draw_examples, metrics_of_run
 from transformers_rfdetr.training.trainer import RfDetrTrainer, RfDetrTrainingArguments
 
 from hub_server import HubServer
@@ -313,7 +313,7 @@ def check_a_run_pushes_its_model_with_card_and_pictures_and_nothing_else(hub: Hu
         trainer.train()
         numbers = trainer.evaluate(drawn(3, 200), metric_key_prefix="test")
         model_files = {"config.json", "model.safetensors", "preprocessor_config.json"}
-        trainer._finish_current_push()
+        trainer.push_in_progress.wait_until_done()
         found = hub.files("me/drawn")  # from the checkpoints
         assert {name for name in found if "/" not in name} == model_files, found
         assert {name.partition("/")[0] for name in found - model_files} == {"last-checkpoint"}
@@ -594,7 +594,7 @@ def test_a_detection_model_gets_no_class_of_segmentation_beside_its_code(tmp_pat
 
 
 def numbers_of_run(trainer: RfDetrTrainer) -> dict[str, dict[str, Any]]:
-    return numbers_of(trainer.args, trainer.state, [""], "segm_AP")
+    return metrics_of_run(trainer.args, trainer.state, [""], "segm_AP")
 
 
 def test_the_numbers_of_a_run_are_those_of_the_weights_that_it_kept(tmp_path):
@@ -613,7 +613,7 @@ def test_the_numbers_of_a_run_are_those_of_the_weights_that_it_kept(tmp_path):
     trainer.args.load_best_model_at_end = False
     assert numbers_of_run(trainer)["validation"]["segm_AP"] == 0.2
     trainer.state.global_step = 12
-    assert list(numbers_of_run(trainer)) == ["validation at update 10"]
+    assert list(numbers_of_run(trainer)) == ["validation at optimizer step 10"]
     log[1] |= {"eval_base_segm_AP": 0.5, "eval_base_bbox_AP": 0.6}
     trainer.args.load_best_model_at_end = True
     assert numbers_of_run(trainer)["validation"]["bbox_AP"] == 0.6

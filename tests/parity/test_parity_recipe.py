@@ -12,7 +12,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from transformers_rfdetr import RfDetrConfig
 from transformers_rfdetr.model.variants_rf_detr import VARIANTS
-from transformers_rfdetr.training.optimization import WeightAverage, parameter_groups, step_schedule, training_sizes
+from transformers_rfdetr.training.optimization import parameter_groups, step_schedule, training_sizes
+from transformers_rfdetr.training.weight_average import WeightAverage
 
 from peer import twins
 from small_models import stand_in_config

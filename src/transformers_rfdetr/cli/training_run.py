@@ -214,7 +214,7 @@ def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
         from accelerate.utils import broadcast_object_list
     except ImportError as error:
         raise ImportError('training needs accelerate: pip install "transformers-rfdetr[train]"') from error
-    from ..training.recovery import restore_best
+    from ..training.checkpoints import restore_best_models
     from ..training.trainer import RfDetrTrainer
 
     arguments = _training_arguments(recipe)
@@ -227,7 +227,7 @@ def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
     names = dict(zip(data.category_ids, data.id2label.values(), strict=True))
     recipe = {**recipe, "class_names": names, "versions": _versions()}
     if is_first:
-        restore_best(output)
+        restore_best_models(output)
     # The first process alone looks and changes: what the others would find depends on when they look.
     [checkpoint] = broadcast_object_list([find_checkpoint(output, recipe) if resume and is_first else None])
     set_seed(arguments.seed)  # of heads for new classes
@@ -245,7 +245,7 @@ def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     saved = output / _MODEL_NAME
-    trainer.save_model(str(saved), _internal_call=True)  # True: it is pushed below
+    trainer.write_model(str(saved))
     numbers = trainer.evaluate() if trainer.eval_dataset is not None else {}
     if is_first:
         write_text(saved / RECIPE_NAME, _as_yaml(recipe))
@@ -291,7 +291,7 @@ def find_checkpoint(output: Path, recipe: Mapping[str, Any]) -> str | None:
     Raises:
         ValueError: the folder holds a run with other settings, or what may be one.
     """
-    from ..training.recovery import newest_checkpoint
+    from ..training.checkpoints import newest_checkpoint
 
     remedy = "give another --output, or --no-resume to move what is there aside and begin anew"
     traces = _traces(output)

@@ -116,7 +116,7 @@ class RfDetrTrainingArguments(TrainingArguments):
             ("deepspeed", not self.deepspeed, "left out: the average of the weights is not sharded; take FSDP"),
         ):
             if not fine:
-                raise ValueError(f"{name} {getattr(self, name)} must be {rule}")
+                raise ValueError(f"`{name}` must be {rule}, got {getattr(self, name)!r}.")
         if self.bf16 is None:
             on_gpu = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -152,7 +152,7 @@ def non_ema_key(key: str) -> str:
     return key.replace("eval_", "eval_base_", 1)
 
 
-def note_on_numbers(args: RfDetrTrainingArguments) -> str | None:
+def note_on_metrics(args: RfDetrTrainingArguments) -> str | None:
     """What a reader of the evaluation's numbers must know."""
     if not args.eval_score_threshold:
         return None

@@ -1,13 +1,10 @@
-"""RF-DETR's recipe: learning rates by depth, the step schedule, the scales of training, the average of the weights."""
+"""Learning rates by depth, the step schedule, and the image sizes of multi-scale training, as rfdetr sets them."""
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 _ENCODER, _DECODER = "backbone.0.encoder.", "transformer.decoder."
 # Of the encoder, parameters with one of these in their names are not decayed. LayerScale's `lambda1` is.
@@ -98,88 +95,3 @@ def resize_batch(inputs: Mapping[str, Any], size: tuple[int, int]) -> dict[str, 
         mask = F.interpolate(inputs["pixel_mask"][:, None].float(), size, mode="nearest")
         resized["pixel_mask"] = mask[:, 0].to(inputs["pixel_mask"].dtype)
     return resized
-
-
-class WeightAverage:
-    """An exponential moving average of the trainable weights, in float32.
-
-    Update t moves it by 1 - d_t towards the weights, d_t = decay (1 - exp(-t / tau)); the first one copies them
-    (rfdetr's EMA callback). Weights that are not trained are the model's own.
-
-    Args:
-        model: The model; under FSDP version 2 its parameters are shards, and so is the average.
-        decay: d of many updates, in [0, 1).
-        tau: Updates after which d has reached 63 % of `decay`; 0 for a constant d.
-    """
-
-    def __init__(self, model: nn.Module, decay: float = 0.993, tau: float = 100.0) -> None:
-        self.decay, self.tau = decay, tau
-        self.num_updates = 0
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._average = {name: p.detach().float().clone() for name, p in self._parameters.items()}
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Take in the weights after an optimizer step."""
-        self.num_updates += 1
-        decay = self.decay * (1 - math.exp(-self.num_updates / self.tau)) if self.tau else self.decay
-        if self.num_updates == 1:
-            decay = 0.0
-        average = [_local(tensor) for tensor in self._average.values()]
-        weights = [_local(parameter.detach()).float() for parameter in self._parameters.values()]
-        torch._foreach_mul_(average, decay)
-        torch._foreach_add_(average, weights, alpha=1.0 - decay)
-
-    @torch.no_grad()
-    def copy_to_model(self) -> None:
-        """Put the average into the model for good."""
-        for name, parameter in self._parameters.items():
-            parameter.copy_(self._average[name])
-
-    @contextmanager
-    def in_model(self) -> Iterator[None]:
-        """The model holds the average inside, and gets its weights back bit for bit."""
-        weights = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
-        self.copy_to_model()
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, parameter in self._parameters.items():
-                    parameter.copy_(weights[name])
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The average by the names of the parameters; see [`full_tensor`]."""
-        return {name: full_tensor(tensor).clone() for name, tensor in self._average.items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor], num_updates: int) -> None:
-        """Continue from a [`state_dict`]; a parameter that it does not hold goes on from the model's.
-
-        Args:
-            state: Whole tensors.
-            num_updates: Updates that went into them.
-        """
-        self.num_updates = num_updates
-        for name, tensor in self._average.items():
-            copy_full_tensor(tensor, state[name] if name in state else full_tensor(self._parameters[name]))
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be sharded by FSDP version 2; a collective then."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-@torch.no_grad()
-def copy_full_tensor(tensor: Tensor, values: Tensor) -> None:
-    """Set a tensor that may be sharded from all of its values."""
-    if hasattr(tensor, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-
-        values = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements)
-    tensor.copy_(values)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """A sharded tensor's own shard."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -1,4 +1,4 @@
-"""What the model card says of a training run: its recipe, its numbers, pictures of what it finds."""
+"""What the model card says about a training run: its settings, its metrics, images with predictions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,35 +15,36 @@ from ..inference.predict import predict
 from .arguments import RfDetrTrainingArguments, best_key, best_of_ema_and_base, non_ema_key
 
 DRAWN_SCORE = 0.5
-_LONGEST = 480  # side of a picture on the card, in pixels
-_MOST_NAMES = 10  # of objects in a picture, so that something is left to see
+_MAX_SIDE = 480  # pixels of an image on the card
+_MAX_CLASS_NAMES = 10  # drawn in one image, so that they do not cover it
 
 
-def recipe_of(
+def training_settings(
     args: RfDetrTrainingArguments, state: TrainerState, sizes: Sequence[tuple[int, int]], augmentation: Any
 ) -> dict[str, Any]:
-    """What was set -> its value.
+    """Return names and values of the settings that a reader of the card may want to repeat.
 
     Args:
-        args: Of the run.
-        state: How far it came.
-        sizes: (height, width) of which every update drew one; none for the model's own.
-        augmentation: Of training samples.
+        args: Arguments of the run.
+        state: State of the run, which says how long it was.
+        sizes: (height, width) that optimizer steps drew from; empty for the model's own.
+        augmentation: Augmentation of training samples.
     """
+    images_in_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     sides = ", ".join(str(size if size[0] != size[1] else size[0]) for size in sizes)
     schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     if args.lr_scheduler_type == SchedulerType.CONSTANT_WITH_WARMUP:
-        schedule = f"a tenth after {args.lr_drop_epochs:g} epochs"
+        schedule = f"divided by 10 after {args.lr_drop_epochs:g} epochs"
     return {
         "epochs": f"{state.epoch or 0:g}",
-        "updates": state.global_step,
-        "pictures of an update": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "learning rate": f"{args.learning_rate:g}, of DINOv2 {args.learning_rate_encoder:g}",
-        "decay of the rate": f"{args.layer_decay:g} a block of DINOv2, {args.component_decay:g} a component",
+        "optimizer steps": state.global_step,
+        "images in an optimizer step": images_in_step,
+        "learning rate": f"{args.learning_rate:g}, {args.learning_rate_encoder:g} for DINOv2",
+        "decay of the learning rate": f"{args.layer_decay:g} a block of DINOv2, {args.component_decay:g} a component",
         "schedule": schedule,
         "weight decay": f"{args.weight_decay:g}",
-        "largest gradient norm": f"{args.max_grad_norm:g}",
-        "average of the weights": f"decay {args.ema_decay:g}, tau {args.ema_tau:g}" if args.ema else "none",
+        "maximum gradient norm": f"{args.max_grad_norm:g}",
+        "EMA of the weights": f"decay {args.ema_decay:g}, tau {args.ema_tau:g}" if args.ema else "none",
         "resolution": f"drawn from {sides}" if sides else "the model's",
         "augmentation": "none" if augmentation is None else type(augmentation).__name__,
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
@@ -52,16 +53,16 @@ def recipe_of(
     }
 
 
-def numbers_of(
-    args: RfDetrTrainingArguments, state: TrainerState, splits: Sequence[str], kind: str
+def metrics_of_run(
+    args: RfDetrTrainingArguments, state: TrainerState, splits: Sequence[str], class_metric: str
 ) -> dict[str, dict[str, Any]]:
-    """What was measured on -> numbers of the weights that a run left in the model, as its log has them.
+    """Return, for each evaluated split, the metrics that the log has for the weights which the run kept.
 
     Args:
-        args: Of the run.
-        state: With the log; what comes after the end of training is not looked at.
-        splits: Names of the evaluated data sets; "" for one without a name.
-        kind: The metric that is logged for each class: "segm_AP" or "bbox_AP".
+        args: Arguments of the run.
+        state: State of the run, with its log. Entries after the end of training are ignored.
+        splits: Names of the evaluated splits; "" for one without a name.
+        class_metric: The metric that is logged for each class: "segm_AP" or "bbox_AP".
     """
     history = state.log_history
     ends = [index for index, entry in enumerate(history) if "train_runtime" in entry]
@@ -77,31 +78,31 @@ def numbers_of(
     step = chosen["step"]
     flat = {name: value for entry in history if entry.get("step") == step for name, value in entry.items()}
     is_base = best_of_ema_and_base(args, flat)[key] != flat[key]
-    is_final = args.load_best_model_at_end or step == state.global_step
+    is_kept = args.load_best_model_at_end or step == state.global_step
     results = {}
     for split in splits:
         prefix = f"eval_{split}_" if split else "eval_"
         prefix = non_ema_key(prefix) if is_base else prefix
-        numbers = {name.removeprefix(prefix): value for name, value in flat.items() if name.startswith(prefix)}
-        numbers["per_class"] = {
-            name.removeprefix(f"{kind}/"): {kind: value}
-            for name, value in numbers.items()
-            if name.startswith(f"{kind}/")
+        metrics = {name.removeprefix(prefix): value for name, value in flat.items() if name.startswith(prefix)}
+        metrics["per_class"] = {
+            name.removeprefix(f"{class_metric}/"): {class_metric: value}
+            for name, value in metrics.items()
+            if name.startswith(f"{class_metric}/")
         }
-        results[(split or "validation") + ("" if is_final else f" at update {step}")] = numbers
+        results[(split or "validation") + ("" if is_kept else f" at optimizer step {step}")] = metrics
     return results
 
 
 def draw_examples(model: Any, processor: Any, dataset: Any, count: int) -> list[tuple[Image.Image, Image.Image]]:
-    """The first pictures with objects: with the ground truth, crowds left out, and with what the model finds.
+    """Return the first images with objects, each with its ground truth and with predictions drawn on it.
 
-    Each is reduced to 480 pixels on its longer side.
+    Crowds are not drawn. The longer side of the images is reduced to 480 pixels.
 
     Args:
-        model: Of which predictions with a score above 0.5 are drawn.
+        model: A model, of which predictions with a score above 0.5 are drawn.
         processor: Its image processor.
-        dataset: An [`InstanceDataset`]; there are no pictures of others.
-        count: Of pictures, which are looked for among the first 16 times as many.
+        dataset: An [`InstanceDataset`]; other datasets give no images.
+        count: Number of images, which are looked for among the first 16 times as many.
     """
     if not isinstance(dataset, InstanceDataset):
         return []
@@ -120,23 +121,23 @@ def draw_examples(model: Any, processor: Any, dataset: Any, count: int) -> list[
         objects = [one for one in sample["annotations"] if not one["iscrowd"]]
         if not has_masks:
             objects = [one | {"segmentation": None} for one in objects]
-        truth = draw_annotations(image, objects, names, **_style([one["category_id"] for one in objects], names))
+        ground_truth = draw_annotations(image, objects, names, **_style([one["category_id"] for one in objects], names))
         boxes = None if has_masks else instances.boxes
         labels = instances.labels.tolist()
         predicted = draw_instances(image, instances.masks, boxes, **_style(labels, names))
-        rows.append((_reduced(truth), _reduced(predicted)))
+        rows.append((_shrink(ground_truth), _shrink(predicted)))
     return rows
 
 
-def _reduced(picture: Image.Image) -> Image.Image:
-    small = picture.copy()
-    small.thumbnail((_LONGEST, _LONGEST), Image.Resampling.LANCZOS)
+def _shrink(image: Image.Image) -> Image.Image:
+    small = image.copy()
+    small.thumbnail((_MAX_SIDE, _MAX_SIDE), Image.Resampling.LANCZOS)
     return small
 
 
 def _style(labels: Sequence[int], names: dict[int, str]) -> dict[str, Any]:
-    """A colour for each class, or for each object of a single class; names where they do not hide the picture."""
+    """Return a color for each class, or for each object of a single class; names unless there are too many."""
     if len(names) == 1:
         return {"labels": None, "color_indices": None}
-    titles = [names[label] for label in labels] if len(labels) <= _MOST_NAMES else None
+    titles = [names[label] for label in labels] if len(labels) <= _MAX_CLASS_NAMES else None
     return {"labels": titles, "color_indices": labels}

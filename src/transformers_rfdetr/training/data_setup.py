@@ -1,0 +1,97 @@
+"""What the trainer does with its datasets before the first step: it checks them, matches classes and describes them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers.utils import logging
+
+from ..data.dataset import InstanceDataset, InstanceDatasets
+from ..data.prepared import PreparedDataset
+from ..data.streams import InstanceStream, PreparedStream
+from ..model.configuration_rf_detr import RfDetrConfig
+from ..model.variants_rf_detr import is_background_label
+
+logger = logging.get_logger(__name__)
+
+
+def unprepared(dataset: Any) -> Any:
+    """Return the dataset that a prepared one reads from; other datasets as they are."""
+    if isinstance(dataset, PreparedDataset):
+        return dataset.dataset
+    return dataset.stream if isinstance(dataset, PreparedStream) else dataset
+
+
+def check_splits(train_dataset: Any, eval_dataset: Any) -> None:
+    """Raise a ValueError for all splits instead of one, and for training samples that nothing has prepared."""
+    columns = getattr(train_dataset, "column_names", None)
+    is_raw = columns and "pixel_values" not in columns
+    if isinstance(train_dataset, dict) or (is_raw and getattr(train_dataset, "format", {}).get("type") != "custom"):
+        raise ValueError(
+            "`train_dataset` must be one split of load_instance_dataset(...) or a dataset of prepared samples, got"
+            f" {'all splits' if isinstance(train_dataset, dict) else f'rows of {columns}'}. Pass data['train'] of"
+            " data = load_instance_dataset(...)."
+        )
+    if isinstance(eval_dataset, InstanceDatasets):
+        raise ValueError(
+            f"`eval_dataset` must be one split or a dict of splits, got all splits {list(eval_dataset)}. Pass one, such"
+            " as data['validation']."
+        )
+
+
+def check_eval_dataset(dataset: Any, eval_annotations: Any) -> None:
+    """Raise a ValueError for a dataset without a known ground truth."""
+    is_known = dataset is None or isinstance(dataset, str | InstanceDataset | PreparedDataset)
+    if not is_known and eval_annotations is None and not hasattr(dataset, "column_names"):
+        raise ValueError(
+            "`eval_dataset` must be a dataset from load_instance_dataset unless `eval_annotations` is given, got"
+            f" {type(dataset).__name__}. Pass its ground truth, a COCO dictionary, as `eval_annotations`."
+        )
+
+
+def match_classes(
+    config: RfDetrConfig, dataset: InstanceDataset | InstanceStream, *, keep_category_ids: bool = False
+) -> None:
+    """Check that a model has the classes of a dataset; classes that have no names yet are named by the dataset.
+
+    Args:
+        config: Configuration of the model, which is changed.
+        dataset: The dataset.
+        keep_category_ids: Whether to store the dataset's category ids in the configuration, as `category_ids`.
+
+    Raises:
+        ValueError: the number or the names of the classes differ.
+    """
+    names, wanted = dict(config.id2label), dict(dataset.id2label)
+    if names != wanted and len(names) == len(wanted) and all(name.startswith("LABEL_") for name in names.values()):
+        config.id2label, config.label2id = wanted, {name: label for label, name in wanted.items()}
+        names = wanted
+    # The heads of rfdetr's fine-tuned checkpoints have one row more.
+    if {label: name for label, name in names.items() if not is_background_label(name)} != wanted:
+        raise ValueError(
+            f"`model` must have the dataset's {len(wanted)} classes {_shorten(wanted)}, got {len(names)} classes"
+            f" {_shorten(names)}. Load it with from_pretrained(..., id2label=data.id2label,"
+            " ignore_mismatched_sizes=True)."
+        )
+    if keep_category_ids:
+        config.category_ids = list(dataset.category_ids)
+
+
+def _shorten(names: Mapping[int, str]) -> str:
+    text = ", ".join(f"{label}: {name}" for label, name in list(names.items())[:4])
+    return f"{{{text}{', ...' if len(names) > 4 else ''}}}"
+
+
+def describe_data(train_dataset: Any, eval_dataset: Any, num_queries: int) -> None:
+    """Print a table of the classes, and warn about images with more objects than the model has queries."""
+    parts = {"train": train_dataset, "validation": eval_dataset}
+    known = {name: part.dataset for name, part in parts.items() if isinstance(part, PreparedDataset)}
+    if known:
+        print(InstanceDatasets(known), flush=True)
+    for name, dataset in known.items():
+        if crowded := dataset.crowded(num_queries):
+            listed = ", ".join(f"{image} ({count})" for image, count in crowded[:5])
+            logger.warning(
+                f"{len(crowded)} images of {name} have more objects than the model has queries ({num_queries}), so that"
+                f" some objects cannot be found: {listed}{', ...' if len(crowded) > 5 else ''}. Pass a larger"
+                " num_queries to from_pretrained."
+            )

@@ -1,0 +1,193 @@
+"""A training run that can be resumed, and that keeps its best models."""
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
+
+from .arguments import best_key, best_of_ema_and_base, non_ema_key
+from .checkpoints import (
+    BestModels,
+    find_checkpoint_problem,
+    new_checkpoint,
+    newest_checkpoint,
+    read_training_state,
+    restore_best_models,
+    write_file_list,
+    write_training_state,
+)
+from .data_setup import describe_data
+from .distributed import copy_full_tensor, full_tensor, run_on_first_process
+from .faults import check_workers, translate_worker_errors
+from .loss_log import LossLog
+from .streamed_evaluation import EvaluatingTrainer
+from .weight_average import WeightAverage
+
+logger = logging.get_logger(__name__)
+
+
+class ResumableTrainer(EvaluatingTrainer):
+    """A trainer whose checkpoints have all that a resumed run needs to end with the same weights."""
+
+    best_models: BestModels
+    loss_log: LossLog
+    _checkpoint: Path | None = None  # that is resumed from
+    _hyperparameter_trial: Any = None
+
+    def reset_losses(self) -> None:
+        """Forget the losses of an earlier run, which may have ended in the middle of an optimizer step."""
+        raise NotImplementedError
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """Train, after a table of the classes and a warning about images with more objects than queries.
+
+        Args:
+            resume_from_checkpoint: A checkpoint folder, or True for the newest complete one of the output folder. A run
+                that was killed while it wrote a checkpoint resumes from the one before.
+            trial: Trial of a hyperparameter search.
+            *args: Other arguments of `Trainer.train`.
+            **kwargs: Other arguments of `Trainer.train`.
+
+        Raises:
+            ValueError: the checkpoint is not complete.
+            FloatingPointError: a loss or gradient is not finite (see `non_finite_loss`).
+            OSError: the disk is full, a data loader worker died (ChildProcessError), or another process of the run died
+                (ConnectionAbortedError). Completed files are kept; partial files are never treated as complete.
+        """
+        output_dir, checkpoint = self.args.output_dir, resume_from_checkpoint or None
+        if checkpoint is True:  # processes may see different files, so the first one decides
+            checkpoint = run_on_first_process(lambda: newest_checkpoint(output_dir), self.args.process_index)
+        elif checkpoint and (problem := find_checkpoint_problem(checkpoint)):
+            raise ValueError(
+                f"`resume_from_checkpoint` must be a complete checkpoint, got {checkpoint}: {problem}."
+                f" resume_from_checkpoint=True takes the newest complete one of {output_dir}."
+            )
+        if self.args.should_save:
+            restore_best_models(output_dir)
+            if not checkpoint:
+                _warn_about_earlier_run(output_dir)
+        check_workers(self.args.dataloader_num_workers)
+        self._checkpoint = Path(str(checkpoint)) if checkpoint else None
+        self._hyperparameter_trial = trial
+        self.weight_average, self.measured = None, {}
+        if self.is_world_process_zero():
+            describe_data(self.train_dataset, self.eval_dataset, self.model.config.num_queries)
+        with translate_worker_errors(self.args.world_size, output_dir):
+            output = super().train(checkpoint, trial, *args, **kwargs)
+        mean = self.loss_log.mean_of_run()
+        return output._replace(training_loss=mean, metrics={**output.metrics, "train_loss": mean})
+
+    def begin_training(self) -> None:
+        """Start from the checkpoint that is resumed from, whose model file has the averaged weights, or anew."""
+        self.reset_losses()
+        state, tensors = read_training_state(self._checkpoint) if self._checkpoint else (None, {})
+        self.best_models.values = dict(state["best"]) if state else {}
+        if state:
+            self.loss_log.load_state_dict(state["losses"])
+        for name, parameter in self.model.named_parameters():
+            if f"weights.{name}" in tensors:
+                copy_full_tensor(parameter, tensors[f"weights.{name}"])
+        if state and state["num_ema_updates"] and not tensors:
+            logger.warning(
+                f"{self._checkpoint} has averaged weights only (save_only_model). Training resumes from them."
+            )
+        if not self.args.ema:
+            return
+        if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 1:
+            raise ValueError(
+                '`fsdp_config` must have "version": 2 if `ema` is set, got version 1, whose flat weights cannot be'
+                ' averaged. Pass fsdp_config={"version": 2} or ema=False.'
+            )
+        self.weight_average = WeightAverage(self.model, self.args.ema_decay, self.args.ema_tau)
+        if tensors:
+            average = {name.removeprefix("average."): t for name, t in tensors.items() if name.startswith("average.")}
+            self.weight_average.load_state_dict(average, state["num_ema_updates"])
+
+    def end_training(self) -> None:
+        """Leave the best weights, or without `load_best_model_at_end` the averaged ones, in the model."""
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self.best_models.load_total(self.model, Path(self.args.output_dir))
+        elif self.weight_average is not None:
+            self.weight_average.copy_to_model()
+        self.weight_average = None
+
+    # -- the best models ---------------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the metrics of a dataset; `eval_per_class` is a dictionary, of which one metric a class is logged.
+
+        In training it also keeps the best models. The metric for the best model that it then returns, by which Trainer
+        chooses the best checkpoint, is the better of average and base weights.
+        """
+        is_for_training = self.is_in_train and self.control.should_evaluate and eval_dataset is None
+        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        if not is_for_training:
+            return metrics
+        self.keep_best_models(metrics)
+        return best_of_ema_and_base(self.args, metrics)
+
+    def keep_best_models(self, metrics: Mapping[str, Any]) -> None:
+        """Write the average, and with `eval_base_model` the weights, if they are the best so far."""
+        key, directory = best_key(self.args), self.run_directory(self._hyperparameter_trial)
+        evaluated = "ema" if self._evaluates_average else "regular"
+        for kind, name in ((evaluated, key), ("regular", non_ema_key(key))):
+            if name in metrics:
+                self.best_models.keep(kind, metrics[name], directory, self._write_weights)
+
+    def _write_weights(self, kind: str, folder: Path) -> None:
+        with self.weight_average.in_model() if kind == "ema" else nullcontext():
+            self.write_model(str(folder))
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def write_model(self, output_dir: str) -> None:
+        """Write the weights that the model has, its configuration and the processor, without an upload."""
+        if not self.is_fsdp_enabled:
+            super().write_model(output_dir)
+            return
+        # transformers writes shards, or nothing, by FSDP's kind of state; a model folder has full tensors.
+        state = {name: full_tensor(tensor).cpu() for name, tensor in self.model.state_dict().items()}
+        if self.args.should_save:
+            self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict=state)
+            self.processing_class.save_pretrained(output_dir)
+
+    def write_checkpoint(self, folder: Path, write_files: Callable[[], None]) -> None:
+        """Write a checkpoint: first what transformers does not know, last its state, which marks it as complete."""
+        with new_checkpoint(folder, self.args.should_save):
+            self._write_training_state(folder)
+            write_files()
+
+    def complete_checkpoint(self, folder: Path) -> None:
+        """List the files of a checkpoint, of which all processes have written theirs."""
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_file_list(folder)
+
+    def _write_training_state(self, folder: Path) -> None:
+        average, tensors = self.weight_average, {}
+        if average is not None and not self.args.save_only_model:
+            tensors = {f"average.{name}": tensor for name, tensor in average.state_dict().items()}
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    tensors[f"weights.{name}"] = full_tensor(parameter)
+        state = {
+            "lists_files": not self.args.save_only_model,
+            "num_ema_updates": average.num_updates if average is not None else 0,
+            "best": self.best_models.values,
+            "losses": self.loss_log.state_dict(),
+        }
+        if self.args.should_save:
+            write_training_state(folder, state, tensors)
+
+
+def _warn_about_earlier_run(output_dir: str) -> None:
+    with suppress(ValueError):
+        logger.warning(
+            f"{newest_checkpoint(output_dir)} is from an earlier run, which this run may overwrite. Pass"
+            " resume_from_checkpoint=True to resume that run, or another output_dir."
+        )
