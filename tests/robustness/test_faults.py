@@ -1,4 +1,4 @@
-"""Killed processes, full disks, and losses that are no numbers: what was whole stays, and the next run goes on."""
+"""Killed processes, full disks and non-finite losses: completed files are kept, and the next run resumes."""
 
 import errno
 import functools
@@ -51,7 +51,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks and kills proc
 
 # -- a checkpoint ----------------------------------------------------------------------------------------------------
 
-# 10 updates; the second save, at 8, replaces best_ema and best_total, and removes checkpoint-4.
+# 10 optimizer steps. The second save, at step 8, replaces best_ema and best_total, and removes checkpoint-4.
 SETTINGS = {
     "eval_strategy": "steps",
     "eval_steps": 4,
@@ -65,7 +65,7 @@ BEST = ("best_ema", "best_total")
 
 
 class Case(NamedTuple):
-    """A folder in which the second save was disturbed."""
+    """A folder in which a fault hit the second save."""
 
     fault: str
     ended: Ended
@@ -73,7 +73,7 @@ class Case(NamedTuple):
 
 
 class Saves(NamedTuple):
-    """A run that went well, and copies of it in each of which the second save did not."""
+    """A run without faults, and copies of it in each of which a fault hit the second save."""
 
     weights: dict[str, torch.Tensor]
     first: dict[str, dict[str, bytes]]  # folder -> its files, after the first save
@@ -85,18 +85,22 @@ def snapshot(run: Path) -> dict[str, dict[str, bytes]]:
     return {folder.name: tree(folder) for folder in run.iterdir() if not folder.name.startswith(".")}
 
 
-def faults_of(clean: Ended, lengths: Sequence[int], num_parts: int) -> dict[str, dict[str, Any]]:
-    """One before every change of the disk, and others in the middle of the files."""
+# A process is killed before every third change of the disk, and in the long run before every change.
+every_change = [3, pytest.param(1, marks=pytest.mark.long)]
+
+
+def faults_of(clean: Ended, step: int, lengths: Sequence[int], num_parts: int) -> dict[str, dict[str, Any]]:
+    """Return faults before every `step`-th change of the disk, and in the middle of the files."""
     parts = (clean.num_bytes * part // num_parts for part in range(1, num_parts))
     return {
-        **{f"killed before change {place}": {"dies_at": place} for place in range(clean.num_changes)},
+        **{f"killed before change {place}": {"dies_at": place} for place in range(0, clean.num_changes, step)},
         **{f"killed in a file at byte {length}": {"longest": length} for length in lengths},
         **{f"disk full after {room} bytes": {"room": room} for room in (0, 1, *parts, clean.num_bytes - 2)},
     }
 
 
 def improving_trainer() -> RfDetrTrainer:
-    """Each of its evaluations is better than the last."""
+    """Return a trainer of which each evaluation is better than the last."""
     trainer = build_trainer("run", **SETTINGS)
     evaluation_loop = trainer.evaluation_loop
 
@@ -109,14 +113,14 @@ def improving_trainer() -> RfDetrTrainer:
     return trainer
 
 
-@pytest.fixture(scope="module")
-def saves(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saves]:
+@pytest.fixture(scope="module", params=every_change, ids="every {} changes".format)
+def saves(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saves]:
     root = tmp_path_factory.mktemp("saves")
     cases: list[Case] = []
     first: dict[str, dict[str, bytes]] = {}
     with pytest.MonkeyPatch.context() as patch:
-        (root / "whole").mkdir()
-        patch.chdir(root / "whole")  # "run" is another folder in every case
+        (root / "clean").mkdir()
+        patch.chdir(root / "clean")  # "run" is a different folder in every case
         trainer = improving_trainer()
         keep_best_models = trainer.keep_best_models
 
@@ -130,20 +134,20 @@ def saves(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saves]:
                     trainer._determine_best_metric(metrics, None)
                     trainer._save_checkpoint(trainer.model, None)
 
-                def disturbed(name: str, **fault: Any) -> Ended:
+                def save_with_fault(name: str, **fault: Any) -> Ended:
                     run = root / str(len(cases)) / "run"
                     shutil.copytree("run", run)
                     ended = attempt(save, **fault)
                     cases.append(Case(name, ended, run))
                     return ended
 
-                clean = disturbed("none")
+                clean = save_with_fault("none")
                 largest = max(path.stat().st_size for path in cases[0].run.rglob("*") if path.is_file())
                 lengths = [0, 1, 1000, largest // 3, largest - 1]
-                for name, fault in faults_of(clean, lengths, num_parts=7).items():
-                    disturbed(name, **fault)
+                for name, fault in faults_of(clean, request.param, lengths, num_parts=7).items():
+                    save_with_fault(name, **fault)
                 for length in lengths:
-                    disturbed(f"a file larger than {length}", longest=length, dies_of_length=False)
+                    save_with_fault(f"a file larger than {length}", longest=length, dies_of_length=False)
             keep_best_models(metrics)
 
         trainer.keep_best_models = second_save
@@ -162,7 +166,7 @@ def test_the_faults_hit_every_part_of_a_save(saves):
     assert clean.num_changes > 40
 
 
-def test_after_any_fault_the_newest_checkpoint_is_one_that_was_written_whole(saves):
+def test_after_any_fault_the_newest_checkpoint_is_complete(saves):
     newest = []
     for case in saves.cases[1:]:
         name = Path(newest_checkpoint(case.run)).name
@@ -170,20 +174,20 @@ def test_after_any_fault_the_newest_checkpoint_is_one_that_was_written_whole(sav
         assert tree(case.run / name) == expected[name], case.fault
         if case.ended.signal == signal.SIGKILL:
             newest.append(name)
-    assert newest == sorted(newest)  # once the new one is whole, it is not lost again
+    assert newest == sorted(newest)  # once the new one is complete, it stays
     assert set(newest) == {"checkpoint-4", "checkpoint-8"}
 
 
-def test_after_any_fault_the_best_models_are_those_of_the_first_save_or_of_the_second(saves):
+def test_after_any_fault_the_best_models_are_those_of_the_first_or_second_save(saves):
     for case in saves.cases[1:]:
         for name in BEST:
-            if case.ended.signal == 0:  # nothing needs to be restored after an error
+            if case.ended.signal == 0:  # after an error, nothing needs to be restored
                 assert (case.run / name).is_dir(), case.fault
             restore_folder(case.run / name)
             assert tree(case.run / name) in (saves.first[name], saves.second[name]), case.fault
 
 
-def test_a_full_disk_is_named_with_the_folder_and_what_was_begun_is_removed(saves):
+def test_an_error_of_a_full_disk_names_the_folder_and_leaves_no_partial_files(saves):
     failed = [case for case in saves.cases if case.ended.error is not None]
     assert len(failed) > 8
     for case in failed:
@@ -200,14 +204,14 @@ def test_a_full_disk_is_named_with_the_folder_and_what_was_begun_is_removed(save
 
 
 class Die(TrainerCallback):
-    """Kills the process in an evaluation."""
+    """Kill the process in an evaluation."""
 
     def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("kind", ["killed in evaluation", "killed in a file", "disk full"])
-def test_training_goes_on_to_the_same_weights(kind, saves, monkeypatch):
+def test_training_resumes_to_the_same_weights(kind, saves, monkeypatch):
     if kind == "killed in evaluation":
         [case] = [case for case in saves.cases if case.fault == "killed before change 0"]
         monkeypatch.chdir(case.run.parent)
@@ -229,23 +233,28 @@ def test_training_goes_on_to_the_same_weights(kind, saves, monkeypatch):
         assert torch.equal(tensor, saves.weights[name]), name
 
 
-def cut(path: Path) -> None:
+def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
+@pytest.fixture(scope="module")
+def any_trainer(tmp_path_factory: pytest.TempPathFactory) -> RfDetrTrainer:
+    return build_trainer(tmp_path_factory.mktemp("trainer"))
+
+
 @pytest.mark.parametrize(
-    ("harm", "reason"),
+    ("damage", "reason"),
     [
-        (lambda folder: cut(folder / "model.safetensors"), r"model.safetensors has \d+ of \d+ bytes"),
+        (lambda folder: truncate(folder / "model.safetensors"), r"model.safetensors has \d+ of \d+ bytes"),
         (
-            lambda folder: cut(folder / "rf_detr_training_weights.safetensors"),
+            lambda folder: truncate(folder / "rf_detr_training_weights.safetensors"),
             r"training_weights.safetensors has \d+ of \d+ bytes",
         ),
-        (lambda folder: cut(folder / "optimizer.pt"), r"optimizer.pt has \d+ of \d+ bytes"),
-        (lambda folder: cut(folder / "trainer_state.json"), "a file is missing or cannot be read: Expecting"),
-        (lambda folder: cut(folder / "rf_detr_state.json"), "a file is missing or cannot be read: "),
+        (lambda folder: truncate(folder / "optimizer.pt"), r"optimizer.pt has \d+ of \d+ bytes"),
+        (lambda folder: truncate(folder / "trainer_state.json"), "a file is missing or cannot be read: Expecting"),
+        (lambda folder: truncate(folder / "rf_detr_state.json"), "a file is missing or cannot be read: "),
         (lambda folder: (folder / "rf_detr_files.json").unlink(), "No such file.*rf_detr_files.json"),
-        (lambda folder: cut(folder / "rf_detr_files.json"), "a file is missing or cannot be read: Expecting"),
+        (lambda folder: truncate(folder / "rf_detr_files.json"), "a file is missing or cannot be read: Expecting"),
         (lambda folder: (folder / "config.json").unlink(), "config.json"),
         (lambda folder: (folder / "model.safetensors").unlink(), "No such file.*model.safetensors"),
         (lambda folder: (folder / "optimizer.pt").unlink(), "No such file.*optimizer.pt"),
@@ -253,20 +262,19 @@ def cut(path: Path) -> None:
         (shutil.rmtree, "it is not a folder"),
     ],
 )
-def test_a_checkpoint_that_was_cut_off_elsewhere_is_refused(harm, reason, saves, tmp_path, hf_log):
-    """By a copy that was broken off, or a deletion."""
-    whole = saves.cases[0].run / "checkpoint-8"
+def test_an_incomplete_checkpoint_is_refused(damage, reason, saves, any_trainer, tmp_path):
+    """As after an interrupted copy, or a deletion."""
+    complete = saves.cases[0].run / "checkpoint-8"
     for name in ("checkpoint-8", "checkpoint-10"):
-        shutil.copytree(whole, tmp_path / name)
+        shutil.copytree(complete, tmp_path / name)
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-    harm(tmp_path / "checkpoint-10")
-    trainer = build_trainer(tmp_path)
+    damage(tmp_path / "checkpoint-10")
     with pytest.raises(ValueError, match=f"resume_from_checkpoint.*checkpoint-10: .*{reason}"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+        any_trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
 
 
-def test_a_checkpoint_of_another_run_is_not_whole_while_it_is_written_over(saves, tmp_path, monkeypatch):
+def test_a_checkpoint_of_another_run_is_incomplete_while_it_is_overwritten(saves, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(saves.cases[0].run / "checkpoint-8", "run/checkpoint-8")
     trainer = improving_trainer()
@@ -278,10 +286,12 @@ def test_a_checkpoint_of_another_run_is_not_whole_while_it_is_written_over(saves
         newest_checkpoint("run")
 
 
-def test_nothing_of_another_runs_checkpoint_stays_in_one_that_is_written_over(saves, tmp_path):
-    shutil.copytree(saves.cases[0].run / "checkpoint-8", tmp_path / "checkpoint-1")
+def test_a_run_in_the_folder_of_another_run_warns_and_replaces_its_checkpoints_completely(saves, tmp_path, hf_log):
+    for name in ("checkpoint-1", "checkpoint-8"):
+        shutil.copytree(saves.cases[0].run / "checkpoint-8", tmp_path / name)
     settings = PLAIN | {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "save_only_model": True}
     build_trainer(tmp_path, **settings).train()
+    assert "checkpoint-8 is from an earlier run" in hf_log.text
     assert find_checkpoint_problem(tmp_path / "checkpoint-1") is None
     assert not set(tree(tmp_path / "checkpoint-1")) & {
         "rf_detr_training_weights.safetensors",
@@ -291,17 +301,11 @@ def test_nothing_of_another_runs_checkpoint_stays_in_one_that_is_written_over(sa
     }
 
 
-def test_a_run_into_the_folder_of_another_one_warns(saves, tmp_path, hf_log):
-    shutil.copytree(saves.cases[0].run / "checkpoint-8", tmp_path / "checkpoint-8")
-    build_trainer(tmp_path, max_steps=1, eval_strategy="no", save_strategy="no").train()
-    assert "checkpoint-8 is from an earlier run" in hf_log.text
-
-
-# -- an update that is not finite ------------------------------------------------------------------------------------
+# -- a non-finite loss or gradient -----------------------------------------------------------------------------------
 
 
 class Poison:
-    """A collator that makes pictures of some ids NaN, as decoders and transforms of users do."""
+    """A collator that adds NaN to the images of some ids, as decoders and transforms of users may."""
 
     def __init__(self, *image_ids: int) -> None:
         self.image_ids = image_ids
@@ -315,10 +319,10 @@ class Poison:
 
 
 class Watch(TrainerCallback):
-    """Keeps weights and logged losses of every update, and leaves some updates out by hand."""
+    """Record weights and logged losses of every optimizer step; drop the gradient of some steps."""
 
-    def __init__(self, *left_out: int) -> None:
-        self.left_out = left_out
+    def __init__(self, *dropped_steps: int) -> None:
+        self.dropped_steps = dropped_steps
         self.losses: list[float] = []
         self.skipped: list[int] = []
         self.weights: list[dict[str, torch.Tensor]] = []
@@ -327,7 +331,7 @@ class Watch(TrainerCallback):
         self.on_step_end(args, state, control, **kwargs)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step + 1 in self.left_out:
+        if state.global_step + 1 in self.dropped_steps:
             kwargs["optimizer"].zero_grad()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -339,11 +343,11 @@ class Watch(TrainerCallback):
             self.skipped.append(kwargs["logs"].get("skipped_updates", 0))
 
 
-def same_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+def are_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-# 3 updates an epoch, of 4, 4 and 2 pictures; each picture is in one of them.
+# 3 optimizer steps an epoch, with 4, 4 and 2 images.
 PLAIN = {
     "eval_strategy": "no",
     "save_strategy": "no",
@@ -366,18 +370,18 @@ def skipping(tmp_path_factory: pytest.TempPathFactory) -> Watch:
     return train_poisoned(tmp_path_factory.mktemp("skip"), 3, non_finite_loss="skip", logging_steps=1)
 
 
-def test_a_skipped_update_changes_nothing_and_the_others_are_as_ever(skipping, tmp_path):
-    left_out = [1 + index for index, count in enumerate(skipping.skipped) if count]
-    assert [1 + (update - 1) // 3 for update in left_out] == [1, 2]  # one in each epoch
-    by_hand = Watch(*left_out)
+def test_a_skipped_step_changes_nothing_and_the_others_are_unaffected(skipping, tmp_path):
+    skipped = [1 + index for index, count in enumerate(skipping.skipped) if count]
+    assert [1 + (step - 1) // 3 for step in skipped] == [1, 2]  # one in each epoch
+    by_hand = Watch(*skipped)
     build_trainer(tmp_path, {"callbacks": [by_hand]}, **PLAIN, logging_steps=1).train()
     for step, (ours, theirs) in enumerate(zip(skipping.weights, by_hand.weights, strict=True)):
-        assert same_weights(ours, theirs), step
-    for update, (ours, theirs) in enumerate(zip(skipping.losses, by_hand.losses, strict=True), start=1):
-        assert math.isnan(ours) if update in left_out else ours == theirs, update
+        assert are_equal(ours, theirs), step
+    for step, (ours, theirs) in enumerate(zip(skipping.losses, by_hand.losses, strict=True), start=1):
+        assert math.isnan(ours) if step in skipped else ours == theirs, step
 
 
-def test_the_log_leaves_skipped_updates_out_of_its_mean(skipping, tmp_path):
+def test_the_logged_mean_excludes_skipped_steps(skipping, tmp_path):
     logged = train_poisoned(tmp_path, 3, non_finite_loss="skip", logging_steps=3)
     assert logged.skipped == [1, 1]
     kept = [loss for loss in skipping.losses if math.isfinite(loss)]
@@ -389,7 +393,7 @@ def test_the_log_leaves_skipped_updates_out_of_its_mean(skipping, tmp_path):
         assert mean == pytest.approx(sum(kept) / 2, rel=1e-6)
 
 
-def test_the_average_of_the_weights_does_not_count_a_skipped_update(tmp_path):
+def test_the_ema_does_not_count_a_skipped_step(tmp_path):
     trainer = build_trainer(tmp_path, {"data_collator": Poison(3)}, **(PLAIN | {"ema": True}), non_finite_loss="skip")
     counts = []
     trainer.add_callback(
@@ -404,37 +408,32 @@ def test_the_average_of_the_weights_does_not_count_a_skipped_update(tmp_path):
     assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
 
 
-def test_the_run_stops_with_the_name_of_the_picture_and_goes_on_from_its_last_checkpoint(skipping, tmp_path):
-    update = 1 + skipping.skipped.index(1)
-    assert update > 1
+def test_the_run_stops_with_the_name_of_the_image_and_resumes_from_its_last_checkpoint(skipping, tmp_path):
+    step = 1 + skipping.skipped.index(1)
+    assert step > 1
     settings = PLAIN | {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
     trainer = build_trainer(tmp_path, {"data_collator": Poison(3)}, **settings)
-    with pytest.raises(FloatingPointError, match=rf"loss of optimizer step {update} is not finite") as raised:
+    with pytest.raises(FloatingPointError, match=rf"loss of optimizer step {step} is not finite") as raised:
         trainer.train()
     assert "with the images 000003.png. The weights were not changed" in str(raised.value)
     assert "non_finite_loss='skip'" in str(raised.value)
-    assert same_weights(trainer.model.state_dict(), skipping.weights[update - 1])
-    assert newest_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{update - 1}")
+    assert are_equal(trainer.model.state_dict(), skipping.weights[step - 1])
+    assert newest_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{step - 1}")
     again = build_trainer(tmp_path, {"data_collator": Poison(3)}, **settings, non_finite_loss="skip")
     again.train(resume_from_checkpoint=True)
-    assert same_weights(again.model.state_dict(), skipping.weights[-1])
+    assert are_equal(again.model.state_dict(), skipping.weights[-1])
 
 
-def test_skipping_ends_after_ten_updates_in_a_row(tmp_path, hf_log):
-    with pytest.raises(FloatingPointError, match="10 optimizer steps in a row"):
-        train_poisoned(tmp_path, *range(10), non_finite_loss="skip", num_train_epochs=4)
-    assert hf_log.text.count("It is skipped") == 9
-
-
-def test_a_call_after_one_that_was_stopped_begins_anew(tmp_path):
-    trainer = build_trainer(tmp_path, {"data_collator": Poison(*range(10))}, **PLAIN, non_finite_loss="skip")
-    trainer.args.num_train_epochs = 4
-    for _ in range(2):
+def test_skipping_ends_after_ten_steps_in_a_row_and_the_next_call_starts_counting_again(tmp_path, hf_log):
+    settings = PLAIN | {"non_finite_loss": "skip", "num_train_epochs": 4}
+    trainer = build_trainer(tmp_path, {"data_collator": Poison(*range(10))}, **settings)
+    for call in (1, 2):
         with pytest.raises(FloatingPointError, match=r"optimizer step 10 .* 10 optimizer steps in a row"):
             trainer.train()
+        assert hf_log.text.count("It is skipped") == 9 * call
 
 
-def test_broken_weights_are_not_blamed_on_the_pictures(tmp_path):
+def test_non_finite_weights_are_not_blamed_on_the_images(tmp_path):
     trainer = build_trainer(tmp_path, **PLAIN, non_finite_loss="skip")
     with torch.no_grad():
         trainer.model.bbox_embed.layers[0].weight[0, 0] = float("inf")
@@ -442,7 +441,7 @@ def test_broken_weights_are_not_blamed_on_the_pictures(tmp_path):
         trainer.train()
 
 
-def test_a_gradient_that_is_not_finite_is_found_without_a_loss_that_is_not(tmp_path):
+def test_a_non_finite_gradient_of_a_finite_loss_stops_the_run(tmp_path):
     trainer = build_trainer(tmp_path, **PLAIN, max_grad_norm=0.0)
     trainer.model.class_embed.bias.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(FloatingPointError, match="gradient of optimizer step 1 is not finite") as raised:
@@ -450,7 +449,7 @@ def test_a_gradient_that_is_not_finite_is_found_without_a_loss_that_is_not(tmp_p
     assert str(raised.value).count(".png") == 4
 
 
-def test_a_policy_that_is_none_is_refused(tmp_path):
+def test_an_unknown_policy_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"non_finite_loss.*'stop' or 'skip', got 'ignore'"):
         build_trainer(tmp_path, non_finite_loss="ignore")
 
@@ -471,38 +470,38 @@ def test_two_processes_stop_and_skip_together(tmp_path):
     assert "with the images 000003.png. The" in first["error"]
     assert sum(first["skipped"]) == 2
     for ours, theirs in zip(first["weights"], second["weights"], strict=True):
-        assert same_weights(ours, theirs)
+        assert are_equal(ours, theirs)
         assert all(tensor.isfinite().all() for tensor in ours.values())
 
 
-# -- processes that die ----------------------------------------------------------------------------------------------
+# -- killed processes -------------------------------------------------------------------------------------------------
 
 
-class DeadlyPictures:
-    """Pictures of which one kills the process that reads it, as the system does when memory is short; once."""
+class DeadlyImages:
+    """Images of which one kills the worker that reads it, once, as the system does if memory runs out."""
 
-    def __init__(self, pictures: Any, index: int, flag: Path) -> None:
-        self.pictures, self.index, self.flag = pictures, index, flag
+    def __init__(self, images: Any, index: int, flag: Path) -> None:
+        self.images, self.index, self.flag = images, index, flag
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> Any:
         if index == self.index and multiprocessing.parent_process() is not None and not self.flag.exists():
             self.flag.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return self.pictures[index]
+        return self.images[index]
 
 
 @pytest.mark.parametrize("use", ["train", "evaluate"])
-def test_a_worker_that_is_killed_is_explained_and_the_run_goes_on(use, tmp_path):
+def test_a_killed_worker_is_reported_and_the_run_resumes(use, tmp_path):
     def build() -> RfDetrTrainer:
         coco = drawn(10).coco()
-        pictures, _ = draw_dataset(10, (96, 96))
-        data = InstanceDataset(coco, DeadlyPictures(pictures, 7, tmp_path / "flag"))
-        parts = {"train_dataset": data} if use == "train" else {"eval_dataset": data}
+        images, _ = draw_dataset(10, (96, 96))
+        data = InstanceDataset(coco, DeadlyImages(images, 7, tmp_path / "flag"))
+        datasets = {f"{use.removesuffix('uate')}_dataset": data}
         settings = PLAIN | {"dataloader_num_workers": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
-        return build_trainer(tmp_path / "run", parts, **settings)
+        return build_trainer(tmp_path / "run", datasets, **settings)
 
     with pytest.raises(ChildProcessError, match=r"data loader worker.*dataloader_num_workers"):
         getattr(build(), use)()
@@ -514,7 +513,7 @@ def test_a_worker_that_is_killed_is_explained_and_the_run_goes_on(use, tmp_path)
         assert math.isfinite(build().evaluate()["eval_loss"])
 
 
-def test_a_place_that_may_not_be_written_to_is_named_as_it_was_given(tmp_path, monkeypatch):
+def test_an_unwritable_path_is_named_as_it_was_given(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     for path in (tmp_path / "a.json", tmp_path / "new" / "folder" / "a.json"):
         with pytest.raises(PermissionError, match=f"^{path} cannot be written, because {tmp_path} may not be changed"):
@@ -534,17 +533,17 @@ def test_a_place_that_may_not_be_written_to_is_named_as_it_was_given(tmp_path, m
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_temporary_folder_that_workers_cannot_use_is_refused(tmp_path, monkeypatch):
+def test_a_temporary_folder_with_a_long_path_is_refused(tmp_path, monkeypatch):
     (deep := tmp_path / ("d" * 100)).mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
-    monkeypatch.setattr(multiprocessing.util, "get_temp_dir", tempfile.gettempdir)  # which is made once for a process
+    monkeypatch.setattr(multiprocessing.util, "get_temp_dir", tempfile.gettempdir)  # which is created once per process
     trainer = build_trainer(tmp_path, **PLAIN, dataloader_num_workers=1)
     with pytest.raises(OSError, match=r"d{100}: AF_UNIX path too long\. Set TMPDIR"):
         trainer.train()
 
 
 def die_on_the_second(folder: str, report: Any) -> None:
-    """Rank 1 is killed in the third update; rank 0 tells what it sees."""
+    """Kill rank 1 after the second optimizer step; rank 0 reports its error."""
     trainer = build_trainer(folder, **(PLAIN | {"save_strategy": "steps", "save_steps": 1}))
     if trainer.args.process_index == 1:
         trainer.add_callback(training_run.Die(2))
@@ -554,7 +553,7 @@ def die_on_the_second(folder: str, report: Any) -> None:
         report.put(f"{type(error).__name__}: {error}")
 
 
-def test_of_two_processes_one_dies_and_the_other_stops_with_a_message(tmp_path):
+def test_if_one_of_two_processes_dies_the_other_stops_with_a_message(tmp_path):
     forks = multiprocessing.get_context("fork")
     report = forks.Queue()
     training_run.note_free_port(tmp_path)
@@ -573,47 +572,48 @@ def test_of_two_processes_one_dies_and_the_other_stops_with_a_message(tmp_path):
     assert resumed.state.global_step == 6
 
 
-# -- what is written besides checkpoints -----------------------------------------------------------------------------
+# -- other files ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def predicting(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Any]:
-    folder = tmp_path_factory.mktemp("pictures")
-    for number, picture in enumerate(draw_dataset(3, (64, 64))[0]):
-        picture.save(folder / f"{number}.png")
+    folder = tmp_path_factory.mktemp("images")
+    for number, image in enumerate(draw_dataset(3, (64, 64))[0]):
+        image.save(folder / f"{number}.png")
     torch.manual_seed(0)
     model = RfDetrForInstanceSegmentation(small_config(num_labels=1)).eval()
     processor = RfDetrImageProcessor.from_config(model.config)
-    pictures = list_images([str(folder)])
+    paths = list_images([str(folder)])
     settings = {"threshold": 0.02, "batch_size": 1, "crops": True, "progress": False}
-    return lambda output: predict_to_folder(model, processor, pictures, output, **settings)
+    return lambda output: predict_to_folder(model, processor, paths, output, **settings)
 
 
 @pytest.fixture(scope="module")
 def repairing(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Any]:
     folder = tmp_path_factory.mktemp("data")
-    pictures, coco = draw_dataset(3, (64, 64))
-    for picture, image in zip(pictures, coco["images"], strict=True):
-        picture.save(folder / image["file_name"])
+    images, coco = draw_dataset(3, (64, 64))
+    for image, entry in zip(images, coco["images"], strict=True):
+        image.save(folder / entry["file_name"])
     coco["annotations"][0]["bbox"][2] = -5
     (folder / "train.json").write_text(json.dumps(coco))
     return lambda output: check_dataset(folder / "train.json", fix=output, workers=1)
 
 
+@pytest.mark.parametrize("step", every_change)
 @pytest.mark.parametrize("name", ["predicting", "repairing"])
-def test_whatever_stops_it_nothing_half_is_there_and_the_next_run_ends_it(name, request, tmp_path):
+def test_after_any_fault_files_are_complete_or_absent_and_the_next_run_finishes(name, step, request, tmp_path):
     job = request.getfixturevalue(name)
-    clean = attempt(functools.partial(job, tmp_path / "whole"))
+    clean = attempt(functools.partial(job, tmp_path / "clean"))
     assert (clean.signal, clean.error) == (0, None)
-    expected = tree(tmp_path / "whole")
-    for number, (fault, settings) in enumerate(faults_of(clean, [0, 1, 300, 2000], num_parts=5).items()):
+    expected = tree(tmp_path / "clean")
+    for number, (fault, settings) in enumerate(faults_of(clean, step, [0, 1, 300, 2000], num_parts=5).items()):
         output = tmp_path / str(number)
         ended = attempt(functools.partial(job, output), **settings)
         assert ended.signal or isinstance(ended.error, OSError) or fault.startswith("killed in a file"), fault
         if ended.error is not None:
             assert "cannot be written: No space left on device" in str(ended.error), fault
             assert str(tmp_path) in str(ended.error)
-        # Lines of parts/ are one file that grows; its last one may be cut.
+        # A file in parts/ grows line by line; its last line may be incomplete.
         found = {path: content for path, content in tree(output).items() if not path.startswith("parts")}
         assert found.items() <= expected.items(), fault
         if name == "repairing":
@@ -623,7 +623,7 @@ def test_whatever_stops_it_nothing_half_is_there_and_the_next_run_ends_it(name, 
         assert tree(output) == expected, fault
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+def test_a_file_is_written_completely_or_not_at_all(tmp_path):
     target = tmp_path / "numbers.json"
     target.write_text("before")
     job = functools.partial(write_text, target, "x" * 1000)
@@ -634,10 +634,10 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert attempt(job).num_changes >= 2  # opened, renamed
     assert target.read_text() == "x" * 1000
     assert target.stat().st_mode & 0o777 == 0o600
-    assert list(tmp_path.iterdir()) != [target]  # of those that were killed
+    assert list(tmp_path.iterdir()) != [target]  # partial files of the killed processes
 
 
-def test_links_and_pipes_are_written_where_they_lead(tmp_path):
+def test_links_and_pipes_are_written_through(tmp_path):
     (tmp_path / "file").write_text("before")
     (tmp_path / "link").symlink_to("file")
     write_text(tmp_path / "link", "after")
@@ -653,7 +653,7 @@ def test_links_and_pipes_are_written_where_they_lead(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "is_of_the_disk"),
+    ("error", "is_disk_error"),
     [
         (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
         (SafetensorError("Error while serializing: I/O error: No such file or directory (os error 2)"), False),
@@ -664,17 +664,17 @@ def test_links_and_pipes_are_written_where_they_lead(tmp_path):
         (RuntimeError("shapes differ"), False),
     ],
 )
-def test_only_what_the_disk_has_done_is_blamed_on_it(error, is_of_the_disk, tmp_path):
+def test_only_errors_of_the_disk_are_translated(error, is_disk_error, tmp_path):
     with (
-        pytest.raises(type(error) if not is_of_the_disk else DiskError) as raised,
+        pytest.raises(type(error) if not is_disk_error else DiskError) as raised,
         translate_disk_errors(tmp_path / "file"),
     ):
         raise error
-    assert ("file cannot be written: " in str(raised.value)) == is_of_the_disk
+    assert ("file cannot be written: " in str(raised.value)) == is_disk_error
 
 
 @pytest.mark.parametrize(
-    ("text", "num_processes", "is_explained"),
+    ("text", "num_processes", "is_translated"),
     [
         ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:2", 2, True),
         ("NCCL error: remote process exited or there was a network error", 2, True),
@@ -683,13 +683,13 @@ def test_only_what_the_disk_has_done_is_blamed_on_it(error, is_of_the_disk, tmp_
         ("cannot read data/igloos/1.png", 2, False),
     ],
 )
-def test_only_a_process_that_is_gone_is_called_so(text, num_processes, is_explained):
-    expected = ConnectionAbortedError if is_explained else RuntimeError
+def test_only_errors_of_a_lost_process_are_translated(text, num_processes, is_translated):
+    expected = ConnectionAbortedError if is_translated else RuntimeError
     with pytest.raises(expected, match=re.escape(text)), translate_worker_errors(num_processes):
         raise RuntimeError(text)
 
 
-def test_a_folder_takes_its_name_when_it_is_full(tmp_path):
+def test_a_folder_gets_its_name_when_it_is_complete(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("empty", "new"):
         with atomic_directory(tmp_path / name) as folder:
@@ -709,8 +709,8 @@ trainer.train(resume_from_checkpoint=sys.argv[1] == "again")
 
 
 @pytest.mark.long
-def test_a_real_disk_that_is_full_ends_the_run_and_a_larger_one_lets_it_go_on(saves, tmp_path):
-    """A file system of a few megabytes in memory, in a name space of its own."""
+def test_a_full_file_system_ends_the_run_and_a_larger_one_resumes_it(saves, tmp_path):
+    """A tmpfs of a few megabytes, in a mount namespace of its own."""
 
     def as_root(commands: str) -> subprocess.CompletedProcess:
         path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])
