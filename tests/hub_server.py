@@ -368,3 +368,8 @@ class Handler(BaseHTTPRequestHandler):
         if found.is_lfs:
             headers |= {"X-Linked-Etag": f'"{found.oid}"', "X-Linked-Size": str(len(found.content))}
         self._answer(found.content, 200, headers)
+
+
+def code_blocks(card: str) -> list[str]:
+    """The Python blocks of a model card."""
+    return [part.partition("```")[0] for part in card.split("```python\n")[1:]]

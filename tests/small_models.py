@@ -104,3 +104,23 @@ def shared_folder(name: str) -> Path:
     if not (SHARED / name).is_dir():
         pytest.skip(f"needs {SHARED / name}, which does not come with the repository")
     return SHARED / name
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """The fields of a configuration that describe the model."""
+    stored = config.to_dict() if hasattr(config, "to_dict") else config
+    ignored = {"_name_or_path", "transformers_version", "architectures", "dtype", "auto_map", "use_cache"}
+    return {
+        key: _fields(value) if isinstance(value, dict) else value for key, value in stored.items() if key not in ignored
+    }
+
+
+def assert_same_model(model: torch.nn.Module, expected: torch.nn.Module) -> None:
+    """Class, weights and configuration are equal."""
+    assert type(model) is type(expected)
+    weights, expected_weights = model.state_dict(), expected.state_dict()
+    assert weights.keys() == expected_weights.keys()
+    for name, tensor in expected_weights.items():
+        assert torch.equal(weights[name], tensor), name
+    one, other = _fields(model.config), _fields(expected.config)
+    assert one == other, [(key, one.get(key), other.get(key)) for key in one | other if one.get(key) != other.get(key)]

@@ -49,7 +49,7 @@ def register() -> None:
 
 
 def push_to_hub(self: Any, repo_id: str, *, with_code: bool = False, **settings: Any) -> Any:
-    """Upload the model or image processor, a model with its card; see [`hub.model_card.push_to_hub`]."""
-    from .hub.model_card import push_to_hub as push  # most programs never push, and the import takes time
+    """Upload the model or image processor, a model with its card; see [`hub.push.push_to_hub`]."""
+    from .hub.push import push_to_hub as push  # most programs never push, and the import takes time
 
     return push(self, repo_id, with_code=with_code, **settings)

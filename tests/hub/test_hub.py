@@ -7,7 +7,6 @@ What each of them said is what the tests look at.
 import json
 import multiprocessing
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -27,21 +26,12 @@ from PIL import Image
 from transformers import AutoModelForInstanceSegmentation
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from transformers_rfdetr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection, RfDetrImageProcessor, predict
-from transformers_rfdetr.data.dataset import InstanceDataset
-from transformers_rfdetr.data.drawing import draw_instances
-from transformers_rfdetr.hub.load import load
-from transformers_rfdetr.hub.model_card import (
-    CODE_FILES,
-    Run,
-    add_code,
-    model_card,
-)
-from transformers_rfdetr.training.run_card import draw_examples, metrics_of_run
+from transformers_rfdetr import RfDetrForInstanceSegmentation, RfDetrImageProcessor, load
+from transformers_rfdetr.hub.model_code import CODE_FILES
 from transformers_rfdetr.training.trainer import RfDetrTrainer, RfDetrTrainingArguments
 
-from hub_server import HubServer
-from small_models import pixels, small_config, small_model
+from hub_server import HubServer, code_blocks
+from small_models import assert_same_model, pixels, small_config, small_model
 from training_run import QUICK, build_trainer, drawn
 
 HOSTILE = {0: "<script>alert(1)</script>", 1: "a|b\n# c"}
@@ -94,27 +84,6 @@ def token(value: str) -> Iterator[None]:
         os.environ["HF_TOKEN"] = before
 
 
-def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return dict(model.state_dict())
-
-
-def fields(config: Any) -> dict[str, Any]:
-    """What a configuration says of the model."""
-    stored = config.to_dict() if hasattr(config, "to_dict") else config
-    left_out = {"_name_or_path", "transformers_version", "architectures", "dtype", "auto_map", "use_cache"}
-    return {k: fields(v) if isinstance(v, dict) else v for k, v in stored.items() if k not in left_out}
-
-
-def assert_same(found: torch.nn.Module, expected: torch.nn.Module) -> None:
-    assert type(found) is type(expected)
-    loaded, right = weights(found), weights(expected)
-    assert loaded.keys() == right.keys()
-    for name, tensor in right.items():
-        assert torch.equal(loaded[name], tensor), name
-    one, other = fields(found.config), fields(expected.config)
-    assert one == other, [(key, one.get(key), other.get(key)) for key in one | other if one.get(key) != other.get(key)]
-
-
 def quick_trainer(folder: Path) -> RfDetrTrainer:
     """One update on two pictures, and nothing that is evaluated or saved on the way."""
     settings = QUICK | {"max_steps": 1, "save_strategy": "no", "eval_strategy": "no"}
@@ -126,16 +95,12 @@ def card_of(name: str, **settings: Any) -> str:
     return Path(hf_hub_download(name, "README.md", **settings)).read_text(encoding="utf-8")
 
 
-def blocks_of(card: str) -> list[str]:
-    return [part.partition("```")[0] for part in card.split("```python\n")[1:]]
-
-
 def check_a_model_and_its_processor_come_back_as_they_were(hub: Hub) -> None:
     model, processor = small_model(num_labels=2, id2label=HOSTILE), RfDetrImageProcessor(size=48, image_mean=[0.1] * 3)
     model.push_to_hub("me/barns", tags=["aerial"])
     processor.push_to_hub("me/barns")
     assert hub.files("me/barns") == {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
-    assert_same(AutoModelForInstanceSegmentation.from_pretrained("me/barns"), model)
+    assert_same_model(AutoModelForInstanceSegmentation.from_pretrained("me/barns"), model)
     again = AutoImageProcessor.from_pretrained("me/barns")
     assert again.to_dict() == processor.to_dict()
 
@@ -151,11 +116,11 @@ def check_the_card_of_a_model_that_was_not_trained_here_loads_it(hub: Hub) -> No
     assert (data.pipeline_tag, data.library_name, data.base_model) == ("image-segmentation", "transformers", None)
     assert data.tags == ["rf-detr", "instance-segmentation", "aerial"]
     os.chdir(hub.folder)
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)).save("picture.jpg")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)).save("image.jpg")
     names: dict[str, Any] = {}
-    exec(compile(blocks_of(card)[0], "card", "exec"), names)
+    exec(compile(code_blocks(card)[0], "card", "exec"), names)
     assert names["instances"].image_size == (40, 60)
-    assert_same(names["model"], AutoModelForInstanceSegmentation.from_pretrained("me/barns"))
+    assert_same_model(names["model"], AutoModelForInstanceSegmentation.from_pretrained("me/barns"))
 
 
 def check_a_card_that_is_there_stays(hub: Hub) -> None:
@@ -178,12 +143,12 @@ def check_revisions_hold_what_was_pushed_to_them(hub: Hub) -> None:
     commit = first.push_to_hub("me/revised").oid
     second.push_to_hub("me/revised", revision="small/5")
     kind = AutoModelForInstanceSegmentation
-    assert_same(kind.from_pretrained("me/revised"), first)
-    assert_same(kind.from_pretrained("me/revised", revision="small/5"), second)
+    assert_same_model(kind.from_pretrained("me/revised"), first)
+    assert_same_model(kind.from_pretrained("me/revised", revision="small/5"), second)
     second.push_to_hub("me/revised")
-    assert_same(kind.from_pretrained("me/revised"), second)
-    assert_same(kind.from_pretrained("me/revised", revision=commit), first)
-    assert_same(load("me/revised", revision=commit)[0], first)
+    assert_same_model(kind.from_pretrained("me/revised"), second)
+    assert_same_model(kind.from_pretrained("me/revised", revision=commit), first)
+    assert_same_model(load("me/revised", revision=commit)[0], first)
     assert "nowhere" in refused(lambda: kind.from_pretrained("me/revised", revision="nowhere"))
 
 
@@ -194,8 +159,8 @@ def check_a_private_model_needs_its_token(hub: Hub) -> None:
     with token(""):
         assert "me/secret" in refused(lambda: kind.from_pretrained("me/secret"))
         assert "me/secret" in refused(lambda: kind.from_pretrained("me/secret", token="token-of-other"))
-        assert_same(kind.from_pretrained("me/secret", token="token-of-me"), model)
-        assert_same(load("me/secret", token="token-of-me")[0], model)
+        assert_same_model(kind.from_pretrained("me/secret", token="token-of-me"), model)
+        assert_same_model(load("me/secret", token="token-of-me")[0], model)
 
 
 def check_a_wrong_token_is_named_and_not_tried_again(hub: Hub) -> None:
@@ -235,12 +200,12 @@ def check_an_upload_that_is_cut_goes_on_where_it_was(hub: Hub) -> None:
     arrived = hub.requests("PUT", "/lfs/").count(200)
     assert 0 < arrived < count, arrived
     assert message.startswith("me/cut was not pushed: ")
-    assert message.endswith("Push again: what has arrived is not sent twice; nothing is lost here")
+    assert message.endswith("Push again: files that have arrived are not sent twice; nothing is lost here")
     assert hub.files("me/cut") == set()
     hub.faults()
     model.push_to_hub("me/cut", max_shard_size="50KB")
     assert hub.requests("PUT", "/lfs/") == [200] * (count - arrived)
-    assert_same(AutoModelForInstanceSegmentation.from_pretrained("me/cut"), model)
+    assert_same_model(AutoModelForInstanceSegmentation.from_pretrained("me/cut"), model)
 
 
 def check_a_push_that_is_killed_leaves_both_sides_as_they_were(hub: Hub) -> None:
@@ -260,11 +225,11 @@ def check_a_push_that_is_killed_leaves_both_sides_as_they_were(hub: Hub) -> None
     assert (child.exitcode, hub.requests("PUT", "/lfs/")) == (-signal.SIGKILL, [-1])
     hub.faults()
     assert hub._control("api/models/me/killed")["sha"] == commit
-    assert_same(AutoModelForInstanceSegmentation.from_pretrained("me/killed"), before)
-    assert_same(RfDetrForInstanceSegmentation.from_pretrained(hub.folder / "killed"), trainer.model)
+    assert_same_model(AutoModelForInstanceSegmentation.from_pretrained("me/killed"), before)
+    assert_same_model(RfDetrForInstanceSegmentation.from_pretrained(hub.folder / "killed"), trainer.model)
     trainer.push_to_hub(num_pictures=0)
     assert hub.requests("PUT", "/lfs/") == [200]
-    assert_same(load("me/killed")[0], trainer.model.eval())
+    assert_same_model(load("me/killed")[0], trainer.model.eval())
 
 
 def check_too_many_requests_and_errors_of_the_server_are_waited_for(hub: Hub) -> None:
@@ -276,21 +241,21 @@ def check_too_many_requests_and_errors_of_the_server_are_waited_for(hub: Hub) ->
     model.push_to_hub("me/busy")
     assert hub.waits == [7.0, 1.0, 4.0]
     assert hub.requests("POST", "/commit/") == [500, 500, 200]
-    assert_same(AutoModelForInstanceSegmentation.from_pretrained("me/busy"), model)
+    assert_same_model(AutoModelForInstanceSegmentation.from_pretrained("me/busy"), model)
     hub.faults({"method": "POST", "path": "/commit/", "status": 503, "times": 100})
     message = refused(lambda: small_model(num_queries=4).push_to_hub("me/busy"))
     assert hub.waits == [1.0, 4.0, 16.0]
     assert "503" in message
     hub.faults()
-    assert_same(AutoModelForInstanceSegmentation.from_pretrained("me/busy"), model)
+    assert_same_model(AutoModelForInstanceSegmentation.from_pretrained("me/busy"), model)
 
 
 def check_what_was_loaded_once_loads_without_the_hub(hub: Hub) -> None:
     expected = AutoModelForInstanceSegmentation.from_pretrained("me/barns")
     hub.faults({"method": "*", "path": "", "status": 503, "times": 1000})
-    assert_same(AutoModelForInstanceSegmentation.from_pretrained("me/barns"), expected)
+    assert_same_model(AutoModelForInstanceSegmentation.from_pretrained("me/barns"), expected)
     before = len(hub._control("_log"))
-    assert_same(load("me/barns", local_files_only=True)[0], expected)
+    assert_same_model(load("me/barns", local_files_only=True)[0], expected)
     assert len(hub._control("_log")) == before
     hub.faults()
 
@@ -299,7 +264,7 @@ def check_a_download_that_is_cut_is_finished(hub: Hub) -> None:
     model = small_model(num_queries=9)
     model.push_to_hub("me/download")
     hub.faults({"method": "GET", "path": "model.safetensors$", "status": 0})
-    assert_same(AutoModelForInstanceSegmentation.from_pretrained("me/download"), model)
+    assert_same_model(AutoModelForInstanceSegmentation.from_pretrained("me/download"), model)
     assert hub.requests("GET", "model.safetensors") == [200, 200]
 
 
@@ -324,7 +289,7 @@ def check_a_run_pushes_its_model_with_card_and_pictures_and_nothing_else(hub: Hu
     pictures = {"training_curves.png", "predictions.png"}
     assert hub.files("me/drawn") - found == pictures | {"README.md", "training_arguments.json"}
     loaded, processor = load("me/drawn")
-    assert_same(loaded, trainer.model.eval())
+    assert_same_model(loaded, trainer.model.eval())
     assert processor.to_dict() == trainer.processing_class.to_dict()
     for name in pictures:
         with Image.open(hf_hub_download("me/drawn", name)) as picture:
@@ -354,7 +319,7 @@ def check_a_run_whose_push_fails_is_whole_on_disk(hub: Hub) -> None:
     found = {path.name for path in (hub.folder / "failed").iterdir()}
     assert found >= {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", *CODE_FILES}
     assert "predictions.png" not in found
-    assert_same(RfDetrForInstanceSegmentation.from_pretrained(hub.folder / "failed"), trainer.model)
+    assert_same_model(RfDetrForInstanceSegmentation.from_pretrained(hub.folder / "failed"), trainer.model)
     hub.faults()
     trainer.push_to_hub(with_code=True, blocking=False, num_pictures=0).result()
     assert set(CODE_FILES) < hub.files("me/failed")
@@ -369,23 +334,23 @@ def check_code_is_pushed_where_it_is_asked_for(hub: Hub) -> None:
     assert set(CODE_FILES) < hub.files("me/coded")
     assert not set(CODE_FILES) & hub.files("me/barns")
     outputs = model(pixels())
-    torch.save([weights(model), outputs.logits, outputs.pred_masks], hub.folder / "expected.pt")
+    torch.save([dict(model.state_dict()), outputs.logits, outputs.pred_masks], hub.folder / "expected.pt")
     # With the package in the process it is the package that loads it.
-    assert_same(AutoModelForInstanceSegmentation.from_pretrained("me/coded"), model)
+    assert_same_model(AutoModelForInstanceSegmentation.from_pretrained("me/coded"), model)
 
 
 CHECKS = [name for name in dict(globals()) if name.startswith("check_")]
 
-# The arguments: the folder of this file, one for the session, and what comes below. Importing torch and transformers
-# takes longer than most of the rest, so it is done once, and the session of the checks is forked off.
+# The arguments: a folder for the session, the code below, and the folders of the test modules. Importing torch and
+# transformers takes longer than most of the rest, so it is done once, and the session of the checks is forked off.
 SESSIONS = """
 import os, shutil, sys
 import torch, transformers.image_utils, transformers.modeling_utils
 
 torch.set_num_threads(1)
-tests, folder, without_the_package = sys.argv[1:]
+folder, without_the_package, *test_folders = sys.argv[1:]
 if os.fork() == 0:
-    sys.path[:0] = [tests, os.path.join(tests, "hub")]
+    sys.path[:0] = test_folders
     import test_hub
     test_hub.run_checks(folder)
     sys.exit()
@@ -426,7 +391,7 @@ assert result["segmentation"].shape == (40, 60)
 
 segment = pipeline("image-segmentation", model="me/coded", trust_remote_code=True)
 assert type(segment.model).__module__.startswith("transformers_modules.")
-segment("picture.jpg")
+segment("image.jpg")
 detector = AutoModelForObjectDetection.from_pretrained("me/coded", trust_remote_code=True)
 assert type(detector).__name__ == "RfDetrForObjectDetection"
 
@@ -467,7 +432,14 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         return json.loads(results.read_text())
     server = HubServer()
     try:
-        command = [sys.executable, "-c", SESSIONS, str(Path(__file__).parents[1]), str(folder), WITHOUT_THE_PACKAGE]
+        command = [
+            sys.executable,
+            "-c",
+            SESSIONS,
+            str(folder),
+            WITHOUT_THE_PACKAGE,
+            *map(str, Path(__file__).parents[:2]),
+        ]
         done = subprocess.run(command, env=environment(server.url, folder), capture_output=True, text=True)
         checks = folder / "checks.json"
         found = json.loads(checks.read_text()) if checks.is_file() else {}
@@ -488,189 +460,6 @@ def test_hub(check, said):
 
 def test_code_in_a_repository_loads_where_the_package_is_absent(said):
     assert not said["code"], said["code"]
-
-
-# -- the card --------------------------------------------------------------------------------------------------------
-
-
-def numbers(segm_ap: float, **others: Any) -> dict[str, Any]:
-    return {"segm_AP": segm_ap, "segm_AP_large": -1.0, "bbox_AP": 0.5, "mean_iou": 0.25, **others}
-
-
-def test_the_card_has_the_numbers_of_the_run_as_a_table_and_for_the_hub():
-    run = Run(
-        base_model="Roboflow/rf-detr-seg-medium",
-        datasets=["me/barns", "my | own"],
-        splits={"train": (10, 31), "validation": (7, 20)},
-        objects={"cat": 30, "dog": 1},
-        results={
-            "validation": numbers(0.123456, per_class={"cat": {"segm_AP": 0.2}, "dog": {"segm_AP": -1.0}}),
-            "test": numbers(0.5),
-        },
-        recipe={"epochs": 2},
-        note="Not COCO's.",
-    )
-    card = model_card("me/pets", small_config(num_labels=2, id2label={0: "cat", 1: "dog"}), has_masks=True, run=run)
-    assert "|  | validation | test |\n| --- | --- | --- |\n| Mask AP | 0.123 | 0.500 |" in card
-    assert "| Mask AP, large objects | – | – |" in card
-    assert "Not COCO's." in card
-    assert "| label | class | objects to train on | mask AP, validation |" in card
-    assert "| 0 | cat | 30 | 0.200 |\n| 1 | dog | 1 | – |" in card
-    assert "| train | 10 | 31 |" in card
-    assert r"[me/barns](https://huggingface.co/datasets/me/barns), my \| own." in card
-    data = ModelCard(card).data
-    assert data.datasets == ["me/barns"]
-    found = [(r.dataset_split, r.metric_type, r.metric_name, r.metric_value) for r in data.eval_results]
-    assert found == [
-        ("validation", "mean_average_precision", "Mask AP", 0.1235),
-        ("validation", "mean_average_precision", "Box AP", 0.5),
-        ("validation", "mean_iou", "Mean IoU", 0.25),
-        ("test", "mean_average_precision", "Mask AP", 0.5),
-        ("test", "mean_average_precision", "Box AP", 0.5),
-        ("test", "mean_iou", "Mean IoU", 0.25),
-    ]
-    assert {(r.task_type, r.dataset_type) for r in data.eval_results} == {("image-segmentation", "me/barns")}
-
-
-def test_names_of_strangers_are_text_in_the_card_and_its_metadata():
-    hostile = "x\n---\nlicense: mit\n# <img src=x onerror=alert(1)> [a](b) `c`"
-    run = Run(datasets=[hostile], objects={hostile: 3}, splits={hostile: (1, 2)}, results={hostile: numbers(0.5)})
-    card = model_card(
-        f"me/{hostile}", small_config(num_labels=1, id2label={0: hostile}), has_masks=True, run=run, title=hostile
-    )
-    data = ModelCard(card).data
-    assert data.license is None
-    assert data.eval_results[0].dataset_split == " ".join(hostile.split())
-    text = card.partition("\n---\n")[2]
-    code = "".join(blocks_of(text))
-    prose = text
-    for block in blocks_of(text):
-        prose = prose.replace(block, "")
-    assert not re.search(r"(?<!\\)(<img|\[a\]|`c)", prose)
-    assert "\n# <" not in code
-    for block in blocks_of(card):
-        compile(block, "card", "exec")
-    assert [line for line in prose.splitlines() if line.startswith("# ")] == [
-        r"# x --- license: mit \# \<img src=x onerror=alert(1)\> \[a\](b) \`c\`"
-    ]
-
-
-def test_the_card_names_a_way_without_the_package_only_where_it_gives_the_same_model():
-    port, code = "transformers>=5.9", "trust_remote_code=True"
-    square = small_config()
-    card = model_card("me/x", square, has_masks=True)
-    assert port in card
-    assert code not in card
-    card = model_card("me/x", square, has_masks=True, with_code=True)
-    assert code in card
-    assert port not in card
-    for other in (small_config(resolution=[48, 96]), small_config(projector_scale=["P3", "P5"])):
-        assert len(blocks_of(model_card("me/x", other, has_masks=True))) == 1
-    card = model_card("me/x", square, has_masks=False)
-    assert "AutoModelForObjectDetection" in card
-    assert "Segmentation" not in card
-    assert "segmentation" not in card
-    assert "instances.masks" not in card
-
-
-def test_many_classes_are_folded_and_rows_that_are_none_left_out():
-    names = {label: f"class {label}" for label in range(30)} | {30: "__background__"}
-    card = model_card("me/x", small_config(num_labels=31, id2label=names), has_masks=True)
-    assert "<details><summary>30 classes</summary>\n\n| label | class |" in card
-    assert "30 classes." in card
-    assert "background" not in card
-
-
-def test_a_detection_model_gets_no_class_of_segmentation_beside_its_code(tmp_path):
-    torch.manual_seed(0)
-    RfDetrForObjectDetection(small_config()).save_pretrained(tmp_path)
-    assert sorted(path.name for path in add_code(tmp_path)) == sorted(CODE_FILES)
-    maps = json.loads((tmp_path / "config.json").read_text())["auto_map"]
-    assert sorted(maps) == ["AutoConfig", "AutoImageProcessor", "AutoModel", "AutoModelForObjectDetection"]
-    assert isinstance(RfDetrForObjectDetection.from_pretrained(tmp_path), RfDetrForObjectDetection)
-
-
-# -- runs ------------------------------------------------------------------------------------------------------------
-
-
-def numbers_of_run(trainer: RfDetrTrainer) -> dict[str, dict[str, Any]]:
-    return metrics_of_run(trainer.args, trainer.state, [""], "segm_AP")
-
-
-def test_the_numbers_of_a_run_are_those_of_the_weights_that_it_kept(tmp_path):
-    trainer = build_trainer(tmp_path)
-    log = [
-        {"loss": 3.0, "step": 2},
-        {"eval_segm_AP": 0.3, "eval_bbox_AP": 0.1, "eval_segm_AP/roof": 0.7, "step": 5},
-        {"eval_segm_AP": 0.2, "eval_bbox_AP": 0.4, "eval_segm_AP/roof": 0.6, "step": 10},
-        {"train_runtime": 1.0, "step": 10},
-        {"eval_segm_AP": 0.9, "step": 10},  # of some other data set
-    ]
-    trainer.state.log_history, trainer.state.global_step = log, 10
-    [[title, best]] = numbers_of_run(trainer).items()
-    assert (title, best["segm_AP"], best["bbox_AP"]) == ("validation", 0.3, 0.1)
-    assert best["per_class"] == {"roof": {"segm_AP": 0.7}}
-    trainer.args.load_best_model_at_end = False
-    assert numbers_of_run(trainer)["validation"]["segm_AP"] == 0.2
-    trainer.state.global_step = 12
-    assert list(numbers_of_run(trainer)) == ["validation at optimizer step 10"]
-    log[1] |= {"eval_base_segm_AP": 0.5, "eval_base_bbox_AP": 0.6}
-    trainer.args.load_best_model_at_end = True
-    assert numbers_of_run(trainer)["validation"]["bbox_AP"] == 0.6
-
-
-def test_crowds_are_not_drawn_and_objects_without_a_mask_are_boxes(monkeypatch):
-    picture = Image.new("RGB", (9, 8), "gray")
-    square = {"bbox": [1.0, 2.0, 4.0, 3.0], "segmentation": [[1, 2, 5, 2, 5, 5, 1, 5]], "category_id": 0, "iscrowd": 0}
-    crowd = square | {"bbox": [0.0, 0.0, 9.0, 8.0], "iscrowd": 1}
-    mask = np.zeros((8, 9), bool)
-    mask[2:5, 1:5] = True
-    model, data = small_model(num_labels=1), drawn(1)
-    monkeypatch.setattr(InstanceDataset, "__getitem__", lambda self, index: sample)
-    for annotations, shapes in (
-        ([square, crowd], {"masks": [mask]}),
-        ([square, square | {"segmentation": None}], {"boxes": [(1, 2, 5, 5)] * 2}),
-    ):
-        sample = {"image": picture, "height": 8, "width": 9, "annotations": annotations}
-        [(truth, found)] = draw_examples(model, RfDetrImageProcessor(size=48), data, 1)
-        assert np.array_equal(truth, draw_instances(picture, **shapes)), shapes
-        assert np.array_equal(found, picture)  # random weights are sure of nothing
-
-
-# peft asks transformers >= 5.23 by an old name.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_a_lora_is_trained_saved_loaded_and_merged(tmp_path):
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    base = RfDetrForInstanceSegmentation(small_config(num_labels=1))
-    base.save_pretrained(tmp_path / "base")
-    before = {name: tensor.clone() for name, tensor in weights(base).items()}
-    targets = r".*attention\.attention\.(query|value)|.*decoder.*linear1|class_embed|.*enc_out_class_embed\.\d+"
-    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=targets))
-    arguments = RfDetrTrainingArguments(str(tmp_path / "run"), **(QUICK | {"num_train_epochs": 1}))
-    trainer = RfDetrTrainer(model, arguments, train_dataset=drawn(4), eval_dataset=drawn(3, 100))
-    trainer.train()
-    trainer.save_model(str(tmp_path / "adapter"))
-    files = {path.name for path in (tmp_path / "adapter").iterdir()}
-    assert "adapter_model.safetensors" in files
-    assert "model.safetensors" not in files
-    trained = model.eval()(pixels()).logits
-    fresh = RfDetrForInstanceSegmentation.from_pretrained(tmp_path / "base")
-    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(fresh).items())
-    assert not torch.equal(fresh.eval()(pixels()).logits, trained)
-    merged = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").merge_and_unload()
-    assert weights(merged).keys() == before.keys()
-    torch.testing.assert_close(merged.eval()(pixels()).logits, trained, rtol=1e-4, atol=1e-5)
-    merged.save_pretrained(tmp_path / "merged")
-    again, _ = load(str(tmp_path / "merged"))
-    assert_same(again, merged)
-    [instances] = predict(model, RfDetrImageProcessor(size=48), [Image.new("RGB", (60, 40))], threshold=0.0)
-    assert len(instances)
-    trainer.create_model_card(finetuned_from="Roboflow/rf-detr-seg-nano")
-    card = (tmp_path / "run" / "README.md").read_text()
-    assert ModelCard(card).data.library_name == "peft"
-    assert 'PeftModel.from_pretrained(base, "run").merge_and_unload()' in card
-    compile(blocks_of(card)[0], "card", "exec")
 
 
 def run_checks(folder: str) -> None:

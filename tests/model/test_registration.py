@@ -150,7 +150,7 @@ def test_importing_leaves_transformers_own_classes_as_they_were(tmp_path):
 def test_push_to_hub_is_the_one_that_writes_the_card(pushed, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "transformers_rfdetr.hub.model_card.push_to_hub", lambda *args, **settings: calls.append((args, settings))
+        "transformers_rfdetr.hub.push.push_to_hub", lambda *args, **settings: calls.append((args, settings))
     )
     instance = object.__new__(pushed)
     instance.push_to_hub("me/barns", with_code=True, private=True)

@@ -14,17 +14,9 @@ from ..atomic_files import atomic_file, write_text
 from ..data.drawing import draw_grid
 from ..data.prepared import PreparedDataset
 from ..evaluation.curves import draw_png, training_charts
-from ..hub.model_card import (
-    CURVES,
-    GRID,
-    RECIPE,
-    Run,
-    add_code,
-    create_repository,
-    is_hub_id,
-    model_card,
-    upload,
-)
+from ..hub.model_card import CURVES, GRID, RECIPE, Run, is_hub_id, model_card
+from ..hub.model_code import add_code
+from ..hub.push import create_repository, upload
 from .arguments import note_on_metrics
 from .data_setup import unprepared
 from .resuming import ResumableTrainer
@@ -168,7 +160,7 @@ class UploadingTrainer(ResumableTrainer):
         run = self._describe_run()
         run.base_model = finetuned_from or run.base_model
         run.datasets = list(dict.fromkeys([*_as_list(dataset), *_as_list(dataset_tags)]))
-        run.pictures = self._draw_run(folder, num_pictures)
+        run.images = self._draw_run(folder, num_pictures)
         settings = {name: value for name, value in self.args.to_dict().items() if name not in _LOCAL_ARGUMENTS}
         settings = {name: value for name, value in settings.items() if not name.startswith(("hub_", "push_to_hub"))}
         write_text(folder / RECIPE, f"{json.dumps(settings, indent=2, sort_keys=True)}\n")
