@@ -25,7 +25,8 @@ from torch import Tensor, nn
 import transformers_rfdetr
 from transformers_rfdetr import RfDetrConfig, RfDetrImageProcessor, resolve_variant
 from transformers_rfdetr.cli.errors import one_line_errors
-from transformers_rfdetr.conversion.convert import convert_to_transformers, rfdetr_class
+from transformers_rfdetr.conversion.architecture import rfdetr_class
+from transformers_rfdetr.conversion.convert import convert_to_transformers
 from transformers_rfdetr.data.synthetic import draw_scene
 from transformers_rfdetr.model.checkpoint_layouts import to_original_layout
 from transformers_rfdetr.model.image_io import read_rgb

@@ -23,8 +23,7 @@ from transformers_rfdetr import (
     load_instance_dataset,
 )
 from transformers_rfdetr.cli import benchmark, evaluate, info, train, training_run
-from transformers_rfdetr.conversion import convert as conversion
-from transformers_rfdetr.conversion import describe
+from transformers_rfdetr.conversion import architecture, describe
 from transformers_rfdetr.data.synthetic import draw_dataset
 from transformers_rfdetr.inference import benchmark as measurement
 
@@ -469,7 +468,7 @@ def test_a_detection_model_in_half_precision_is_described_as_such(tmp_path):
 
 
 def test_a_file_of_rfdetr_is_read_without_converting_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(conversion.ENCODERS, "dinov2_windowed_small", (32, 2, 0))
+    monkeypatch.setitem(architecture.ENCODERS, "dinov2_windowed_small", (32, 2, 0))
     config = small_config(backbone_config={"num_hidden_layers": 12, "out_indices": [3, 6, 9, 12]}, resolution=96)
     model = RfDetrForInstanceSegmentation(config)
     arguments = {

@@ -19,7 +19,7 @@ from transformers_rfdetr import (
     RfDetrForObjectDetection,
     RfDetrImageProcessor,
 )
-from transformers_rfdetr.conversion import convert as conversion
+from transformers_rfdetr.conversion import architecture
 from transformers_rfdetr.conversion.convert import convert_to_rfdetr, convert_to_transformers
 from transformers_rfdetr.data.synthetic import draw_scene
 from transformers_rfdetr.model.variants_rf_detr import BACKGROUND, COCO_NAMES
@@ -34,7 +34,7 @@ FULL_SIZE = ["rf-detr-nano", "rf-detr-seg-nano", "rf-detr-seg-large", "rf-detr-l
 @pytest.fixture
 def narrow(monkeypatch):
     """rfdetr's small encoder with the width of the stand-ins, on our side; `narrow_dinov2` is its counterpart."""
-    monkeypatch.setitem(conversion.ENCODERS, "dinov2_windowed_small", (32, 2, 0))
+    monkeypatch.setitem(architecture.ENCODERS, "dinov2_windowed_small", (32, 2, 0))
 
 
 def described(model, settings, variant, **args):

@@ -12,7 +12,8 @@ import typer
 from rfdetr.models.lwdetr import build_model_from_config
 
 from transformers_rfdetr import RfDetrImageProcessor
-from transformers_rfdetr.conversion import convert as conversion
+from transformers_rfdetr.conversion import architecture
+from transformers_rfdetr.conversion.convert import convert_to_transformers
 
 from peer import PEER_CLASSES, narrow_dinov2, peer_config, randomise
 from small_models import stand_in_config
@@ -49,7 +50,7 @@ def write_checkpoint(monkeypatch, tmp_path):
         torch.save(content, tmp_path / "checkpoint.pth")
         return tmp_path / "checkpoint.pth"
 
-    monkeypatch.setitem(conversion.ENCODERS, "dinov2_windowed_small", (32, 2, 0))
+    monkeypatch.setitem(architecture.ENCODERS, "dinov2_windowed_small", (32, 2, 0))
     with ExitStack() as narrow:
         yield write
 
@@ -116,7 +117,7 @@ def test_a_conversion_agrees_at_every_stage(variant, write_checkpoint, run):
 )
 def test_a_parameter_that_changed_after_the_conversion_is_named(name, wrong, write_checkpoint, run, tmp_path, capsys):
     path = write_checkpoint(DETECTION)
-    conversion.convert_to_transformers(path, tmp_path / "converted")
+    convert_to_transformers(path, tmp_path / "converted")
     change(path, name, lambda bias: bias + 0.5)
     code, comparison = run(path, tmp_path / "converted")
     assert code == 1
@@ -129,7 +130,7 @@ def test_a_parameter_that_changed_after_the_conversion_is_named(name, wrong, wri
 def test_tokens_that_score_alike_are_compared_in_the_originals_order(write_checkpoint, run, tmp_path):
     path, name = write_checkpoint(DETECTION), "transformer.enc_out_class_embed.0.weight"
     change(path, name, lambda weight: 1e-4 * weight)
-    conversion.convert_to_transformers(path, tmp_path / "converted")
+    convert_to_transformers(path, tmp_path / "converted")
     change(path, name, torch.neg)  # the best tokens become the worst ones, by a ten-thousandth
     _, comparison = run(path, tmp_path / "converted")
     assert any("ours chooses 7 other first-stage tokens of 7" in note for note in comparison.notes)

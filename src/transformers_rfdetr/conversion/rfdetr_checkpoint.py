@@ -260,7 +260,7 @@ def _bare_names(path: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, Te
     prefixes: set[str] = set()
     for name, tensor in weights.items():
         if is_lightning and not _IN_MODULE.match(name):
-            changes.append(Change(name, shape_of(tensor), "left out: not of the model"))
+            changes.append(Change(name, shape_of(tensor), "dropped: not in the model"))
             continue
         stripped = _WRAPPED.sub("", name)
         if stripped in bare:
