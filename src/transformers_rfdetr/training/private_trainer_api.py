@@ -36,7 +36,7 @@ class PrivateTrainerApi(Trainer):
     eval_dataset: Any
     processing_class: Any
     hub_model_id: str | None
-    push_in_progress: Any
+    push_in_progress: Any = None  # Trainer sets it where `push_to_hub` is set
     optimizer: Any
     lr_scheduler: Any
 
