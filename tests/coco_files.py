@@ -1,4 +1,4 @@
-"""Small COCO files without a defect, to which a test adds one, and what a report says of them."""
+"""Small COCO files without defects, for tests to add defects to, and summaries of reports."""
 
 import json
 
@@ -8,12 +8,12 @@ from pycocotools import mask as coco_mask
 
 SQUARE = [10, 10, 30, 10, 30, 30, 10, 30]
 BOX, AREA = [10, 10, 20, 20], 400  # of the square
-RIGHT = [50, 10, 60, 10, 60, 30, 50, 30]  # at the right edge of a picture of 40 x 60
+RIGHT = [50, 10, 60, 10, 60, 30, 50, 30]  # at the right edge of an image of 40 x 60
 ORIENTATION = 0x0112
 
 
 def draw_image(seed, size=(40, 60)):
-    """A picture (H, W) of soft areas, like no other seed's."""
+    """Return an image of `size` (H, W) with soft areas, different for each seed."""
     areas = np.random.default_rng(seed).integers(0, 256, (8, 9, 3), np.uint8)
     return PIL.Image.fromarray(areas).resize(size[::-1], PIL.Image.Resampling.BICUBIC)
 
@@ -25,14 +25,14 @@ def save_rotated(path, seed, orientation):
 
 
 def square(number, image_id=1, category=1, **changes):
-    """An annotation without a defect; a change to `...` removes the field."""
+    """Return an annotation without defects; a change to `...` removes the field."""
     given = {"id": number, "image_id": image_id, "category_id": category, "bbox": BOX, "area": AREA, "iscrowd": 0}
     given = {**given, "segmentation": [SQUARE], **changes}
     return {name: value for name, value in given.items() if value is not ...}
 
 
 def rle(size=(40, 60)):
-    """The square as an RLE."""
+    """Return the square as an RLE."""
     return {"size": list(size), "counts": coco_mask.frPyObjects([SQUARE], *size)[0]["counts"].decode()}
 
 

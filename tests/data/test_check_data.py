@@ -1,4 +1,4 @@
-"""Every defect is counted, once, and a repaired copy has none; the oracles are hand counts and pycocotools."""
+"""Every defect is counted once, and a repaired copy has none. The oracles are hand counts and pycocotools."""
 
 import doctest
 import itertools
@@ -42,7 +42,7 @@ from small_models import shared_folder
 pytestmark = pytest.mark.usefixtures("quiet")
 
 
-# Every defect, in one data set
+# Every defect, in one dataset
 
 TRAIN_IMAGES = [
     image_entry(1, "a.png"),
@@ -122,7 +122,7 @@ EXPECTED = {(kind, "train"): 1 for kind in ONCE} | {
 
 @pytest.fixture(scope="module")
 def defects(tmp_path_factory):
-    """A folder with every defect once, what was found in it, and its repaired copy."""
+    """Return a folder with every defect once and its repaired copy, and the report."""
     parent = tmp_path_factory.mktemp("defects")
     train = parent / "data" / "train"
     write_coco(train / "_annotations.coco.json", TRAIN_IMAGES, TRAIN_OBJECTS, CATEGORIES)
@@ -142,7 +142,7 @@ def defects(tmp_path_factory):
     draw_image(21).save(train / "cut.jpg")
     (train / "cut.jpg").write_bytes((train / "cut.jpg").read_bytes()[:-300])
     (train / "empty.png").write_bytes(b"")
-    (train / "text.png").write_text("no picture")
+    (train / "text.png").write_text("not an image")
     (parent / "data" / "secret.png").write_text("never read")
     (train / "a_copy.png").write_bytes((train / "a.png").read_bytes())
     for seed, (name, orientation) in enumerate([("turned.jpg", 6), ("upside_down.jpg", 3), ("swapped.jpg", 6)], 30):
@@ -161,7 +161,7 @@ def defects(tmp_path_factory):
 
 
 class _Silent:
-    """Stands for the module warnings in Pillow, whose limit is lowered."""
+    """Replaces the module warnings in Pillow, which would warn about the lowered limit."""
 
     @staticmethod
     def warn(*args, **kwargs):
@@ -173,13 +173,13 @@ def test_every_defect_is_counted_once(defects):
     assert counts_of(report) == EXPECTED
 
 
-def test_every_kind_but_three_is_in_that_data_set(defects):
+def test_all_kinds_but_three_are_in_that_dataset(defects):
     _, report = defects
     others = {"categories_differ", "no_categories", "invalid_label_line"}
     assert {found.kind for found in report.findings} == KINDS.keys() - others
 
 
-def test_an_example_says_where_it_is(defects):
+def test_an_example_names_the_image_and_the_annotation(defects):
     _, report = defects
     [found] = [found for found in report.findings if found.kind == "box_beyond_edge"]
     assert found.examples == [
@@ -220,7 +220,7 @@ def test_a_repaired_copy_has_no_error_and_can_be_read(defects):
     assert [item["category_id"] for item in samples["a_copy.png"]["annotations"]] == [0, 1, 0]  # roof 3 is roof 1
 
 
-def test_what_the_copy_has_in_place_of_each_defect(defects):
+def test_the_copy_repairs_each_defect(defects):
     parent, _ = defects
     stored = json.loads((parent / "fixed" / "train" / "_annotations.coco.json").read_text())
     objects = {item["id"]: item for item in stored["annotations"]}
@@ -230,7 +230,7 @@ def test_what_the_copy_has_in_place_of_each_defect(defects):
     for number in (5, 6, 7, 8, 11):
         assert objects[number]["bbox"] == BOX
     assert objects[9]["bbox"] == [50, 10, 10, 20]
-    assert objects[10]["bbox"] == [10, 10, 30, 20]  # box or mask: who knows
+    assert objects[10]["bbox"] == [10, 10, 30, 20]  # either may be right
     for number in (13, 14, 15):
         assert objects[number]["area"] == AREA
     for number in (16, 17, 19, 22, 23, 24):
@@ -258,7 +258,7 @@ def test_all_changes_and_what_is_left_are_listed(defects):
     assert (entry["split"], entry["detail"], entry["change"]) == ("train", "category 3 'roof'", "id 1")
 
 
-def test_pictures_are_linked_or_written_as_they_were_annotated(defects):
+def test_images_are_linked_or_written_as_they_were_annotated(defects):
     parent, _ = defects
     source, copy = parent / "data" / "train", parent / "fixed" / "train"
     assert (copy / "a.png").samefile(source / "a.png")
@@ -270,23 +270,23 @@ def test_pictures_are_linked_or_written_as_they_were_annotated(defects):
         assert np.abs(np.asarray(written, int) - np.asarray(expected, int)).mean() < 3
 
 
-def test_overlays_begin_with_what_is_odd(defects):
+def test_overlays_begin_with_images_with_problems(defects):
     parent, _ = defects
     names = sorted(path.name for path in (parent / "drawn").iterdir())
     assert names[0] == "00_train_a.jpg"
-    # a, upside_down, swapped, taller, the second nothing, unnumbered, a again, its copy, lost and v are odd.
+    # a, upside_down, swapped, taller, the second nothing, unnumbered, a again, its copy, lost and v have problems.
     assert len(names) == 13
     assert {name[3:] for name in names[10:]} == {"train_turned.jpg", "train_unsized.jpg", "train_nothing.jpg"}
     drawn, plain = np.asarray(PIL.Image.open(parent / "drawn" / names[0]), int), np.asarray(draw_image(0), int)
     assert np.abs(drawn - plain)[10:30, 10:30].mean() > 20
 
 
-# Whatever a JSON can hold
+# Values of any type
 
 ANYTHING = [None, "x", "", [], {}, [[]], -1, 0, 1.5, True, 10**400, float("nan"), float("inf"), [[1, "x"]], {"a": []}]
 
 
-def test_values_of_wrong_types_are_findings_and_never_a_crash(tmp_path):
+def test_values_of_wrong_types_are_findings(tmp_path):
     shapes = [{"size": size, "counts": "1"} for size in ANYTHING] + [{"size": [40, 60], "counts": c} for c in ANYTHING]
     fields = ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation")
     objects = [square(10 + i, **{field: value}) for field in fields for i, value in enumerate(ANYTHING)]
@@ -320,9 +320,14 @@ def test_values_of_wrong_types_are_findings_and_never_a_crash(tmp_path):
 @pytest.mark.parametrize(
     ("stated", "shape", "orientation", "change"),
     [
-        ((80, 120), SQUARE, 1, None),  # twice as large: of which of the two?
-        ((80, 120), [70, 50, 90, 50, 90, 70, 70, 70], 1, None),  # of the large one, which is not there
-        ((80, 60), SQUARE, 1, None),  # of other proportions: stretched, or never measured?
+        ((80, 120), SQUARE, 1, None),  # twice as large: either may be right
+        (
+            (80, 120),
+            [70, 50, 90, 50, 90, 70, 70, 70],
+            1,
+            None,
+        ),  # inside the larger size only
+        ((80, 60), SQUARE, 1, None),  # another aspect ratio
         ((20, 60), SQUARE, 1, (40, 60)),  # too small for the object
         (("40", None), SQUARE, 1, (40, 60)),  # the file agrees
         ((99, None), SQUARE, 1, None),
@@ -347,7 +352,7 @@ def test_the_size_at_which_all_objects_lie_inside_is_taken(tmp_path, stated, sha
         assert sample["image"].size == change[::-1]
 
 
-# A copy is there whole or not at all
+# A copy is complete or absent
 
 
 def test_a_copy_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
@@ -368,7 +373,7 @@ def test_a_copy_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
 # Ids and categories
 
 
-def test_two_files_with_one_id_and_objects_are_both_left_out(tmp_path):
+def test_two_files_with_one_id_and_objects_are_both_dropped(tmp_path):
     path = write_coco(tmp_path / "data" / "train.json", [image_entry(1, "a.png"), image_entry(1, "b.png")], [square(1)])
     for seed, name in enumerate(("a.png", "b.png")):
         draw_image(seed).save(path.parent / name)
@@ -376,7 +381,7 @@ def test_two_files_with_one_id_and_objects_are_both_left_out(tmp_path):
     assert json.loads((tmp_path / "fixed" / "train" / "_annotations.coco.json").read_text())["images"] == []
 
 
-def test_an_entry_that_stands_there_twice_is_kept_once(tmp_path):
+def test_a_repeated_entry_is_kept_once(tmp_path):
     path = write_coco(tmp_path / "data" / "train.json", [image_entry(1, "a.png"), image_entry(1, "a.png")], [square(1)])
     draw_image(0).save(path.parent / "a.png")
     assert errors_of(check_dataset(path, fix=tmp_path / "fixed")) == {"duplicate_image_id": 1}
@@ -385,7 +390,7 @@ def test_an_entry_that_stands_there_twice_is_kept_once(tmp_path):
 
 
 def two_splits(folder, train_categories, valid_categories):
-    """A picture each with an object of category 1 and one of category 2."""
+    """Write two splits with one image each, which has an object of category 1 and one of category 2."""
     for seed, (split, categories) in enumerate([("train", train_categories), ("valid", valid_categories)]):
         items = [square(1), square(2, category=2)]
         write_coco(folder / split / "_annotations.coco.json", [image_entry(1, "a.png")], items, categories)
@@ -393,7 +398,7 @@ def two_splits(folder, train_categories, valid_categories):
     return folder
 
 
-def test_splits_that_number_their_classes_differently_are_numbered_alike(tmp_path):
+def test_splits_with_different_category_ids_get_the_same_ids(tmp_path):
     ours, theirs = (
         [{"id": 1, "name": "roof"}, {"id": 2, "name": "tree"}],
         [
@@ -412,7 +417,7 @@ def test_splits_that_number_their_classes_differently_are_numbered_alike(tmp_pat
     assert names == {"train": ["roof", "tree"], "validation": ["tree", "bush"]}
 
 
-def test_objects_of_an_id_with_two_names_are_left_out(tmp_path):
+def test_objects_of_a_category_id_with_two_names_are_dropped(tmp_path):
     ours = [{"id": 1, "name": "roof"}, {"id": 2, "name": "tree"}, {"id": 2, "name": "bush"}]
     report = check_dataset(two_splits(tmp_path / "data", ours, ours[:2]), fix=tmp_path / "fixed")
     assert errors_of(report) == {"duplicate_category_id": 1}
@@ -420,7 +425,7 @@ def test_objects_of_an_id_with_two_names_are_left_out(tmp_path):
     assert [len(data[split][0]["annotations"]) for split in ("train", "validation")] == [1, 2]
 
 
-def test_a_category_that_only_groups_others_is_no_second_one(tmp_path):
+def test_a_category_that_only_groups_others_is_not_a_duplicate(tmp_path):
     exported = [
         {"id": 0, "name": "roof", "supercategory": "none"},
         {"id": 1, "name": "roof", "supercategory": "roof"},
@@ -447,7 +452,7 @@ def test_splits_with_other_names_are_copied_as_coco_names_them(tmp_path):
 # Boxes alone, polygons
 
 
-def test_a_data_set_of_boxes_is_not_said_to_lack_masks(tmp_path):
+def test_a_dataset_of_boxes_does_not_lack_masks(tmp_path):
     items = [square(1, segmentation=...), square(2, segmentation=[], area=150), square(3, segmentation=[], area=900)]
     path = write_coco(tmp_path / "train.json", [image_entry(1, "a.png")], items)
     draw_image(0).save(tmp_path / "a.png")
@@ -466,7 +471,7 @@ def test_a_data_set_of_boxes_is_not_said_to_lack_masks(tmp_path):
         ([0, 0, 0, 0, 10, 0, 10, 10, 10, 10], False),  # points twice
     ],
 )
-def test_edges_that_cross_are_told_from_edges_that_touch(polygon, crosses):
+def test_crossing_edges_are_distinguished_from_touching_edges(polygon, crosses):
     assert crosses_itself(np.array(polygon, float)) is crosses
 
 
@@ -477,14 +482,14 @@ def test_crossings_are_those_of_all_pairs_of_edges():
         points = generator.integers(0, 30, (size, 2)).tolist()
         edges = list(zip(points, points[1:] + points[:1], strict=True))
         pairs = itertools.combinations(edges, 2)
-        expected = any(turns(*a, *b) and turns(*b, *a) for a, b in pairs)
+        expected = any(are_separated(*a, *b) and are_separated(*b, *a) for a, b in pairs)
         assert crosses_itself(np.array(points, float).ravel()) is expected
         found[expected] += 1
     assert min(found[True], found[False]) > 5
 
 
-def turns(a, b, c, d):
-    """Whether c and d lie on different sides of the line through a and b, in whole numbers."""
+def are_separated(a, b, c, d):
+    """Whether c and d lie on different sides of the line through a and b, in exact integers."""
     sides = [(b[0] - a[0]) * (p[1] - a[1]) - (b[1] - a[1]) * (p[0] - a[0]) for p in (c, d)]
     return sides[0] * sides[1] < 0
 
@@ -500,7 +505,7 @@ def test_a_crossing_is_found_in_a_long_polygon():
 # Duplicates
 
 
-def test_pictures_that_look_the_same_in_another_split_are_found_whatever_their_mode(tmp_path):
+def test_images_that_look_the_same_in_another_split_are_found_in_every_mode(tmp_path):
     files = {}
     for split in ("train", "validation"):
         path = write_coco(tmp_path / split / "a.json", [image_entry(i, f"{i}.png") for i in range(1, 5)], [square(1)])
@@ -508,11 +513,11 @@ def test_pictures_that_look_the_same_in_another_split_are_found_whatever_their_m
     grey = draw_image(5).convert("L")
     deep = PIL.Image.fromarray(np.asarray(grey, np.uint16) * 200)  # the same in 16 bits
     flat = PIL.Image.new("L", (60, 40), 90)
-    for folder, pictures in (
+    for folder, images in (
         ("train", [draw_image(1), grey, flat, draw_image(3)]),
         ("validation", [draw_image(2), deep, flat]),
     ):
-        for number, item in enumerate(pictures, start=1):
+        for number, item in enumerate(images, start=1):
             item.save(tmp_path / folder / f"{number}.png")
     PIL.Image.new("L", (60, 40), 91).save(tmp_path / "validation" / "4.png")  # flat too, but another one
     report = check_dataset(files)
@@ -561,7 +566,7 @@ def test_yolo_files_are_read_line_by_line(tmp_path, yolo):
     np.testing.assert_allclose(boxes, [[15, 10, 15, 20], [15, 10, 30, 20]], atol=1)  # a drawn triangle is a row short
 
 
-def test_rows_of_datasets_are_checked_and_not_repaired(tmp_path):
+def test_rows_of_datasets_are_checked_but_not_repaired(tmp_path):
     datasets = pytest.importorskip("datasets")
     objects = {"bbox": [BOX, [100.0, 0, 9, 9]], "category": ["roof", "tree"], "segmentation": [[SQUARE], [SQUARE]]}
     rows = datasets.Dataset.from_list([{"image": draw_image(0), "objects": objects}])
@@ -617,7 +622,7 @@ app.command(epilog=command.EXAMPLE)(command.check_dataset)
 
 @pytest.fixture
 def small(tmp_path):
-    """A JSON without an error, in a folder of its own."""
+    """Return a COCO JSON without an error, in its own folder."""
     path = write_coco(tmp_path / "data" / "train.json", [image_entry(1, "a.png")], [square(1)])
     draw_image(0).save(path.parent / "a.png")
     return path
@@ -638,7 +643,7 @@ def test_the_command_ends_with_0_without_errors_and_1_with_errors(small, tmp_pat
     assert CliRunner().invoke(app, [str(tmp_path / "fixed"), "--workers", "1"]).exit_code == 0
 
 
-def test_the_command_prints_nothing_but_json_where_it_is_asked_to(small):
+def test_the_command_prints_only_json_on_request(small):
     result = CliRunner().invoke(app, [str(small), "--json", "-"])
     report = json.loads(result.stdout)
     assert report["source"] == str(small)
@@ -655,7 +660,7 @@ def test_the_command_prints_nothing_but_json_where_it_is_asked_to(small):
         ('{"images": [], "annotations": 3, "categories": []}', "train.json: 'annotations' must be a list"),
     ],
 )
-def test_the_command_says_in_a_line_why_a_source_cannot_be_read(tmp_path, content, message):
+def test_the_command_explains_an_unreadable_source_in_one_line(tmp_path, content, message):
     (tmp_path / "train.json").write_text(content)
     result = CliRunner().invoke(app, [str(tmp_path / "train.json")])
     assert result.exit_code == 2
@@ -685,7 +690,7 @@ def test_nothing_is_written_into_the_source_or_over_other_files(small, tmp_path,
     assert folder_content(tmp_path) == before
 
 
-def test_the_pictures_may_lie_elsewhere(small, tmp_path):
+def test_the_images_may_lie_in_another_folder(small, tmp_path):
     (small.parent / "a.png").rename(tmp_path / "a.png")
     assert errors_of(check_dataset(small)) == {"missing_file": 1}
     assert not check_dataset(small, image_folder=tmp_path).has_errors
@@ -696,7 +701,7 @@ def test_the_example_runs():
     assert doctest.testmod(check_data).failed == 0
 
 
-def test_every_source_is_one_that_exists(tmp_path):
+def test_an_invalid_source_is_refused(tmp_path):
     for source in (5, {}, tmp_path / "none.json", tmp_path / "none.yaml"):
         with pytest.raises(ValueError, match=r"`source`|none\."):
             check_dataset(source)

@@ -1,4 +1,4 @@
-"""Untrusted images, annotations, descriptions and servers are refused without taking memory, and nothing is run."""
+"""Untrusted images, annotations, YAML and servers are refused without taking memory, and no code is run."""
 
 import importlib
 import json
@@ -111,9 +111,9 @@ def test_pillows_pixel_limit_applies(tmp_path, monkeypatch):
 def test_a_narrow_image_is_not_resized_or_padded_to_a_huge_one():
     with pytest.raises(ValueError, match=r"1 x 5000.* 480 x 2400000"):
         RfDetrImageProcessor(size={"shortest_edge": 480})(PIL.Image.new("RGB", (5_000, 1)))
-    pictures = [np.zeros(shape, np.uint8) for shape in ((1, 20_000), (20_000, 1))]
+    images = [np.zeros(shape, np.uint8) for shape in ((1, 20_000), (20_000, 1))]
     with pytest.raises(ValueError, match="20000 x 20000"):
-        RfDetrImageProcessor(do_resize=False)(pictures)
+        RfDetrImageProcessor(do_resize=False)(images)
 
 
 @pytest.mark.parametrize("text", ["%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n", "XBM"])
@@ -259,7 +259,7 @@ def test_a_name_that_leaves_and_reenters_the_folder_is_read(name, tmp_path):
 
 @pytest.mark.parametrize("name", [5, ["a.png"], "a\x00.png", "a" * 5_000, "", None, "http://127.0.0.1:1/a.png"])
 def test_invalid_file_names_are_refused(name, tmp_path):
-    with pytest.raises(ValueError, match=r"file_name|(picture|image)s? .*not "):
+    with pytest.raises(ValueError, match=r"file_name|(picture|image)s?.*not "):
         load_instance_dataset(save_coco(tmp_path, name))
 
 
@@ -432,7 +432,7 @@ def test_messages_truncate_long_keys(tmp_path):
 
 def test_names_cannot_inject_control_characters_or_lines(model, tmp_path):
     (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "\x1b]0;title\x07.png").write_text("no picture")
+    (tmp_path / "photos" / "\x1b]0;title\x07.png").write_text("not an image")
     done = run_predict(model, tmp_path / "photos", "-o", tmp_path / "out")
     assert (done.exit_code, "\\x1b]0;title\\x07.png" in done.output) == (1, True)
     described = CliRunner().invoke(app, ["info", str(model)])

@@ -78,9 +78,9 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize("what", WEIGHTS)
-def test_weights_with_a_false_size_are_refused_with_the_file(what, folder):
-    replace(folder / "model.safetensors", WEIGHTS[what])
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_weights_with_a_false_size_are_refused_with_the_file(case, folder):
+    replace(folder / "model.safetensors", WEIGHTS[case])
     with pytest.raises(ValueError, match=r"model\.safetensors"):
         RfDetrForInstanceSegmentation.from_pretrained(folder)
     with pytest.raises(ValueError, match=re.escape(str(folder))):
@@ -103,7 +103,7 @@ def test_shards_outside_the_folder_are_not_read(name, folder):
 
 
 def save_index(folder: Path, content: object) -> None:
-    """The weights as one shard, with an index of their names that holds something else besides."""
+    """Turn the weights into one shard, and write `content` as the index."""
     (folder / "model.safetensors").rename(folder / "shard.safetensors")
     (folder / "model.safetensors.index.json").write_bytes(
         content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -119,9 +119,9 @@ INDICES = {
 }
 
 
-@pytest.mark.parametrize("what", INDICES)
-def test_an_invalid_index_is_refused(what, folder):
-    save_index(folder, INDICES[what])
+@pytest.mark.parametrize("case", INDICES)
+def test_an_invalid_index_is_refused(case, folder):
+    save_index(folder, INDICES[case])
     for read in (RfDetrForInstanceSegmentation.from_pretrained, lambda name: load(str(name))):
         with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json"):
             read(folder)
@@ -322,10 +322,10 @@ JUNK = {
 }
 
 
-@pytest.mark.parametrize("what", JUNK)
+@pytest.mark.parametrize("case", JUNK)
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
-def test_invalid_json_files_are_refused(name, what, folder):
-    replace(folder / name, JUNK[what])
+def test_invalid_json_files_are_refused(name, case, folder):
+    replace(folder / name, JUNK[case])
     with pytest.raises(ValueError, match=rf"{re.escape(str(folder))}|digits"):
         load(str(folder))
     reader = RfDetrConfig if name == "config.json" else RfDetrImageProcessor
