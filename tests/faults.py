@@ -1,8 +1,8 @@
-"""Processes that die, and disks that fill up, at a place of our choice in something that writes files.
+"""Kill a process, or fill its disk, at a chosen point of a job that writes files.
 
-A fault happens in a fork of this process, so that what was prepared once serves for every place. Places are the
-changes of the disk that Python makes (a file opened for writing, renamed, removed, a folder made), which the
-interpreter reports to its audit hooks, and lengths of files, which the system watches also where compiled code writes.
+The job runs in a fork, so that one preparation serves for all points. A point is a change of the disk by Python (a
+file opened for writing, renamed or removed, a folder created), which the interpreter reports to audit hooks; or a
+length of a file, which the kernel also enforces for compiled code.
 """
 
 import builtins
@@ -30,7 +30,7 @@ _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os
 
 
 class Ended(NamedTuple):
-    """How a fork ended: by a signal, an error, or well; and the changes of the disk that it had made."""
+    """How a fork ended: by a signal, with an error, or without; and how much it changed the disk."""
 
     signal: int
     error: Exception | None
@@ -49,37 +49,39 @@ def attempt(
     """Run a job in a fork.
 
     Args:
-        job: What writes.
-        dies_at: Number of the change of the disk before which the fork gets SIGKILL.
+        job: The job that writes.
+        dies_at: Index of the change of the disk before which the fork is killed.
         room: Bytes after which every write raises ENOSPC.
-        longest: Bytes that a file may have. The write of more kills the process or, without `dies_of_length`, fails.
+        longest: Maximum bytes of a file. Writing more kills the process or, without `dies_of_length`, raises.
     """
     receiver, sender = os.pipe()
-    drawn = random.getstate()
+    state = random.getstate()
     fork = os.fork()
     if fork == 0:
         try:
-            random.setstate(drawn)  # which Python draws anew in a fork
-            torch.set_num_threads(1)  # the threads of OpenMP are not forked
-            tqdm.auto.tqdm.set_lock(threading.RLock())  # its own is shared with forks, and kept by one that dies
+            random.setstate(state)  # Python seeds it again in a fork
+            torch.set_num_threads(1)  # a fork has no threads of OpenMP
+            tqdm.auto.tqdm.set_lock(
+                threading.RLock()
+            )  # a killed fork would keep the shared lock
             os.close(receiver)
             ended = _run(job, dies_at, room, longest, dies_of_length)
             with open(sender, "wb", closefd=False) as report:
                 report.write(pickle.dumps(ended))
         finally:
-            os._exit(0)  # and never goes on as this process
+            os._exit(0)  # and never continue with the tests
     os.close(sender)
     with open(receiver, "rb") as report:
-        told = report.read()
+        content = report.read()
     _, status = os.waitpid(fork, 0)
-    assert told or os.WIFSIGNALED(status), "the fork ended without a word"
-    return pickle.loads(told) if told else Ended(os.WTERMSIG(status), None, -1, -1)
+    assert content or os.WIFSIGNALED(status), "the fork ended without a report"
+    return pickle.loads(content) if content else Ended(os.WTERMSIG(status), None, -1, -1)
 
 
 def _run(
     job: Callable[[], Any], dies_at: int | None, room: int | None, longest: int | None, dies_of_length: bool
 ) -> Ended:
-    import resource  # of POSIX only, as forks are
+    import resource  # POSIX only, like forks
 
     sys.dont_write_bytecode = True
     is_watching, num_changes = True, 0
@@ -113,7 +115,7 @@ class _Disk:
         self.room, self.written = room, 0
 
     def take(self, length: int) -> int:
-        """How many of these bytes there is room for."""
+        """Return how many of `length` bytes fit."""
         taken = min(length, self.room - self.written)
         self.written += taken
         return taken
@@ -126,7 +128,7 @@ def _nothing() -> Iterator[_Disk]:
 
 @contextmanager
 def full_disk(room: int) -> Iterator[_Disk]:
-    """Let writes of Python raise ENOSPC after `room` bytes; what safetensors and torch write is written by Python."""
+    """Let Python raise ENOSPC after writing `room` bytes. safetensors and torch are made to write through Python."""
     disk, real_open = _Disk(room), io.open
 
     class File(io.FileIO):
@@ -165,7 +167,7 @@ def full_disk(room: int) -> Iterator[_Disk]:
         (io, "open", limited_open),
         (safetensors.torch, "serialize_file", serialize_file),
         (torch, "save", save),
-        (shutil, "_USE_CP_SENDFILE", False),  # the kernel's own copy
+        (shutil, "_USE_CP_SENDFILE", False),  # which copies in the kernel
     ]
     before = [(place, name, getattr(place, name)) for place, name, _ in replaced]
     for place, name, value in replaced:
@@ -178,7 +180,7 @@ def full_disk(room: int) -> Iterator[_Disk]:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """The files under a folder, but for what a killed process has begun."""
+    """Return the content of the files in a folder, except partial files of killed processes."""
     paths = (path for path in folder.rglob("*") if path.is_file())
     return {
         str(path.relative_to(folder)): path.read_bytes()

@@ -1,7 +1,7 @@
-"""Small servers of live streams on loopback, for the tests of video: MJPEG over HTTP, MPEG-4 over RTSP, and files.
+"""Local servers of live streams, for the tests of video: MJPEG over HTTP, MPEG-4 over RTSP, and files.
 
-Each connection of a live server sends the pictures of the next entry of `connections` and is then cut; when the
-entries are used up, or an entry is None, the server accepts, and sends nothing.
+Each connection of a live server sends the images of the next entry of `connections` and is then closed. After the last
+entry, or if an entry is None, the server accepts the connection and sends nothing.
 """
 
 import http.server
@@ -16,16 +16,16 @@ import av
 import numpy as np
 from PIL import Image
 
-PAUSE = 0.01  # seconds between two pictures
+PAUSE = 0.01  # seconds between two images
 
 
 class Server(socketserver.ThreadingTCPServer):
-    """Runs in a thread from `with` to its end.
+    """Runs in a thread inside a `with` block.
 
     Attributes:
-        connections: What to send in each, see above.
-        sent: Set when all of them were sent.
-        requests: How many connections there were.
+        connections: The images of each connection, see above.
+        sent: Set when all images were sent.
+        requests: The number of connections so far.
     """
 
     allow_reuse_address = daemon_threads = True
@@ -47,16 +47,16 @@ class Server(socketserver.ThreadingTCPServer):
     def url(self) -> str:
         return f"{self.scheme}://{self.address}/live"
 
-    def next_pictures(self) -> Sequence[Image.Image]:
-        """What the connection that asks is to send; it waits for the end of the test where that is nothing."""
+    def next_images(self) -> Sequence[Image.Image]:
+        """Return the images of a new connection. If there are none, wait for the end of the test first."""
         with self._lock:
             number, self.requests = self.requests, self.requests + 1
-        pictures = self.connections[number] if number < len(self.connections) else None
-        if pictures is None:
+        images = self.connections[number] if number < len(self.connections) else None
+        if images is None:
             self.sent.set()
             self.over.wait(30)
             return []
-        return pictures
+        return images
 
     def note_end(self) -> None:
         if self.requests >= len(self.connections):
@@ -72,21 +72,21 @@ class Server(socketserver.ThreadingTCPServer):
         self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """The other side may hang up at any time."""
+        """Ignore clients that close the connection."""
 
 
 class _MjpegHandler(http.server.BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        pictures = self.server.next_pictures()
+        images = self.server.next_images()
         self.send_response(200)
-        self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=picture")
+        self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=image")
         self.end_headers()
-        for picture in pictures:
+        for image in images:
             data = io.BytesIO()
-            picture.save(data, "JPEG", quality=95)
-            head = f"--picture\r\nContent-Type: image/jpeg\r\nContent-Length: {data.tell()}\r\n\r\n"
+            image.save(data, "JPEG", quality=95)
+            head = f"--image\r\nContent-Type: image/jpeg\r\nContent-Length: {data.tell()}\r\n\r\n"
             self.wfile.write(head.encode() + data.getvalue() + b"\r\n")
             self.server.over.wait(PAUSE)
         self.server.note_end()
@@ -126,7 +126,7 @@ class _RtspHandler(socketserver.StreamRequestHandler):
                 self._answer(headers, "Transport: RTP/AVP/TCP;unicast;interleaved=0-1")
             elif method == "PLAY":
                 self._answer(headers, "Range: npt=0-")
-                self._play(self.server.next_pictures())
+                self._play(self.server.next_images())
                 self.server.note_end()
                 return
             else:
@@ -143,7 +143,7 @@ class _RtspHandler(socketserver.StreamRequestHandler):
 
     def _answer(self, headers: dict[str, str], *fields: str, status: str = "200 OK", body: str = "") -> None:
         if self.server.password is not None and "authorization" in headers:
-            status = "403 Forbidden"  # whatever the password was
+            status = "403 Forbidden"  # for any password
         lines = [
             f"RTSP/1.0 {status}",
             f"CSeq: {headers['cseq']}",
@@ -153,9 +153,9 @@ class _RtspHandler(socketserver.StreamRequestHandler):
         ]
         self.wfile.write(("\r\n".join(lines) + "\r\n\r\n" + body).encode())
 
-    def _play(self, pictures: Sequence[Image.Image]) -> None:
-        for number, data in enumerate(_mpeg4(pictures)):
-            # Version 2, the last packet of its picture, type 96; a clock of 90 kHz at 25 pictures/s.
+    def _play(self, images: Sequence[Image.Image]) -> None:
+        for number, data in enumerate(_mpeg4(images)):
+            # Version 2, the last packet of its frame, type 96; a clock of 90 kHz at 25 frames/s.
             header = struct.pack("!BBHII", 0x80, 0x80 | 96, number, number * 3600, 1)
             self.wfile.write(struct.pack("!cBH", b"$", 0, len(header) + len(data)) + header + data)
             self.server.over.wait(PAUSE)
@@ -176,14 +176,14 @@ _SDP = "\r\n".join(
 )
 
 
-def _mpeg4(pictures: Sequence[Image.Image]) -> list[bytes]:
-    if not pictures:
+def _mpeg4(images: Sequence[Image.Image]) -> list[bytes]:
+    if not images:
         return []
     encoder = av.CodecContext.create("mpeg4", "w")
-    encoder.width, encoder.height = pictures[0].size
+    encoder.width, encoder.height = images[0].size
     encoder.pix_fmt, encoder.framerate = "yuv420p", 25
     encoder.options = {"qmin": "2", "qmax": "2"}
-    frames = [av.VideoFrame.from_ndarray(np.asarray(picture), format="rgb24") for picture in pictures]
+    frames = [av.VideoFrame.from_ndarray(np.asarray(image), format="rgb24") for image in images]
     return [bytes(packet) for frame in [*frames, None] for packet in encoder.encode(frame)]
 
 

@@ -1,4 +1,4 @@
-"""Whatever comes in: the right result, by another program or a plain reference, or a ValueError that says why not.
+"""Any input gives the result of a reference implementation, or a ValueError that explains why not.
 
 Hypothesis draws the cases, the same in every run: 875 by default, ten times as many in the long run.
 """
@@ -47,14 +47,14 @@ JUNK = st.one_of(
 
 
 def holds(count: int, **drawn: st.SearchStrategy) -> Callable:
-    """Makes a test of a property: for `count` cases, and for ten times as many in the long run."""
+    """Turn a property into a test with `count` cases, and with ten times as many in the long run."""
 
     def make_test(function: Callable) -> Callable:
         @pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.long)])
         def test(times: int) -> None:
-            # Slow or large cases say nothing about what is right.
-            quietly = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-            settings(max_examples=times * count, derandomize=True, **quietly)(given(**drawn)(function))()
+            # Whether cases are slow or large does not matter here.
+            no_checks = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+            settings(max_examples=times * count, derandomize=True, **no_checks)(given(**drawn)(function))()
 
         test.__name__ = function.__name__
         return test
@@ -63,14 +63,14 @@ def holds(count: int, **drawn: st.SearchStrategy) -> Callable:
 
 
 def outcome(function: Callable, *arguments: Any, **named: Any) -> tuple[Any, str | None]:
-    """What a call returns, or the message of its ValueError; any other exception fails the test."""
+    """Return the result of a call, or the message of its ValueError; any other exception fails the test."""
     try:
         return function(*arguments, **named), None
     except ValueError as error:
-        return None, str(error) or pytest.fail("an error without a word")
+        return None, str(error) or pytest.fail("the error has no message")
 
 
-# -- shapes ----------------------------------------------------------------------------------------------------------
+# -- segmentations ---------------------------------------------------------------------------------------------------
 
 SIZES = st.tuples(st.integers(4, 24), st.integers(4, 24))
 COORDINATES = st.one_of(st.floats(-40, 40, width=32), st.integers(-3, 30), st.sampled_from([-1e3, 1e3, 0.0, 24.0]))
@@ -78,7 +78,7 @@ COORDINATES = st.one_of(st.floats(-40, 40, width=32), st.integers(-3, 30), st.sa
 
 @st.composite
 def polygons(draw: Callable) -> list[list[float]]:
-    """One to three polygons that can be read, whatever they enclose; no three rows of 0 and 1, which are a bitmap."""
+    """Draw one to three polygons of any area. The first point keeps them from being a bitmap of 0 and 1."""
     rows = draw(st.lists(st.lists(COORDINATES, max_size=10).map(lambda row: row[: len(row) // 2 * 2]), max_size=3))
     return [[2.5, 2.5, *rows[0]], *rows[1:]] if rows else []
 
@@ -87,9 +87,9 @@ def polygons(draw: Callable) -> list[list[float]]:
 def test_polygons_cover_what_pycocotools_draws(shape, size, output):
     read, refused = outcome(read_segmentation, shape, size)
     rings = [row for row in shape if len(row) >= 6]
-    if refused:  # points that were meant to be one polygon
+    if refused:  # a list of points instead of polygons
         assert not rings
-        assert "points of one polygon" in refused
+        assert "polygon" in refused
         return
     if not rings:
         assert read is None
@@ -107,7 +107,7 @@ SPOILED = st.sampled_from([math.nan, math.inf, -math.inf, 1e7, -1e300, "12", Non
 
 
 @holds(50, shape=polygons().filter(bool), size=SIZES, value=SPOILED, place=st.integers(0, 9))
-def test_one_value_that_is_no_coordinate_is_refused_with_its_polygon(shape, size, value, place):
+def test_an_invalid_coordinate_is_refused(shape, size, value, place):
     row = shape[place % len(shape)]
     row.insert(place % (len(row) + 1), value)
     row.append(0.5)  # an even count again: it is the value that is wrong
@@ -117,17 +117,17 @@ def test_one_value_that_is_no_coordinate_is_refused_with_its_polygon(shape, size
 @holds(20, shape=polygons().filter(bool), size=SIZES)
 def test_an_odd_number_of_coordinates_is_refused(shape, size):
     shape[-1].append(1.5)
-    assert "it takes pairs" in outcome(read_segmentation, shape, size)[1]
+    assert "pairs" in outcome(read_segmentation, shape, size)[1]
 
 
 @holds(30, value=JUNK | st.lists(JUNK, max_size=3) | st.dictionaries(st.sampled_from(["size", "counts"]), JUNK))
-def test_what_is_no_shape_is_refused_or_encloses_nothing(value):
+def test_an_invalid_segmentation_is_refused_or_empty(value):
     read, refused = outcome(read_segmentation, value, (5, 7))
     assert refused or read is None or set(read) == {"size", "counts"}
 
 
 def runs_of(counts: str) -> list[int] | None:
-    """COCO's compressed runs, character by character: the definition (maskApi.c, rleFrString)."""
+    """Decode COCO's compressed runs by their definition (maskApi.c, rleFrString); None for an invalid string."""
     runs, place = [], 0
     while place < len(counts):
         value, bits, more = 0, 0, True
@@ -146,7 +146,7 @@ MASKS = SIZES.flatmap(lambda size: st.builds(lambda bits: drawn_mask(bits, size)
 
 
 def drawn_mask(seed: int, size: tuple[int, int]) -> np.ndarray:
-    """Rectangles, whose number and places a seed says, two of three times with some noise."""
+    """Return a mask of up to two rectangles, and noise in two of three cases."""
     rng = np.random.default_rng(seed)
     mask = rng.random(size) < rng.choice([0.0, 0.05, 0.5])
     for _ in range(seed % 3):
@@ -171,11 +171,13 @@ def test_rle_of_every_form_is_the_mask_that_was_encoded(mask, form):
 def test_damaged_rle_is_refused_unless_its_runs_still_fill_the_image(mask, place, letter, kind):
     text = coco_mask.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
     place %= len(text)
-    text = text[:place] + (letter if kind else "") + text[place + (kind < 2) :]  # one less, another, one more
+    text = (
+        text[:place] + (letter if kind else "") + text[place + (kind < 2) :]
+    )  # removed, replaced or added
     read, refused = outcome(read_segmentation, {"size": list(mask.shape), "counts": text}, mask.shape)
     runs = runs_of(text)
     if not runs or min(runs) < 0 or sum(runs) != mask.size:
-        assert "no runs that add up" in refused
+        assert "runs" in refused
         return
     pixels = np.repeat(np.arange(len(runs)) % 2, runs).reshape(mask.shape, order="F")
     assert refused is None
@@ -184,7 +186,7 @@ def test_damaged_rle_is_refused_unless_its_runs_still_fill_the_image(mask, place
 
 
 @holds(20, runs=st.lists(st.integers(-3, 70) | st.sampled_from([2**31, 2**63 - 20, -(2**63), 0.5])))
-def test_runs_in_numbers_must_fill_the_picture(runs):
+def test_uncompressed_runs_must_fill_the_image(runs):
     read, refused = outcome(read_segmentation, {"size": [6, 7], "counts": runs}, (6, 7))
     fit = all(type(run) is int and run >= 0 for run in runs) and sum(runs) == 42
     assert fit == (refused is None)
@@ -196,17 +198,17 @@ BITMAP_TYPES = st.sampled_from([bool, np.uint8, np.int64, np.float32, list])
 
 
 @holds(40, mask=MASKS, kind=BITMAP_TYPES, high=st.sampled_from([1, 255, 2]), crop=st.integers(0, 1))
-def test_bitmaps_are_what_they_show(mask, kind, high, crop):
+def test_bitmaps_are_read_unchanged(mask, kind, high, crop):
     high = 1 if kind is bool else high
     values = mask.astype(np.int64 if kind is list else kind) * (True if kind is bool else high)
     size = (mask.shape[0] + crop, mask.shape[1])
     read, refused = outcome(read_segmentation, values.tolist() if kind is list else values, size)
     if refused is None and crop and mask.any():
-        # Rows of another size than the picture's are polygons, unless they are 8 bits or hold 0 and 1 or 255 only.
+        # Rows of another size than that of the image are polygons, unless they have 8 bits or hold only 0, 1 and 255.
         assert kind not in (bool, np.uint8)
         assert high == 2
     elif refused is None:
-        if isinstance(read, list):  # polygons of zeros: rows of another size than the picture's
+        if isinstance(read, list):  # polygons of zeros: rows of another size than that of the image
             assert crop
             assert box_and_area(read, size)[1] == 0
         else:
@@ -214,21 +216,21 @@ def test_bitmaps_are_what_they_show(mask, kind, high, crop):
             np.testing.assert_array_equal(pixels, mask)
     else:
         assert high == 2 or crop
-        assert any(word in refused for word in ("bitmap", "pairs", "takes pairs"))
+        assert any(word in refused for word in ("bitmap", "pairs"))
 
 
 @holds(
     40, mask=MASKS, top=st.integers(0, 5), left=st.integers(0, 5), more=st.tuples(st.integers(0, 4), st.integers(0, 4))
 )
-def test_a_region_is_encoded_as_pycocotools_encodes_the_picture(mask, top, left, more):
+def test_a_region_is_encoded_as_pycocotools_encodes_the_image(mask, top, left, more):
     size = (top + mask.shape[0] + more[0], left + mask.shape[1] + more[1])
-    picture = np.zeros(size, np.uint8, order="F")
-    picture[top : top + mask.shape[0], left : left + mask.shape[1]] = mask
-    expected = coco_mask.encode(picture)
+    image = np.zeros(size, np.uint8, order="F")
+    image[top : top + mask.shape[0], left : left + mask.shape[1]] = mask
+    expected = coco_mask.encode(image)
     assert region_to_rle(mask, top, left, size) == {"size": list(size), "counts": expected["counts"].decode()}
 
 
-# Whole numbers on small grids, so that pixels at the threshold itself are drawn too.
+# Few values on small grids, so that pixels exactly at the threshold occur too.
 LOGITS = st.lists(st.sampled_from([-8.0, -1.0, 0.0, 0.5, 3.0, 30.0]), min_size=24, max_size=24)
 
 
@@ -238,10 +240,10 @@ LOGITS = st.lists(st.sampled_from([-8.0, -1.0, 0.0, 0.5, 3.0, 30.0]), min_size=2
     size=st.tuples(st.integers(1, 30), st.integers(1, 30)),
     threshold=st.sampled_from([-1.5, 0.0, 2.0]),
 )
-def test_masks_are_upsampled_as_torch_upsamples_them(values, size, threshold):
+def test_masks_are_upsampled_as_by_torch(values, size, threshold):
     logits = torch.tensor(values).reshape(2, 3, 4)
     expected = F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0]
-    # On a pixel whose value is the threshold but for rounding, either answer is right.
+    # For a value within rounding of the threshold, either answer is right.
     clear = ((expected - threshold).abs() > 1e-5 * expected.abs().clamp(min=1)).numpy()
     for index, (region, top, left) in enumerate(upsample_masks(logits, size, threshold)):
         mask = np.zeros(size, bool)
@@ -250,7 +252,7 @@ def test_masks_are_upsampled_as_torch_upsamples_them(values, size, threshold):
         assert not (difference & clear[index]).any()
 
 
-# -- pictures --------------------------------------------------------------------------------------------------------
+# -- images ----------------------------------------------------------------------------------------------------------
 
 MODES = (
     "1",
@@ -287,23 +289,23 @@ def check_inputs(inputs: Any) -> None:
 
 
 @holds(40, mode=st.sampled_from(MODES), size=st.tuples(SIDES, SIDES), seed=st.integers(0, 99))
-def test_pictures_of_every_mode_have_pillow_s_colours(mode, size, seed):
+def test_images_of_every_mode_have_the_colors_of_pillow(mode, size, seed):
     noise = PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8))
     try:
-        picture = noise.convert(mode)
-    except ValueError:  # Pillow makes these from some modes only
-        picture = noise.convert({"RGBa": "RGBA", "La": "LA"}.get(mode, "L")).convert(mode) if mode != "LAB" else None
-    if picture is None:
-        picture = PIL.Image.new(mode, size[::-1])
-    inputs, refused = outcome(processor(), picture, return_tensors="pt")
+        image = noise.convert(mode)
+    except ValueError:  # Pillow converts only some modes to these
+        image = noise.convert({"RGBa": "RGBA", "La": "LA"}.get(mode, "L")).convert(mode) if mode != "LAB" else None
+    if image is None:
+        image = PIL.Image.new(mode, size[::-1])
+    inputs, refused = outcome(processor(), image, return_tensors="pt")
     if mode == "F":
-        assert "float pixels lie in" in refused or np.asarray(picture).max() <= 1
+        assert "float pixels lie in" in refused or np.asarray(image).max() <= 1
         return
     assert refused is None
     check_inputs(inputs)
     if mode not in ("I", "I;16"):
-        rgb = np.asarray((picture.convert("LA") if mode == "La" else picture).convert("RGB"), np.float32) / 255
-        np.testing.assert_allclose(processor().read(picture).permute(1, 2, 0), rgb, atol=1e-7)
+        rgb = np.asarray((image.convert("LA") if mode == "La" else image).convert("RGB"), np.float32) / 255
+        np.testing.assert_allclose(processor().read(image).permute(1, 2, 0), rgb, atol=1e-7)
 
 
 ARRAY_TYPES = st.sampled_from(
@@ -323,7 +325,7 @@ def test_arrays_of_every_type_are_scaled_by_their_range_or_refused(dtype, shape,
     inputs, refused = outcome(processor(), [given_image], return_tensors="pt")
     if refused is not None:
         assert refused.startswith("image 0: ")
-        # An 8-bit picture whose channels can be but last is always read.
+        # An 8-bit image whose channels can only be the last axis is always read.
         assert dtype != "uint8" or not image.size or image.ndim != 3 or shape[2] != 3 or shape[0] in (1, 3, 4)
         return
     check_inputs(inputs)
@@ -341,7 +343,7 @@ def test_arrays_of_every_type_are_scaled_by_their_range_or_refused(dtype, shape,
         st.sampled_from(["height", "width", "shortest_edge", "longest_edge"]), st.integers(-1, 70) | JUNK
     ),
 )
-def test_a_processor_has_a_size_or_says_why_not(size):
+def test_a_processor_has_a_valid_size_or_is_refused(size):
     def width() -> int:
         inputs = RfDetrImageProcessor(size=size)(np.zeros((5, 7, 3), np.uint8), return_tensors="pt")
         return inputs["pixel_values"].shape[-1]
@@ -364,12 +366,12 @@ ANNOTATIONS = st.fixed_dictionaries(
 
 
 @holds(50, objects=st.lists(ANNOTATIONS, max_size=4), size=st.tuples(SIDES, SIDES), masks=st.booleans())
-def test_labels_stay_in_step(objects, size, masks):
+def test_labels_have_one_row_per_object(objects, size, masks):
     target = {"image_id": 1, "annotations": objects}
     arguments = {"return_segmentation_masks": masks, "return_tensors": "pt"}
     inputs, refused = outcome(processor(), PIL.Image.new("RGB", size[::-1]), target, **arguments)
     if refused is not None:
-        assert "points of one polygon" in refused or "bitmap" in refused
+        assert "polygon" in refused or "bitmap" in refused
         return
     [labels] = inputs["labels"]
     kept = [labels[name] for name in ("class_labels", "boxes", "area", "iscrowd", *["masks"] * masks)]
@@ -404,7 +406,7 @@ def with_junk(target: dict[str, Any], field: str, value: Any) -> dict[str, Any]:
 
 
 @holds(60, field=FIELDS, value=JUNK, masks=st.booleans())
-def test_a_field_of_another_kind_is_refused_with_its_name_or_means_the_same_as_none(field, value, masks):
+def test_an_invalid_field_is_refused_with_its_name_or_ignored(field, value, masks):
     box = {"category_id": 1, "bbox": [1, 1, 3, 3], "segmentation": [[1, 1, 4, 1, 4, 4]]}
     target = with_junk({"image_id": 1, "annotations": [box]}, field, value)
     inputs, refused = outcome(processor(), np.zeros((6, 6, 3), np.uint8), target, return_segmentation_masks=masks)
@@ -418,7 +420,7 @@ def test_a_field_of_another_kind_is_refused_with_its_name_or_means_the_same_as_n
 
 
 @holds(30, field=FIELDS, value=JUNK)
-def test_a_data_set_is_read_or_refused(field, value):
+def test_a_dataset_is_read_or_refused(field, value):
     image = {"id": 1, "file_name": "a.png", "width": 6, "height": 6}
     box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 3, 3], "segmentation": [[1, 1, 4, 1, 4, 4]]}
     (image if field in ("width", "height") else box)[field] = value
@@ -448,8 +450,8 @@ FILE_SIZES = st.sampled_from([(6, 8), (8, 6), (12, 16), (5, 5)])
 
 
 @holds(40, faults=FAULTS, orientation=st.integers(1, 8), kind=st.sampled_from(["jpg", "tif"]), size=FILE_SIZES)
-def test_a_repaired_copy_has_no_error_is_read_and_is_its_own_copy(faults, orientation, kind, size):
-    """`size` is that of the first picture as it is stored; the data say the second one's for both."""
+def test_a_repaired_copy_has_no_error_can_be_read_and_repeats_itself(faults, orientation, kind, size):
+    """`size` is the stored size of the first image. The annotation file gives that of the second one for both."""
     wide = {"bbox": [1, 1, 7, 3], "segmentation": [[1, 1, 8, 1, 8, 4]], "area": 10, "iscrowd": 0}
     names = (f"a.{kind}", "b.png")
     coco: dict[str, list[dict[str, Any]]] = {
@@ -489,7 +491,7 @@ WILD = st.sampled_from([math.nan, math.inf, -math.inf, 1e30, -3.0])
 
 
 def wild_outputs(seed: int, spoiled: list[tuple[int, float]], height: int = 5, width: int = 6) -> Any:
-    """Logits, boxes and mask logits of one picture, four queries and three classes, with some values that are odd."""
+    """Return logits, boxes and mask logits of one image, four queries and three classes, with some unusual values."""
     generator = torch.Generator().manual_seed(seed)
     parts = [torch.randn(1, 4, *rest, generator=generator) for rest in ((3,), (4,), (height, width))]
     parts[1] = parts[1].abs()
@@ -507,7 +509,7 @@ def wild_outputs(seed: int, spoiled: list[tuple[int, float]], height: int = 5, w
     size=st.tuples(SIDES, SIDES),
     top_k=st.none() | st.integers(1, 20),
 )
-def test_boxes_masks_labels_and_scores_stay_in_step(seed, spoiled, threshold, size, top_k):
+def test_boxes_masks_labels_and_scores_have_one_row_per_instance(seed, spoiled, threshold, size, top_k):
     outputs = wild_outputs(seed, spoiled)
     arguments = {"threshold": threshold, "target_sizes": [size], "top_k": top_k}
     [found] = processor().post_process_object_detection(outputs, **arguments)
@@ -540,7 +542,7 @@ def test_boxes_masks_labels_and_scores_stay_in_step(seed, spoiled, threshold, si
 
 
 @holds(20, sizes=JUNK | st.lists(JUNK | st.tuples(st.integers(-1, 3), st.integers(-1, 3)), max_size=2), top_k=JUNK)
-def test_sizes_and_counts_that_are_none_are_refused(sizes, top_k):
+def test_invalid_sizes_and_counts_are_refused(sizes, top_k):
     outputs = wild_outputs(0, [])
     good_size = sizes is None or (
         isinstance(sizes, list)
@@ -561,9 +563,9 @@ def model() -> Any:
 
 
 @holds(25, size=st.tuples(SIDES, SIDES), threshold=SCORES, top_k=st.none() | st.integers(1, 9), seed=st.integers(0, 9))
-def test_predictions_go_through_every_form_unchanged(size, threshold, top_k, seed):
-    picture = PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8))
-    found = predict(model(), RfDetrImageProcessor(size=48), picture, threshold=threshold, top_k=top_k)[0]
+def test_predictions_survive_every_conversion_unchanged(size, threshold, top_k, seed):
+    image = PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8))
+    found = predict(model(), RfDetrImageProcessor(size=48), image, threshold=threshold, top_k=top_k)[0]
     assert found.image_size == size
     assert {len(part) for part in (found.boxes, found.scores, found.labels, found.names, found.masks)} == {len(found)}
     assert len(found) <= (top_k or 6)
@@ -582,7 +584,7 @@ def test_predictions_go_through_every_form_unchanged(size, threshold, top_k, see
 
 # -- configurations --------------------------------------------------------------------------------------------------
 
-WHOLE = {
+FIELDS_TOP = {
     "num_queries": st.integers(1, 40),
     "group_detr": st.integers(1, 3),
     "decoder_layers": st.integers(1, 3),
@@ -604,17 +606,17 @@ BACKBONE = {
     "image_size": st.sampled_from([12, 24, [12, 24]]),
     "out_indices": st.sampled_from([[1], [1, 2], [0, 4], [2, 3, 4]]),
 }
-ODD = [
+UNUSUAL = [
     *("auxiliary_loss", "backbone_config", "class_cost", "dropout", "dtype", "focal_alpha", "giou_loss_coefficient"),
     *("id2label", "label2id", "layer_norm_eps", "mask_point_sample_ratio", "per_layer_config", "resolution", "to_dict"),
 ]
-ODD_BACKBONE = [
+UNUSUAL_BACKBONE = [
     *("drop_path_rate", "initializer_range", "layerscale_value", "mlp_ratio", "num_hidden_layers", "num_labels"),
     *("out_features", "stage_names", "_out_indices"),
 ]
 
 
-def check_that_it_runs(config: Any) -> None:
+def check_forward(config: Any) -> None:
     torch.manual_seed(0)
     network = RfDetrForInstanceSegmentation(config).eval()
     sides = (config.resolution,) * 2 if isinstance(config.resolution, int) else config.resolution
@@ -627,23 +629,23 @@ def check_that_it_runs(config: Any) -> None:
     assert all(part.isfinite().all() for part in (outputs.logits, outputs.pred_boxes, outputs.pred_masks))
 
 
-@holds(30, top=st.fixed_dictionaries({}, optional=WHOLE), backbone=st.fixed_dictionaries({}, optional=BACKBONE))
+@holds(30, top=st.fixed_dictionaries({}, optional=FIELDS_TOP), backbone=st.fixed_dictionaries({}, optional=BACKBONE))
 def test_a_configuration_is_refused_or_its_model_runs(top, backbone):
     config, refused = outcome(small_config, backbone_config=backbone, **top)
     assert config is None or refused is None
     if refused is None:
-        check_that_it_runs(config)
+        check_forward(config)
 
 
-@holds(50, field=st.sampled_from([*WHOLE, *ODD]), value=JUNK)
-def test_a_configuration_with_one_odd_value_is_refused_or_its_model_runs(field, value):
+@holds(50, field=st.sampled_from([*FIELDS_TOP, *UNUSUAL]), value=JUNK)
+def test_a_configuration_with_one_unusual_value_is_refused_or_its_model_runs(field, value):
     config, refused = outcome(small_config, **{field: value if field != "backbone_config" else {"image_size": value}})
     if refused is None:
-        check_that_it_runs(config)
+        check_forward(config)
 
 
-@holds(30, field=st.sampled_from([*BACKBONE, *ODD_BACKBONE]), value=JUNK)
-def test_a_backbone_with_one_odd_value_is_refused_or_its_model_runs(field, value):
+@holds(30, field=st.sampled_from([*BACKBONE, *UNUSUAL_BACKBONE]), value=JUNK)
+def test_a_backbone_with_one_unusual_value_is_refused_or_its_model_runs(field, value):
     config, refused = outcome(small_config, backbone_config={field: value})
     if refused is None:
-        check_that_it_runs(config)
+        check_forward(config)

@@ -1,6 +1,6 @@
-"""Twenty minutes of training, evaluating and predicting in one process: memory and open files must not grow.
+"""Twenty minutes of training, evaluation and prediction in one process must not leak memory or open files.
 
-SOAK_SECONDS=90 makes it a try of 90 seconds.
+Set SOAK_SECONDS=90 to try it for 90 seconds.
 """
 
 import gc
@@ -34,37 +34,34 @@ from small_models import small_config
 from training_run import QUICK, drawn
 
 # MiB a cycle. safetensors 0.8.0 keeps about 60 bytes of each tensor that it reads, which is 0.08 MiB a cycle here.
-# A try of a minute, in which caches still warm up, comes to 0.2.
+# A run of one minute, in which caches still warm up, reaches 0.2.
 MOST = 0.25
 COUNTS = ("files", "threads", "children", "temporary")
 
 
-# -- what is judged --------------------------------------------------------------------------------------------------
+# -- the measure of growth---------------------------------------------------------------------------------------------
 
 
 def growth(cycles: list[dict[str, float]]) -> tuple[float, float]:
-    """MiB a cycle by which memory grows, in two ways that bear with cycles that stand out.
+    """Return the growth of memory in MiB per cycle, measured in two ways that tolerate outliers.
 
-    The median of the slopes between any two cycles after the first third, by when caches are warm; and the median of
-    the last fifth of the cycles less that of the second one, which sees also what grows late and at once.
+    The first is the median slope between any two cycles after the first third, when caches are warm. The second is the
+    median of the last fifth of the cycles minus that of the second fifth, which also detects late, sudden growth.
     """
     mib, fifth = [cycle["MiB"] for cycle in cycles], len(cycles) // 5
     rise = statistics.median(mib[-fifth:]) - statistics.median(mib[fifth : 2 * fifth])
     return scipy.stats.theilslopes(mib[len(mib) // 3 :]).slope, rise / (len(mib) - 2 * fifth)
 
 
-def grown(cycles: list[dict[str, float]]) -> list[str]:
-    """What has grown; nothing if all is well.
-
-    Files, threads, child processes and temporary files are there or not: no more at the end than after a third.
-    """
+def find_growth(cycles: list[dict[str, float]]) -> list[str]:
+    """Return what has grown: memory, or the number of a resource, which is compared with that after a third."""
     warm, last = cycles[len(cycles) // 3], cycles[-1]
     found = ["memory"] if max(growth(cycles)) > MOST else []
     return found + [name for name in COUNTS if last[name] > warm[name]]
 
 
 def table(cycles: list[dict[str, float]]) -> str:
-    """Ten of the cycles, the first and the last one with them, and how memory grows."""
+    """Format ten of the cycles, including the first and the last one, and the growth of memory."""
     chosen = [cycles[round(place)] for place in np.linspace(0, len(cycles) - 1, 10)]
     rows = [list(chosen[0]), *([f"{value:.1f}" for value in cycle.values()] for cycle in chosen)]
     slope, rise = growth(cycles)
@@ -72,11 +69,11 @@ def table(cycles: list[dict[str, float]]) -> str:
     return "\n".join(["".join(f"{value:>10}" for value in row) for row in rows] + [ending])
 
 
-# -- what is done ----------------------------------------------------------------------------------------------------
+# -- the work --------------------------------------------------------------------------------------------------------
 
 
 def measure() -> dict[str, float]:
-    """Of this process: MiB of its own, not of the files that it maps, and what it has not given back."""
+    """Return the memory of this process in MiB, without mapped files, and the number of its open resources."""
     gc.collect()
     lines = Path("/proc/self/status").read_text().splitlines()
     status = dict(line.split(":", 1) for line in lines)
@@ -90,21 +87,21 @@ def measure() -> dict[str, float]:
 
 
 class Work:
-    """What is done in a cycle: a run of fine-tuning that goes on once, and every way to use what it has left."""
+    """The work of one cycle: fine-tuning that is resumed once, and every way to use the resulting model."""
 
     def __init__(self, folder: Path) -> None:
         self.data = {"train_dataset": drawn(6), "eval_dataset": drawn(4, 100)}
-        self.pictures = [draw_scene(seed, (96, 128), metres_per_pixel=0.6)[0] for seed in range(200, 204)]
+        self.images = [draw_scene(seed, (96, 128), metres_per_pixel=0.6)[0] for seed in range(200, 204)]
         self.large = draw_scene(210, (160, 200), metres_per_pixel=0.6)[0]
-        self.folder = folder / "pictures"
+        self.folder = folder / "images"
         self.folder.mkdir()
-        for number, picture in enumerate(self.pictures):
-            picture.save(self.folder / f"{number}.png")
+        for number, image in enumerate(self.images):
+            image.save(self.folder / f"{number}.png")
         self.film = folder / "film.mp4" if importlib.util.find_spec("av") else None
         if self.film is not None:
             with VideoWriter(self.film, 25, (128, 96)) as writer:
                 for number in range(12):
-                    writer.write(self.pictures[number % 4], number / 25)
+                    writer.write(self.images[number % 4], number / 25)
 
     def run(self) -> None:
         with tempfile.TemporaryDirectory() as name:
@@ -122,11 +119,11 @@ class Work:
 
     def use(self, model: Any, processor: Any, folder: Path) -> None:
         evaluate_instance_segmentation(model, processor, self.data["eval_dataset"], progress=False)
-        several = predict(model, processor, self.pictures, threshold=0.0)
+        several = predict(model, processor, self.images, threshold=0.0)
         one = predict_tiled(model, processor, self.large, threshold=0.0)
         one.draw(self.large, color_by="instance")
-        for picture, found in zip(self.pictures, several, strict=True):
-            found.draw(picture)
+        for image, found in zip(self.images, several, strict=True):
+            found.draw(image)
         wanted, common = list_images([str(self.folder)]), {"threshold": 0.0, "progress": False}
         predict_to_folder(model, processor, wanted, folder / "found", tile="auto", crops=True, **common)
         if self.film is not None:
@@ -135,7 +132,7 @@ class Work:
 
 
 def soak(seconds: float) -> list[dict[str, float]]:
-    """Work in cycles for so long; what was measured after each."""
+    """Work in cycles for `seconds`; return what was measured after each."""
     with tempfile.TemporaryDirectory() as name:
         work, cycles, start = Work(Path(name)), [], time.monotonic()
         while (passed := time.monotonic() - start) < seconds:
@@ -148,7 +145,7 @@ def soak(seconds: float) -> list[dict[str, float]]:
 
 
 def made(mib: np.ndarray, **last: int) -> list[dict[str, float]]:
-    """Cycles of a made run; `last` is what the last one counts more."""
+    """Return made-up cycles; `last` is added to the counts of the last one."""
     cycles = [{"MiB": float(value), "files": 5, "threads": 3, "children": 0, "temporary": 7} for value in mib]
     for name, count in last.items():
         cycles[-1][name] += count
@@ -156,43 +153,43 @@ def made(mib: np.ndarray, **last: int) -> list[dict[str, float]]:
 
 
 def noise(count: int) -> np.ndarray:
-    """Memory that warms up and then comes and goes, with a high cycle now and then."""
+    """Return memory in MiB that warms up and then fluctuates, with a high value in every seventh cycle."""
     cycle = np.arange(count)
     drawn_noise = np.random.default_rng(0).normal(0, 2, count) + 40 * (cycle % 7 == 3)
     return 600 - 30 * np.exp(-cycle / 5) + drawn_noise
 
 
-def test_memory_that_comes_and_goes_is_no_growth():
-    assert grown(made(noise(200))) == []
-    assert grown(made(np.full(20, 600.0))) == []
+def test_fluctuating_memory_is_not_growth():
+    assert find_growth(made(noise(200))) == []
+    assert find_growth(made(np.full(20, 600.0))) == []
 
 
-def test_a_mebibyte_a_cycle_is_growth_in_a_short_run_and_less_in_a_long_one():
-    assert grown(made(600 + np.arange(10.0))) == ["memory"]
-    assert grown(made(noise(200) + np.arange(200))) == ["memory"]
-    assert grown(made(noise(200) + 0.3 * np.arange(200))) == ["memory"]
+def test_one_mib_per_cycle_is_growth_in_a_short_run_and_less_in_a_long_one():
+    assert find_growth(made(600 + np.arange(10.0))) == ["memory"]
+    assert find_growth(made(noise(200) + np.arange(200))) == ["memory"]
+    assert find_growth(made(noise(200) + 0.3 * np.arange(200))) == ["memory"]
 
 
 def test_memory_that_is_taken_late_and_kept_is_growth():
     kept = made(np.repeat([600.0, 640.0], [170, 30]))
     assert growth(kept) == (0, 40 / 120)  # the fifths begin 120 cycles apart
-    assert grown(kept) == ["memory"]
+    assert find_growth(kept) == ["memory"]
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_one_that_is_not_given_back_is_growth(name):
-    assert grown(made(noise(200), **{name: 1})) == [name]
+def test_one_resource_that_is_not_released_is_growth(name):
+    assert find_growth(made(noise(200), **{name: 1})) == [name]
 
 
 @pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory and open files are counted in /proc")
-def test_twenty_minutes_of_work_leave_no_memory_and_no_files_behind(tmp_path, capfd):
-    # The temporary folder has a short path: workers hand pictures over through sockets in it.
+def test_twenty_minutes_of_work_leak_no_memory_and_no_files(tmp_path, capfd):
+    # The temporary folder has a short path: workers pass images through sockets in it.
     with tempfile.TemporaryDirectory() as temporary:
         environment = os.environ | {
             "TMPDIR": temporary,
             "OMP_NUM_THREADS": "1",
-            # glibc gives back what is freed: one arena, and blocks of 64 KiB and more are mapped by themselves.
+            # glibc returns freed memory: one arena, and blocks of 64 KiB and more are mapped separately.
             "MALLOC_ARENA_MAX": "1",
             "MALLOC_MMAP_THRESHOLD_": "65536",
             "MALLOC_TRIM_THRESHOLD_": "65536",
@@ -204,7 +201,7 @@ def test_twenty_minutes_of_work_leave_no_memory_and_no_files_behind(tmp_path, ca
     assert len(cycles) >= 10, "too few cycles to judge"
     with capfd.disabled():
         print(f"\n{table(cycles)}")
-    assert grown(cycles) == [], table(cycles)
+    assert find_growth(cycles) == [], table(cycles)
 
 
 if __name__ == "__main__":
