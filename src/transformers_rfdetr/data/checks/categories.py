@@ -11,8 +11,12 @@ from .raw_split import RawSplit, category_name
 def check_categories(splits: Sequence[RawSplit]) -> None:
     """Fill in the classes of each split, and note the problems of its categories."""
     used = {split.name: split.used_category_ids() for split in splits}
-    named = [{"categories": [_with_names(category) for category in split.categories]} for split in splits]
-    groups = grouping_category_ids(named) - set().union(*used.values())
+    named = [
+        {**category, "name": category_name(category), "supercategory": str(category.get("supercategory"))}
+        for split in splits
+        for category in split.categories
+    ]
+    groups = grouping_category_ids([{"categories": named}]) - set().union(*used.values())
     for split in splits:
         split.group_ids = groups
         if not split.categories and any(image.annotations for image in split.images):
@@ -28,7 +32,12 @@ def _check_split(split: RawSplit, used: set[int]) -> None:
     for category in split.categories:
         category_id, name = category["id"], category_name(category)
         if category_id in split.classes:
-            _note_repeated_id(split, category_id, name)
+            change = "the repeated definition is dropped"
+            if name != (first_name := split.classes[category_id]):
+                split.ambiguous_ids.add(category_id)
+                change = "dropped, with its objects: which of the two names is right is ambiguous"
+            detail = f"{category_id} is {first_name!r:.60} and {name!r:.60}"
+            split.note("duplicate_category_id", detail, change=change)
             continue
         split.classes[category_id] = name
         if category_id in split.group_ids:
@@ -51,15 +60,6 @@ def _are_same_class(*categories: Mapping[str, Any]) -> bool:
     return is_named and len({str(category.get("supercategory")) for category in categories}) == 1
 
 
-def _note_repeated_id(split: RawSplit, category_id: int, name: str) -> None:
-    first_name = split.classes[category_id]
-    change = "the repeated definition is dropped"
-    if name != first_name:
-        split.ambiguous_ids.add(category_id)
-        change = "dropped, with its objects: which of the two names is right is ambiguous"
-    split.note("duplicate_category_id", f"{category_id} is {first_name!r:.60} and {name!r:.60}", change=change)
-
-
 def _compare_splits(splits: Sequence[RawSplit], used: Mapping[str, set[int]], groups: set[int]) -> None:
     first = next((split for split in splits if split.name == "train"), splits[0])
     for split in splits:
@@ -68,8 +68,3 @@ def _compare_splits(splits: Sequence[RawSplit], used: Mapping[str, set[int]], gr
             common_label_map(both, {name: used[name] for name in both})
         except ValueError as error:
             split.note("categories_differ", str(error), change=f"numbered by name, as in {first.name!r}")
-
-
-def _with_names(category: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the category with a name and a supercategory that are strings."""
-    return {"id": category["id"], "name": category_name(category), "supercategory": str(category.get("supercategory"))}

@@ -134,13 +134,12 @@ class DataReport:
     def __str__(self) -> str:
         lines = []
         for name, counts in self.splits.items():
-            common = sorted(counts["classes"].items(), key=lambda item: -item[1])
-            classes = ", ".join(f"{label:.60} {number}" for label, number in common[:8]) + ", ..." * (len(common) > 8)
+            classes = [f"{label:.60} {number}" for label, number in Counter(counts["classes"]).most_common(9)]
+            classes[8:] = ["..."] * (len(classes) > 8)
             lines.append(
                 f"{name}: {counts['images']} images, {counts['images_without_objects']} of them without objects;"
                 f" {counts['objects']} objects, {counts['objects_with_mask']} with a mask; {counts['crowds']} crowds"
-                + f"; {classes}"
-                * bool(classes)
+                f"{'; ' if classes else ''}{', '.join(classes)}"
             )
         totals: Counter[str] = Counter()
         for finding in self.findings:
@@ -204,11 +203,10 @@ class FindingCollector:
             self.left.append(entry)
 
     def remove(self, kind: str) -> None:
-        """Remove all problems of a kind that turned out to be none."""
+        """Remove all problems of a kind."""
         self._findings = {key: finding for key, finding in self._findings.items() if finding.kind != kind}
         self.left = [entry for entry in self.left if entry["kind"] != kind]
 
     def sorted(self) -> list[Finding]:
         """Return errors first; within a severity, the most frequent first."""
-        findings = self._findings.values()
-        return sorted(findings, key=lambda finding: (SEVERITIES.index(finding.severity), -finding.count))
+        return sorted(self._findings.values(), key=lambda found: (SEVERITIES.index(found.severity), -found.count))

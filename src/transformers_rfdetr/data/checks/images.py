@@ -86,7 +86,7 @@ def find_frame(image: RawImage, file: ImageFile) -> Frame:
     If the stated and the actual size differ, it is the one that contains all objects. If both do, neither is chosen.
     """
     given = [to_builtin(image.entry.get(side)) for side in ("height", "width")]
-    sides = [_as_side(side) for side in given]
+    sides = [side if side and side < 1 << 31 else None for side in map(as_index, given)]
     actual = file.size
     if actual is None:
         return Frame(None if None in sides else (sides[0], sides[1]), None, [])
@@ -101,12 +101,6 @@ def find_frame(image: RawImage, file: ImageFile) -> Frame:
         kind = "missing_size" if is_missing else "size_mismatch"
         frame.problems.insert(0, Problem(kind, shown, change=f"{actual[0]} x {actual[1]}"))
     return frame
-
-
-def _as_side(value: Any) -> int | None:
-    """Return a number of pixels, also from a string; None for anything else."""
-    number = as_index(value)
-    return number if number and number < 1 << 31 else None
 
 
 def _choose_size(image: RawImage, file: ImageFile, stated: tuple[int, int], detail: str) -> Frame:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -20,28 +20,21 @@ from .images import UNREADABLE, open_source
 from .raw_split import RawImage, RawSplit
 
 _MAX_OVERLAYS = 50
-_MAX_STEM_LENGTH = 50
-
-
-class _Candidate(NamedTuple):
-    split: RawSplit
-    image: RawImage
-    problems: list[Problem]  # errors and warnings
 
 
 class OverlayWriter:
     """Collects the first images with errors or warnings and the first without, and draws up to 50, the former first."""
 
     def __init__(self) -> None:
-        self._with_problems: list[_Candidate] = []
-        self._without: list[_Candidate] = []
+        self._with_problems: list[tuple[RawSplit, RawImage, list[Problem]]] = []
+        self._without: list[tuple[RawSplit, RawImage, list[Problem]]] = []
 
     def offer(self, split: RawSplit, image: RawImage, problems: Sequence[Problem]) -> None:
         """Collect an image that can be decoded, unless there are enough."""
         severe = [problem for problem in problems if KINDS[problem.kind][0] != "info"]
         candidates = self._with_problems if severe else self._without
         if len(candidates) < _MAX_OVERLAYS:
-            candidates.append(_Candidate(split, image, severe))
+            candidates.append((split, image, severe))
 
     def write(self, folder: Path) -> None:
         """Draw the images."""
@@ -51,7 +44,7 @@ class OverlayWriter:
             stem = re.sub(r"[^\w.-]", "_", Path(str(image.label)).stem)
             with open_source(image.source) as file:
                 drawn = _draw(read_rgb(open_image(file)), image, split.classes, problems)
-            with atomic_file(folder / f"{number:02}_{split.name}_{stem[:_MAX_STEM_LENGTH]}.jpg") as partial_file:
+            with atomic_file(folder / f"{number:02}_{split.name}_{stem[:50]}.jpg") as partial_file:
                 drawn.save(partial_file, "JPEG", quality=90)
 
 
