@@ -1,4 +1,4 @@
-"""One small fine-tuning run on drawn pictures, the same in this process, in a process that dies, and on two."""
+"""One small fine-tuning run on drawn images, the same in this process, in a process that dies, and on two."""
 
 import os
 import signal
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
@@ -36,23 +37,32 @@ QUICK = {
 }
 
 
-def drawn(num_pictures: int, first_seed: int = 0) -> InstanceDataset:
-    """Aerial pictures of 96 px; of ten consecutive seeds one has no building and one a crowd."""
-    pictures, coco = draw_dataset(num_pictures, (96, 96), first_seed=first_seed)
-    return InstanceDataset(coco, pictures)
+def drawn(num_images: int, first_seed: int = 0) -> InstanceDataset:
+    """Aerial images of 96 px; of ten consecutive seeds one has no building and one a crowd."""
+    images, coco = draw_dataset(num_images, (96, 96), first_seed=first_seed)
+    return InstanceDataset(coco, images)
 
 
 def build_trainer(folder: Path | str, trainer: dict[str, Any] | None = None, **settings: Any) -> RfDetrTrainer:
-    """A fresh model of 48 px, 10 pictures to train on and 7 to evaluate."""
+    """A fresh model of 48 px, 10 images to train on and 7 to evaluate."""
     torch.manual_seed(0)
     model = RfDetrForInstanceSegmentation(small_config(num_labels=1))
     with torch.no_grad():
         model.class_embed.bias.fill_(0.5)  # scores above one half, so that there is a mean IoU
     given = dict(trainer or {})
-    for name, (num_pictures, first_seed) in {"train_dataset": (10, 0), "eval_dataset": (7, 100)}.items():
+    for name, (num_images, first_seed) in {"train_dataset": (10, 0), "eval_dataset": (7, 100)}.items():
         if name not in given:
-            given[name] = drawn(num_pictures, first_seed)
+            given[name] = drawn(num_images, first_seed)
     return RfDetrTrainer(model, RfDetrTrainingArguments(str(folder), **(QUICK | settings)), **given)
+
+
+def assert_same_metrics(metrics: dict[str, Any], others: dict[str, Any], prefix: str, other_prefix: str = "") -> None:
+    """Check that COCO's metrics, mean IoU and the metrics of each class are equal."""
+    for key, value in others.items():
+        if key.startswith(other_prefix + "per_class"):
+            assert metrics[prefix + key.removeprefix(other_prefix)] == value
+        elif any(part in key for part in ("_AP", "_AR", "mean_iou")):
+            assert metrics[prefix + key.removeprefix(other_prefix)] == pytest.approx(value, abs=1e-12), key
 
 
 class Die(TrainerCallback):

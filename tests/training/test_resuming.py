@@ -1,0 +1,86 @@
+"""A run that was killed resumes bit for bit."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from transformers_rfdetr.training.checkpoints import newest_checkpoint
+from transformers_rfdetr.training.trainer import RfDetrTrainer
+
+import training_run
+from faults import attempt
+from training_run import build_trainer, drawn
+
+TIMING = ("runtime", "per_second", "preparation_time")
+
+
+def untimed(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in entry.items() if not any(part in k for part in TIMING)} for entry in entries]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="forks and kills a process")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_killed_in_the_middle_of_an_epoch_resumes_bit_for_bit(workers, tmp_path):
+    settings = {
+        "num_train_epochs": 3,
+        "save_strategy": "steps",
+        "save_steps": 4,  # at 4 neither an epoch (of 3 steps) nor a log interval (of 5) ends
+        "logging_steps": 5,
+        "save_total_limit": None,
+        "load_best_model_at_end": False,
+        "dataloader_num_workers": workers,
+        "gradient_accumulation_steps": 1,
+        "early_stopping": True,
+        "drop_path": 0.2,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 3,
+    }
+
+    def build(folder: Path, *callbacks: TrainerCallback) -> RfDetrTrainer:
+        data = {"train_dataset": drawn(6), "eval_dataset": drawn(3, 100)}
+        return build_trainer(folder, {"callbacks": [*callbacks], **data}, **settings)
+
+    uninterrupted = build(tmp_path / "uninterrupted")
+    uninterrupted.train()
+
+    killed = tmp_path / "killed"
+
+    def train_until_it_is_killed() -> None:
+        build(killed, training_run.Die(7)).train()
+
+    assert attempt(train_until_it_is_killed).signal == signal.SIGKILL
+    (killed / "checkpoint-5").mkdir()  # a kill in the middle of a checkpoint leaves a folder without a state
+    (killed / "checkpoint-7").mkdir()
+    assert newest_checkpoint(str(killed)) == str(killed / "checkpoint-4")
+    torch.manual_seed(123)  # nothing may depend on what was drawn before
+    resumed = build(killed)
+    resumed.train(resume_from_checkpoint=True)
+
+    for name, tensor in uninterrupted.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+    assert untimed(resumed.state.log_history) == untimed(uninterrupted.state.log_history)
+    assert resumed.state.best_metric == uninterrupted.state.best_metric
+    last = f"checkpoint-{uninterrupted.state.global_step}"
+    for file in ("model.safetensors", "rf_detr_training_weights.safetensors"):
+        ours, theirs = load_file(killed / last / file), load_file(tmp_path / "uninterrupted" / last / file)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert (killed / last / "rf_detr_state.json").read_text() == (
+        tmp_path / "uninterrupted" / last / "rf_detr_state.json"
+    ).read_text()
+    for file in ("optimizer.pt", "scheduler.pt"):
+        ours, theirs = (torch.load(folder / last / file) for folder in (killed, tmp_path / "uninterrupted"))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_a_folder_without_a_complete_checkpoint_is_refused(tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        build_trainer(tmp_path).train(resume_from_checkpoint=True)

@@ -1,0 +1,178 @@
+"""Arguments and datasets: what is refused before the first step, and what the user is told."""
+
+import datasets
+import pytest
+import torch
+import torch.distributed
+from transformers import TrainingArguments
+
+from transformers_rfdetr import RfDetrConfig, RfDetrForObjectDetection
+from transformers_rfdetr.data.dataset import InstanceDataset, InstanceDatasets
+from transformers_rfdetr.data.synthetic import draw_dataset
+from transformers_rfdetr.training.optimization import parameter_groups
+from transformers_rfdetr.training.trainer import RfDetrTrainer, RfDetrTrainingArguments
+
+from small_models import small_config, small_model
+from training_run import QUICK, build_trainer, drawn
+
+
+def test_the_defaults_are_the_published_training_settings(tmp_path):
+    args = RfDetrTrainingArguments(str(tmp_path), use_cpu=True)
+    assert (args.learning_rate, args.learning_rate_encoder, args.weight_decay) == (1e-4, 1.5e-4, 1e-4)
+    assert (args.layer_decay, args.component_decay, args.max_grad_norm) == (0.8, 0.7, 0.1)
+    assert (args.ema, args.ema_decay, args.ema_tau) == (True, 0.993, 100)
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 16
+    assert (args.num_train_epochs, args.lr_drop_epochs, args.lr_scheduler_type) == (100, 100, "constant_with_warmup")
+    assert (args.early_stopping_patience, args.early_stopping_min_delta) == (10, 0.001)
+    assert (args.metric_for_best_model, args.greater_is_better, args.load_best_model_at_end) == ("segm_AP", True, True)
+    assert not args.remove_unused_columns
+    assert not args.bf16
+    assert not args.fp16
+
+
+def test_without_evaluation_nothing_is_loaded_at_the_end(tmp_path):
+    assert not RfDetrTrainingArguments(str(tmp_path), eval_strategy="no", use_cpu=True).load_best_model_at_end
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate_encoder", -1.0),
+        ("layer_decay", 0.0),
+        ("num_train_epochs", float("nan")),
+        ("per_device_train_batch_size", 0),
+        ("per_device_eval_batch_size", 0),
+        ("gradient_accumulation_steps", 0),
+        ("learning_rate", float("inf")),
+        ("weight_decay", -1),
+        ("dataloader_num_workers", -1),
+        ("seed", -1),
+        ("component_decay", 1.1),
+        ("lr_drop_epochs", 0),
+        ("ema_decay", 1.0),
+        ("ema_tau", -1),
+        ("drop_path", 1.0),
+        ("early_stopping_patience", 0),
+        ("early_stopping_min_delta", -0.1),
+        ("eval_score_threshold", 1.5),
+    ],
+)
+def test_an_argument_out_of_range_is_refused_with_its_value(name, value, tmp_path):
+    with pytest.raises(ValueError, match=rf"{name}.* got {value}"):
+        RfDetrTrainingArguments(str(tmp_path), **{name: value})
+
+
+def test_the_learning_rates_of_dinov2_are_those_of_the_reference():
+    config = small_config(backbone_config={"out_indices": [3, 6, 9, 12], "num_hidden_layers": 12})
+    model = RfDetrForObjectDetection(config)
+    groups = parameter_groups(
+        model,
+        learning_rate=1e-4,
+        learning_rate_encoder=1.5e-4,
+        layer_decay=0.8,
+        component_decay=0.7,
+        weight_decay=1e-4,
+    )
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {names[p]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    encoder = "backbone.0.encoder.encoder."
+    for name, rate, decay in [
+        ("embeddings.cls_token", 3.23e-6, 0.0),
+        ("embeddings.patch_embeddings.projection.weight", 3.23e-6, 0.0),
+        ("encoder.layer.0.attention.attention.query.weight", 4.04e-6, 1e-4),
+        ("encoder.layer.11.layer_scale1.lambda1", 4.70e-5, 1e-4),
+        ("encoder.layer.11.mlp.fc1.bias", 4.70e-5, 0.0),
+        ("layernorm.weight", 7.35e-5, 0.0),
+    ]:
+        assert found[encoder + name] == (pytest.approx(rate, rel=2e-3), decay), name
+    assert found["transformer.decoder.layers.0.norm1.bias"] == (pytest.approx(7e-5), 1e-4)
+    assert found["class_embed.bias"] == (1e-4, 1e-4)
+    assert encoder + "embeddings.mask_token" not in found
+
+
+def test_several_gpus_in_one_process_are_refused_with_the_command_to_use(tmp_path, monkeypatch):
+    monkeypatch.setattr(RfDetrTrainingArguments, "n_gpu", property(lambda self: 4))
+    with pytest.raises(ValueError, match=r"torchrun --nproc_per_node=4"):
+        build_trainer(tmp_path)
+
+
+def test_a_metric_that_is_not_evaluated_is_refused_before_the_first_step(tmp_path):
+    build_trainer(tmp_path, metric_for_best_model="eval_segm_AP/building")
+    splits = {"val": drawn(2, 100), "val_hard": drawn(2, 100)}
+    build_trainer(tmp_path, {"eval_dataset": splits}, metric_for_best_model="val_hard_segm_AP")
+    for name in ("nosuch", "eval_segm_ap"):
+        with pytest.raises(ValueError, match=f"metric_for_best_model.* segm_AP50,.*'{name}'"):
+            build_trainer(tmp_path, metric_for_best_model=name)
+
+
+def test_compute_metrics_and_plain_arguments_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="compute_metrics"):
+        build_trainer(tmp_path, trainer={"compute_metrics": lambda evaluation: {}})
+    with pytest.raises(ValueError, match="`args` must be RfDetrTrainingArguments, got TrainingArguments"):
+        RfDetrTrainer(small_model(), TrainingArguments(str(tmp_path)))
+
+
+def test_other_classes_than_the_models_are_refused_and_classes_without_names_are_named(tmp_path):
+    args = RfDetrTrainingArguments(str(tmp_path), **QUICK)
+    with pytest.raises(ValueError, match=r"model.* 1 classes \{0: building\}.*2 classes .*car"):
+        RfDetrTrainer(
+            small_model(id2label={0: "car", 1: "bus"}, num_labels=2),
+            args,
+            train_dataset=drawn(1),
+            eval_dataset=drawn(1),
+        )
+    model = small_model(num_labels=1)
+    RfDetrTrainer(model, args, train_dataset=drawn(1), eval_dataset=drawn(1))
+    assert (model.config.id2label, model.config.label2id) == ({0: "building"}, {"building": 0})
+    assert model.config.category_ids == [1]
+    model.save_pretrained(tmp_path / "saved")
+    assert RfDetrConfig.from_pretrained(tmp_path / "saved").category_ids == [1]
+
+
+def test_all_splits_and_raw_rows_are_refused_before_the_first_step(tmp_path):
+    data = InstanceDatasets({"train": drawn(1), "validation": drawn(1)})
+    with pytest.raises(ValueError, match=r"data\['validation'\]"):
+        build_trainer(tmp_path, trainer={"eval_dataset": data})
+    with pytest.raises(ValueError, match=r"data\['train'\]"):
+        build_trainer(tmp_path, trainer={"train_dataset": data})
+    with pytest.raises(ValueError, match=r"rows of \['image'\].*load_instance_dataset"):
+        build_trainer(tmp_path, trainer={"train_dataset": datasets.Dataset.from_dict({"image": [1]})})
+
+
+def test_the_configuration_keeps_the_category_ids_of_the_training_data(tmp_path):
+    images, coco = draw_dataset(1, (96, 96))
+    coco["categories"] = [{"id": 77, "name": "building"}]
+    coco["annotations"] = [item | {"category_id": 77} for item in coco["annotations"]]
+    trainer = build_trainer(tmp_path)
+    assert trainer.evaluate(InstanceDataset(coco, images))["eval_per_class"]["building"]["num_objects"] > 0
+    assert trainer.model.config.category_ids == [1]
+
+
+def test_a_model_of_another_package_is_refused(tmp_path):
+    args = RfDetrTrainingArguments(str(tmp_path), **QUICK)
+    with pytest.raises(ValueError, match="import transformers_rfdetr"):
+        RfDetrTrainer(torch.nn.Linear(1, 1), args, train_dataset=drawn(1), eval_dataset=drawn(1))
+
+
+def test_training_without_an_eval_dataset_warns_and_saves(tmp_path, hf_log):
+    trainer = build_trainer(tmp_path, {"eval_dataset": None, "train_dataset": drawn(4)}, num_train_epochs=1)
+    trainer.train()
+    assert "eval_dataset" in hf_log.text
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").is_file()
+
+
+def test_a_table_of_the_classes_is_printed_before_the_first_step(tmp_path, capsys):
+    build_trainer(tmp_path, max_steps=1, eval_strategy="no", save_strategy="no").train()
+    assert "building" in capsys.readouterr().out
+
+
+def test_images_with_more_objects_than_queries_are_named(tmp_path, hf_log):
+    images, coco = draw_dataset(1, (96, 96))
+    box = {"image_id": 0, "category_id": 1, "iscrowd": 0, "bbox": [0, 0, 9, 9], "area": 81.0}
+    square = {"segmentation": [[0, 0, 9, 0, 9, 9, 0, 9]]}
+    coco["annotations"] = [{**box, **square, "id": i} for i in range(1, 9)]
+    data = InstanceDataset(coco, images)
+    settings = {"max_steps": 1, "eval_strategy": "no", "save_strategy": "no"}
+    build_trainer(tmp_path, trainer={"train_dataset": data}, **settings).train()
+    assert "more objects than the model has queries (6)" in hf_log.text
+    assert "000000.png (8)" in hf_log.text
