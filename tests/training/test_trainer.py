@@ -1,4 +1,4 @@
-"""The stock Trainer: what it hands to metrics, training that learns, and a resume that continues."""
+"""transformers' own Trainer: what it passes to metrics, training that learns, and a run that resumes."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def random_dataset(counts: list[int]) -> list[dict]:
 
 
 class Nuclei(torch.utils.data.Dataset):
-    """Microscopy pictures at 48 px, prepared when they are read."""
+    """Microscopy images at 48 px, prepared when they are read."""
 
     def __init__(self, folder: Path, split: str, count: int) -> None:
         coco = json.loads((folder / "annotations.json").read_text())
@@ -45,8 +45,8 @@ class Nuclei(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         image = self.images[index]
         target = {"image_id": image["id"], "annotations": self.annotations[image["id"]]}
-        with Image.open(self.folder / "images" / image["file_name"]) as picture:
-            encoded = self.processor(picture, target, return_segmentation_masks=True, return_tensors="pt")
+        with Image.open(self.folder / "images" / image["file_name"]) as opened:
+            encoded = self.processor(opened, target, return_segmentation_masks=True, return_tensors="pt")
         return {"pixel_values": encoded["pixel_values"][0], "labels": encoded["labels"][0]}
 
 
@@ -65,7 +65,7 @@ def arguments(folder: Path, **settings: Any) -> TrainingArguments:
     return TrainingArguments(**(defaults | settings))
 
 
-def test_evaluate_hands_the_loss_dict_logits_boxes_and_masks_to_the_metric(tmp_path):
+def test_evaluate_passes_the_loss_dict_logits_boxes_and_masks_to_the_metric(tmp_path):
     model, dataset = small_model(), random_dataset([2, 0, 1, 3])
     seen = {}
 
@@ -101,10 +101,10 @@ def test_a_batch_without_objects_trains_and_bf16_and_checkpointing_are_flags(tmp
     assert not torch.equal(model.class_embed.weight, before)
 
 
-def test_training_on_real_pictures_learns_saves_and_resumes_to_the_weights_of_an_uninterrupted_run(tmp_path):
+def test_training_on_real_images_learns_and_resumes_to_the_weights_of_an_uninterrupted_run(tmp_path):
     folder = shared_folder("dsb2018_nuclei")
     train, validation = Nuclei(folder, "train", 16), Nuclei(folder, "val", 6)
-    schedule = {"num_train_epochs": 8, "save_strategy": "epoch", "learning_rate": 1e-3, "logging_steps": 1, "seed": 3}
+    schedule = {"num_train_epochs": 6, "save_strategy": "epoch", "learning_rate": 1e-3, "logging_steps": 1, "seed": 3}
 
     def run(name: str, resume: str | None = None) -> tuple[Trainer, dict]:
         torch.manual_seed(0)
