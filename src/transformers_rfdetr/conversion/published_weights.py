@@ -1,28 +1,25 @@
-"""Where Roboflow's published weight files are, and their download.
+"""Find and download the weight files that Roboflow published.
 
-They are kept where rfdetr keeps them, so that neither package downloads what the other one already has.
+They are kept where rfdetr keeps them, so that neither package downloads a file that the other one has.
 """
 
 import hashlib
 import os
 import re
-import time
-import urllib.request
-from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import NamedTuple
-from urllib.error import HTTPError
+from typing import Any, NamedTuple
 
+import pooch
+import requests
 from transformers.utils import logging
 
+from ..atomic_files import make_directory, translate_disk_errors
 from ..model.variants_rf_detr import ALIASES, normalize_name
-
-logger = logging.get_logger(__name__)
 
 BASE_URL = "https://storage.googleapis.com/rfdetr/"
 _TIMEOUT_SECONDS = 30  # without a single byte
-_PAUSES_SECONDS = (1, 2, 4, 8)  # before the second, third, ... try
-_BLOCK_BYTES = 1 << 20
+_NUM_RETRIES = 3
+_CHUNK_BYTES = 1 << 20
 
 
 class PublishedFile(NamedTuple):
@@ -31,7 +28,7 @@ class PublishedFile(NamedTuple):
     name: str  # in the folder of weights
     remote: str  # path below BASE_URL
     md5: str
-    variant: str  # whose architecture it has
+    variant: str  # the published variant with its architecture
 
 
 # https://github.com/roboflow/rf-detr, its table of assets: name, remote path, md5.
@@ -72,9 +69,9 @@ PUBLISHED = {
     name: PublishedFile(name, remote, md5, _VARIANT_OF.get(_stem(name), _stem(name)))
     for name, remote, md5 in (row.split() for row in _ROWS.strip().splitlines())
 }
-# Of several files of one variant the first is the one that its name means.
+# The name of a variant with several files means the first one.
 _BY_VARIANT = {file.variant: file for file in reversed(PUBLISHED.values())}
-# A variant's name goes before a file's: rf-detr-large is the variant, whose file is rf-detr-large-2026.pth.
+# A variant's name has priority over a file's: rf-detr-large is the variant, whose file is rf-detr-large-2026.pth.
 _BY_SPELLING = (
     {normalize_name(_stem(name)): file for name, file in PUBLISHED.items()}
     | {normalize_name(variant): file for variant, file in _BY_VARIANT.items()}
@@ -83,131 +80,69 @@ _BY_SPELLING = (
 
 
 def published_file(name: str) -> PublishedFile | None:
-    """The published file behind a name, None if there is none.
+    """Return the published file with a name, or None.
 
     Args:
-        name: With an ending, exactly the name of a file: `rf-detr-large.pth` is the deprecated model. Without one,
-            any usual spelling of a variant (`rf-detr-large`, `RFDETRLarge`: the file `rf-detr-large-2026.pth`) or of
-            a file that has no variant of its own (`rf-detr-base-o365`). A name with a folder is none of these.
+        name: With an ending, exactly the name of a file: `rf-detr-large.pth` is the deprecated model. Without one, any
+            usual spelling of a variant (`rf-detr-large`, `RFDETRLarge`: the file `rf-detr-large-2026.pth`) or of a file
+            without its own variant (`rf-detr-base-o365`). A path with a folder is never a published name.
     """
     return PUBLISHED.get(name) if re.search(r"[./\\]", name) else _BY_SPELLING.get(normalize_name(name))
 
 
 def weights_folder() -> Path:
-    """The folder of downloaded weights, which is rfdetr's: $RF_HOME, else $ROBOFLOW_HOME, else ~/.roboflow/models."""
+    """Return rfdetr's folder of downloaded weights: $RF_HOME, else $ROBOFLOW_HOME, else ~/.roboflow/models."""
     folder = os.environ.get("RF_HOME") or os.environ.get("ROBOFLOW_HOME") or "~/.roboflow/models"
     return Path(folder).expanduser().absolute()
 
 
 def download_weights(file: PublishedFile, folder: Path | None = None) -> Path:
-    """The path of a published file, downloaded unless it is there; either way its md5 was checked.
+    """Return the path of a published file, downloaded unless it exists; its md5 is checked in both cases.
 
-    What an interrupted download has received stays beside it as `<name>.part`, which the next call continues.
+    The file appears when it is complete. An interrupted download starts again from the beginning.
 
     Args:
         file: See [`published_file`].
-        folder: Where it is or shall be; [`weights_folder`] by default.
+        folder: Its folder; [`weights_folder`] by default.
 
     Raises:
-        ValueError: another file of that name is there, which is left alone, or the download has another md5.
-        OSError: the server refuses, the connection fails time and again, or the file cannot be written.
+        ValueError: Another file of that name exists, which is left alone, or the download has another md5.
+        OSError: The server refuses, the connection fails at the last attempt, or the file cannot be written.
     """
     folder = weights_folder() if folder is None else Path(folder)
-    path, part, url = folder / file.name, folder / f"{file.name}.part", BASE_URL + file.remote
+    path, url = folder / file.name, BASE_URL + file.remote
     if path.exists():
-        if (found := md5_of(path)) != file.md5:
+        if (md5 := md5_of(path)) != file.md5:
             raise ValueError(
-                f"{path} has md5 {found}, the published {file.name} has {file.md5}; move it away to have that one"
-                " downloaded, or pass its path to convert it as a file of yours"
+                f"{path} must have the md5 {file.md5} of the published file, got {md5}. Move it away to download the"
+                " published file, or pass its path to convert it as your own file."
             )
         return path
-    folder.mkdir(parents=True, exist_ok=True)
-    if not part.exists() or md5_of(part) != file.md5:
-        _download(url, part)
-    if (found := md5_of(part)) != file.md5:
-        part.unlink()
-        raise ValueError(f"{url} came with md5 {found}, published is {file.md5}; it was deleted, so run again")
-    os.replace(part, path)
-    return path
+    make_directory(folder)
+    cache = pooch.create(
+        folder, BASE_URL, registry={file.name: f"md5:{file.md5}"}, urls={file.name: url}, retry_if_failed=_NUM_RETRIES
+    )
+    try:
+        with translate_disk_errors(path):
+            return Path(cache.fetch(file.name, downloader=_download))
+    except requests.RequestException as error:
+        raise ConnectionError(f"{url} could not be downloaded: {error}. Try again later.") from error
+
+
+def _download(url: str, output: str, cache: pooch.Pooch) -> None:
+    """Download to `output`; pooch tries again after the errors that requests raises."""
+    has_bar = logging.is_progress_bar_enabled()
+    download: Any = pooch.HTTPDownloader(has_bar, _CHUNK_BYTES, timeout=_TIMEOUT_SECONDS)
+    try:
+        download(url, output, cache)
+    except requests.HTTPError as error:
+        status = error.response.status_code
+        if status in (408, 429) or status >= 500:
+            raise
+        raise OSError(f"{url} cannot be downloaded: the server answers {status} {error.response.reason}") from error
 
 
 def md5_of(path: Path) -> str:
-    """The md5 of a file, in hexadecimal digits."""
+    """Return the md5 of a file in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-class _Interrupted(Exception):
-    """A failure that another try may mend."""
-
-
-def _download(url: str, part: Path) -> None:
-    """Complete `part`, in several tries if need be."""
-    for pause in (*_PAUSES_SECONDS, None):
-        try:
-            return _try_download(url, part)
-        except _Interrupted as interruption:
-            if pause is None:
-                raise ConnectionError(
-                    f"{url} could not be downloaded: {interruption}; {part} holds the {_size(part)} bytes received so"
-                    " far, and running again continues it"
-                ) from interruption
-            logger.warning(f"{url}: {interruption}; trying again in {pause} s")
-            time.sleep(pause)
-
-
-def _try_download(url: str, part: Path) -> None:
-    """Append what `part` lacks, or write it anew if the server does not continue it."""
-    start = _size(part)
-    response = _open(url, start) or _open(url, 0)
-    if response.status != 206:
-        start = 0
-    total = None if response.length is None else start + response.length
-    try:
-        with (
-            response,
-            open(part, "ab" if start else "wb") as file,
-            logging.tqdm(desc=part.stem, total=total, initial=start, unit="B", unit_scale=True) as bar,
-        ):
-            while block := _read(response):
-                file.write(block)
-                bar.update(len(block))
-    except OSError as error:  # of the disk; what write() raises does not say where
-        error.filename = error.filename or str(part)
-        raise
-    if total is not None and _size(part) < total:
-        raise _Interrupted(f"the connection ended after {_size(part)} of {total} bytes")
-
-
-# urllib: torch's and pooch's downloaders do not continue, and huggingface_hub's that does is not public.
-def _open(url: str, start: int) -> HTTPResponse | None:
-    """The answer from byte `start` on, or the whole file if the server sends no parts; None if it sends neither."""
-    headers = {"User-Agent": "transformers-rfdetr"} | ({"Range": f"bytes={start}-"} if start else {})
-    try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_SECONDS)
-    except HTTPError as error:
-        error.close()
-        if error.code == 416 and start:  # the file is shorter: this is no part of it
-            return None
-        answer = f"the server answers {error.code} {error.reason}"
-        if error.code in (408, 429) or error.code >= 500:
-            raise _Interrupted(answer) from error
-        raise OSError(f"{url} cannot be downloaded: {answer}") from error
-    except (OSError, HTTPException) as error:
-        raise _Interrupted(str(error) or type(error).__name__) from error
-    if start and response.status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-        response.close()
-        return None
-    return response
-
-
-def _read(response: HTTPResponse) -> bytes:
-    """The next bytes, empty at the end."""
-    try:
-        return response.read1(_BLOCK_BYTES)  # read() would lose the bytes of a block that breaks off
-    except (OSError, HTTPException) as error:
-        raise _Interrupted(str(error) or type(error).__name__) from error
