@@ -493,7 +493,7 @@ def test_a_file_of_rfdetr_is_read_without_converting_it(tmp_path, monkeypatch):
 
 def test_what_is_no_model_of_this_kind_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    assert "Its config.json is of 'bert' and not of 'rf_detr'" in refusal("info", tmp_path)
+    assert "'rf_detr', got 'bert'" in refusal("info", tmp_path)
     (tmp_path / "empty").mkdir()
     assert "is no RF-DETR model" in refusal("info", tmp_path / "empty")
     (tmp_path / "notes.txt").write_text("hello")

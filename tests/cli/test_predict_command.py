@@ -544,7 +544,7 @@ WRONG = {
     "missing": (["missing.png"], "'missing.png' is no file, folder, pattern"),
     "threshold": (["{few}", "--threshold", "2"], "threshold 2.0 is outside"),
     "dtype": (["{few}", "--dtype", "int8"], "--dtype int8 is none of"),
-    "device": (["{few}", "--device", "cuda:9"], "device cuda:9 cannot be had"),
+    "device": (["{few}", "--device", "cuda:9"], "`device` must be available, such as cpu, cuda or auto, got cuda:9"),
     "tile": (["{few}", "--tile", "wide"], "--tile wide is no number of pixels"),
     "no tile": (["{few}", "--tile", "0"], "0"),
     "batch": (["{few}", "--batch-size", "-1"], "batch_size -1 must be at least 1"),

@@ -109,7 +109,11 @@ STRANGE_TENSORS = [
     ("refpoint_embed.weight", torch.zeros(0, 4), r"query_feat and refpoint_embed .* got 21 and 0"),
     ("bbox_embed.layers.0.bias", torch.zeros(32, dtype=torch.int32), r"bias must .* got torch\.int32"),
     ("bbox_embed.layers.0.bias", torch.full((32,), float("nan")), r"bbox_embed\.layers\.0\.bias must hold finite"),
-    ("bbox_embed.layers.0.bias", torch.zeros(32).to_sparse(), r"bbox_embed.*sparse_coo, cpu"),
+    (
+        "bbox_embed.layers.0.bias",
+        torch.zeros(32).to_sparse(),
+        r"bbox_embed.* must be a dense tensor, got .*sparse_coo, cpu",
+    ),
     ("bbox_embed.layers.0.bias", torch.zeros(32, dtype=torch.float8_e4m3fn), r"bias must .* got torch\.float8_e4m3fn"),
     (
         "query_feat.weight",

@@ -39,8 +39,8 @@ def test_a_command_says_in_a_line_what_is_wrong(tmp_path):
     result = CliRunner().invoke(app, ["convert", str(tmp_path / "none.pth"), str(tmp_path / "there")])
     assert result.exit_code == 2
     assert result.stderr.splitlines() == [
-        f"convert: {tmp_path / 'none.pth'} does not exist; give a checkpoint file of rfdetr, such as"
-        " checkpoint_best_total.pth, or a published name such as rf-detr-seg-nano"
+        "convert: the checkpoint must be a file of rfdetr, such as checkpoint_best_total.pth, or a published name, such"
+        f" as rf-detr-seg-nano, got a path that does not exist: {tmp_path / 'none.pth'}"
     ]
 
 

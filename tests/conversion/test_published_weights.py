@@ -288,7 +288,7 @@ def test_an_interrupt_leaves_no_partial_file(store, pauses, monkeypatch, tmp_pat
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full disk")
 def test_a_full_disk_is_named_at_once(store, pauses, monkeypatch, tmp_path):
-    monkeypatch.setattr(pooch.downloaders, "open", lambda path, mode: open("/dev/full", mode), raising=False)
+    monkeypatch.setattr(pooch.downloaders, "open", lambda path, mode: open("/dev/full", mode), raising=False)  # noqa: SIM115
     with pytest.raises(OSError, match=rf"{tmp_path / 'rf-detr-toy.pth'} .*No space left on device"):
         download_weights(weights(), tmp_path)
     assert store.num_requests == 1

@@ -77,7 +77,7 @@ def test_averaged_weights_are_taken_when_asked_for(model, save, tmp_path):
         assert_equal(weights_in(tmp_path / key), average)
         convert_to_transformers(path, tmp_path / f"{key}_not")
         assert_equal(weights_in(tmp_path / f"{key}_not"), model.state_dict())
-    with pytest.raises(ValueError, match=r"plain\.pth holds no averaged weights .* leave --ema"):
+    with pytest.raises(ValueError, match=r"`ema` .*plain\.pth .*--ema"):
         convert_to_transformers(save(legacy(model), "plain.pth"), tmp_path / "none", ema=True)
 
 
@@ -94,7 +94,7 @@ def test_a_file_that_was_packed_anew_with_compression_is_read_right(model, save,
 
 def test_a_file_of_a_later_pickle_protocol_is_read_when_it_is_trusted(model, save, tmp_path):
     path = save(legacy(model), pickle_protocol=4)
-    with pytest.raises(ValueError, match=r"holds what torch does not load as weights .*--trust-checkpoint"):
+    with pytest.raises(ValueError, match=r"what torch does not load as weights.*--trust-checkpoint"):
         convert_to_transformers(path, tmp_path / "there")
     convert_to_transformers(path, tmp_path / "there", trust_checkpoint=True)
     assert_equal(weights_in(tmp_path / "there"), model.state_dict())
@@ -124,28 +124,27 @@ def payloads(sentinel):
     }
 
 
-# As protocol 2 writes them, and as torch 2.6 and later name them.
+# As pickle's protocol 2 writes them, and as torch 2.6 and later name them.
 FOUND = {
     "os.system": r"posix\.system",
-    "eval": r"(builtins|__builtin__)\.eval",
+    "eval": r"((builtins|__builtin__)\.)?eval",
     "subprocess": r"(subprocess|commands)\.call",
 }
-
-
 FOUND |= {"a custom class": r"test_rfdetr_checkpoint\.Custom", "a path": r"pathlib.*PosixPath"}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the names of the payloads are Posix's")
 @pytest.mark.parametrize("kind", FOUND)
-@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle 2", "pickle 4"])
 def test_a_pickle_with_more_than_tensors_is_refused_and_not_run(kind, form, model, tmp_path):
     sentinel, path = tmp_path / "sentinel", tmp_path / "bad.pth"
     content = legacy(model) | {"extra": payloads(sentinel)[kind]}
-    if form == "pickle":
-        path.write_bytes(pickle.dumps(content["extra"]))
+    if form.startswith("pickle"):
+        path.write_bytes(pickle.dumps(content["extra"], protocol=int(form[-1])))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
-    with pytest.raises(ValueError, match=rf"bad\.pth holds {FOUND[kind]} .*--trust-checkpoint"):
+    found = "what torch does not load as weights" if form == "pickle 4" else FOUND[kind]
+    with pytest.raises(ValueError, match=rf"bad\.pth must .* got {found}\. .*--trust-checkpoint"):
         convert_to_transformers(path, tmp_path / "there")
     assert not sentinel.exists()
     assert not (tmp_path / "there").exists()
@@ -174,13 +173,13 @@ def test_files_of_another_kind_are_refused_with_the_reason(model, save, tmp_path
         "empty.pth": (b"", "is empty"),
         "cut.pth": (whole[: len(whole) // 2], f"is cut off after {len(whole) // 2} bytes"),
         "almost.pth": (whole[:-10], "is cut off"),
-        "page.pth": (b"<!DOCTYPE html><html>404</html>", "starts with b'<!DOCTYP'"),
-        "picture.pth": (b"\x89PNG\r\n\x1a\n0000000000", "starts with b'\\x89PNG"),
+        "page.pth": (b"<!DOCTYPE html><html>404</html>", "got a file that starts with b'<!DOCTYP'"),
+        "image.pth": (b"\x89PNG\r\n\x1a\n0000000000", "starts with b'\\x89PNG"),
         "pointer.pth": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         "renamed.pth": (None, "is a safetensors file"),
         "script.pt": (None, "is a TorchScript module"),
-        "archive.pth": (None, "is a zip archive without data.pkl"),
-        "noise.pth": (b"\x80" + bytes(range(256)), "holds what torch does not load as weights"),
+        "archive.pth": (None, "got a zip archive without data.pkl"),
+        "noise.pth": (b"\x80" + bytes(range(256)), "got what torch does not load as weights"),
     }
     for name, (content, reason) in files.items():
         if content is not None:
@@ -189,26 +188,26 @@ def test_files_of_another_kind_are_refused_with_the_reason(model, save, tmp_path
             read_rfdetr_file(tmp_path / name)
         assert reason in str(error.value)
     for content, reason in (
-        ([1, 2], "holds a list"),
-        ({}, "holds a dict"),
-        ({"epoch": 3, "lr": 0.1}, "holds 'epoch', 'lr': no RF-DETR checkpoint"),
-        ({"model": {"a": 1}}, "holds 'model': no RF-DETR checkpoint"),
-        (torch.ones(2), "holds a Tensor"),
+        ([1, 2], r"content\.pth .* got a list"),
+        ({}, r"content\.pth .* got a dict"),
+        ({"epoch": 3, "lr": 0.1}, r"'state_dict', got the keys 'epoch', 'lr'$"),
+        ({"model": {"a": 1}}, r"'state_dict', got the keys 'model'$"),
+        (torch.ones(2), r"content\.pth .* got a Tensor"),
     ):
         with pytest.raises(ValueError, match=reason):
             read_rfdetr_file(save(content, "content.pth"))
-    with pytest.raises(ValueError, match="is a folder"):
+    with pytest.raises(ValueError, match=f"got a folder: {tmp_path}"):
         read_rfdetr_file(tmp_path)
-    with pytest.raises(ValueError, match="nowhere does not exist"):
+    with pytest.raises(ValueError, match="does not exist: nowhere"):
         convert_to_transformers("nowhere", tmp_path / "there")
 
 
 def test_keys_and_texts_that_grow_are_cut_in_messages(model, save, tmp_path):
-    with pytest.raises(ValueError, match=r"holds a tuple, 'epoch': no RF-DETR checkpoint"):
+    with pytest.raises(ValueError, match=r"got the keys a tuple, 'epoch'$"):
         read_rfdetr_file(save({nested(12, tuple): 1, "epoch": 2}))
-    with pytest.raises(ValueError, match="no RF-DETR checkpoint") as error:
+    with pytest.raises(ValueError, match="got the keys") as error:
         read_rfdetr_file(save({"a" * 10**6: 1, 10**600: 2}))
-    assert f"'{'a' * 80}'..., an int:" in str(error.value)
+    assert f"'{'a' * 80}'..., an int" in str(error.value)
     for value, shown in ((10**600, "an int"), ([10**600], "[an int]"), (torch.ones(3), "a Tensor")):
         for name in ("num_queries", "out_feature_indexes", "model_name"):
             with pytest.raises(ValueError, match=rf"argument `{name}` must be .*, got {re.escape(shown)}"):
@@ -218,25 +217,25 @@ def test_keys_and_texts_that_grow_are_cut_in_messages(model, save, tmp_path):
 def test_an_archive_that_unpacks_to_much_more_than_its_size_is_refused_unread(save, tmp_path):
     with zipfile.ZipFile(save({"model": {"x": torch.zeros(2)}})) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
-    for name, size in (("fine.pth", 1 << 19), ("bomb.pth", 3 << 20)):
+    for name, size in (("small.pth", 1 << 19), ("bomb.pth", 3 << 20)):
         with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as packed:
             for member, content in members.items():
                 packed.writestr(member, content + bytes(size) if member.endswith("data/1") else content)
             packed.writestr("checkpoint/data/1", bytes(size))
-    assert set(read_rfdetr_file(tmp_path / "fine.pth").state_dict) == {"x"}
-    with pytest.raises(ValueError, match=r"bomb\.pth has \d+ bytes and unpacks to 3\d{6}, .* no more than 4 times as"):
+    assert set(read_rfdetr_file(tmp_path / "small.pth").state_dict) == {"x"}
+    with pytest.raises(ValueError, match=r"bomb\.pth must .* 4 times its \d+ bytes, got 3\d{6} bytes"):
         read_rfdetr_file(tmp_path / "bomb.pth")
 
 
 @pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}], ids=["zip", "legacy"])
 def test_tensors_that_repeat_what_is_stored_once_are_refused_and_tied_ones_are_not(options, save):
     row = torch.ones(1, 1000)
-    with pytest.raises(ValueError, match=r"'x' \(1000x1000\) takes 4000000 bytes, and 4000 are stored for it; save a"):
+    with pytest.raises(ValueError, match=r"'x' \(1000x1000\) .* got 4000 bytes for 4000000\."):
         read_rfdetr_file(save({"model": {"x": row.expand(1000, 1000)}}, **options))
     overlapping = torch.ones(1999).as_strided((1000, 1000), (1, 1))
-    with pytest.raises(ValueError, match=r"'x' \(1000x1000\) takes 4000000 bytes, and 7996 are stored for it"):
+    with pytest.raises(ValueError, match=r"'x' \(1000x1000\) .* got 7996 bytes for 4000000\."):
         read_rfdetr_file(save({"model": {"x": overlapping}}, **options))
-    with pytest.raises(ValueError, match=r"its tensors take 400000 bytes, more than 4 times the \d+ that are stored"):
+    with pytest.raises(ValueError, match=r"4 times the \d+ stored bytes, got 400000:"):
         read_rfdetr_file(save({"model": {f"x{number}": row for number in range(100)}}, **options))
     tied = {"model": {"x": row, "y": row, "z": row[:, 500:]}, "ema_model": {"x": row}}
     assert set(read_rfdetr_file(save(tied, **options)).state_dict) == {"x", "y", "z"}
@@ -255,13 +254,11 @@ def test_adapters_whose_product_is_of_another_size_are_refused_before_it_is_made
     for weight, parts in strange.values():
         state = {"a.base_layer.weight": weight["weight"]}
         state |= {f"a.{name}.default.weight": part for name, part in parts.items()}
-        with pytest.raises(ValueError, match=r"the adapter of 'a' does not fit: weight .*, lora_A .*, lora_B "):
+        with pytest.raises(ValueError, match=r"the adapter of 'a' must .* got lora_A .*, lora_B .*, weight "):
             read_rfdetr_file(save({"model": state}))
 
 
 def test_a_tensor_that_is_there_twice_is_an_error(model, save, tmp_path):
     state = model.state_dict() | {"module.class_embed.bias": torch.ones(5)}
-    with pytest.raises(
-        ValueError, match=r"holds 'class_embed.bias' twice, the second time as 'module.class_embed.bias'"
-    ):
+    with pytest.raises(ValueError, match=r"'class_embed\.bias' once, got it again as 'module\.class_embed\.bias'"):
         convert_to_transformers(save(legacy(model) | {"model": state}), tmp_path / "there")

@@ -1,4 +1,4 @@
-"""A model and its image processor by one name: a folder, a repository on the Hub, or a published checkpoint."""
+"""Load a model and its image processor by one name: a folder, a repository on the Hub, or a published checkpoint."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -19,95 +19,97 @@ logger = logging.get_logger(__name__)
 def load(
     name: str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **kwargs: Any
 ) -> tuple[RfDetrForObjectDetection, RfDetrImageProcessor]:
-    """A model of the class that it was saved as, in evaluation mode, and its image processor.
+    """Load a model as the class that it was saved as, in evaluation mode, and its image processor.
 
     Example:
         >>> model, processor = load("rf-detr-seg-medium")  # doctest: +SKIP
 
     Args:
         name: A folder, a Hub id, or a published checkpoint in any usual spelling (rf-detr-seg-medium, RFDETRSegMedium).
-        device: Where the model goes: "cpu", "cuda", "cuda:1", "mps", or "auto" for the first GPU if there is one; the
-            CPU by default.
+        device: Device of the model: "cpu", "cuda", "cuda:1", "mps", or "auto" for the first GPU, else the CPU. The CPU
+            by default.
         dtype: float32 by default.
         **kwargs: For `from_pretrained` of the model: `revision`, `token`, `cache_dir`, `resolution`, ...
 
     Raises:
-        ValueError: there is no such checkpoint, it cannot be read, or it lacks weights; the message says which.
+        ValueError: The checkpoint does not exist, cannot be read, or lacks weights.
     """
     if not name:
-        raise ValueError("no name of a model; give a folder, a Hub id or a published name such as rf-detr-seg-medium")
+        raise ValueError("`name` must be a folder, a Hub id or a published name such as rf-detr-seg-medium, got ''")
     folder = Path(name).expanduser()
     if folder.is_file():
         raise ValueError(
-            f"{name} is a file; make a folder of it with `transformers-rfdetr convert {name} my-model`, and give that"
+            f"`name` must be a folder, a Hub id or a published name, got the file {name}. Convert a checkpoint file of"
+            f" rfdetr with `transformers-rfdetr convert {name} my-model`."
         )
     if "/" not in name and not folder.is_dir():
         with suppress(ValueError):
             name = f"Roboflow/{resolve_variant(name)}"
     elif folder.is_dir():
         name = str(folder)
-    shared = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+    hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
     try:
         if folder.is_dir():
             _check_folder(folder)
-        config = RfDetrConfig.from_pretrained(name, **shared)
+        config = RfDetrConfig.from_pretrained(name, **hub)
         has_masks = any("Segmentation" in architecture for architecture in config.architectures or ["Segmentation"])
-        kind = RfDetrForInstanceSegmentation if has_masks else RfDetrForObjectDetection
-        model, report = kind.from_pretrained(name, dtype=dtype or torch.float32, output_loading_info=True, **kwargs)
+        model_class = RfDetrForInstanceSegmentation if has_masks else RfDetrForObjectDetection
+        model, report = model_class.from_pretrained(
+            name, dtype=dtype or torch.float32, output_loading_info=True, **kwargs
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error) or type(error).__name__
         if "ignore_mismatched_sizes" in reason:
-            reason = "Its weights have other shapes than its config.json says, as listed above; correct config.json."
-        raise ValueError(f"{name} cannot be loaded; give a folder or a Hub id. {reason}") from error
+            reason = "Its weights have other shapes than config.json says, as listed above. Correct config.json."
+        raise ValueError(f"{name} cannot be loaded: {reason}") from error
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
-            f"{name} lacks {len(missing)} weights of {kind.__name__} ({', '.join(missing[:3])}, ...);"
-            " give a checkpoint that has them, such as rf-detr-seg-medium"
+            f"{name} must hold all weights of {model_class.__name__}, lacks {len(missing)}: {', '.join(missing[:3])},"
+            " ... Load a complete checkpoint, such as rf-detr-seg-medium."
         )
     size = {"size": model.config.resolution} if "resolution" in kwargs else {}
     try:
-        processor = RfDetrImageProcessor.from_pretrained(name, **shared, **size)
+        processor = RfDetrImageProcessor.from_pretrained(name, **hub, **size)
     except OSError:
-        logger.warning(f"{name} has no preprocessor_config.json: pictures are prepared as its config.json asks for")
+        logger.warning(f"{name} has no preprocessor_config.json: images are prepared as its config.json says")
         processor = RfDetrImageProcessor.from_config(model.config)
     return model.to(read_device(device)).eval(), processor
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise ValueError for a folder that is no RF-DETR model; transformers would build its default one."""
-    has_config = (folder / "config.json").is_file()
-    if not has_config and (folder / "adapter_config.json").is_file():
+    """Raise ValueError for a folder without an RF-DETR model; transformers would build its default one."""
+    if (folder / "config.json").is_file():
+        check_model_type(str(folder))
+    elif (folder / "adapter_config.json").is_file():
         raise ValueError(
-            "It holds an adapter and no whole model: merge that into its base model first, with"
+            "the folder must hold a whole model, got an adapter. Merge it into its base model with"
             " PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(another_folder)."
         )
-    if not has_config:
-        raise ValueError("It has no config.json, as save_pretrained writes it.")
-    check_model_type(str(folder))
+    else:
+        raise ValueError("the folder must hold config.json, which save_pretrained writes; the file is missing.")
 
 
 def check_model_type(name: str) -> None:
-    """Raise ValueError where the config.json of a folder or a repository is of another kind of model."""
-    given = RfDetrConfig.get_config_dict(name)[0].get("model_type")
-    if given != RfDetrConfig.model_type:
-        raise ValueError(f"Its config.json is of {given!r} and not of {RfDetrConfig.model_type!r}.")
+    """Raise ValueError if the config.json of a folder or repository is that of another model type."""
+    model_type = RfDetrConfig.get_config_dict(name)[0].get("model_type")
+    if model_type != RfDetrConfig.model_type:
+        raise ValueError(f"`model_type` in config.json must be {RfDetrConfig.model_type!r}, got {model_type!r}.")
 
 
 def read_device(device: torch.device | str | None) -> torch.device:
-    """ "cpu", "cuda:0", ... or "auto", the first GPU if there is one; None is the CPU.
+    """Return a device that is available: `device`, the first GPU else the CPU for "auto", the CPU for None.
 
     Raises:
-        ValueError: no such device, or none that is here.
+        ValueError: The device does not exist or is not available.
     """
     if device in (None, "auto"):
-        on_gpu = device == "auto" and torch.cuda.is_available()
-        on_mps = device == "auto" and not on_gpu and torch.backends.mps.is_available()
-        return torch.device("cuda" if on_gpu else "mps" if on_mps else "cpu")
+        has_cuda = device == "auto" and torch.cuda.is_available()
+        has_mps = device == "auto" and not has_cuda and torch.backends.mps.is_available()
+        return torch.device("cuda" if has_cuda else "mps" if has_mps else "cpu")
     try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
+        available = torch.device(device)
+        torch.empty(0, device=available)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f"device {device} cannot be had: {str(error).splitlines()[0]}; give cpu, cuda or auto"
-        ) from error
-    return found
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"`device` must be available, such as cpu, cuda or auto, got {device}: {reason}") from error
+    return available
