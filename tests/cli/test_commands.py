@@ -497,4 +497,4 @@ def test_what_is_no_model_of_this_kind_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     assert "is no RF-DETR model" in refusal("info", tmp_path / "empty")
     (tmp_path / "notes.txt").write_text("hello")
-    assert "no PyTorch checkpoint" in refusal("info", tmp_path / "notes.txt")
+    assert "must be a PyTorch checkpoint" in refusal("info", tmp_path / "notes.txt")
