@@ -176,7 +176,7 @@ def test_a_run_with_other_settings_is_refused_until_the_old_one_may_be_moved(fin
     arguments = [*arguments, "--lr", "2e-3", "--set", "ema=false"]
     line = refusal(*arguments)
     assert line.startswith(
-        f"train: {output} holds a run with other settings (ema 'unset' there, False here; learning_rate 0.001 there,"
+        f"train: {output} has a run with other settings (ema 'unset' there, False here; learning_rate 0.001 there,"
         " 0.002 here)"
     )
     assert "--no-resume" in line
@@ -184,7 +184,7 @@ def test_a_run_with_other_settings_is_refused_until_the_old_one_may_be_moved(fin
     result = run(*arguments, "--no-resume")
     assert result.exit_code == 0, result.output
     aside = output.with_name("copied.1")
-    assert f"The run that was in {output} is in {aside} now" in result.output
+    assert f"Moved the earlier run from {output} to {aside}" in result.output
     assert_equal(weights(aside / "model"), weights(finished.output / "model"))
     assert (aside / "checkpoint-1").is_dir()
     heads = [weights(folder / "model")["class_embed.weight"] for folder in (output, aside)]
@@ -201,7 +201,7 @@ def test_where_it_runs_and_how_it_looks_may_change_when_a_run_goes_on(finished):
 def test_a_folder_with_a_model_of_unknown_origin_is_not_written_into(copied):
     output, arguments = copied
     (output / "train.yaml").unlink()
-    assert f"{output} holds checkpoint-1 and no train.yaml" in refusal(*arguments)
+    assert f"{output} must have a train.yaml beside checkpoint-1" in refusal(*arguments)
 
 
 def test_heads_of_the_data_s_own_classes_are_kept(data, tmp_path):
@@ -253,20 +253,20 @@ GIVEN = ["train", "data", "--model", "m", "--output", "o"]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--model", "m"], "data is missing; give DATA, or data: in the file of --config"),
-        (["train", "data", "--output", "o"], "model is missing; give --model rf-detr-seg-medium"),
-        ([*GIVEN, "--set", "lerning_rate=1"], "there is no setting 'lerning_rate'; did you mean 'learning_rate'?"),
-        ([*GIVEN, "--set", "epoch=1"], "did you mean 'epochs'?"),
-        ([*GIVEN, "--set", "hub_token=hf_x"], "there is no setting 'hub_token'"),
-        ([*GIVEN, "--epochs", "1", "--set", "num_train_epochs=2"], "num_train_epochs is given twice"),
-        ([*GIVEN, "--set", "seed=1.5"], "the options: seed is 1.5; it must be a whole number"),
-        ([*GIVEN, "--set", "ema=yes"], "ema is 'yes'; it must be true or false"),
-        ([*GIVEN, "--set", "drop_path=true"], "drop_path is True; it must be a number or null"),
-        ([*GIVEN, "--set", "ema"], "--set ema has no value; give NAME=VALUE"),
+        (["train", "--model", "m"], "`data` is required. Pass DATA, or set `data:` in the file of --config"),
+        (["train", "data", "--output", "o"], "`model` is required. Pass --model rf-detr-seg-medium"),
+        ([*GIVEN, "--set", "lerning_rate=1"], "'lerning_rate'. Did you mean 'learning_rate'?"),
+        ([*GIVEN, "--set", "epoch=1"], "Did you mean 'epochs'?"),
+        ([*GIVEN, "--set", "hub_token=hf_x"], "unknown setting 'hub_token'"),
+        ([*GIVEN, "--epochs", "1", "--set", "num_train_epochs=2"], "`num_train_epochs` is given twice"),
+        ([*GIVEN, "--set", "seed=1.5"], "seed must be an integer, got 1.5"),
+        ([*GIVEN, "--set", "ema=yes"], "ema must be true or false, got 'yes'"),
+        ([*GIVEN, "--set", "drop_path=true"], "drop_path must be a number or null, got True"),
+        ([*GIVEN, "--set", "ema"], "--set must be NAME=VALUE, such as layer_decay=0.9, got ema"),
         ([*GIVEN, "--set", "ema=[1"], "--set ema=[1 is no YAML: while parsing"),
         ([*GIVEN, "--set", "layer_decay=2"], "`layer_decay` must be in (0, 1]"),
         ([*GIVEN, "--resolution", "100x"], "--resolution 100x is no number of pixels"),
-        ([*GIVEN, "--device", "cuda:1"], "device cuda:1 is none of auto, cpu, cuda, mps"),
+        ([*GIVEN, "--device", "cuda:1"], "`device` must be one of auto, cpu"),
         ([*GIVEN, "--config", "none.yaml"], "No such file or directory: 'none.yaml'"),
         ([*GIVEN, "--class-names", "none.txt"], "--class-names none.txt is no file"),
         (["train", "no/such/data", *GIVEN[2:], "--device", "cpu"], "'no/such/data' is neither a folder nor"),
@@ -276,7 +276,7 @@ GIVEN = ["train", "data", "--model", "m", "--output", "o"]
         (["benchmark", "m", "--runs", "0"], "--runs 0 must be at least 1"),
         (["benchmark", "m", "--json", "."], ". is a folder; give the name of a file"),
         (["train", "data", *GIVEN[2:], "--config", "no.yaml"], "no.yaml cannot be read"),
-        ([*GIVEN, "--epochs", "nan"], "--epochs nan trains nothing"),
+        ([*GIVEN, "--epochs", "nan"], "--epochs must be above 0, got nan"),
         ([*GIVEN, "--set", "gradient_accumulation_steps=0"], "`gradient_accumulation_steps` must be at least 1"),
         (["benchmark", "m", "--dtype", "int8"], "--dtype int8 is none of float32"),
     ],
@@ -290,7 +290,7 @@ def test_a_command_says_in_a_line_what_is_wrong(arguments, message, tmp_path, mo
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [1", "is no YAML: while parsing"), ("- a\n", "holds no settings"), ("\xff", "cannot be read")],
+    [("a: [1", "is no YAML: while parsing"), ("- a\n", "must be a mapping of settings"), ("\xff", "cannot be read")],
 )
 def test_a_file_that_holds_no_settings_is_refused(text, message, tmp_path):
     (tmp_path / "recipe.yaml").write_text(text, encoding="latin-1")

@@ -1,4 +1,4 @@
-"""`transformers-rfdetr train`: fine-tuning from options and a YAML file, which it leaves beside what it makes."""
+"""`transformers-rfdetr train`: fine-tune a model by options and a YAML file of settings, the recipe."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,58 +16,74 @@ transformers-rfdetr train --config runs/buildings/train.yaml --set layer_decay=0
 
 torchrun --nproc-per-node 8 -m transformers_rfdetr.cli.app train --config recipe.yaml
 
-recipe.yaml: options by their names (model: rf-detr-seg-medium), and any field of RfDetrTrainingArguments
+recipe.yaml sets options by their names (model: rf-detr-seg-medium) and any field of RfDetrTrainingArguments
 (early_stopping: true)
 """
+
+_Data = Annotated[
+    str | None, typer.Argument(help="A folder, a COCO JSON file, a data.yaml of YOLO, or a dataset on the Hub.")
+]
+_Model = Annotated[str | None, typer.Option(help="A folder, a Hub id, or a published name such as rf-detr-seg-medium.")]
+_Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder for the run.")]
+_Config = Annotated[Path | None, typer.Option(metavar="FILE", help="YAML file of settings. Options override it.")]
+_Epochs = Annotated[float | None, typer.Option(help="Number of epochs. Default: 100.")]
+_BatchSize = Annotated[
+    int | None, typer.Option(help="Images in a micro-batch; an optimizer step takes 4 micro-batches. Default: 4.")
+]
+_LearningRate = Annotated[float | None, typer.Option(help="Learning rate of the decoder and the heads. Default: 1e-4.")]
+_Resolution = Annotated[
+    str | None,
+    typer.Option(metavar="N|HxW", help="Size of the model's input in pixels. Default: the checkpoint's."),
+]
+_Seed = Annotated[int | None, typer.Option(help="Seed of new heads, data order and augmentation. Default: 42.")]
+_Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, mps or auto, which takes a GPU if there is one. Default: auto.")
+]
+_ClassNames = Annotated[
+    str | None,
+    typer.Option(help="'cat,dog,...' or a text file with one name a line, for data without class names."),
+]
+_Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Any field of RfDetrTrainingArguments. May be repeated."),
+]
+_Resume = Annotated[
+    bool,
+    typer.Option(help="Resume from the newest checkpoint in OUTPUT, or move an earlier run aside and start anew."),
+]
+_ImageFolder = Annotated[
+    str | None, typer.Option(help="Folder of the images, if it is not that of the JSON file or data.yaml.")
+]
+_PushToHub = Annotated[
+    str | None,
+    typer.Option(metavar="USER/NAME", help="Upload the model there in the end. Its card shows validation images."),
+]
+_Private = Annotated[bool, typer.Option("--private", help="Create that repository as a private one.")]
 
 
 @one_line_errors
 def train(
-    data: Annotated[
-        str | None, typer.Argument(help="a folder, a COCO JSON, a data.yaml of YOLO, or a data set on the Hub")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="a folder, a Hub id, or a published name such as rf-detr-seg-medium")
-    ] = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="the folder of the run")] = None,
-    config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="a YAML file of settings; options go before it")
-    ] = None,
-    epochs: Annotated[float | None, typer.Option(help="passes over the data; 100 by default")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="pictures at a time, 4 by default; an update takes 4 times as many")
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="learning rate of the decoder and heads; 1e-4 by default")] = None,
-    resolution: Annotated[
-        str | None, typer.Option(metavar="N|HxW", help="pixels of the model's input, instead of the checkpoint's")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="of new heads, order and augmentation; 42 by default")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or mps; by default auto, which takes a GPU if there is one")
-    ] = None,
-    class_names: Annotated[
-        str | None, typer.Option(help="'cat,dog,...' or a text file with a name a line, for data that only number them")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="any field of RfDetrTrainingArguments; may be repeated"),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option(help="go on from the last checkpoint in OUTPUT, or move what is there aside and begin anew")
-    ] = True,
-    image_folder: Annotated[
-        str | None, typer.Option(help="where the pictures are, if not beside the JSON or data.yaml")
-    ] = None,
-    push_to_hub: Annotated[
-        str | None,
-        typer.Option(metavar="USER/NAME", help="upload the model there in the end, its card shows validation pictures"),
-    ] = None,
-    private: Annotated[bool, typer.Option("--private", help="create that repository as a private one")] = False,
+    data: _Data = None,
+    model: _Model = None,
+    output: _Output = None,
+    config: _Config = None,
+    epochs: _Epochs = None,
+    batch_size: _BatchSize = None,
+    lr: _LearningRate = None,
+    resolution: _Resolution = None,
+    seed: _Seed = None,
+    device: _Device = None,
+    class_names: _ClassNames = None,
+    settings: _Settings = None,
+    resume: _Resume = True,
+    image_folder: _ImageFolder = None,
+    push_to_hub: _PushToHub = None,
+    private: _Private = False,
 ) -> None:
-    """Fine-tune a model, evaluate it on the split validation, and save it as OUTPUT/model.
+    """Fine-tune a model, evaluate it on the validation split, and save it as OUTPUT/model.
 
-    OUTPUT/train.yaml gets all that was set, and the versions; --config takes it. The same command again goes on from
-    the last checkpoint. torchrun and accelerate launch start it on several GPUs.
+    OUTPUT/train.yaml stores all settings and the versions; --config reads it. The same command again resumes from the
+    newest checkpoint. torchrun and accelerate launch run it on several GPUs.
     """
     from .training_run import read_recipe, read_setting, run_recipe
 

@@ -1,4 +1,4 @@
-"""The settings of `transformers-rfdetr train`, and the run that they describe."""
+"""The recipe of `transformers-rfdetr train`, which is its settings, and the run that follows it."""
 
 import dataclasses
 import difflib
@@ -45,17 +45,17 @@ _ALIASES = {
     "lr": "learning_rate",
     "output_dir": "output",
 }
-# Settings of the run's place and looks: what is trained does not depend on them.
+# Settings that the trained model does not depend on; a run resumes though they differ.
 _FREE = {
     *("output", "device", "use_cpu", "push_to_hub", "versions", "report_to", "run_name", "project", "disable_tqdm"),
     *("private", "log_level", "save_total_limit", "per_device_eval_batch_size", "dataloader_num_workers"),
     *("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_pin_memory"),
 }
-_KIND_NAMES = {
+_TYPE_NAMES = {
     bool: "true or false",
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
-    str: "a text",
+    str: "a string",
     list: "a list",
     dict: "a mapping",
     types.NoneType: "null",
@@ -66,7 +66,7 @@ _KIND_NAMES = {
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-4 is a number, and `no`, of eval_strategy, is a text."""
+    """Reads YAML as people write it: 1e-4 is a number, and `no`, for eval_strategy, is a string."""
 
 
 _BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
@@ -79,19 +79,19 @@ _Loader.add_implicit_resolver(_FLOAT, re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][
 
 
 def read_recipe(path: Path | None, given: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """The settings of a YAML file, and those given beside it, which go before.
+    """Return the settings of a YAML file, overridden by those given beside it.
 
     Args:
-        path: Of the file, if there is one.
-        given: Names and values, of options and fields of `RfDetrTrainingArguments`.
+        path: The file, if there is one.
+        given: Names and values of options and of fields of `RfDetrTrainingArguments`.
 
     Returns:
-        What is not left at its default: "model", "data" and "output", possibly "device", "resolution", "class_names"
-        and "push_to_hub", and training arguments under the names of their fields. Paths of what is there are absolute.
+        All settings that differ from their defaults: "model", "data", "output" and other options, and fields of
+        `RfDetrTrainingArguments`. Paths that exist are absolute.
 
     Raises:
-        ValueError: the file is no YAML; a name is not known (the message has the nearest one) or given twice; a value
-            is of the wrong type; the model, the data or the output is missing.
+        ValueError: the file is not valid YAML; a name is unknown (the message has the nearest one) or given twice; a
+            value has the wrong type; model, data or output is missing.
     """
     kinds, defaults = _fields()
     file = {} if path is None else _read_yaml(path)
@@ -99,11 +99,11 @@ def read_recipe(path: Path | None, given: Iterable[tuple[str, Any]]) -> dict[str
     recipe = _checked(f"--config {path}", file.items(), kinds) | _checked("the options", given, kinds)
     for name, remedy in (("model", "--model rf-detr-seg-medium"), ("data", "DATA"), ("output", "--output runs/mine")):
         if not recipe.get(name):
-            raise ValueError(f"{name} is missing; give {remedy}, or {name}: in the file of --config")
+            raise ValueError(f"`{name}` is required. Pass {remedy}, or set `{name}:` in the file of --config.")
     if isinstance(recipe.get("resolution"), str):
         recipe["resolution"] = read_size("--resolution", recipe["resolution"])
     if not recipe.get("num_train_epochs", 1) > 0 and recipe.get("max_steps", 0) <= 0:
-        raise ValueError(f"--epochs {recipe['num_train_epochs']:g} trains nothing; give a number above 0")
+        raise ValueError(f"--epochs must be above 0, got {recipe['num_train_epochs']:g}.")
     recipe |= {name: _absolute(recipe[name]) for name in ("model", "data", "image_folder") if name in recipe}
     recipe["output"] = str(Path(recipe["output"]).expanduser().absolute())
     kept = {name: value for name, value in recipe.items() if name in _OPTIONS or value != defaults[name]}
@@ -111,17 +111,16 @@ def read_recipe(path: Path | None, given: Iterable[tuple[str, Any]]) -> dict[str
 
 
 def _fields() -> tuple[dict[str, set[Any]], dict[str, Any]]:
-    """What each setting may hold; and the defaults of the training arguments."""
-    # Not at the top: the other commands run without accelerate.
+    """Return the types that each setting may have, and the defaults of the training arguments."""
     from ..training.arguments import RfDetrTrainingArguments
 
     hints = typing.get_type_hints(RfDetrTrainingArguments)
-    # Tokens do not belong into files, and what is pushed where is said by push_to_hub.
-    left_out = ("hub_", "push_to_hub", "output_dir", "resume_from_checkpoint", "local_rank", "_")
+    # Tokens do not belong in files, and `push_to_hub` of the command says what is uploaded where.
+    excluded = ("hub_", "push_to_hub", "output_dir", "resume_from_checkpoint", "local_rank", "_")
     fields = [
         field
         for field in dataclasses.fields(RfDetrTrainingArguments)
-        if field.init and not field.name.startswith(left_out)
+        if field.init and not field.name.startswith(excluded)
     ]
     kinds = {field.name: _kinds(hints[field.name]) | {type(field.default)} & {types.NoneType} for field in fields}
     defaults = {
@@ -132,23 +131,23 @@ def _fields() -> tuple[dict[str, set[Any]], dict[str, Any]]:
 
 
 def _kinds(hint: Any) -> set[Any]:
-    """`dict[str, Any] | None` -> {dict, NoneType}."""
+    """Return the types of an annotation: `dict[str, Any] | None` -> {dict, NoneType}."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return set().union(*map(_kinds, typing.get_args(hint)))
     return {typing.get_origin(hint) or hint}
 
 
 def _checked(source: str, given: Iterable[tuple[str, Any]], kinds: Mapping[str, set[Any]]) -> dict[str, Any]:
-    """Settings under their own names, of the right types."""
+    """Return settings under their canonical names, with values of the right types."""
     checked: dict[str, Any] = {}
     for spelled, value in given:
         name = str(spelled).replace("-", "_")
         name = _ALIASES.get(name, name)
         if name not in kinds:
             [near] = difflib.get_close_matches(name, [*kinds, *_ALIASES], n=1, cutoff=0.0)
-            raise ValueError(f"{source}: there is no setting {str(spelled)!r}; did you mean {near!r}?")
+            raise ValueError(f"{source}: unknown setting {str(spelled)!r}. Did you mean {near!r}?")
         if name in checked:
-            raise ValueError(f"{source}: {name} is given twice, the second time as {spelled!r}; leave one out")
+            raise ValueError(f"{source}: `{name}` is given twice, the second time as {spelled!r}. Remove one.")
         checked[name] = _fitted(f"{source}: {spelled}", value, kinds[name])
     return checked
 
@@ -157,8 +156,8 @@ def _fitted(where: str, value: Any, kinds: set[Any]) -> Any:
     if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
         return float(value)
     if type(value) not in kinds and Any not in kinds:
-        rule = " or ".join(text for kind, text in _KIND_NAMES.items() if kind in kinds)
-        raise ValueError(f"{where} is {value!r:.60}; it must be {rule}")
+        rule = " or ".join(text for kind, text in _TYPE_NAMES.items() if kind in kinds)
+        raise ValueError(f"{where} must be {rule}, got {value!r:.60}.")
     return value
 
 
@@ -166,28 +165,30 @@ def read_setting(text: str) -> tuple[str, Any]:
     """Return name and value of "NAME=VALUE", the value read as YAML."""
     name, equals, value = text.partition("=")
     if not equals:
-        raise ValueError(f"--set {text} has no value; give NAME=VALUE, such as layer_decay=0.9")
+        raise ValueError(f"--set must be NAME=VALUE, such as layer_decay=0.9, got {text}.")
     return name.strip(), read_yaml(value, _Loader, f"--set {text:.200}")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     content = read_yaml(read_text(path), _Loader, str(path))
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no settings; it needs lines such as `lr: 1e-4`")
+        raise ValueError(
+            f"{path} must be a mapping of settings, with lines such as `lr: 1e-4`, got {type(content).__name__}."
+        )
     return content
 
 
 def _absolute(place: Any) -> Any:
-    """The same from every working directory, where it is a path that is there."""
+    """Return paths that exist as absolute ones, so that the recipe works from every working directory."""
     if isinstance(place, Mapping):
         return {name: _absolute(part) for name, part in place.items()}
     if not isinstance(place, str):
-        raise ValueError(f"{place!r:.60} is no path; give a folder, a file or a data set on the Hub")
+        raise ValueError(f"`data` must be a folder, a file or a dataset on the Hub, got {place!r:.60}.")
     return absolute(place)
 
 
 def _plain(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """As YAML gives it back, so that it can be compared with what was written."""
+    """Return the recipe as it is read back from YAML, for comparison with one that was written."""
     return yaml.load(yaml.safe_dump(_without_tuples(recipe), sort_keys=False, allow_unicode=True), _Loader)
 
 
@@ -201,19 +202,19 @@ def _without_tuples(value: Any) -> Any:
 
 
 def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
-    """Train, evaluate and save what [`read_recipe`] returns.
+    """Train, evaluate and save a model by a recipe.
 
     Args:
-        recipe: The settings.
-        resume: Whether a run in the output folder goes on; otherwise its files are moved to a folder beside it.
+        recipe: The settings, from [`read_recipe`].
+        resume: Whether a run in the output folder is resumed; otherwise its files are moved to a folder beside it.
 
     Raises:
-        ValueError: the output folder holds a run with other settings; or what model, data and trainer refuse.
+        ValueError: the output folder has a run with other settings; or model, data or trainer refuse theirs.
     """
     try:
         from accelerate.utils import broadcast_object_list
     except ImportError as error:
-        raise ImportError('training needs accelerate: pip install "transformers-rfdetr[train]"') from error
+        raise ImportError('Training requires accelerate. Run: pip install "transformers-rfdetr[train]"') from error
     from ..training.checkpoints import restore_best_models
     from ..training.trainer import RfDetrTrainer
 
@@ -223,18 +224,20 @@ def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
         recipe["data"], class_names=recipe.get("class_names"), image_folder=recipe.get("image_folder")
     )
     if "train" not in data:
-        raise ValueError(f"{recipe['data']} has the splits {', '.join(data)}, and no train; rename one, or add it")
+        raise ValueError(
+            f"`data` must have a split named train, got {', '.join(data)} in {recipe['data']}. Rename one."
+        )
     names = dict(zip(data.category_ids, data.id2label.values(), strict=True))
     recipe = {**recipe, "class_names": names, "versions": _versions()}
     if is_first:
         restore_best_models(output)
-    # The first process alone looks and changes: what the others would find depends on when they look.
+    # Only the first process reads and changes the folder, so that all of them decide the same.
     [checkpoint] = broadcast_object_list([find_checkpoint(output, recipe) if resume and is_first else None])
-    set_seed(arguments.seed)  # of heads for new classes
+    set_seed(arguments.seed)  # for the heads of new classes
     model, processor = _load_model(recipe, data)
     if is_first:
         _prepare_folder(output, recipe, resume)
-        typer.echo(f"Resuming from {checkpoint}" if checkpoint else f"A new run, in {output}")
+        typer.echo(f"Resuming from {checkpoint}" if checkpoint else f"Starting a new run in {output}")
     trainer = RfDetrTrainer(
         model,
         arguments,
@@ -263,20 +266,23 @@ def _training_arguments(recipe: Mapping[str, Any]) -> Any:
     device = recipe.get("device", "auto")
     is_here = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not is_here.get(device):
-        rule = "not on this machine" if device in is_here else f"none of {', '.join(is_here)}"
-        raise ValueError(f"device {device} is {rule}; of several GPUs CUDA_VISIBLE_DEVICES=1 shows the second alone")
+        usable = [name for name, is_available in is_here.items() if is_available]
+        raise ValueError(
+            f"`device` must be one of {', '.join(usable)} on this machine, got {device}. To choose one of several GPUs,"
+            " set CUDA_VISIBLE_DEVICES."
+        )
     if device == "cpu":
         fields["use_cpu"] = True
     if "push_to_hub" in recipe:
         fields |= {"push_to_hub": True, "hub_model_id": recipe["push_to_hub"], "hub_strategy": "end"}
     try:
         return RfDetrTrainingArguments(recipe["output"], **fields)
-    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:  # transformers does not look at all of them
-        raise ValueError(f"the training arguments do not fit together: {type(error).__name__}: {error}") from error
+    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:  # transformers does not check all values
+        raise ValueError(f"The training arguments are invalid together: {type(error).__name__}: {error}") from error
 
 
 def _load_model(recipe: Mapping[str, Any], data: Any) -> tuple[Any, Any]:
-    """The checkpoint, with new heads unless its classes are the data's."""
+    """Load the checkpoint, with new heads unless its classes are those of the data."""
     options = {"resolution": recipe["resolution"]} if "resolution" in recipe else {}
     model, processor = load(recipe["model"], **options)
     if {label: name for label, name in model.config.id2label.items() if not is_background_label(name)} != data.id2label:
@@ -286,19 +292,19 @@ def _load_model(recipe: Mapping[str, Any], data: Any) -> tuple[Any, Any]:
 
 
 def find_checkpoint(output: Path, recipe: Mapping[str, Any]) -> str | None:
-    """The newest whole checkpoint of a run in a folder, or None where there is none yet.
+    """Return the newest complete checkpoint of a run in a folder, or None if it has none yet.
 
     Raises:
-        ValueError: the folder holds a run with other settings, or what may be one.
+        ValueError: the folder has a run with other settings, or files that may be of one.
     """
     from ..training.checkpoints import newest_checkpoint
 
-    remedy = "give another --output, or --no-resume to move what is there aside and begin anew"
-    traces = _traces(output)
-    if all(trace.name == RECIPE_NAME for trace in traces):  # nothing, or a run that left nothing to go on from
+    remedy = "Pass another --output, or --no-resume to move that run aside and start anew."
+    files = _run_files(output)
+    if all(path.name == RECIPE_NAME for path in files):  # nothing, or a run that was stopped before a checkpoint
         return None
     if not (output / RECIPE_NAME).is_file():
-        raise ValueError(f"{output} holds {traces[0].name} and no {RECIPE_NAME} that says of which run; {remedy}")
+        raise ValueError(f"{output} must have a {RECIPE_NAME} beside {files[0].name} to be resumed. {remedy}")
     earlier = _read_yaml(output / RECIPE_NAME)
     wanted = _plain(recipe)
     different = [
@@ -307,35 +313,35 @@ def find_checkpoint(output: Path, recipe: Mapping[str, Any]) -> str | None:
         if earlier.get(name) != wanted.get(name)
     ]
     if different:
-        raise ValueError(f"{output} holds a run with other settings ({'; '.join(different)}); {remedy}")
+        raise ValueError(f"{output} has a run with other settings ({'; '.join(different)}). {remedy}")
     try:
         return newest_checkpoint(str(output))
     except ValueError:  # it was stopped before the first one
         return None
 
 
-def _traces(output: Path) -> list[Path]:
-    """What a run leaves in its folder."""
+def _run_files(output: Path) -> list[Path]:
+    """Return what a run writes to its folder, as far as it exists."""
     patterns = (RECIPE_NAME, "checkpoint-*", "best_*", _MODEL_NAME)
     return [path for pattern in patterns for path in sorted(output.glob(pattern))]
 
 
 def _prepare_folder(output: Path, recipe: Mapping[str, Any], resume: bool) -> None:
-    if not resume and (traces := _traces(output)):
+    if not resume and (files := _run_files(output)):
         number = 1
         while (aside := output.with_name(f"{output.name}.{number}")).exists():
             number += 1
         aside.mkdir()
-        for path in traces:
+        for path in files:
             shutil.move(path, aside / path.name)
-        typer.echo(f"The run that was in {output} is in {aside} now")
+        typer.echo(f"Moved the earlier run from {output} to {aside}")
     make_directory(output)
     write_text(output / RECIPE_NAME, _as_yaml(recipe))
 
 
 def _as_yaml(recipe: Mapping[str, Any]) -> str:
     text = yaml.safe_dump(_without_tuples(recipe), sort_keys=False, allow_unicode=True)
-    return f"# transformers-rfdetr train --config {RECIPE_NAME} goes on with this run; --output repeats it\n{text}"
+    return f"# transformers-rfdetr train --config {RECIPE_NAME} resumes this run; with --output it repeats it\n{text}"
 
 
 def _versions() -> dict[str, str]:
@@ -344,7 +350,7 @@ def _versions() -> dict[str, str]:
 
 
 class _KeepRecipe(TrainerCallback):
-    """Writes the settings beside every model of the run."""
+    """Writes the recipe beside every model of the run."""
 
     def __init__(self, text: str) -> None:
         self.text = text
