@@ -61,9 +61,7 @@ def attempt(
         try:
             random.setstate(state)  # Python seeds it again in a fork
             torch.set_num_threads(1)  # a fork has no threads of OpenMP
-            tqdm.auto.tqdm.set_lock(
-                threading.RLock()
-            )  # a killed fork would keep the shared lock
+            tqdm.auto.tqdm.set_lock(threading.RLock())  # a killed fork would keep the shared lock
             os.close(receiver)
             ended = _run(job, dies_at, room, longest, dies_of_length)
             with open(sender, "wb", closefd=False) as report:

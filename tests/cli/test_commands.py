@@ -422,16 +422,19 @@ def test_the_text_of_a_published_name():
     assert found["classes"].startswith("80: person, bicycle, car, ")
     assert found["resolution"] == "432 x 432"
     assert found["legal"] == "sizes    multiples of 24 (patch 12 x 2 windows): 408, 432, 456, ..."
-    assert found["queries"] == "200, in training 13 groups of them"
+    assert found["queries"] == "200, in 13 groups during training"
     assert found["parameters"] == "35.7 M"
 
 
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
-        ({"resolution": 504}, "as rf-detr-seg-medium, at 504 x 504 px"),
-        ({"num_queries": 90, "resolution": [432, 480]}, "as rf-detr-seg-medium, at 432 x 480 px, with 90 queries"),
-        ({"decoder_n_points": 4}, "the nearest one, rf-detr-seg-medium, has decoder_n_points 2 (here 4)"),
+        ({"resolution": 504}, "variant        rf-detr-seg-medium, at 504 x 504 px"),
+        (
+            {"num_queries": 90, "resolution": [432, 480]},
+            "variant        rf-detr-seg-medium, at 432 x 480 px, with 90 queries",
+        ),
+        ({"decoder_n_points": 4}, "the nearest, rf-detr-seg-medium, has decoder_n_points 2 (here 4)"),
     ],
 )
 def test_a_folder_is_named_after_the_nearest_variant(overrides, text, tmp_path):
@@ -495,6 +498,6 @@ def test_what_is_no_model_of_this_kind_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     assert "'rf_detr', got 'bert'" in refusal("info", tmp_path)
     (tmp_path / "empty").mkdir()
-    assert "is no RF-DETR model" in refusal("info", tmp_path / "empty")
+    assert "must be an RF-DETR model" in refusal("info", tmp_path / "empty")
     (tmp_path / "notes.txt").write_text("hello")
     assert "must be a PyTorch checkpoint" in refusal("info", tmp_path / "notes.txt")

@@ -22,7 +22,7 @@ def test_the_commands_convert_there_and_back(model, save, tmp_path):
     )
     assert result.exit_code == 0
     assert "4 classes (barn, house, shed, silo)" in result.output
-    assert "Everything was taken over as it was." in result.output
+    assert "Nothing was changed." in result.output
     assert f'AutoModelForInstanceSegmentation.from_pretrained("{there}")' in result.output
     result = CliRunner().invoke(app, ["convert-back", str(there), str(back)])
     assert result.exit_code == 0

@@ -322,7 +322,7 @@ def test_the_command_exports_and_ends_with_what_was_measured(chosen):
     lines = chosen.result.stdout.strip().splitlines()
     assert lines[-2].startswith(f"{chosen.path}: ")
     assert lines[-2].endswith("MB, float32, batches of 2")
-    assert lines[-1].startswith("Largest differences from PyTorch on 1 pictures: scores ")
+    assert lines[-1].startswith("Largest differences from PyTorch on 1 images: scores ")
     assert "ranking " in lines[-1]
 
 

@@ -171,9 +171,7 @@ def test_rle_of_every_form_is_the_mask_that_was_encoded(mask, form):
 def test_damaged_rle_is_refused_unless_its_runs_still_fill_the_image(mask, place, letter, kind):
     text = coco_mask.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
     place %= len(text)
-    text = (
-        text[:place] + (letter if kind else "") + text[place + (kind < 2) :]
-    )  # removed, replaced or added
+    text = text[:place] + (letter if kind else "") + text[place + (kind < 2) :]  # removed, replaced or added
     read, refused = outcome(read_segmentation, {"size": list(mask.shape), "counts": text}, mask.shape)
     runs = runs_of(text)
     if not runs or min(runs) < 0 or sum(runs) != mask.size:

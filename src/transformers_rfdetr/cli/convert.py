@@ -1,4 +1,4 @@
-"""`transformers-rfdetr convert` and `convert-back`: checkpoints of rfdetr to folders of transformers, and back."""
+"""`transformers-rfdetr convert` and `convert-back`: convert checkpoints of rfdetr to model folders, and back."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,19 +23,22 @@ TO_RFDETR_EXAMPLE = "example: transformers-rfdetr convert-back my-model my-model
 @one_line_errors
 def convert(
     source: Annotated[str, typer.Argument(help="a checkpoint file of rfdetr, or the name of a published one")],
-    output: Annotated[Path, typer.Argument(help="the folder to make")],
+    output: Annotated[Path, typer.Argument(help="the new folder")],
     variant: Annotated[
-        str | None, typer.Option(help="the published variant that the model is of, where the file does not tell")
+        str | None, typer.Option(help="the published variant of the model, if the file does not determine it")
     ] = None,
     class_names: Annotated[
-        str | None, typer.Option(help="'cat,dog,...' or a text file with a name a line, instead of the stored names")
+        str | None,
+        typer.Option(help="'cat,dog,...' or a text file with one name per line, instead of the stored names"),
     ] = None,
-    ema: Annotated[bool, typer.Option("--ema", help="take the averaged weights that the file holds besides")] = False,
+    ema: Annotated[bool, typer.Option("--ema", help="take the EMA weights of the file")] = False,
     trust_checkpoint: Annotated[
-        bool, typer.Option("--trust-checkpoint", help="run code that the file holds; it can do anything that you can")
+        bool, typer.Option("--trust-checkpoint", help="run code from the file, with your permissions")
     ] = False,
-    push_to_hub: Annotated[str | None, typer.Option(metavar="USER/NAME", help="upload the folder there")] = None,
-    private: Annotated[bool, typer.Option("--private", help="create that repository as a private one")] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="upload the folder to this Hub repository")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="create a private repository")] = False,
 ) -> None:
     """Convert a checkpoint of rfdetr (.pth, .pt, .ckpt) to a folder that from_pretrained loads."""
     from ..conversion.convert import convert_to_transformers
@@ -58,7 +61,7 @@ def convert(
 @one_line_errors
 def convert_back(
     source: Annotated[str, typer.Argument(help="a folder or Hub id, of this package or of transformers' port")],
-    output: Annotated[Path, typer.Argument(help="the file to make, such as model.pth")],
+    output: Annotated[Path, typer.Argument(help="the new file, such as model.pth")],
 ) -> None:
     """Convert a folder of transformers to a checkpoint file that rfdetr loads."""
     from ..conversion.convert import convert_to_rfdetr
@@ -80,4 +83,4 @@ def _report(conversion: "Conversion") -> None:
         f"{kind} at {config.resolution} x {config.resolution}, {config.num_queries} queries,"
         f" {len(names)} classes ({shown}): {conversion.output}"
     )
-    typer.echo(format_changes(conversion.changes) if conversion.changes else "Everything was taken over as it was.")
+    typer.echo(format_changes(conversion.changes) if conversion.changes else "Nothing was changed.")

@@ -1,4 +1,4 @@
-"""`transformers-rfdetr export`: a model as an ONNX or OpenVINO file, checked against PyTorch."""
+"""`transformers-rfdetr export`: export a model to ONNX or OpenVINO and compare it with PyTorch."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,23 +18,29 @@ transformers-rfdetr export Roboflow/rf-detr-seg-nano seg-nano.onnx --resolution 
 
 @one_line_errors
 def export(
-    model: Annotated[str, typer.Argument(help="a folder or Hub id that from_pretrained takes")],
-    output: Annotated[Path, typer.Argument(help="the file to make: .onnx, or .xml of OpenVINO")],
-    format: Annotated[str | None, typer.Option(help="onnx or openvino; by default what the file's name says")] = None,
+    model: Annotated[str, typer.Argument(help="a folder, a Hub id or a published name")],
+    output: Annotated[Path, typer.Argument(help="the new file: .onnx, or .xml for OpenVINO")],
+    format: Annotated[str | None, typer.Option(help="onnx or openvino; by the ending of the file by default")] = None,
     resolution: Annotated[
-        str | None, typer.Option(metavar="N|HxW", help="pixels of the input, instead of the model's own")
+        str | None, typer.Option(metavar="N|HxW", help="input size in pixels; the model's own by default")
     ] = None,
     post_process: Annotated[
-        bool, typer.Option("--post-process", help="scores, labels and boxes of the best pairs instead of all logits")
+        bool,
+        typer.Option(
+            "--post-process", help="output the scores, labels and boxes of the best detections instead of all logits"
+        ),
     ] = False,
-    top_k: Annotated[int | None, typer.Option(help="how many of them; as many as queries by default")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="number of detections with --post-process; the number of queries by default")
+    ] = None,
     dtype: Annotated[str, typer.Option(help=" or ".join(DTYPES[:2]))] = "float32",
-    batch_size: Annotated[int | None, typer.Option(help="pictures in a batch; any number by default")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="fixed batch size; any batch size by default")] = None,
     image: Annotated[
-        list[str] | None, typer.Option(metavar="PATH_OR_URL", help="a picture to check it on; may be repeated")
+        list[str] | None,
+        typer.Option(metavar="PATH_OR_URL", help="image for the comparison with PyTorch; may be repeated"),
     ] = None,
 ) -> None:
-    """Write a model as an ONNX or OpenVINO file, if it then computes what PyTorch computes."""
+    """Export a model to ONNX or OpenVINO; the file is kept only if its outputs agree with PyTorch."""
     from ..export import export as export_model
     from ..hub.load import load
 
@@ -55,4 +61,4 @@ def export(
     batch = "any batch size" if batch_size is None else f"batches of {batch_size}"
     typer.echo(f"{done.path}: {weights.stat().st_size / 1e6:.1f} MB, {dtype}, {batch}")
     listed = ", ".join(f"{name} {value:.1e}" for name, value in done.differences.items())
-    typer.echo(f"Largest differences from PyTorch on {len(image) if image else 'drawn'} pictures: {listed}")
+    typer.echo(f"Largest differences from PyTorch on {len(image) if image else 'drawn'} images: {listed}")

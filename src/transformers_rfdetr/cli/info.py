@@ -1,4 +1,4 @@
-"""`transformers-rfdetr info`: what a checkpoint is, without running it."""
+"""`transformers-rfdetr info`: describe a checkpoint without running it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ transformers-rfdetr info runs/buildings/model --json
 
 transformers-rfdetr info output/checkpoint_best_total.pth
 """
-_NUM_SHOWN = 8  # of classes and of differences
+_MAX_SHOWN = 8  # classes and differences
 
 
 @one_line_errors
@@ -25,9 +25,9 @@ def info(
     model: Annotated[
         str, typer.Argument(help="a folder, a Hub id, a published name, or a file of rfdetr (.pth, .pt, .ckpt)")
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="print all of it as JSON, every class too")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON, with all classes")] = False,
 ) -> None:
-    """Say what a model is: variant, task, classes, sizes, parameters, file. Of a published name nothing is loaded."""
+    """Describe a model: variant, task, classes, sizes, parameters, file. A published name is not downloaded."""
     from ..conversion.describe import describe
 
     facts = describe(model)
@@ -42,17 +42,17 @@ def _as_text(facts: Mapping[str, Any]) -> str:
         "model": f"{facts['model']} ({facts['source']})",
         "variant": _variant_text(facts["variant"], facts["differences"]),
         "task": facts["task"],
-        "classes": f"{len(names)}: {', '.join(names[:_NUM_SHOWN])}{', ...' if len(names) > _NUM_SHOWN else ''}",
-        "resolution": _by(facts["resolution"]),
+        "classes": f"{len(names)}: {', '.join(names[:_MAX_SHOWN])}{', ...' if len(names) > _MAX_SHOWN else ''}",
+        "resolution": _join_sides(facts["resolution"]),
         "legal sizes": f"multiples of {facts['block']} ({windows}): {', '.join(map(str, facts['legal_sizes']))}, ...",
-        "queries": f"{facts['num_queries']}, in training {facts['group_detr']} groups of them",
+        "queries": f"{facts['num_queries']}, in {facts['group_detr']} groups during training",
         "parameters": f"{facts['parameters'] / 1e6:.1f} M" + (f", {facts['dtype']}" if facts["dtype"] else ""),
-        "backbone": f"DINOv2, {backbone['num_hidden_layers']} layers, {backbone['hidden_size']} wide",
-        "decoder": f"{decoder['decoder_layers']} layers, {decoder['d_model']} wide",
+        "backbone": f"DINOv2, {backbone['num_hidden_layers']} layers, width {backbone['hidden_size']}",
+        "decoder": f"{decoder['decoder_layers']} layers, width {decoder['d_model']}",
         "preprocessing": ", ".join(
             [
                 " ".join(f"{name} {pixels}" for name, pixels in preprocessing["size"].items()),
-                *(f"{name} {_numbers(preprocessing[f'image_{name}'])}" for name in ("mean", "std")),
+                *(f"{name} {_join_numbers(preprocessing[f'image_{name}'])}" for name in ("mean", "std")),
             ]
         ),
     }
@@ -63,23 +63,23 @@ def _as_text(facts: Mapping[str, Any]) -> str:
 
 
 def _variant_text(variant: str, differences: Mapping[str, Sequence[Any]]) -> str:
-    """ "rf-detr-seg-medium", "as rf-detr-seg-medium, at 504 x 504 px", or what else differs."""
+    """Return "rf-detr-seg-medium", "rf-detr-seg-medium, at 504 x 504 px", or the nearest variant and what differs."""
     from ..conversion.describe import SIZES
 
     if not differences:
         return variant
     other = {name: values for name, values in differences.items() if name not in SIZES}
     if other:
-        listed = [f"{name} {there} (here {here})" for name, (here, there) in list(other.items())[:_NUM_SHOWN]]
-        return f"none that is published; the nearest one, {variant}, has {', '.join(listed)}"
+        listed = [f"{name} {there} (here {here})" for name, (here, there) in list(other.items())[:_MAX_SHOWN]]
+        return f"not a published one; the nearest, {variant}, has {', '.join(listed)}"
     phrases = {"resolution": "at {} px", "num_queries": "with {} queries", "position_grid": "with {} positions"}
-    changed = [phrases[name].format(_by(differences[name][0])) for name in phrases if name in differences]
-    return f"as {variant}, {', '.join(changed)}"
+    changed = [phrases[name].format(_join_sides(differences[name][0])) for name in phrases if name in differences]
+    return f"{variant}, {', '.join(changed)}"
 
 
-def _by(size: Any) -> str:
+def _join_sides(size: Any) -> str:
     return " x ".join(map(str, size)) if isinstance(size, list) else str(size)
 
 
-def _numbers(values: Sequence[float]) -> str:
+def _join_numbers(values: Sequence[float]) -> str:
     return " ".join(f"{value:g}" for value in values)

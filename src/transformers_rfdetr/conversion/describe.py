@@ -1,4 +1,4 @@
-"""What a checkpoint is, without running it."""
+"""Describe a checkpoint from its configuration and headers, without running it."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,6 +16,7 @@ from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from ..model.modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection
 from ..model.validation import as_pair
 from ..model.variants_rf_detr import COCO_ID2LABEL, COCO_NAMES, VARIANTS, is_background_label, resolve_variant
+from .architecture import has_segmentation_head
 from .convert import read_rfdetr_model
 
 _BACKBONE = (
@@ -26,14 +27,14 @@ _DECODER = (
     *("d_model", "decoder_layers", "decoder_ffn_dim", "decoder_self_attention_heads", "decoder_cross_attention_heads"),
     *("decoder_n_points", "projector_scale", "mask_downsample_ratio"),
 )
-# What a model may have otherwise and still be of its variant.
+# Fields in which a model may differ from its variant.
 SIZES = ("position_grid", "num_queries", "resolution")
 
 
 class _Checkpoint(NamedTuple):
-    """What is read of a checkpoint."""
+    """The parts of a checkpoint that are described."""
 
-    kind: str  # for people
+    source: str
     config: RfDetrConfig
     has_masks: bool
     processor: RfDetrImageProcessor
@@ -43,43 +44,42 @@ class _Checkpoint(NamedTuple):
 
 
 def describe(name: str) -> dict[str, Any]:
-    """What a checkpoint is, in plain types.
+    """Describe a checkpoint in built-in types.
 
     Args:
         name: A folder, a Hub id, a published name in any usual spelling, or a file of rfdetr. Weights are not
-            downloaded: of a repository on the Hub they are looked at where they are in the cache.
+            downloaded: those of a Hub repository are read only if they are in the cache.
 
     Returns:
         `model`, `source`, `variant` (the nearest published one), `differences` from it (field -> [here, there]),
-        `task`, `num_classes`, `classes` (label -> name), `resolution` [height, width], `block`, of which sides are
-        multiples, `legal_sizes` next to the resolution, `num_queries`, `group_detr`, `parameters`, `backbone` and
-        `decoder` (layers, width, ...), `preprocessing`; and `dtype`, `key_layout` and `file_size` in bytes, None where
-        no weights are looked at.
+        `task`, `num_classes`, `classes` (label -> name), `resolution` [height, width], `block` (sides are multiples of
+        it), `legal_sizes` next to the resolution, `num_queries`, `group_detr`, `parameters`, `backbone` and `decoder`
+        (layers, width, ...), `preprocessing`; and `dtype`, `key_layout` and `file_size` in bytes, None where no weights
+        are read.
 
     Raises:
-        ValueError: it is no RF-DETR model, or cannot be read.
+        ValueError: It is not an RF-DETR model, or cannot be read.
     """
     path = Path(name).expanduser()
     if path.is_file():
-        found = _read_file(path)
+        checkpoint = _read_file(path)
     elif path.is_dir() or (variant := _published_name(name)) is None:
-        found = _read_repository(str(path) if path.is_dir() else name)
+        checkpoint = _read_repository(str(path) if path.is_dir() else name)
     else:
         config = RfDetrConfig.from_variant(variant)
-        kind = "a published checkpoint; nothing was downloaded"
-        found = _Checkpoint(kind, config, "-seg-" in variant, RfDetrImageProcessor.from_config(config))
-    config = found.config
+        source = "a published checkpoint; nothing was downloaded"
+        checkpoint = _Checkpoint(source, config, "-seg-" in variant, RfDetrImageProcessor.from_config(config))
+    config, has_masks = checkpoint.config, checkpoint.has_masks
     backbone = config.backbone_config
-    nearest, differences = nearest_variant(config, found.has_masks)
+    nearest, differences = nearest_variant(config, has_masks)
     classes = {label: text for label, text in config.id2label.items() if _is_class(label, text)}
     sides = as_pair(config.resolution)
-    processor = found.processor
     return {
         "model": name,
-        "source": found.kind,
+        "source": checkpoint.source,
         "variant": nearest,
         "differences": differences,
-        "task": "instance segmentation" if found.has_masks else "object detection",
+        "task": "instance segmentation" if has_masks else "object detection",
         "num_classes": len(classes),
         "classes": classes,
         "resolution": list(sides),
@@ -87,18 +87,18 @@ def describe(name: str) -> dict[str, Any]:
         "legal_sizes": sorted({size for side in sides for step in (-1, 1) for size in config.legal_sizes(side + step)}),
         "num_queries": config.num_queries,
         "group_detr": config.group_detr,
-        "parameters": _count_parameters(config, found.has_masks),
-        "dtype": found.dtype,
-        "key_layout": found.key_layout,
-        "file_size": found.file_size,
+        "parameters": _count_parameters(config, has_masks),
+        "dtype": checkpoint.dtype,
+        "key_layout": checkpoint.key_layout,
+        "file_size": checkpoint.file_size,
         "backbone": {name: getattr(backbone, name) for name in _BACKBONE},
         "decoder": {name: getattr(config, name) for name in _DECODER},
-        "preprocessing": {name: getattr(processor, name) for name in ("size", "image_mean", "image_std")},
+        "preprocessing": {name: getattr(checkpoint.processor, name) for name in ("size", "image_mean", "image_std")},
     }
 
 
 def nearest_variant(config: RfDetrConfig, has_masks: bool) -> tuple[str, dict[str, list[Any]]]:
-    """The published variant that is most like a configuration, and where they differ: field -> [here, there]."""
+    """Return the published variant nearest to a configuration, and the differences: field -> [here, there]."""
     ours = _architecture(config)
     differences = {}
     for variant in VARIANTS:
@@ -108,8 +108,8 @@ def nearest_variant(config: RfDetrConfig, has_masks: bool) -> tuple[str, dict[st
 
     def distance(variant: str) -> tuple[int, bool, int, int]:
         changed = differences[variant]
-        further = abs(max(ours["resolution"]) - VARIANTS[variant].resolution)
-        return len(changed.keys() - {*SIZES}), "position_grid" in changed, len(changed), further
+        difference = abs(max(ours["resolution"]) - VARIANTS[variant].resolution)
+        return len(changed.keys() - {*SIZES}), "position_grid" in changed, len(changed), difference
 
     nearest = min(differences, key=distance)
     return nearest, differences[nearest]
@@ -127,7 +127,7 @@ def _architecture(config: RfDetrConfig) -> dict[str, Any]:
 
 
 def _is_class(label: int, name: str) -> bool:
-    """Whether objects can be of a label: the published heads have rows that are no category of COCO."""
+    """Return whether a label is a class; the published heads have rows without a category of COCO."""
     return not is_background_label(name) and not (label not in COCO_NAMES and name == COCO_ID2LABEL.get(label))
 
 
@@ -135,9 +135,6 @@ def _count_parameters(config: RfDetrConfig, has_masks: bool) -> int:
     with torch.device("meta"):  # shapes without memory
         model = (RfDetrForInstanceSegmentation if has_masks else RfDetrForObjectDetection)(config)
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-# Where checkpoints are
 
 
 def _published_name(name: str) -> str | None:
@@ -148,7 +145,7 @@ def _published_name(name: str) -> str | None:
 
 
 def _read_repository(name: str) -> _Checkpoint:
-    """A folder or a repository on the Hub."""
+    """Read a folder or a repository on the Hub."""
     is_folder = Path(name).is_dir()
     try:
         check_model_type(name)
@@ -158,7 +155,7 @@ def _read_repository(name: str) -> _Checkpoint:
         dtype, key_layout = _read_headers([file for file in files if file.endswith(".safetensors")])
     except (OSError, ValueError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{name} is no RF-DETR model in a folder or on the Hub: {reason}") from error
+        raise ValueError(f"{name} must be an RF-DETR model in a folder or on the Hub: {reason}") from error
     try:
         processor = RfDetrImageProcessor.from_pretrained(name)
     except OSError:  # as `load` does
@@ -175,26 +172,26 @@ def _read_repository(name: str) -> _Checkpoint:
 
 
 def _read_headers(files: Sequence[str]) -> tuple[str | None, str | None]:
-    """The dtypes and the key layout of safetensors files."""
+    """Return the dtypes and the key layout of safetensors files."""
     dtypes: dict[str, str] = {}
     for name in files:
         with safe_open(name, framework="pt") as file:
             dtypes |= {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
     if not dtypes:
         return None, None
-    found = sorted({str(FLOATS.get(dtype, dtype)).removeprefix("torch.") for dtype in dtypes.values()})
-    return ", ".join(found), "original" if is_original_layout(dtypes) else "transformers' port's, in whole or in part"
+    names = sorted({str(FLOATS.get(dtype, dtype)).removeprefix("torch.") for dtype in dtypes.values()})
+    return ", ".join(names), "original" if is_original_layout(dtypes) else "transformers' port's, in whole or in part"
 
 
 def _read_file(path: Path) -> _Checkpoint:
-    """A checkpoint file of rfdetr, read as `convert` reads it."""
-    state_dict, config, _, _ = read_rfdetr_model(path)
+    """Read a checkpoint file of rfdetr as `convert` does."""
+    model = read_rfdetr_model(path)
     return _Checkpoint(
-        "a file of rfdetr; `transformers-rfdetr convert` makes a folder of it",
-        config,
-        config.architectures == [RfDetrForInstanceSegmentation.__name__],
-        RfDetrImageProcessor.from_config(config),
-        ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values()})),
+        "a file of rfdetr; `transformers-rfdetr convert` converts it to a folder",
+        model.config,
+        has_segmentation_head(model.state_dict),
+        RfDetrImageProcessor.from_config(model.config),
+        ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in model.state_dict.values()})),
         "original",
         path.stat().st_size,
     )
