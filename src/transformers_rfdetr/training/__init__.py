@@ -1,1 +1,1 @@
-"""The training recipe and the run."""
+"""Fine-tuning: the arguments, the trainer, and what a run writes."""

@@ -1,4 +1,4 @@
-"""The recipe: transformers' TrainingArguments with RF-DETR's defaults and fields."""
+"""Training arguments: transformers' TrainingArguments with RF-DETR's defaults and fields."""
 
 import math
 from dataclasses import dataclass
@@ -11,42 +11,42 @@ from transformers.trainer_utils import SchedulerType
 
 @dataclass
 class RfDetrTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with what instance segmentation needs, and RF-DETR's recipe as fields.
+    """`TrainingArguments` with RF-DETR's published training settings as defaults, and fields for the rest of them.
 
-    Everything of `TrainingArguments` can be set. Fields of it with another default here: batches of 4 x 4 accumulated
-    pictures, 100 epochs, AdamW at 1e-4 with weight decay 1e-4, gradients clipped at a norm of 0.1, bf16 (else fp16) on
-    a GPU, evaluation and checkpoint once an epoch, the newest checkpoint and the best one kept, the best one by mask AP
-    (box AP for detection) loaded at the end, a log entry every 10 steps, nothing removed from the samples. With other
-    strategies than "epoch" for both, `load_best_model_at_end` is False unless it is set.
+    All fields of `TrainingArguments` can be set. These have other defaults: 4 images in a micro-batch, 4 micro-batches
+    in an optimizer step, 100 epochs, AdamW at 1e-4 with weight decay 1e-4, gradients clipped at a norm of 0.1, bf16
+    (else fp16) on a GPU, evaluation and checkpoint once an epoch, the newest and the best checkpoint kept, the best one
+    by mask AP (box AP for detection) loaded at the end, a log entry every 10 steps, no columns removed from the
+    samples. If evaluation or checkpoints are not once an epoch, `load_best_model_at_end` is False unless it is set.
 
     Args:
         learning_rate_encoder: Learning rate of DINOv2 after its last block, before the decays.
         layer_decay: Factor from one block of DINOv2 to the one before it, in (0, 1].
-        component_decay: Factor of the decoder's learning rate, and twice of DINOv2's, in (0, 1].
+        component_decay: Factor of the decoder's learning rate; its square is that of DINOv2's; in (0, 1].
         lr_scheduler_type: "step", which is "constant_with_warmup" and one drop; or another one of transformers, such
-            as "cosine". `warmup_steps` is linear warm-up.
+            as "cosine". `warmup_steps` is a linear warm-up.
         lr_drop_epochs: Epochs after which "constant_with_warmup" drops to a tenth.
-        ema: Whether to average the weights. The average is what is evaluated, saved in every checkpoint and left in
-            the model after training.
-        ema_decay: Decay of the average after many updates, in [0, 1).
-        ema_tau: Updates after which the decay has reached 63 % of `ema_decay`.
-        eval_base_model: Whether to evaluate the weights themselves too, as `eval_base_*`.
-        eval_score_threshold: Score that a detection must exceed to be evaluated. COCO's metrics are defined without
-            one; any other value than 0 is named in the log and in the model card.
-        early_stopping: Whether to stop when the metric stays.
+        ema: Whether to keep an exponential moving average of the weights. The average is evaluated, saved in every
+            checkpoint and left in the model after training.
+        ema_decay: Decay of the average after many optimizer steps, in [0, 1).
+        ema_tau: Optimizer steps after which the decay has reached 63 % of `ema_decay`.
+        eval_base_model: Whether to evaluate the weights without the average too, as `eval_base_*`.
+        eval_score_threshold: Score that a detection must exceed to be evaluated. COCO's metrics have no threshold; any
+            value but 0 is mentioned in the log and the model card.
+        early_stopping: Whether to stop when the metric for the best model stops improving.
         early_stopping_patience: Evaluations without an improvement after which training stops.
         early_stopping_min_delta: What an improvement must exceed.
-        early_stopping_use_ema: Whether only the average counts for it; otherwise the better of both.
-        multi_scale: Whether each training step draws its resolution around the model's: up to 5 blocks (patch size x
-            windows) more or less.
+        early_stopping_use_ema: Whether to compare the average's metric only; otherwise the better of both.
+        multi_scale: Whether each optimizer step draws its resolution from those up to 5 blocks (patch size x windows)
+            above and below the model's.
         drop_path: Stochastic depth of DINOv2's last block, in [0, 1); the configuration's by default.
-        freeze_backbone: Whether DINOv2 stays as it is.
-        non_finite_loss: What follows an update whose loss or gradient is NaN or infinite. "stop" ends the run with the
-            names of its pictures; "skip" leaves the update out and warns, until 10 in a row were. In both the weights
-            stay as they were before it.
+        freeze_backbone: Whether DINOv2 is not trained.
+        non_finite_loss: What to do if the loss or the gradient of an optimizer step is NaN or infinite. "stop" ends the
+            run and names the images. "skip" discards the step with a warning, and ends the run after 10 in a row. The
+            weights are not changed by either.
 
     Raises:
-        ValueError: a value out of its range.
+        ValueError: a value is out of its range.
     """
 
     per_device_train_batch_size: int = 4
@@ -92,30 +92,30 @@ class RfDetrTrainingArguments(TrainingArguments):
     non_finite_loss: str = "stop"
 
     def __post_init__(self) -> None:
-        for name, fine, rule in (
+        for name, is_valid, rule in (
             ("num_train_epochs", self.num_train_epochs > 0 or self.max_steps > 0, "above 0"),
             ("per_device_train_batch_size", self.per_device_train_batch_size >= 1, "at least 1"),
             ("per_device_eval_batch_size", self.per_device_eval_batch_size >= 1, "at least 1"),
-            ("gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, "at least 1; 1 accumulates nothing"),
-            ("learning_rate", 0 <= self.learning_rate < math.inf, "at least 0; 1e-4 is the recipe's"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0; 1e-4 is the recipe's"),
-            ("dataloader_num_workers", self.dataloader_num_workers >= 0, "at least 0; 0 reads in this process"),
+            ("gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, "at least 1"),
+            ("learning_rate", 0 <= self.learning_rate < math.inf, "a finite number of at least 0"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "a finite number of at least 0"),
+            ("dataloader_num_workers", self.dataloader_num_workers >= 0, "at least 0, where 0 reads in this process"),
             ("seed", 0 <= self.seed < 1 << 32, "at least 0 and below 2**32"),
             ("learning_rate_encoder", self.learning_rate_encoder >= 0, "at least 0"),
-            ("layer_decay", 0 < self.layer_decay <= 1, "in (0, 1]; 1 decays nothing"),
-            ("component_decay", 0 < self.component_decay <= 1, "in (0, 1]; 1 decays nothing"),
+            ("layer_decay", 0 < self.layer_decay <= 1, "in (0, 1], where 1 is no decay"),
+            ("component_decay", 0 < self.component_decay <= 1, "in (0, 1], where 1 is no decay"),
             ("lr_drop_epochs", self.lr_drop_epochs > 0, "above 0"),
-            ("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1); 0.993 is the recipe's"),
+            ("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)"),
             ("ema_tau", self.ema_tau >= 0, "at least 0"),
-            ("eval_score_threshold", 0 <= self.eval_score_threshold < 1, "in [0, 1); 0 evaluates every detection"),
+            ("eval_score_threshold", 0 <= self.eval_score_threshold < 1, "in [0, 1)"),
             ("early_stopping_patience", self.early_stopping_patience >= 1, "at least 1"),
             ("early_stopping_min_delta", self.early_stopping_min_delta >= 0, "at least 0"),
             ("drop_path", self.drop_path is None or 0 <= self.drop_path < 1, "in [0, 1)"),
             ("non_finite_loss", self.non_finite_loss in ("stop", "skip"), "'stop' or 'skip'"),
             ("early_stopping", not self.early_stopping or self.eval_strategy != "no", "False without eval_strategy"),
-            ("deepspeed", not self.deepspeed, "left out: the average of the weights is not sharded; take FSDP"),
+            ("deepspeed", not self.deepspeed, "None; FSDP can shard the averaged weights"),
         ):
-            if not fine:
+            if not is_valid:
                 raise ValueError(f"`{name}` must be {rule}, got {getattr(self, name)!r}.")
         if self.bf16 is None:
             on_gpu = torch.cuda.is_available() and not self.use_cpu
@@ -130,12 +130,12 @@ class RfDetrTrainingArguments(TrainingArguments):
             self.metric_for_best_model = "loss" if self.prediction_loss_only else "segm_AP"
         if self.metric_for_best_model.removeprefix("eval_").startswith("base_"):
             raise ValueError(
-                f"metric_for_best_model {self.metric_for_best_model!r} is of the weights only; name the metric itself, "
-                "eval_base_model=True compares both"
+                "`metric_for_best_model` must be a metric without base_, got"
+                f" {self.metric_for_best_model!r}. eval_base_model=True compares average and weights."
             )
         if self.data_seed is None:
-            self.data_seed = self.seed  # the order of the pictures must not depend on draws before the run
-        # An early stop must find its count again when the run resumes.
+            self.data_seed = self.seed  # the order of the images must not depend on draws before the run
+        # A resumed run must continue the count of evaluations without an improvement.
         self.restore_callback_states_from_checkpoint |= self.early_stopping
         if self.lr_scheduler_type == "step":
             self.lr_scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP
@@ -143,27 +143,27 @@ class RfDetrTrainingArguments(TrainingArguments):
 
 
 def best_key(args: RfDetrTrainingArguments) -> str:
-    """The name that the log gives the metric for the best model."""
+    """Return the name that the metric for the best model has in the log."""
     return "eval_" + args.metric_for_best_model.removeprefix("eval_")
 
 
 def non_ema_key(key: str) -> str:
-    """The name of a metric of the weights themselves."""
+    """Return the name of a metric of the weights without the average."""
     return key.replace("eval_", "eval_base_", 1)
 
 
 def note_on_metrics(args: RfDetrTrainingArguments) -> str | None:
-    """What a reader of the evaluation's numbers must know."""
+    """Return what a reader of the metrics must know, if there is something."""
     if not args.eval_score_threshold:
         return None
     return (
-        f"Detections up to a score of {args.eval_score_threshold} (`eval_score_threshold`) are not evaluated: the AP is"
-        " not COCO's, which has no threshold."
+        f"Detections up to a score of {args.eval_score_threshold} (`eval_score_threshold`) are not evaluated, so the AP"
+        " is not COCO's, which has no threshold."
     )
 
 
 def best_of_ema_and_base(args: RfDetrTrainingArguments, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Metrics in which the one for the best model is the better of average and weights, where both are evaluated."""
+    """Return metrics whose metric for the best model is the better of average and weights, if both are evaluated."""
     key = best_key(args)
     if non_ema_key(key) not in metrics:
         return metrics

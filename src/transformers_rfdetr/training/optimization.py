@@ -20,19 +20,19 @@ def parameter_groups(
     component_decay: float,
     weight_decay: float,
 ) -> list[dict[str, Any]]:
-    """The trainable parameters, grouped by learning rate and weight decay as rfdetr's `get_param_dict` sets them.
+    """Group the trainable parameters by learning rate and weight decay, as rfdetr's `get_param_dict` sets them.
 
     With n = 1 + the last tap's number, block i of DINOv2 learns at `learning_rate_encoder` x `layer_decay`^(n - i) x
     `component_decay`^2, its embeddings as a block -1, its last norm at i = n. The decoder learns at `learning_rate` x
     `component_decay`, everything else (projector, first stage, heads, query tables) at `learning_rate`.
 
     Args:
-        model: Has the original's parameter names, also behind the prefix of a wrapper, and a configuration.
-        learning_rate: Of projector, first stage, heads and query tables.
-        learning_rate_encoder: Of DINOv2 after its last block, before `component_decay`.
+        model: A model with rfdetr's parameter names, which a wrapper may prefix, and a configuration.
+        learning_rate: Rate of projector, first stage, heads and query tables.
+        learning_rate_encoder: Rate of DINOv2 after its last block, before `component_decay`.
         layer_decay: Factor from a block of DINOv2 to the one before it.
-        component_decay: Factor of the decoder, and twice of DINOv2.
-        weight_decay: Of everything but biases, norms, positions and the patch embedding of DINOv2.
+        component_decay: Factor of the decoder's rate; its square is that of DINOv2's.
+        weight_decay: Weight decay, except of biases, norms, positions and the patch embedding of DINOv2.
 
     Returns:
         Groups for an optimizer, with `params`, `lr` and `weight_decay`.
@@ -54,14 +54,14 @@ def parameter_groups(
 
 
 def _encoder_block(name: str, last: int) -> int:
-    """The number of the block that a parameter of DINOv2 stands in: -1 before the first, `last` after all."""
+    """Return the index of the block that has a parameter of DINOv2: -1 before the first, `last` after all."""
     if ".layer." in name:
         return int(name.split(".layer.")[1].split(".")[0])
     return -1 if ".embeddings." in name else last
 
 
 def step_schedule(warmup_steps: int, drop_step: float) -> Callable[[int], float]:
-    """The factor of the learning rates at a step: linear warm-up, 1, and a tenth from `drop_step` on."""
+    """Return a function from step to factor of the learning rates: linear warm-up, 1, and 0.1 from `drop_step` on."""
 
     def factor(step: int) -> float:
         if step < warmup_steps:
@@ -72,14 +72,14 @@ def step_schedule(warmup_steps: int, drop_step: float) -> Callable[[int], float]
 
 
 def training_sizes(size: tuple[int, int], block: int) -> list[tuple[int, int]]:
-    """The sizes (height, width) that training draws from, smallest first: up to 5 blocks more or less, at least 2.
+    """Return the sizes (height, width) that training draws from, the smallest first.
+
+    The shorter side has up to 5 blocks more or less than that of `size`, and at least 2; the longer side follows the
+    aspect ratio.
 
     Args:
         size: (height, width) of prediction.
-        block: Pixels of a patch x windows, of which sides are multiples.
-
-    Returns:
-        Of a rectangle the shorter side goes in steps of a block, and the longer one follows the aspect ratio.
+        block: Patch size x windows; sides are multiples of it.
     """
     short = min(size) // block
     scales = [blocks / short for blocks in range(max(2, short - 5), short + 6)]
@@ -87,7 +87,7 @@ def training_sizes(size: tuple[int, int], block: int) -> list[tuple[int, int]]:
 
 
 def resize_batch(inputs: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
-    """Pixels (B, 3, H, W) and their mask (B, H, W) at another size. Labels are fractions of it, and masks any size."""
+    """Resize pixels (B, 3, H, W) and their mask (B, H, W). Boxes are relative to the size, and masks may have any."""
     resized = dict(inputs)
     pixels = inputs["pixel_values"]
     resized["pixel_values"] = F.interpolate(pixels, size, mode="bilinear", align_corners=False)
