@@ -1,7 +1,6 @@
-"""A folder or Hub id, ours or of transformers' port, to a checkpoint file that rfdetr loads; the same as
-`transformers-rfdetr convert-back`.
+"""Convert a model folder or Hub id to a checkpoint file that rfdetr loads, as `transformers-rfdetr convert-back` does.
 
-    python conversion_scripts/convert_hf_to_rfdetr.py seg-nano seg-nano.pth
+python conversion_scripts/convert_hf_to_rfdetr.py seg-nano seg-nano.pth
 """
 
 import typer

@@ -1,7 +1,6 @@
-"""A checkpoint of rfdetr, or a published name, to a folder that from_pretrained loads; the same as
-`transformers-rfdetr convert`.
+"""Convert a checkpoint of rfdetr to a folder that from_pretrained loads, as `transformers-rfdetr convert` does.
 
-    python conversion_scripts/convert_rfdetr_to_hf.py rf-detr-seg-nano seg-nano
+python conversion_scripts/convert_rfdetr_to_hf.py rf-detr-seg-nano seg-nano
 """
 
 import typer

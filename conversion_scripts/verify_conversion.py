@@ -1,8 +1,8 @@
-"""One checkpoint of rfdetr in three implementations, stage by stage: the original, transformers' port, and ours.
+"""Compare rfdetr, transformers' port and this package on one checkpoint of rfdetr, stage by stage.
 
     python conversion_scripts/verify_conversion.py checkpoint_best_total.pth --image photo.jpg
 
-The exit code is 0 where ours agrees with the original, 1 where it does not, and 2 for bad input. The original must be
+The exit code is 0 if ours agrees with the original, 1 if it does not, and 2 for invalid input. The original must be
 installed: pip install rfdetr.
 """
 
@@ -33,8 +33,8 @@ from transformers_rfdetr.model.image_io import read_rgb
 from transformers_rfdetr.model.variants_rf_detr import BACKGROUND, PARENT
 
 TOLERANCE = 1e-3  # of a stage's largest magnitude, or of 1 where that is smaller
-_SHOWN = 3  # detections of each, where none scores above the threshold
-_CHOICE = "first stage: class logits"  # the tokens that are best by these become queries
+_NUM_SHOWN = 3  # detections of each implementation, if none scores above the threshold
+_SELECTION = "first stage: class logits"  # the tokens with the highest ones become queries
 # The modules of projector, first-stage norm and class head, and decoder layers: the original's, which are ours too, ...
 _ORIGINAL = (
     "backbone.0.projector",
@@ -46,22 +46,22 @@ _ORIGINAL = (
 _PORT = ("backbone.projector", "enc_output_norm.0", "enc_out_class_embed.0", "decoder.layers")
 
 
-# The name of its class, its score, and its box [x0, y0, x1, y1] in pixels of the picture.
+# The name of the class, the score, and the box [x0, y0, x1, y1] in pixels of the image.
 Detection = tuple[str, float, list[float]]
 
 
 class Task(NamedTuple):
-    """What each model is run on."""
+    """The input of each model."""
 
-    picture: Image.Image
+    image: Image.Image
     pixels: Tensor  # (1, 3, height, width), of our processor
     threshold: float
-    classes: list[int]  # labels; rfdetr's fine-tuned heads have rows that are no class
+    classes: list[int]  # labels that are classes; rfdetr's fine-tuned heads have further rows
     logits: Tensor | None = None  # the original's first-stage logits, for the others
 
 
 class Side(NamedTuple):
-    """What one implementation makes of it."""
+    """The results of one implementation."""
 
     stages: dict[str, Tensor]  # in the order of computation; first the pixels of its own preprocessing
     parameters: dict[str, Tensor]  # by the original names
@@ -69,7 +69,7 @@ class Side(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A stage or a parameter: how far the others are from the original, at most."""
+    """A stage or a parameter: the largest differences from the original."""
 
     name: str
     largest: float  # magnitude in the original; NaN where it has no such tensor
@@ -78,32 +78,32 @@ class Row(NamedTuple):
 
     @property
     def agrees(self) -> bool:
-        """Whether ours is within the tolerance."""
+        """Return whether ours is within the tolerance."""
         return self.ours is not None and self.ours <= TOLERANCE * max(1.0, self.largest)
 
 
 class Comparison(NamedTuple):
-    """All that was compared."""
+    """The differences in all stages, and the detections."""
 
     stages: list[Row]
-    parameters: list[Row]  # those that are not the same bits everywhere
+    parameters: list[Row]  # those that are not bitwise equal everywhere
     detections: dict[str, list[Detection]]
     notes: list[str]
 
     @property
     def agrees(self) -> bool:
-        """Whether ours computes what the original does, from the same bits under each name that both have."""
+        """Return whether ours computes what the original does, from bitwise equal parameters."""
         return all(row.agrees for row in self.stages) and not any(row.ours for row in self.parameters)
 
 
 @one_line_errors
 def verify_conversion(
     checkpoint: Annotated[Path, typer.Argument(help="a checkpoint file of rfdetr: .pth, .pt or .ckpt")],
-    folder: Annotated[Path | None, typer.Option(help="its conversion; without it one is made and removed")] = None,
-    image: Annotated[str | None, typer.Option(help="a picture, path or URL; without it one is drawn")] = None,
-    threshold: Annotated[float, typer.Option(help="score that a detection is to exceed, 0 to 1")] = 0.5,
+    folder: Annotated[Path | None, typer.Option(help="its conversion; a temporary one by default")] = None,
+    image: Annotated[str | None, typer.Option(help="an image, path or URL; a drawn one by default")] = None,
+    threshold: Annotated[float, typer.Option(help="minimum score of a detection, 0 to 1")] = 0.5,
     variant: Annotated[
-        str | None, typer.Option(help="the published variant that the model is of, where the file does not tell")
+        str | None, typer.Option(help="the published variant of the model, if the file does not determine it")
     ] = None,
 ) -> None:
     """Compare what rfdetr, transformers' port and this package compute from one checkpoint, stage by stage."""
@@ -122,47 +122,47 @@ def compare(
     threshold: float = 0.5,
     variant: str | None = None,
 ) -> Comparison:
-    """Run the three in float32 on the same pixels; the arguments are those of the command.
+    """Run the three implementations in float32 on the same pixels; the arguments are those of the command.
 
     Raises:
-        ImportError: rfdetr, or what it needs for this checkpoint, is not installed.
-        ValueError: the checkpoint, the folder or the picture cannot be read, or the threshold is no score.
+        ImportError: rfdetr, or a package that it needs for this checkpoint, is not installed.
+        ValueError: The checkpoint, the folder or the image cannot be read, or the threshold is outside [0, 1].
     """
     if not Path(checkpoint).is_file():
-        raise ValueError(f"{checkpoint} is no file; give a checkpoint of rfdetr, such as checkpoint_best_total.pth")
+        raise ValueError(f"`checkpoint` must be a file of rfdetr, such as checkpoint_best_total.pth, got {checkpoint}")
     if not 0 <= threshold <= 1:
-        raise ValueError(f"--threshold {threshold} is outside [0, 1]; give a score such as 0.5")
-    picture = draw_scene(seed=0)[0] if image is None else read_rgb(image)
+        raise ValueError(f"--threshold must be within [0, 1], got {threshold}")
+    scene = draw_scene(seed=0)[0] if image is None else read_rgb(image)
     notes: list[str] = []
     with tempfile.TemporaryDirectory() as temporary:
         if folder is None:
             conversion = convert_to_transformers(checkpoint, Path(temporary) / "converted", variant=variant)
             folder, notes = conversion.output, [f"converted with {change}" for change in conversion.changes]
-        return _compare(_load_original(checkpoint, variant), str(folder), picture, threshold, notes)
+        return _compare(_load_original(checkpoint, variant), str(folder), scene, threshold, notes)
 
 
-def _compare(original: Any, folder: str, picture: Image.Image, threshold: float, notes: list[str]) -> Comparison:
+def _compare(original: Any, folder: str, image: Image.Image, threshold: float, notes: list[str]) -> Comparison:
     kind = "RfDetrForInstanceSegmentation" if original.model_config.segmentation_head else "RfDetrForObjectDetection"
     config, processor = RfDetrConfig.from_pretrained(folder), RfDetrImageProcessor.from_pretrained(folder)
     rows = original.model.model.class_embed.out_features
     if rows != config.num_labels:
-        raise ValueError(f"{folder} has {config.num_labels} labels, the checkpoint {rows}; give its own conversion")
+        raise ValueError(f"`folder` must have the {rows} labels of the checkpoint, got {config.num_labels} in {folder}")
     classes = [label for label, name in config.id2label.items() if name not in (BACKGROUND, PARENT)]
     if len(classes) < len(config.id2label):
-        notes.append("class head: rows of no class are left out here; the others may report them in place of objects")
-    task = Task(picture, processor(picture, return_tensors="pt").pixel_values, threshold, classes)
+        notes.append("class head: rows that are not classes are excluded here; the others may report them as objects")
+    task = Task(image, processor(image, return_tensors="pt").pixel_values, threshold, classes)
 
     sides = {"original": _original_side(original, task)}
-    task = task._replace(logits=sides["original"].stages[_CHOICE])
+    task = task._replace(logits=sides["original"].stages[_SELECTION])
     try:
         sides["port"] = _port_side(kind, folder, config, task)
-    except Exception as error:  # whatever stops the port is what there is to say of it
-        version = f"transformers {transformers.__version__} (it came with 5.9)"
-        notes.append(f"no column for the port of {version}: {_reason(error)}")
+    except Exception as error:  # any error of the port becomes a note
+        version = f"transformers {transformers.__version__} (the port exists since 5.9)"
+        notes.append(f"no column for the port in {version}: {_reason(error)}")
     model = getattr(transformers_rfdetr, kind).from_pretrained(folder, dtype=torch.float32)
     sides["ours"] = _side(model, model, _ORIGINAL, processor, task)
 
-    notes += [note for name in sides for note in _choice_notes(name, sides, config.num_queries)]
+    notes += [note for name in sides for note in _selection_notes(name, sides, config.num_queries)]
     parameters = [row for row in _rows(sides, "parameters") if row.ours != 0 or ("port" in sides and row.port != 0)]
     detections = {name: side.detections for name, side in sides.items()}
     return Comparison(_rows(sides, "stages"), parameters, detections, notes)
@@ -172,7 +172,7 @@ def _compare(original: Any, folder: str, picture: Image.Image, threshold: float,
 
 
 def _load_original(checkpoint: str | os.PathLike[str], variant: str | None) -> Any:
-    """rfdetr's model of the checkpoint; `variant` names its class where rfdetr cannot tell it from the file."""
+    """Return rfdetr's model of the checkpoint; `variant` names its class if rfdetr cannot read it from the file."""
     try:
         import rfdetr
     except ImportError as error:
@@ -198,36 +198,36 @@ def _original_side(original: Any, task: Task) -> Side:
     score, count = _lowest_score(outputs["pred_logits"], task)
     prepared: list[Tensor] = []
     with model.register_forward_pre_hook(lambda _, inputs: prepared.append(inputs[0])):
-        found = original.predict(task.picture, threshold=score)
+        found = original.predict(task.image, threshold=score)
     detections = _detections(found.data["class_name"].tolist(), found.confidence.tolist(), found.xyxy.tolist())
     return Side({"pixels": prepared[0]} | stages, model.state_dict(), detections[:count])
 
 
 def _port_side(kind: str, folder: str, config: RfDetrConfig, task: Task) -> Side:
-    """By the port's own modules: the Auto classes answer with ours."""
+    """Run the port by its own modules, because the Auto classes return ours."""
     port = "transformers.models.rf_detr"
     modeling, processing = (import_module(f"{port}.{name}_rf_detr") for name in ("modeling", "image_processing"))
     if config.projector_scale != ["P4"] or config.backbone_config.num_register_tokens:
-        raise ValueError("it builds one projector level, P4, and no register tokens; this model has others")
+        raise ValueError("the port has one projector level, P4, and no register tokens; this model has others")
     model = getattr(modeling, kind).from_pretrained(folder, dtype=torch.float32)
     root = next(module for module in model.modules() if isinstance(module, modeling.RfDetrModel))
     return _side(model, root, _PORT, processing.RfDetrImageProcessor.from_pretrained(folder), task)
 
 
 def _side(model: Any, root: nn.Module, modules: Sequence[str], processor: Any, task: Task) -> Side:
-    prepared = processor(task.picture, return_tensors="pt").pixel_values
+    prepared = processor(task.image, return_tensors="pt").pixel_values
     stages, outputs = _run(model.eval(), root, modules, task)
     score, count = _lowest_score(outputs.logits, task)
-    [found] = processor.post_process_object_detection(outputs, score, target_sizes=[task.picture.size[::-1]])
+    [found] = processor.post_process_object_detection(outputs, score, target_sizes=[task.image.size[::-1]])
     names = [model.config.id2label[label] for label in found["labels"].tolist()]
     detections = _detections(names, found["scores"].tolist(), found["boxes"].tolist())
     return Side({"pixels": prepared} | stages, to_original_layout(model.state_dict()), detections[:count])
 
 
 def _lowest_score(logits: Tensor, task: Task) -> tuple[float, int | None]:
-    """The score that detections exceed, and how many to show: the best few where none exceeds the threshold."""
-    best = logits[..., task.classes].sigmoid().flatten().sort(descending=True).values[:_SHOWN]
-    return (task.threshold, None) if best[0] > task.threshold else (0.999 * best[-1].item(), _SHOWN)
+    """Return the score that shown detections exceed and their number: the best few if none exceeds the threshold."""
+    best = logits[..., task.classes].sigmoid().flatten().sort(descending=True).values[:_NUM_SHOWN]
+    return (task.threshold, None) if best[0] > task.threshold else (0.999 * best[-1].item(), _NUM_SHOWN)
 
 
 def _detections(names: list[str], scores: list[float], boxes: list[list[float]]) -> list[Detection]:
@@ -243,14 +243,14 @@ def _reason(error: Exception) -> str:
 
 
 class _Recorder:
-    """Hooks that keep what each stage computes."""
+    """Hooks that store the output of each stage."""
 
     def __init__(self, expected: Tensor | None) -> None:
         self.stages: dict[str, Tensor] = {}
         self.expected = expected
 
     def attach(self, root: nn.Module, modules: Sequence[str]) -> ExitStack:
-        """The hooks, which go with the context."""
+        """Return a context with the hooks, which are removed at its end."""
         projector, norm, head, layers = (root.get_submodule(name) for name in modules)
         pairs = [(projector, self._projector), (norm, self._tokens), (head, self._logits)]
         hooks = ExitStack()
@@ -265,21 +265,21 @@ class _Recorder:
         self.stages |= {f"projector: level {index}": level for index, level in enumerate(levels, start=1)}
 
     def _tokens(self, module: nn.Module, inputs: Any, tokens: Tensor) -> None:
-        self.stages.setdefault("first stage: tokens", tokens)  # the original normalises the chosen ones once more
+        self.stages.setdefault("first stage: tokens", tokens)  # the original normalizes the selected ones again
 
     def _logits(self, module: nn.Module, inputs: Any, logits: Tensor) -> Tensor | None:
-        """Lets a first stage that agrees with the original go on with the original's logits.
+        """Continue with the original's logits if those of the first stage agree with them.
 
-        Rounding alone decides the order of tokens that score alike, and queries in another order cannot be compared.
+        Rounding decides the order of tokens with nearly equal scores, and queries in another order cannot be compared.
         """
-        if _CHOICE in self.stages:  # asked once more, of the chosen tokens
+        if _SELECTION in self.stages:  # called again, for the selected tokens
             return None
-        self.stages[_CHOICE] = logits
-        return self.expected if _row(_CHOICE, self.expected, logits, None).agrees else None
+        self.stages[_SELECTION] = logits
+        return self.expected if _row(_SELECTION, self.expected, logits, None).agrees else None
 
     def _boxes(self, module: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
         boxes = named["reference_points"] if "reference_points" in named else inputs[2]
-        self.stages["first stage: chosen boxes"] = boxes[:, :, 0]  # the same for each level
+        self.stages["first stage: selected boxes"] = boxes[:, :, 0]  # the same for each level
 
     def _layer(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
         number = 1 + sum(name.startswith("decoder") for name in self.stages)
@@ -287,7 +287,7 @@ class _Recorder:
 
 
 def _run(model: nn.Module, root: nn.Module, modules: Sequence[str], task: Task) -> tuple[dict[str, Tensor], Any]:
-    """What each stage computes of the pixels, and the outputs."""
+    """Return the output of each stage, and the outputs of the model."""
     recorder = _Recorder(task.logits)
     with recorder.attach(root, modules):
         outputs = model(task.pixels)
@@ -297,23 +297,27 @@ def _run(model: nn.Module, root: nn.Module, modules: Sequence[str], task: Task) 
     return recorder.stages | last | masks, outputs
 
 
-def _choice_notes(name: str, sides: Mapping[str, Side], num_queries: int) -> list[str]:
-    """What there is to say of the tokens that a side chooses by its own logits."""
-    expected, own = (sides[side].stages[_CHOICE][0].amax(-1) for side in ("original", name))
-    best, chosen = (scores.topk(min(num_queries, len(scores))).indices.tolist() for scores in (expected, own))
-    if best == chosen:
+def _selection_notes(name: str, sides: Mapping[str, Side], num_queries: int) -> list[str]:
+    """Return a note on the tokens that a side selects by its own logits, if they differ."""
+    expected, own = (sides[side].stages[_SELECTION][0].amax(-1) for side in ("original", name))
+    expected_tokens, tokens = (
+        scores.topk(min(num_queries, len(scores))).indices.tolist() for scores in (expected, own)
+    )
+    if expected_tokens == tokens:
         return []
-    others = len(set(chosen) - set(best))
-    what = f"{others} other first-stage tokens of {len(best)}" if others else "its first-stage tokens in another order"
-    return [f"{name} chooses {what}; as far as its logits agree it was given the original's choice"]
+    count = len(set(tokens) - set(expected_tokens))
+    difference = (
+        f"{count} other first-stage tokens of {len(tokens)}" if count else "first-stage tokens in another order"
+    )
+    return [f"{name} selects {difference}; if its logits agree, it continued with the original's"]
 
 
 # Differences
 
 
-def _rows(sides: Mapping[str, Side], what: str) -> list[Row]:
-    """A row for each of the stages or parameters that is not empty."""
-    held = [getattr(sides[side], what) if side in sides else {} for side in ("original", "ours", "port")]
+def _rows(sides: Mapping[str, Side], field: str) -> list[Row]:
+    """Return a row for each stage or parameter that is not empty."""
+    held = [getattr(sides[side], field) if side in sides else {} for side in ("original", "ours", "port")]
     names = dict.fromkeys(name for tensors in held for name, tensor in tensors.items() if tensor.numel())
     return [_row(name, *(tensors.get(name) for tensors in held)) for name in names]
 
@@ -333,7 +337,7 @@ def _difference(expected: Tensor | None, found: Tensor | None) -> float | None:
 
 
 def describe(comparison: Comparison) -> str:
-    """The comparison for people."""
+    """Return the comparison as text."""
     head = ["largest in the original", "ours - original", "port - original"]
     stages = [["stage", *head, ""]]
     stages += [[row.name, *map(_number, row[1:]), "" if row.agrees else "<-"] for row in comparison.stages]
@@ -348,7 +352,7 @@ def describe(comparison: Comparison) -> str:
         _table(stages),
         _table(parameters) if comparison.parameters else "No parameter differs.",
         _table(detections),
-        f"Ours {verdict} the original (tolerance: {TOLERANCE:g} of what is largest in a stage, and of 1 at least).",
+        f"Ours {verdict} the original (tolerance: {TOLERANCE:g} of the largest magnitude in a stage, of at least 1).",
     ]
     return "\n\n".join(filter(None, parts))
 

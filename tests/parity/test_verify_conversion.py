@@ -86,7 +86,7 @@ def test_a_conversion_agrees_at_every_stage(variant, write_checkpoint, run):
         "pixels",
         *(f"backbone: tap {tap}" for tap in (1, 2, 3, 4)),
         *(f"projector: level {level}" for level in ((1, 2) if variant == TWO_LEVELS else (1,))),
-        *(f"first stage: {what}" for what in ("tokens", "class logits", "chosen boxes")),
+        *(f"first stage: {what}" for what in ("tokens", "class logits", "selected boxes")),
         *(f"decoder: layer {layer + 1}" for layer in range(LAYERS[variant])),
         *(["class logits", "boxes", "mask logits"] if variant == SEGMENTATION else ["class logits", "boxes"]),
     ]
@@ -133,7 +133,7 @@ def test_tokens_that_score_alike_are_compared_in_the_originals_order(write_check
     convert_to_transformers(path, tmp_path / "converted")
     change(path, name, torch.neg)  # the best tokens become the worst ones, by a ten-thousandth
     _, comparison = run(path, tmp_path / "converted")
-    assert any("ours chooses 7 other first-stage tokens of 7" in note for note in comparison.notes)
+    assert any("ours selects 7 other first-stage tokens of 7" in note for note in comparison.notes)
     assert all(row.agrees for row in comparison.stages)
 
 
@@ -142,19 +142,19 @@ def test_without_the_port_its_column_is_empty_and_says_why(write_checkpoint, run
     code, comparison = run(write_checkpoint(DETECTION))
     assert code == 0
     assert set(comparison.detections) == {"original", "ours"}
-    assert "no column for the port of transformers" in capsys.readouterr().out
+    assert "no column for the port in transformers" in capsys.readouterr().out
 
 
 def test_bad_input_ends_with_code_2_and_a_line(write_checkpoint, run, monkeypatch, tmp_path, capsys):
     path = write_checkpoint(DETECTION)
     assert run(tmp_path / "missing.pth")[0] == 2
-    assert "missing.pth is no file" in capsys.readouterr().err
+    assert "missing.pth" in capsys.readouterr().err
     assert run(path, threshold=50)[0] == 2
-    assert "50 is outside [0, 1]" in capsys.readouterr().err
+    assert "--threshold must be within [0, 1], got 50" in capsys.readouterr().err
     stand_in_config(DETECTION, num_labels=7).save_pretrained(tmp_path / "another")
     RfDetrImageProcessor().save_pretrained(tmp_path / "another")
     assert run(path, tmp_path / "another")[0] == 2
-    assert "has 7 labels, the checkpoint 5" in capsys.readouterr().err
+    assert "must have the 5 labels of the checkpoint, got 7" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "rfdetr", None)
     assert run(path)[0] == 2
     assert "pip install rfdetr" in capsys.readouterr().err
