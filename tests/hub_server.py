@@ -1,11 +1,11 @@
-"""A Hub on loopback, in memory: repositories, revisions, LFS, tokens, and faults when they are asked for.
+"""A Hub on loopback, in memory: repositories, revisions, LFS, tokens, and faults on request.
 
-It answers what `huggingface_hub` asks of the Hub for models. Tests talk to it by two requests of its own: `POST
-/_faults` with a list of faults, which replaces the ones before, and `GET /_log`, the requests since the last one.
+It answers the requests of `huggingface_hub` for models. Tests control it by two more: `POST /_faults` with a list of
+faults replaces the earlier ones, and `GET /_log` returns the requests since then.
 
-A fault is a dictionary: `method` and `path` (a regular expression) of the requests that it meets, `times` how many of
-them (1), `status` the answer, with `headers`. Status 0 cuts the connection: of an upload half of the body was read, of
-a download half of it was sent. Status -1 reads half of an upload, and holds it there until the faults are replaced.
+A fault is a dictionary: `method` and `path` (a regular expression) select requests, `times` says how many of them fail
+(1), `status` and `headers` are the answer. Status 0 cuts the connection after half of an upload or download.
+Status -1 reads half of an upload, and waits until the faults are replaced.
 """
 
 import base64
@@ -38,7 +38,7 @@ class File(NamedTuple):
 
 @dataclass
 class Repository:
-    """Its commits by hash, and names of some of them; `main` is one."""
+    """Commits by hash, and names of some of them such as `main`."""
 
     private: bool
     commits: dict[str, dict[str, File]] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Repository:
 
 
 class Refusal(Exception):
-    """An answer that is no success."""
+    """An answer with an error status."""
 
     def __init__(self, status: int, message: str, code: str | None = None, commit: str | None = None) -> None:
         super().__init__(message)
@@ -87,7 +87,7 @@ class HubServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def fault(self, method: str, path: str) -> dict[str, Any] | None:
-        """The fault that meets a request, counted down."""
+        """Return the fault for a request, and count it down."""
         with self.lock:
             for fault in self.faults:
                 if fault["times"] and fault["method"] in ("*", method) and re.search(fault["path"], path):
@@ -100,7 +100,7 @@ class Handler(BaseHTTPRequestHandler):
     """One connection."""
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # head and body of an answer are two packets; the second one would wait for 40 ms
+    disable_nagle_algorithm = True  # else the body of an answer waits 40 ms behind its head
     server: HubServer
 
     def handle_request(self) -> None:
@@ -117,7 +117,7 @@ class Handler(BaseHTTPRequestHandler):
             self._route()
         except Refusal as refusal:
             if self.body is None:
-                self.body = self._read()  # what comes after it is the next request
+                self.body = self._read()  # the next request comes after it
             self._answer({"error": str(refusal)}, refusal.status, refusal.headers)
         except Cut:
             self.close_connection = True
@@ -127,7 +127,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing on stderr."""
 
-    # What a request brings and gets
+    # Requests and answers
 
     def _length(self) -> int:
         return int(self.headers.get("Content-Length") or 0)
@@ -164,7 +164,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _fail(self, fault: dict[str, Any]) -> None:
         if fault["status"] > 0:
-            refusal = Refusal(fault["status"], "as asked for")
+            refusal = Refusal(fault["status"], "a fault of the test")
             refusal.headers |= fault.get("headers", {})
             raise refusal
         if self.command == "GET":
@@ -185,7 +185,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.log.clear()
         self._answer({})
 
-    # Who may do what
+    # Permissions
 
     def _user(self) -> str | None:
         header = self.headers.get("Authorization")
@@ -240,7 +240,7 @@ class Handler(BaseHTTPRequestHandler):
             if match and self.command in method.split():
                 action(**match.groupdict())
                 return
-        raise Refusal(404, f"{self.command} {self.path} is not known here", "EntryNotFound")
+        raise Refusal(404, f"{self.command} {self.path} is not implemented", "EntryNotFound")
 
     def _json(self) -> Any:
         return json.loads(self.body)

@@ -15,7 +15,7 @@ from rfdetr_files import POSITIONS, best_file, legacy, model_of, nested, weights
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_shapes_of_a_published_model_say_all_that_its_file_does_not(variant):
+def test_the_shapes_of_a_published_model_determine_its_configuration(variant):
     published = RfDetrConfig.from_variant(variant)
     with torch.device("meta"):
         kind = RfDetrForInstanceSegmentation if "-seg-" in variant else RfDetrForObjectDetection
@@ -36,7 +36,7 @@ def test_the_shapes_of_a_published_model_say_all_that_its_file_does_not(variant)
         assert [(change.what, change.result) for change in changes] == [("arguments", f"taken from {variant}")]
 
 
-def test_weights_without_arguments_of_no_published_size_ask_for_the_variant():
+def test_weights_of_an_unpublished_size_without_arguments_require_the_variant():
     config = RfDetrConfig.from_variant("rf-detr-seg-small", resolution=480)
     with torch.device("meta"):
         state = RfDetrForInstanceSegmentation(config).state_dict()
@@ -54,7 +54,7 @@ def test_weights_without_arguments_of_no_published_size_ask_for_the_variant():
         assert (found.resolution, found.backbone_config.num_windows, found.num_queries) == (480, 2, 100)
 
 
-def test_more_queries_than_the_arguments_say_are_cut_in_each_group_and_reported(model, save, tmp_path):
+def test_queries_beyond_those_of_the_arguments_are_dropped_in_each_group_and_reported(model, save, tmp_path):
     done = convert_to_transformers(save(legacy(model, num_queries=5, num_select=5)), tmp_path / "there")
     rows = torch.tensor([0, 1, 2, 3, 4, 7, 8, 9, 10, 11, 14, 15, 16, 17, 18])  # of 3 x 7
     stored = weights_in(tmp_path / "there")
@@ -64,7 +64,7 @@ def test_more_queries_than_the_arguments_say_are_cut_in_each_group_and_reported(
     assert done.config.num_queries == 5
 
 
-STRANGE_ARGUMENTS = [
+INVALID_ARGUMENTS = [
     ("resolution", "640", "an integer"),
     ("num_queries", True, "an integer"),
     ("num_queries", [7], "an integer"),
@@ -76,17 +76,17 @@ STRANGE_ARGUMENTS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "rule"), STRANGE_ARGUMENTS)
-def test_arguments_of_another_kind_are_refused(name, value, rule, model, save, tmp_path):
+@pytest.mark.parametrize(("name", "value", "rule"), INVALID_ARGUMENTS)
+def test_arguments_of_another_type_are_refused(name, value, rule, model, save, tmp_path):
     with pytest.raises(ValueError, match=rf"checkpoint\.pth: the stored argument `{name}` must be {rule}"):
         convert_to_transformers(save(legacy(model, **{name: value})), tmp_path / "there")
 
 
-GROWING = ["resolution", "projector_scale", "class_names", "encoder", "two_stage", "use_grouppose_keypoints"]
+NESTED_ARGUMENTS = ["resolution", "projector_scale", "class_names", "encoder", "two_stage", "use_grouppose_keypoints"]
 
 
-@pytest.mark.parametrize("name", GROWING)
-def test_stored_lists_that_grow_are_refused_without_their_text(name, model, save, tmp_path):
+@pytest.mark.parametrize("name", NESTED_ARGUMENTS)
+def test_exponentially_nested_lists_are_refused_without_formatting_them(name, model, save, tmp_path):
     path = save(legacy(model, **{name: nested(22)}))
     tracemalloc.start()
     with pytest.raises(
@@ -100,7 +100,7 @@ def test_stored_lists_that_grow_are_refused_without_their_text(name, model, save
     assert peak < 4 << 20  # the text has 2^22 times "x"
 
 
-STRANGE_TENSORS = [
+INVALID_TENSORS = [
     (POSITIONS, torch.zeros(5), r"position_embeddings .* got shape 5$"),
     (POSITIONS, torch.zeros(1, 6, 32), r"position_embeddings .* got 6"),
     (POSITIONS, torch.zeros(1, 0, 32), r"position_embeddings .* got 0"),
@@ -124,8 +124,8 @@ STRANGE_TENSORS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "tensor", "message"), STRANGE_TENSORS)
-def test_tensors_of_another_kind_are_refused(name, tensor, message, model, save, tmp_path):
+@pytest.mark.parametrize(("name", "tensor", "message"), INVALID_TENSORS)
+def test_tensors_of_another_shape_or_dtype_are_refused(name, tensor, message, model, save, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         convert_to_transformers(
             save(legacy(model) | {"model": model.state_dict() | {name: tensor}}), tmp_path / "there"
@@ -133,7 +133,7 @@ def test_tensors_of_another_kind_are_refused(name, tensor, message, model, save,
     assert "checkpoint.pth" in str(error.value)
 
 
-WRONG_ARGUMENTS = {
+CONTRADICTING_ARGUMENTS = {
     "patch_size": (16, r"`patch_size` .* weights .* stored arguments, got 12 and 16"),
     "dec_layers": (3, r"`dec_layers` .* weights .* stored arguments, got 4 and 3"),
     "hidden_dim": (256, r"`hidden_dim` .* weights .* stored arguments, got 32 and 256"),
@@ -147,16 +147,16 @@ WRONG_ARGUMENTS = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG_ARGUMENTS)
-def test_arguments_that_the_weights_contradict_are_an_error_with_both_values(name, model, save, tmp_path):
-    value, message = WRONG_ARGUMENTS[name]
+@pytest.mark.parametrize("name", CONTRADICTING_ARGUMENTS)
+def test_arguments_that_contradict_the_weights_are_an_error_with_both_values(name, model, save, tmp_path):
+    value, message = CONTRADICTING_ARGUMENTS[name]
     with pytest.raises(ValueError, match=message) as error:
         convert_to_transformers(save(legacy(model, **{name: value})), tmp_path / "there")
     assert "checkpoint.pth" in str(error.value)
     assert not (tmp_path / "there").exists()
 
 
-def test_numbers_that_the_weights_or_the_model_do_not_have_are_reported(model, save, tmp_path):
+def test_counts_that_the_model_does_not_follow_are_reported(model, save, tmp_path):
     done = convert_to_transformers(save(legacy(model, num_classes=90, num_select=3)), tmp_path / "training")
     assert done.changes == [("num_classes", "90 in the arguments", "4, as the head")]
     content = best_file(model)
@@ -165,18 +165,18 @@ def test_numbers_that_the_weights_or_the_model_do_not_have_are_reported(model, s
     assert done.changes == [("num_select", "3", "top_k=3 when called")]
 
 
-def test_a_file_with_the_name_of_another_published_model_is_an_error_with_both(model, save, tmp_path):
+def test_a_file_named_like_another_published_model_is_an_error_with_both_values(model, save, tmp_path):
     path = save(legacy(model), "rf-detr-nano.pth")
     with pytest.raises(ValueError, match=r"weights and rf-detr-nano, got .* and .*rename"):
         convert_to_transformers(path, tmp_path / "there")
 
 
-def test_a_variant_that_the_weights_contradict_is_an_error_with_both(model, save, tmp_path):
+def test_a_variant_that_contradicts_the_weights_is_an_error_with_both_values(model, save, tmp_path):
     with pytest.raises(ValueError, match=r"`dec_layers` .* rf-detr-seg-xlarge, got 4 and 6"):
         convert_to_transformers(save(legacy(model)), tmp_path / "there", variant="RFDETRSegXLarge")
 
 
-def test_missing_tensors_are_an_error_that_names_them(model, save, tmp_path):
+def test_missing_tensors_are_named(model, save, tmp_path):
     content = legacy(model)
     del content["model"]["bbox_embed.layers.0.weight"], content["model"]["transformer.decoder.norm.bias"]
     with pytest.raises(ValueError, match=r"lacks 2: .*bbox_embed\.layers\.0\.weight"):
@@ -186,7 +186,7 @@ def test_missing_tensors_are_an_error_that_names_them(model, save, tmp_path):
         convert_to_transformers(save(content), tmp_path / "there")
 
 
-def test_what_rfdetr_cannot_build_is_refused(tmp_path):
+def test_models_that_rfdetr_cannot_build_are_refused(tmp_path):
     cases = {
         "resolution must be a square, got (24, 48)": {"resolution": [24, 48]},
         "decoder_ffn_dim must be 2048, got 64": {"decoder_ffn_dim": 64},

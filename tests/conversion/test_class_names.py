@@ -12,7 +12,7 @@ from transformers_rfdetr.model.variants_rf_detr import COCO_ID2LABEL, COCO_NAMES
 from rfdetr_files import NAMES, legacy, model_of
 
 
-def test_a_head_of_91_rows_has_coco_s_ids(save, tmp_path):
+def test_a_head_of_91_rows_has_the_category_ids_of_coco(save, tmp_path):
     model = model_of(num_labels=91)
     for number, names in enumerate((None, list(COCO_NAMES.values()), COCO_NAMES)):
         done = convert_to_transformers(save(legacy(model, class_names=names)), tmp_path / str(number))
@@ -55,7 +55,7 @@ HEADS = {
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_rows_have_the_names_of_the_classes_that_rfdetr_trained_them_for(head):
+def test_rows_get_the_names_of_the_classes_that_rfdetr_trained_them_for(head):
     rows, arguments, expected = HEADS[head]
     changes = []
     assert read_class_names(rows, arguments, None, changes) == dict(enumerate(expected))
@@ -74,12 +74,12 @@ def test_rows_have_the_names_of_the_classes_that_rfdetr_trained_them_for(head):
         ({"a": 1}, r"`class_names` must be a list .* got a dict"),
     ],
 )
-def test_names_that_cannot_be_the_rows_are_refused(names, message):
+def test_names_that_do_not_fit_the_rows_are_refused(names, message):
     with pytest.raises(ValueError, match=message):
         read_class_names(4, {"class_names": names, "model_name": "RFDETRNano"}, None, [])
 
 
-def test_names_can_be_given(model, save, tmp_path):
+def test_class_names_can_be_given(model, save, tmp_path):
     path = save(legacy(model, class_names=None))
     done = convert_to_transformers(path, tmp_path / "given", class_names=["a", "b", "c", "d"])
     assert list(done.config.id2label.values()) == ["a", "b", "c", "d", "__background__"]
@@ -87,7 +87,7 @@ def test_names_can_be_given(model, save, tmp_path):
         convert_to_transformers(path, tmp_path / "many", class_names=["a", "b", "c", "d", "e", "f"])
 
 
-def test_a_head_without_names_goes_back_as_it_was(model, save, tmp_path):
+def test_a_head_without_names_is_converted_back_unchanged(model, save, tmp_path):
     convert_to_transformers(save(legacy(model, class_names=None)), tmp_path / "there")
     assert convert_to_rfdetr(tmp_path / "there", tmp_path / "back.pth").changes == []
     returned = torch.load(tmp_path / "back.pth", weights_only=True)
@@ -96,7 +96,7 @@ def test_a_head_without_names_goes_back_as_it_was(model, save, tmp_path):
 
 
 @pytest.mark.parametrize(("names", "never"), [(NAMES, [4]), (["barn", "house", "shed", "silo"], [0])])
-def test_rows_that_are_no_class_are_never_reported(names, never, model, save, tmp_path):
+def test_background_and_parent_rows_are_never_predicted(names, never, model, save, tmp_path):
     with torch.no_grad():
         model.class_embed.bias[never] = 20.0
     count = 4 if never == [4] else 5  # as of version 1.11, and of 1.4
@@ -117,7 +117,7 @@ def test_rows_that_are_no_class_are_never_reported(names, never, model, save, tm
     assert (ours(**inputs).logits > -100).all()
 
 
-def test_our_own_heads_get_the_row_that_rfdetr_takes_for_no_class(tmp_path):
+def test_our_heads_get_the_background_row_of_rfdetr(tmp_path):
     model = model_of(num_labels=None, id2label=dict(enumerate(["a", "b", "c"])))
     model.save_pretrained(tmp_path / "ours")
     done = convert_to_rfdetr(tmp_path / "ours", tmp_path / "back.pth")
@@ -139,7 +139,7 @@ def test_our_own_heads_get_the_row_that_rfdetr_takes_for_no_class(tmp_path):
     assert list(there.config.id2label.values()) == ["a", "b", "c", "__background__"]
 
 
-def test_coco_s_heads_go_back_as_they_are(tmp_path):
+def test_heads_for_coco_are_converted_back_unchanged(tmp_path):
     model = model_of("rf-detr-nano", num_labels=None, id2label=COCO_ID2LABEL)
     model.save_pretrained(tmp_path / "ours")
     done = convert_to_rfdetr(tmp_path / "ours", tmp_path / "back.pth")

@@ -19,7 +19,7 @@ from faults import attempt
 from rfdetr_files import POSITIONS, assert_equal, legacy, lightning_file, model_of, weights_in
 
 
-def test_tensors_that_share_memory_or_are_not_contiguous_are_written(model, save, tmp_path):
+def test_shared_and_non_contiguous_tensors_are_written(model, save, tmp_path):
     state = model.state_dict()
     shared = torch.randn(2, *state["class_embed.weight"].shape)
     state["class_embed.weight"] = shared[1]
@@ -30,7 +30,7 @@ def test_tensors_that_share_memory_or_are_not_contiguous_are_written(model, save
     assert_equal(weights_in(tmp_path / "there"), expected)
 
 
-def test_weights_in_several_precisions_are_kept_and_loaded_in_the_widest(model, save, tmp_path):
+def test_mixed_dtypes_are_kept_and_loaded_in_the_widest(model, save, tmp_path):
     state = model.state_dict()
     state["class_embed.bias"] = state["class_embed.bias"].half()
     convert_to_transformers(save(legacy(model) | {"model": state}), tmp_path / "there")
@@ -38,7 +38,7 @@ def test_weights_in_several_precisions_are_kept_and_loaded_in_the_widest(model, 
     assert RfDetrForInstanceSegmentation.from_pretrained(tmp_path / "there").dtype == torch.float32
 
 
-def test_every_tensor_that_is_left_out_is_in_the_table(model, save, tmp_path):
+def test_every_dropped_tensor_is_reported(model, save, tmp_path):
     state = model.state_dict() | {"extra.weight": torch.zeros(2, 3), "_kp_active_mask": torch.zeros(0, 0).bool()}
     content = lightning_file(model) | {"state_dict": {f"model.{name}": tensor for name, tensor in state.items()}}
     content["state_dict"]["criterion.empty_weight"] = torch.ones(4)
@@ -67,7 +67,7 @@ def test_keypoint_models_are_refused(model, save, tmp_path):
             convert_to_transformers(path, tmp_path / "there")
 
 
-def test_a_folder_that_is_there_is_left_alone(model, save, tmp_path):
+def test_an_existing_folder_is_left_alone(model, save, tmp_path):
     (tmp_path / "there").mkdir()
     path = save(legacy(model))
     convert_to_transformers(path, tmp_path / "there")  # it was empty
@@ -99,7 +99,7 @@ def test_an_interrupted_conversion_leaves_nothing(model, save, tmp_path, monkeyp
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills a process")
-def test_a_killed_conversion_leaves_no_folder_of_that_name_and_the_next_run_makes_it(model, save, tmp_path):
+def test_a_killed_conversion_leaves_no_folder_and_the_next_run_succeeds(model, save, tmp_path):
     path = save(legacy(model))
     convert_to_transformers(path, tmp_path / "fine")
     job = functools.partial(convert_to_transformers, path, tmp_path / "there")
@@ -110,13 +110,13 @@ def test_a_killed_conversion_leaves_no_folder_of_that_name_and_the_next_run_make
     assert_equal(weights_in(tmp_path / "there"), model.state_dict())
 
 
-def test_a_model_is_the_same_file_whenever_and_under_whatever_name_it_is_written(model, tmp_path):
+def test_written_files_do_not_depend_on_time_and_name(model, tmp_path):
     for name in ("one.pth", "other.pth"):
         write_rfdetr_file(tmp_path / name, model.state_dict(), "RFDETRSegNano", {"num_queries": 4}, None)
     assert (tmp_path / "one.pth").read_bytes() == (tmp_path / "other.pth").read_bytes()
 
 
-def test_a_folder_of_transformers_port_goes_back(tmp_path):
+def test_a_folder_of_transformers_port_is_converted_back(tmp_path):
     port = pytest.importorskip("transformers.models.rf_detr.modeling_rf_detr")
     model = model_of("rf-detr-seg-small")
     model.save_pretrained(tmp_path / "ours")
@@ -131,7 +131,7 @@ def test_a_folder_of_transformers_port_goes_back(tmp_path):
             assert torch.equal(returned[name][rows], tensor)
 
 
-def test_folders_that_are_damaged_are_refused_on_the_way_back(model, tmp_path):
+def test_damaged_folders_are_not_converted_back(model, tmp_path):
     model.save_pretrained(tmp_path / "whole")
     content = (tmp_path / "whole" / "model.safetensors").read_bytes()
     for name, damaged in (("cut", content[:-100]), ("empty", b""), ("header", b"\xff" * 8 + content[8:])):
@@ -150,7 +150,7 @@ def test_folders_that_are_damaged_are_refused_on_the_way_back(model, tmp_path):
         convert_to_rfdetr(tmp_path / "whole", tmp_path / "back.pth")
 
 
-STRANGE_TABLES = {
+INVALID_TABLES = {
     "a reference that is a number": {"refpoint_embed.weight": torch.tensor(1.0)},
     "positions in a row": {POSITIONS: torch.zeros(17)},
     "no positions": {POSITIONS: torch.zeros(1, 0, 32)},
@@ -159,16 +159,16 @@ STRANGE_TABLES = {
 }
 
 
-@pytest.mark.parametrize("what", STRANGE_TABLES)
-def test_strange_tables_in_a_folder_are_refused_by_name_on_the_way_back(what, model, tmp_path):
+@pytest.mark.parametrize("what", INVALID_TABLES)
+def test_folders_with_invalid_tensors_are_refused_with_their_names(what, model, tmp_path):
     model.config.save_pretrained(tmp_path / "ours")
-    save_file(model.state_dict() | STRANGE_TABLES[what], tmp_path / "ours" / "model.safetensors")
-    with pytest.raises(ValueError, match=rf"ours.* ({'|'.join(map(re.escape, STRANGE_TABLES[what]))}) "):
+    save_file(model.state_dict() | INVALID_TABLES[what], tmp_path / "ours" / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"ours.* ({'|'.join(map(re.escape, INVALID_TABLES[what]))}) "):
         convert_to_rfdetr(tmp_path / "ours", tmp_path / "back.pth")
     assert not (tmp_path / "back.pth").exists()
 
 
-def test_a_shape_of_no_numbers_whose_product_overflows_is_refused_by_name(model, tmp_path):
+def test_an_empty_shape_whose_product_overflows_is_refused(model, tmp_path):
     model.config.save_pretrained(tmp_path / "ours")
     header = b'{"mask_token": {"dtype": "F32", "shape": [0, %d, %d], "data_offsets": [0, 0]}}' % (2**62, 2**60)
     header = header.replace(b"mask_token", POSITIONS.replace("position_embeddings", "mask_token").encode())
@@ -177,7 +177,7 @@ def test_a_shape_of_no_numbers_whose_product_overflows_is_refused_by_name(model,
         convert_to_rfdetr(tmp_path / "ours", tmp_path / "back.pth")
 
 
-def test_names_of_classes_are_text_in_the_card(model, save, tmp_path):
+def test_class_names_are_escaped_in_the_card(model, save, tmp_path):
     names = ["<script>alert(1)</script>", "a|b", "*bold* [x](y)", "line\nbreak"]
     convert_to_transformers(save(legacy(model, class_names=names)), tmp_path / "there")
     card = (tmp_path / "there" / "README.md").read_text(encoding="utf-8")
@@ -189,7 +189,7 @@ def test_names_of_classes_are_text_in_the_card(model, save, tmp_path):
     assert "pipeline_tag: image-segmentation" in card
 
 
-def test_the_folder_is_uploaded_when_asked_for(model, save, tmp_path, monkeypatch):
+def test_the_folder_is_uploaded_on_request(model, save, tmp_path, monkeypatch):
     calls = []
 
     def create(repo_id, **options):

@@ -13,7 +13,7 @@ from rfdetr_files import assert_equal, legacy, weights_in
 SCRIPTS = Path(__file__).resolve().parents[2] / "conversion_scripts"
 
 
-def test_the_commands_convert_there_and_back(model, save, tmp_path):
+def test_the_commands_convert_in_both_directions(model, save, tmp_path):
     path = save(legacy(model, class_names=None))
     (tmp_path / "class_names.txt").write_text("barn\nhouse\nshed\nsilo\n")
     there, back = tmp_path / "there", tmp_path / "back.pth"
@@ -35,7 +35,7 @@ def test_the_commands_convert_there_and_back(model, save, tmp_path):
         assert message in result.stderr
 
 
-def test_a_command_says_in_a_line_what_is_wrong(tmp_path):
+def test_a_command_prints_an_error_in_one_line(tmp_path):
     result = CliRunner().invoke(app, ["convert", str(tmp_path / "none.pth"), str(tmp_path / "there")])
     assert result.exit_code == 2
     assert result.stderr.splitlines() == [

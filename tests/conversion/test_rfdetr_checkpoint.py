@@ -61,12 +61,12 @@ def test_every_form_of_file_gives_the_same_folder(form, model, save, tmp_path):
     assert processor.size == {"height": stored.resolution, "width": stored.resolution}
 
 
-def test_a_file_of_before_torch_1_6_is_read(model, save, tmp_path):
+def test_a_file_from_before_torch_1_6_is_read(model, save, tmp_path):
     convert_to_transformers(save(legacy(model), _use_new_zipfile_serialization=False), tmp_path / "there")
     assert_equal(weights_in(tmp_path / "there"), model.state_dict())
 
 
-def test_averaged_weights_are_taken_when_asked_for(model, save, tmp_path):
+def test_ema_weights_are_taken_on_request(model, save, tmp_path):
     average = {name: tensor + 1 for name, tensor in model.state_dict().items()}
     state = {f"module.model.{name}": tensor for name, tensor in average.items()} | {"n_averaged": torch.tensor(5)}
     callback = {"EMA": {"average_model_state_dict": state}, "Best": {"score": 0.5}}
@@ -81,7 +81,7 @@ def test_averaged_weights_are_taken_when_asked_for(model, save, tmp_path):
         convert_to_transformers(save(legacy(model), "plain.pth"), tmp_path / "none", ema=True)
 
 
-def test_a_file_that_was_packed_anew_with_compression_is_read_right(model, save, tmp_path):
+def test_a_recompressed_file_is_read_correctly(model, save, tmp_path):
     with (
         zipfile.ZipFile(save(legacy(model))) as archive,
         zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as packed,
@@ -92,7 +92,7 @@ def test_a_file_that_was_packed_anew_with_compression_is_read_right(model, save,
     assert_equal(weights_in(tmp_path / "there"), model.state_dict())
 
 
-def test_a_file_of_a_later_pickle_protocol_is_read_when_it_is_trusted(model, save, tmp_path):
+def test_a_file_of_a_later_pickle_protocol_is_read_if_trusted(model, save, tmp_path):
     path = save(legacy(model), pickle_protocol=4)
     with pytest.raises(ValueError, match=r"what torch does not load as weights.*--trust-checkpoint"):
         convert_to_transformers(path, tmp_path / "there")
@@ -151,19 +151,19 @@ def test_a_pickle_with_more_than_tensors_is_refused_and_not_run(kind, form, mode
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the path is Posix's")
-def test_a_file_with_more_is_read_when_it_is_trusted(model, save, tmp_path):
+def test_a_file_with_other_objects_is_read_if_trusted(model, save, tmp_path):
     done = convert_to_transformers(save(legacy(model, notes=Path("run"))), tmp_path / "there", trust_checkpoint=True)
     assert_equal(weights_in(done.output), model.state_dict())
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
 
 
-def test_a_refusal_comes_without_warnings_of_torch(model, save, recwarn):
+def test_a_refusal_shows_no_warnings_of_torch(model, save, recwarn):
     with pytest.raises(ValueError, match="--trust-checkpoint"):
         read_rfdetr_file(save(legacy(model), pickle_protocol=4))
     assert not recwarn.list
 
 
-def test_files_of_another_kind_are_refused_with_the_reason(model, save, tmp_path):
+def test_files_of_another_format_are_refused_with_the_reason(model, save, tmp_path):
     whole = save(legacy(model)).read_bytes()
     save_file({"a": torch.ones(2)}, tmp_path / "renamed.pth")
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "script.pt")
@@ -202,7 +202,7 @@ def test_files_of_another_kind_are_refused_with_the_reason(model, save, tmp_path
         convert_to_transformers("nowhere", tmp_path / "there")
 
 
-def test_keys_and_texts_that_grow_are_cut_in_messages(model, save, tmp_path):
+def test_long_keys_and_values_are_shortened_in_errors(model, save, tmp_path):
     with pytest.raises(ValueError, match=r"got the keys a tuple, 'epoch'$"):
         read_rfdetr_file(save({nested(12, tuple): 1, "epoch": 2}))
     with pytest.raises(ValueError, match="got the keys") as error:
@@ -214,7 +214,7 @@ def test_keys_and_texts_that_grow_are_cut_in_messages(model, save, tmp_path):
                 convert_to_transformers(save(legacy(model, **{name: value})), tmp_path / "there")
 
 
-def test_an_archive_that_unpacks_to_much_more_than_its_size_is_refused_unread(save, tmp_path):
+def test_a_decompression_bomb_is_refused_unread(save, tmp_path):
     with zipfile.ZipFile(save({"model": {"x": torch.zeros(2)}})) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     for name, size in (("small.pth", 1 << 19), ("bomb.pth", 3 << 20)):
@@ -228,7 +228,7 @@ def test_an_archive_that_unpacks_to_much_more_than_its_size_is_refused_unread(sa
 
 
 @pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}], ids=["zip", "legacy"])
-def test_tensors_that_repeat_what_is_stored_once_are_refused_and_tied_ones_are_not(options, save):
+def test_expanded_tensors_are_refused_and_tied_ones_are_read(options, save):
     row = torch.ones(1, 1000)
     with pytest.raises(ValueError, match=r"'x' \(1000x1000\) .* got 4000 bytes for 4000000\."):
         read_rfdetr_file(save({"model": {"x": row.expand(1000, 1000)}}, **options))
@@ -241,7 +241,7 @@ def test_tensors_that_repeat_what_is_stored_once_are_refused_and_tied_ones_are_n
     assert set(read_rfdetr_file(save(tied, **options)).state_dict) == {"x", "y", "z"}
 
 
-def test_adapters_whose_product_is_of_another_size_are_refused_before_it_is_made(save):
+def test_adapters_whose_product_has_another_size_are_refused_before_it_is_computed(save):
     thin = {"lora_A": torch.ones(1, 10**6), "lora_B": torch.ones(10**6, 1)}  # of 4 TB
     whole = {"lora_A": torch.ones(2, 3), "lora_B": torch.ones(4, 2), "lora_magnitude_vector": torch.ones(4)}
     strange = {
@@ -258,7 +258,7 @@ def test_adapters_whose_product_is_of_another_size_are_refused_before_it_is_made
             read_rfdetr_file(save({"model": state}))
 
 
-def test_a_tensor_that_is_there_twice_is_an_error(model, save, tmp_path):
+def test_a_tensor_with_two_keys_is_an_error(model, save, tmp_path):
     state = model.state_dict() | {"module.class_embed.bias": torch.ones(5)}
     with pytest.raises(ValueError, match=r"'class_embed\.bias' once, got it again as 'module\.class_embed\.bias'"):
         convert_to_transformers(save(legacy(model) | {"model": state}), tmp_path / "there")

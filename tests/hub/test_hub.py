@@ -1,7 +1,7 @@
-"""Pushing and pulling by the real client against a Hub on loopback, the model card, code without the package, LoRA.
+"""Push to and load from a Hub on loopback with the real client, with and without the package.
 
-HF_ENDPOINT is read when huggingface_hub is imported, so the checks run in a session of their own, one after the other.
-What each of them said is what the tests look at.
+HF_ENDPOINT is read when huggingface_hub is imported, so the checks run in a process of their own, one after the
+other, and each test looks at the result of one check.
 """
 
 import json
@@ -27,10 +27,13 @@ from transformers import AutoModelForInstanceSegmentation
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from transformers_rfdetr import RfDetrForInstanceSegmentation, RfDetrImageProcessor, load
+from transformers_rfdetr.conversion import architecture
+from transformers_rfdetr.conversion.convert import convert_to_transformers
 from transformers_rfdetr.hub.model_code import CODE_FILES
 from transformers_rfdetr.training.trainer import RfDetrTrainer, RfDetrTrainingArguments
 
 from hub_server import HubServer, code_blocks
+from rfdetr_files import legacy, model_of
 from small_models import assert_same_model, pixels, small_config, small_model
 from training_run import QUICK, build_trainer, drawn
 
@@ -41,11 +44,11 @@ HOSTILE = {0: "<script>alert(1)</script>", 1: "a|b\n# c"}
 
 
 class Hub:
-    """What a check has: a folder of its own, the server's controls, and the seconds that were waited for."""
+    """A folder for the checks, the server's controls, and the pauses between attempts in seconds."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.waits = folder, []
-        time.sleep = self.waits.append  # type: ignore[assignment]
+        self.folder, self.pauses = folder, []
+        time.sleep = self.pauses.append  # type: ignore[assignment]
 
     def _control(self, path: str, content: Any = None) -> Any:
         data = None if content is None else json.dumps(content).encode()
@@ -53,11 +56,11 @@ class Hub:
             return json.load(answer)
 
     def faults(self, *faults: dict[str, Any]) -> None:
-        self.waits.clear()
+        self.pauses.clear()
         self._control("_faults", faults)
 
     def requests(self, method: str, part: str) -> list[int]:
-        """The answers to requests since `faults`."""
+        """Statuses of the answers since `faults`."""
         return [status for verb, path, status in self._control("_log") if verb == method and part in path]
 
     def files(self, name: str, revision: str = "main") -> set[str]:
@@ -66,7 +69,7 @@ class Hub:
 
 
 def refused(action: Callable[[], Any]) -> str:
-    """What the OSError says."""
+    """Return the message of the OSError."""
     try:
         action()
     except OSError as error:
@@ -76,7 +79,7 @@ def refused(action: Callable[[], Any]) -> str:
 
 @contextmanager
 def token(value: str) -> Iterator[None]:
-    """Logged in with another token, or with none: the client reads it at every request."""
+    """Log in with another token, or with none: the client reads it at every request."""
     os.environ["HF_TOKEN"], before = value, os.environ["HF_TOKEN"]
     try:
         yield
@@ -85,7 +88,7 @@ def token(value: str) -> Iterator[None]:
 
 
 def quick_trainer(folder: Path) -> RfDetrTrainer:
-    """One update on two pictures, and nothing that is evaluated or saved on the way."""
+    """One optimizer step on two images, without evaluation and checkpoints."""
     settings = QUICK | {"max_steps": 1, "save_strategy": "no", "eval_strategy": "no"}
     model = RfDetrForInstanceSegmentation(small_config(num_labels=1))
     return RfDetrTrainer(model, RfDetrTrainingArguments(str(folder), **settings), train_dataset=drawn(2))
@@ -105,7 +108,7 @@ def check_a_model_and_its_processor_come_back_as_they_were(hub: Hub) -> None:
     assert again.to_dict() == processor.to_dict()
 
 
-def check_the_card_of_a_model_that_was_not_trained_here_loads_it(hub: Hub) -> None:
+def check_the_card_of_an_untrained_model_loads_it(hub: Hub) -> None:
     card = card_of("me/barns")
     assert "# barns" in card
     assert "48 x 48 pixels, 6 queries, 2 classes." in card
@@ -123,7 +126,7 @@ def check_the_card_of_a_model_that_was_not_trained_here_loads_it(hub: Hub) -> No
     assert_same_model(names["model"], AutoModelForInstanceSegmentation.from_pretrained("me/barns"))
 
 
-def check_a_card_that_is_there_stays(hub: Hub) -> None:
+def check_an_existing_card_is_kept(hub: Hub) -> None:
     model = small_model()
     model.push_to_hub("me/card")
     own = hub.folder / "README.md"
@@ -138,7 +141,7 @@ def check_a_card_that_is_there_stays(hub: Hub) -> None:
     assert ModelCard(card_of("me/card")).data.to_dict() == {"license": "mit", "tags": ["barn"]}
 
 
-def check_revisions_hold_what_was_pushed_to_them(hub: Hub) -> None:
+def check_each_revision_holds_its_own_push(hub: Hub) -> None:
     first, second = small_model(), small_model(num_queries=5)
     commit = first.push_to_hub("me/revised").oid
     second.push_to_hub("me/revised", revision="small/5")
@@ -163,7 +166,7 @@ def check_a_private_model_needs_its_token(hub: Hub) -> None:
         assert_same_model(load("me/secret", token="token-of-me")[0], model)
 
 
-def check_a_wrong_token_is_named_and_not_tried_again(hub: Hub) -> None:
+def check_a_wrong_token_is_reported_without_a_retry(hub: Hub) -> None:
     model = small_model()
     hub.faults()
     for other, status in (("token-of-nobody", "401"), ("token-of-other", "403")):
@@ -172,26 +175,26 @@ def check_a_wrong_token_is_named_and_not_tried_again(hub: Hub) -> None:
         assert status in message
         assert "hf auth login" in message
         assert "nothing is lost here" in message
-    assert hub.waits == []
+    assert hub.pauses == []
     assert "me/forbidden" in refused(lambda: hf_hub_download("me/forbidden", "config.json"))
 
 
-def check_a_repository_that_is_not_there_is_named(hub: Hub) -> None:
+def check_a_missing_repository_is_named(hub: Hub) -> None:
     assert "me/nowhere" in refused(lambda: AutoModelForInstanceSegmentation.from_pretrained("me/nowhere"))
     with pytest.raises(ValueError, match="me/nowhere cannot be loaded"):
         load("me/nowhere")
 
 
-def check_an_upload_that_is_cut_goes_on_where_it_was(hub: Hub) -> None:
+def check_an_interrupted_upload_is_resumed(hub: Hub) -> None:
     model = small_model()
     model.save_pretrained(hub.folder / "shards", max_shard_size="50KB")
     count = len(list((hub.folder / "shards").glob("*.safetensors")))
     assert count >= 3
-    # One cut is got over.
+    # After one cut the upload is retried.
     hub.faults({"method": "PUT", "path": "^/lfs/", "status": 0})
     small_model(num_queries=4).push_to_hub("me/cut-once")
     assert hub.requests("PUT", "/lfs/") == [0, 200]
-    # After some of the shards nothing gets through, however often it is tried.
+    # After some of the shards, every attempt fails.
     hub.faults(
         {"method": "PUT", "path": "^/lfs/", "status": 308, "times": 0},
         {"method": "PUT", "path": "^/lfs/[0-7]", "status": 0, "times": 1000},
@@ -208,7 +211,7 @@ def check_an_upload_that_is_cut_goes_on_where_it_was(hub: Hub) -> None:
     assert_same_model(AutoModelForInstanceSegmentation.from_pretrained("me/cut"), model)
 
 
-def check_a_push_that_is_killed_leaves_both_sides_as_they_were(hub: Hub) -> None:
+def check_a_killed_push_changes_neither_side(hub: Hub) -> None:
     """`kill -9` when the Hub has half of the weights."""
     before = small_model(num_labels=1, num_queries=4)
     commit = before.push_to_hub("me/killed").oid
@@ -232,25 +235,25 @@ def check_a_push_that_is_killed_leaves_both_sides_as_they_were(hub: Hub) -> None
     assert_same_model(load("me/killed")[0], trainer.model.eval())
 
 
-def check_too_many_requests_and_errors_of_the_server_are_waited_for(hub: Hub) -> None:
+def check_rate_limits_and_server_errors_are_retried_after_a_pause(hub: Hub) -> None:
     model = small_model()
     hub.faults(
         {"method": "POST", "path": "^/api/repos/create", "status": 429, "headers": {"Retry-After": "7"}},
         {"method": "POST", "path": "/commit/", "status": 500, "times": 2},
     )
     model.push_to_hub("me/busy")
-    assert hub.waits == [7.0, 1.0, 4.0]
+    assert hub.pauses == [7.0, 1.0, 4.0]
     assert hub.requests("POST", "/commit/") == [500, 500, 200]
     assert_same_model(AutoModelForInstanceSegmentation.from_pretrained("me/busy"), model)
     hub.faults({"method": "POST", "path": "/commit/", "status": 503, "times": 100})
     message = refused(lambda: small_model(num_queries=4).push_to_hub("me/busy"))
-    assert hub.waits == [1.0, 4.0, 16.0]
+    assert hub.pauses == [1.0, 4.0, 16.0]
     assert "503" in message
     hub.faults()
     assert_same_model(AutoModelForInstanceSegmentation.from_pretrained("me/busy"), model)
 
 
-def check_what_was_loaded_once_loads_without_the_hub(hub: Hub) -> None:
+def check_a_loaded_model_loads_again_without_the_hub(hub: Hub) -> None:
     expected = AutoModelForInstanceSegmentation.from_pretrained("me/barns")
     hub.faults({"method": "*", "path": "", "status": 503, "times": 1000})
     assert_same_model(AutoModelForInstanceSegmentation.from_pretrained("me/barns"), expected)
@@ -260,7 +263,7 @@ def check_what_was_loaded_once_loads_without_the_hub(hub: Hub) -> None:
     hub.faults()
 
 
-def check_a_download_that_is_cut_is_finished(hub: Hub) -> None:
+def check_an_interrupted_download_is_finished(hub: Hub) -> None:
     model = small_model(num_queries=9)
     model.push_to_hub("me/download")
     hub.faults({"method": "GET", "path": "model.safetensors$", "status": 0})
@@ -268,7 +271,7 @@ def check_a_download_that_is_cut_is_finished(hub: Hub) -> None:
     assert hub.requests("GET", "model.safetensors") == [200, 200]
 
 
-def check_a_run_pushes_its_model_with_card_and_pictures_and_nothing_else(hub: Hub) -> None:
+def check_a_run_pushes_its_model_with_card_and_images_and_nothing_else(hub: Hub) -> None:
     settings = {"push_to_hub": True, "hub_model_id": "me/drawn", "hub_token": "token-of-me", "eval_base_model": True}
     settings |= {"hub_strategy": "checkpoint"}
     hub.faults()
@@ -309,7 +312,7 @@ def check_a_run_pushes_its_model_with_card_and_pictures_and_nothing_else(hub: Hu
     assert shown["validation", "Mask AP"] == round(best, 4)
 
 
-def check_a_run_whose_push_fails_is_whole_on_disk(hub: Hub) -> None:
+def check_a_run_whose_push_fails_is_complete_on_disk(hub: Hub) -> None:
     hub.faults({"method": "POST", "path": "/commit/", "status": 500, "times": 100})
     trainer = quick_trainer(hub.folder / "failed")
     trainer.train()
@@ -326,17 +329,31 @@ def check_a_run_whose_push_fails_is_whole_on_disk(hub: Hub) -> None:
     assert "training_args.bin" not in hub.files("me/failed")
 
 
-def check_code_is_pushed_where_it_is_asked_for(hub: Hub) -> None:
+def check_code_is_pushed_on_request(hub: Hub) -> None:
     model, processor = small_model(num_labels=2), RfDetrImageProcessor(size=48)
     model.push_to_hub("me/coded", with_code=True)
     processor.push_to_hub("me/coded", with_code=True)
-    assert not hasattr(model.config, "auto_map")  # nothing stays behind in the model
+    assert not hasattr(model.config, "auto_map")  # the model is not changed
     assert set(CODE_FILES) < hub.files("me/coded")
     assert not set(CODE_FILES) & hub.files("me/barns")
     outputs = model(pixels())
     torch.save([dict(model.state_dict()), outputs.logits, outputs.pred_masks], hub.folder / "expected.pt")
-    # With the package in the process it is the package that loads it.
+    # Where the package is imported, it loads the model.
     assert_same_model(AutoModelForInstanceSegmentation.from_pretrained("me/coded"), model)
+
+
+def check_a_conversion_is_pushed_like_a_model(hub: Hub) -> None:
+    architecture.ENCODERS["dinov2_windowed_small"] = (32, 2, 0)  # the width of small models
+    model = model_of()
+    torch.save(legacy(model), hub.folder / "checkpoint.pth")
+    hub.faults({"method": "POST", "path": "/commit/", "status": 503})
+    convert_to_transformers(hub.folder / "checkpoint.pth", hub.folder / "converted", push_to_hub="me/converted")
+    assert hub.pauses == [1.0]
+    assert hub.requests("POST", "/commit/") == [503, 200]
+    assert hub.files("me/converted") == {path.name for path in (hub.folder / "converted").iterdir()}
+    loaded, _ = load("me/converted")
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    hub.faults()
 
 
 CHECKS = [name for name in dict(globals()) if name.startswith("check_")]
@@ -355,12 +372,12 @@ if os.fork() == 0:
     test_hub.run_checks(folder)
     sys.exit()
 os.wait()
-shutil.rmtree(os.environ["HF_HOME"])  # what has been downloaded
+shutil.rmtree(os.environ["HF_HOME"])  # the downloads
 os.chdir(folder)
 exec(without_the_package)
 """
 
-# Runs where the package cannot be imported, and was not before.
+# Runs where the package cannot be imported and was not imported before.
 WITHOUT_THE_PACKAGE = """
 import sys
 sys.modules["transformers_rfdetr"] = None  # every import of it fails
@@ -417,19 +434,19 @@ def environment(url: str, folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What each check said, "" if it is right. One worker of pytest-xdist runs them, the others wait for it."""
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The traceback of each check, "" if it passed. One worker of pytest-xdist runs them, the others wait."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "hub"
-    results = folder / "results.json"
+    report = folder / "results.json"
     try:
         folder.mkdir()
     except FileExistsError:
         for _ in range(3000):
-            if results.is_file():
+            if report.is_file():
                 break
             time.sleep(0.1)
-        return json.loads(results.read_text())
+        return json.loads(report.read_text())
     server = HubServer()
     try:
         command = [
@@ -448,18 +465,18 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         server.server_close()
         found = {name: found.get(name, f"did not run: {done.stderr[-2000:]}") for name in CHECKS}
         found["code"] = done.stderr[-3000:] if done.returncode else ""
-        results.with_suffix(".tmp").write_text(json.dumps(found))
-        results.with_suffix(".tmp").rename(results)
+        report.with_suffix(".tmp").write_text(json.dumps(found))
+        report.with_suffix(".tmp").rename(report)
     return found
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_hub(check, said):
-    assert not said[check], said[check]
+def test_hub(check, results):
+    assert not results[check], results[check]
 
 
-def test_code_in_a_repository_loads_where_the_package_is_absent(said):
-    assert not said["code"], said["code"]
+def test_code_in_a_repository_loads_without_the_package(results):
+    assert not results["code"], results["code"]
 
 
 def run_checks(folder: str) -> None:

@@ -1,4 +1,4 @@
-"""The model card: metrics, names of strangers, usage, classes, and the code beside a model."""
+"""The model card: metrics, untrusted names, usage, classes, and the code beside a model."""
 
 import json
 import re
@@ -19,7 +19,7 @@ def numbers(segm_ap: float, **others: Any) -> dict[str, Any]:
     return {"segm_AP": segm_ap, "segm_AP_large": -1.0, "bbox_AP": 0.5, "mean_iou": 0.25, **others}
 
 
-def test_the_card_has_the_numbers_of_the_run_as_a_table_and_for_the_hub():
+def test_the_card_has_the_metrics_of_the_run_as_a_table_and_for_the_hub():
     run = Run(
         base_model="Roboflow/rf-detr-seg-medium",
         datasets=["me/barns", "my | own"],
@@ -54,7 +54,7 @@ def test_the_card_has_the_numbers_of_the_run_as_a_table_and_for_the_hub():
     assert {(r.task_type, r.dataset_type) for r in data.eval_results} == {("image-segmentation", "me/barns")}
 
 
-def test_names_of_strangers_are_text_in_the_card_and_its_metadata():
+def test_untrusted_names_are_escaped_in_the_card_and_its_metadata():
     hostile = "x\n---\nlicense: mit\n# <img src=x onerror=alert(1)> [a](b) `c`"
     run = Run(datasets=[hostile], objects={hostile: 3}, splits={hostile: (1, 2)}, results={hostile: numbers(0.5)})
     card = model_card(
@@ -77,7 +77,7 @@ def test_names_of_strangers_are_text_in_the_card_and_its_metadata():
     ]
 
 
-def test_the_card_names_a_way_without_the_package_only_where_it_gives_the_same_model():
+def test_the_card_has_code_without_the_package_only_where_it_loads_the_same_model():
     port, code = "transformers>=5.9", "trust_remote_code=True"
     square = small_config()
     card = model_card("me/x", square, has_masks=True)
@@ -95,7 +95,7 @@ def test_the_card_names_a_way_without_the_package_only_where_it_gives_the_same_m
     assert "instances.masks" not in card
 
 
-def test_many_classes_are_folded_and_rows_that_are_none_left_out():
+def test_many_classes_are_folded_and_background_rows_omitted():
     names = {label: f"class {label}" for label in range(30)} | {30: "__background__"}
     card = model_card("me/x", small_config(num_labels=31, id2label=names), has_masks=True)
     assert "<details><summary>30 classes</summary>\n\n| label | class |" in card
@@ -103,7 +103,7 @@ def test_many_classes_are_folded_and_rows_that_are_none_left_out():
     assert "background" not in card
 
 
-def test_a_detection_model_gets_no_class_of_segmentation_beside_its_code(tmp_path):
+def test_the_code_of_a_detection_model_registers_no_segmentation_class(tmp_path):
     torch.manual_seed(0)
     RfDetrForObjectDetection(small_config()).save_pretrained(tmp_path)
     assert sorted(path.name for path in add_code(tmp_path)) == sorted(CODE_FILES)

@@ -23,7 +23,7 @@ def metrics_of_trainer(trainer: RfDetrTrainer) -> dict[str, dict[str, Any]]:
     return metrics_of_run(trainer.args, trainer.state, [""], "segm_AP")
 
 
-def test_the_numbers_of_a_run_are_those_of_the_weights_that_it_kept(tmp_path):
+def test_the_metrics_of_a_run_are_those_of_the_weights_that_it_kept(tmp_path):
     trainer = build_trainer(tmp_path)
     log = [
         {"loss": 3.0, "step": 2},
@@ -45,7 +45,7 @@ def test_the_numbers_of_a_run_are_those_of_the_weights_that_it_kept(tmp_path):
     assert metrics_of_trainer(trainer)["validation"]["bbox_AP"] == 0.6
 
 
-def test_crowds_are_not_drawn_and_objects_without_a_mask_are_boxes(monkeypatch):
+def test_crowds_are_not_drawn_and_objects_without_mask_are_drawn_as_boxes(monkeypatch):
     picture = Image.new("RGB", (9, 8), "gray")
     square = {"bbox": [1.0, 2.0, 4.0, 3.0], "segmentation": [[1, 2, 5, 2, 5, 5, 1, 5]], "category_id": 0, "iscrowd": 0}
     crowd = square | {"bbox": [0.0, 0.0, 9.0, 8.0], "iscrowd": 1}
