@@ -310,7 +310,7 @@ class RfDetrTrainer(UploadingTrainer):
         """Log metrics, with the losses of [`LossLog`] in place of those of Trainer."""
         if self.is_in_train and "loss" in logs:
             logs = {**logs, **self.loss_log.pop_entry()}
-        if self.is_in_train and "train_loss" in logs:
+        if "train_loss" in logs:  # transformers 5.0 logs it when `is_in_train` is False already
             logs = {**logs, "train_loss": self.loss_log.mean_of_run()}
         super().log(logs, *args, **kwargs)
 
