@@ -281,7 +281,7 @@ GIVEN = ["train", "data", "--model", "m", "--output", "o"]
         (["benchmark", "m", "--dtype", "int8"], "--dtype int8 is none of float32"),
     ],
 )
-def test_a_command_says_in_a_line_what_is_wrong(arguments, message, tmp_path, monkeypatch):
+def test_a_command_prints_an_error_in_one_line(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line = refusal(*arguments)
     assert line.startswith(f"{arguments[0]}: ")
