@@ -11,19 +11,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from transformers_rfdetr import RfDetrConfig, RfDetrForInstanceSegmentation, RfDetrForObjectDetection, RfDetrModel
-from transformers_rfdetr.model.loss_rf_detr import LossWeights, StagePrediction, fixed_points, match, stage_losses
-from transformers_rfdetr.model.modeling_rf_detr import (
-    RfDetrOutput,
-    RfDetrSegmentationHead,
-    apply_deltas,
-    encoder_proposals,
-)
+from transformers_rfdetr.model.loss_rf_detr import stage_losses
+from transformers_rfdetr.model.mask_head_rf_detr import RfDetrSegmentationHead
+from transformers_rfdetr.model.mask_points_rf_detr import fixed_points
+from transformers_rfdetr.model.matcher_rf_detr import LossWeights, match
+from transformers_rfdetr.model.modeling_rf_detr import RfDetrOutput, encoder_proposals
 from transformers_rfdetr.model.modeling_rf_detr_dinov2 import (
     drop_path,
     merge_windows,
     partition_windows,
     resize_position_table,
 )
+from transformers_rfdetr.model.predictions_rf_detr import StagePrediction
 
 from small_models import pixels, randomised, small_config, small_model, targets
 
@@ -102,7 +101,7 @@ def test_a_mask_of_ones_changes_no_bit_and_padding_changes_the_result(kind):
     ones = model(images, pixel_mask=torch.ones(2, 48, 48, dtype=torch.long))
     assert torch.equal(plain.logits, ones.logits)
     assert torch.equal(plain.pred_boxes, ones.pred_boxes)
-    with mock.patch("transformers_rfdetr.model.modeling_rf_detr.level_paddings", side_effect=AssertionError):
+    with mock.patch("transformers_rfdetr.model.modeling_rf_detr.level_padding_masks", side_effect=AssertionError):
         model(images, pixel_mask=torch.ones(2, 48, 48, dtype=torch.long))  # it costs nothing either
     half = torch.ones(2, 48, 48, dtype=torch.long)
     half[1, 24:] = 0
@@ -414,8 +413,7 @@ def test_projecting_the_queries_is_projecting_every_pixel_with_its_gradients():
     head = small_model().segmentation_head
     features, queries = torch.randn(2, 32, 7, 9, requires_grad=True), torch.randn(2, 5, 32, requires_grad=True)
     masks = head.factors(features, queries).logits()
-    vectors = head.query_features_proj(head.query_features_block(queries))  # the plain definition
-    plain = torch.einsum("bnd,bdhw->bnhw", vectors, head.spatial_features_proj(features)) + head.bias
+    plain = head.dense_logits(features, queries)
     torch.testing.assert_close(masks, plain, atol=1e-5, rtol=1e-5)
     weights = torch.randn_like(masks)
     inputs = [
@@ -435,9 +433,8 @@ def test_the_first_stage_computes_chosen_tokens_as_it_would_all_with_its_gradien
     *chosen, which = transformer.select_two_stage_proposals(memory, anchors, invalid, 3)
     stages = []
     for group in range(3):  # the plain definition: everything of every token, then the best
-        tokens = transformer.enc_output_norm[group](transformer.enc_output[group](memory.masked_fill(invalid, 0.0)))
-        logits = transformer.enc_out_class_embed[group](tokens)
-        boxes = apply_deltas(transformer.enc_out_bbox_embed[group](tokens), anchors)
+        tokens, logits, boxes = transformer.predict_proposals(memory.masked_fill(invalid, 0.0), anchors, group)
+        boxes = boxes.expand(2, -1, -1)
         best = logits.amax(-1).topk(6, dim=1).indices[..., None]
         assert torch.equal(best[..., 0], which[:, 6 * group : 6 * group + 6])
         stages.append([rows.gather(1, best.expand(-1, -1, rows.shape[-1])) for rows in (tokens, logits, boxes)])
@@ -473,8 +470,8 @@ def test_repeating_cheap_steps_keeps_less_and_changes_no_number_and_no_matrix_pr
     model = small_model().train()
     loss, found, flops, kept = a_step(model)
     model.zero_grad()
-    for module in ("modeling_rf_detr", "modeling_rf_detr_dinov2"):
-        monkeypatch.setattr(f"transformers_rfdetr.{module}.recomputed", lambda function, x: function(x))
+    for module in ("mask_head_rf_detr", "modeling_rf_detr_dinov2"):
+        monkeypatch.setattr(f"transformers_rfdetr.model.{module}.checkpointed", lambda function, x: function(x))
     plain_loss, expected, plain_flops, plain_kept = a_step(model)
     assert torch.equal(loss, plain_loss)
     for mine, theirs in zip(found, expected, strict=True):
@@ -513,7 +510,7 @@ def test_the_matcher_looks_at_as_many_points_whatever_the_batch():
         return fixed_points(num_sets, num_points, device)
 
     for batch in (1, 4):
-        stages = model.stages(model.run(pixels(batch), None, None, None), (48, 48))
+        stages = model.stages(model.forward_features(pixels(batch)), (48, 48))
         labels = targets(*[2] * batch)
         match([stages[""]], labels, num_groups=1, weights=LossWeights(), points=points, mask_point_sample_ratio=16)
     assert asked == [(1, 9), (1, 9)]  # 12 x 12 mask pixels / 16

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from transformers_rfdetr.model import modeling_rf_detr
-from transformers_rfdetr.model.loss_rf_detr import LossWeights, match
+from transformers_rfdetr.model.matcher_rf_detr import LossWeights, match
 
 import peer
 from peer import (
@@ -59,7 +59,7 @@ def compare(
         expected_outputs = theirs_model(pixels)
     theirs = peer_targets(targets)
     with replay_choices(choices):
-        base = ours.run(pixels, None, None, None)
+        base = ours.forward_features(pixels)
     stages = ours.stages(base, (side, side))
     with table_rand():
         expected = criterion(expected_outputs, theirs)
@@ -80,7 +80,7 @@ def compare(
                 ), f"stage {suffix!r} is matched otherwise"
     assert sum(counts) == 0 or any(len(queries) for queries, _ in pairs)
 
-    with mock.patch.object(ours, "run", return_value=base):
+    with mock.patch.object(ours, "forward_features", return_value=base):
         outputs = ours(pixels, labels=targets)
     for suffix in peer_stages(expected_outputs):
         names = ["loss_ce", "loss_bbox", "loss_giou"] + ["loss_mask_ce", "loss_mask_dice"] * segments

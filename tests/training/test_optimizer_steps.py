@@ -15,7 +15,7 @@ from transformers_rfdetr.data.load import load_instance_dataset
 from transformers_rfdetr.data.prepared import collate_fn
 from transformers_rfdetr.data.synthetic import draw_dataset
 from transformers_rfdetr.model import modeling_rf_detr
-from transformers_rfdetr.model.loss_rf_detr import fixed_points
+from transformers_rfdetr.model.mask_points_rf_detr import fixed_points
 from transformers_rfdetr.training.distributed import copy_full_tensor, full_tensor
 from transformers_rfdetr.training.trainer import RfDetrTrainer, RfDetrTrainingArguments
 from transformers_rfdetr.training.weight_average import WeightAverage

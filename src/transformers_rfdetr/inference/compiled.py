@@ -14,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 from transformers.utils import logging
 
 from ..model.configuration_rf_detr import RfDetrConfig
-from ..model.loss_rf_detr import MaskFactors, StagePrediction
 from ..model.modeling_rf_detr import RfDetrForObjectDetection, RfDetrOutput
 from ..model.modeling_rf_detr_dinov2 import resize_position_table
+from ..model.predictions_rf_detr import MaskFactors, StagePrediction
 from ..model.validation import as_pair, check_resolution, read_size
 
 logger = logging.get_logger(__name__)
@@ -72,7 +72,7 @@ class InferenceModel:
         return self
 
     def _tensors(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        base = self._model.run(pixel_values, None, False, False)
+        base = self._model.forward_features(pixel_values, None, False, False)
         stage = self._model.last_stage(base, self.size)
         tensors = (base.enc_indices, self._model.mask_background_logits(stage.logits), stage.boxes)
         if stage.masks is None:

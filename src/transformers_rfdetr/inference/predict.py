@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..model.configuration_rf_detr import RfDetrConfig
 from ..model.image_processing_rf_detr import RfDetrImageProcessor
-from ..model.loss_rf_detr import MaskFactors
 from ..model.masks import region_to_rle, upsample_masks
 from ..model.modeling_rf_detr import BACKGROUND_LOGIT, RfDetrForObjectDetection, RfDetrOutput
 from ..model.post_processing_rf_detr import select_detections, valid_size
+from ..model.predictions_rf_detr import MaskFactors
 from ..model.validation import error_context
 from ..model.variants_rf_detr import is_background_label
 from .compiled import InferenceModel

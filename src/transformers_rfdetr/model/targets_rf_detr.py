@@ -1,0 +1,87 @@
+"""Read the labels of a batch into targets that the loss can be computed for.
+
+Axis letters: T objects of an image, H W annotated mask. Boxes are (cx, cy, w, h) as fractions of the model's input.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_RULES = {
+    "class_labels": "an integer tensor (T,)",
+    "boxes": "a float tensor (T, 4)",
+    "masks": "a tensor (T, H, W) of bool, or of integers that are 0 outside the object",
+}
+
+
+def read_targets(
+    labels: Sequence[Mapping[str, Any]], batch_size: int, num_classes: int, with_masks: bool
+) -> list[dict[str, Tensor]]:
+    """Return the fields that the loss reads, for each image.
+
+    Raises:
+        ValueError: a field is missing or of the wrong type, or has values that cannot be trained on. The message names
+            image, field and object.
+    """
+    if len(labels) != batch_size:
+        raise ValueError(f"`labels` must hold one dictionary for each of {batch_size} images, got {len(labels)}")
+    fields = list(_RULES)[: 2 + with_masks]
+    targets = [
+        {field: _read_field(field, target, f"labels[{image}]") for field in fields}
+        for image, target in enumerate(labels)
+    ]
+    for image, target in enumerate(targets):
+        counts = {field: len(value) for field, value in target.items()}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"`labels[{image}]` must have fields of equal length, one entry per object, got {counts}")
+    # Moves one value from the device for the whole batch; the loops of `_refuse_values` only find the values to name.
+    classes = torch.cat([target["class_labels"] for target in targets])
+    boxes = torch.cat([target["boxes"] for target in targets])
+    if not bool(((classes >= 0) & (classes < num_classes)).all() & (boxes.abs() <= 2).all()):
+        _refuse_values(targets, num_classes)
+    return targets
+
+
+def _refuse_values(targets: Sequence[Mapping[str, Tensor]], num_classes: int) -> None:
+    for image, target in enumerate(targets):
+        for index, label in enumerate(target["class_labels"].tolist()):
+            if not 0 <= label < num_classes:
+                raise ValueError(
+                    f"`labels[{image}]['class_labels'][{index}]` must be from 0 to {num_classes - 1}, got {label}. "
+                    "Map the category ids of the dataset to the keys of config.id2label."
+                )
+        for index, box in enumerate(target["boxes"].tolist()):
+            if not all(abs(value) <= 2 for value in box):
+                raise ValueError(
+                    f"`labels[{image}]['boxes'][{index}]` must be (cx, cy, w, h) in finite fractions of the image, got "
+                    f"{box}. Divide pixels by the width and height of the image."
+                )
+
+
+def _read_field(field: str, target: Mapping[str, Any], name: str) -> Tensor:
+    if field not in target:
+        raise ValueError(
+            f"`{name}` must have {field!r}, got only {sorted(target)}. The image processor makes it (masks with "
+            "return_segmentation_masks=True)."
+        )
+    value = target[field]
+    if not isinstance(value, Tensor) or not _has_layout(field, value):
+        kind = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"`{name}[{field!r}]` must be {_RULES[field]}, got {kind}")
+    if field == "class_labels":
+        return value.long()
+    if field == "boxes":
+        return value.float()
+    return value if len(value) else value.new_zeros((0, 1, 1))
+
+
+def _has_layout(field: str, value: Tensor) -> bool:
+    """Whether dtype and axes fit. Empty class labels and masks may have any: `torch.tensor([])` is float."""
+    is_integer = value.dtype != torch.bool and not value.is_floating_point() and not value.is_complex()
+    if field == "class_labels":
+        return value.ndim == 1 and (is_integer or not len(value))
+    if field == "boxes":
+        return value.ndim == 2 and value.shape[1] == 4
+    return not len(value) or (value.ndim == 3 and 0 not in value.shape and (value.dtype == torch.bool or is_integer))
