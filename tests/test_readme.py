@@ -1,109 +1,26 @@
-"""The README's Python blocks run, with what a machine without network and time replaces, listed here; and its table."""
+"""README.md: its tables, commands and images. Its Python blocks run by themselves, see conftest.py."""
 
 import dataclasses
 import inspect
 import re
 import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 import typer
 from PIL import Image
-from transformers import AutoModelForInstanceSegmentation
 
-from transformers_rfdetr import RfDetrImageProcessor, load_instance_dataset
+from transformers_rfdetr import load_instance_dataset
 from transformers_rfdetr.cli.app import app
-from transformers_rfdetr.data.dataset import InstanceDatasets
-from transformers_rfdetr.data.synthetic import draw_scene
 from transformers_rfdetr.training.trainer import RfDetrTrainer, RfDetrTrainingArguments
 
-from small_models import SHARED, small_model
-from training_run import QUICK, drawn
+from small_models import SHARED
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def run(block: str, substitutions: dict[str, str], **names: Any) -> dict[str, Any]:
-    for written, replacement in substitutions.items():
-        assert written in block, written
-        block = block.replace(written, replacement)
-    exec(compile(block, "README.md", "exec"), names)
-    return names
-
-
-def test_the_prediction_block_prints_instances(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    model = small_model()
-    model.save_pretrained("checkpoint")
-    RfDetrImageProcessor.from_config(model.config).save_pretrained("checkpoint")
-    draw_scene(seed=0)[0].save("photo.jpg")
-    substitutions = {
-        '"Roboflow/rf-detr-seg-medium"': '"checkpoint"',
-        "target_sizes=": "threshold=0.0, target_sizes=",  # random weights are sure of nothing
-    }
-    names = run(BLOCKS[0], substitutions)
-    assert len(capsys.readouterr().out.splitlines()) == len(names["result"]["segments_info"]) == 6
-    names = run(BLOCKS[1], {"threshold=0.5": "threshold=0.0", '"photo.jpg"': "image"}, **names)
-    assert len(names["instances"]) == 6
-    assert len(capsys.readouterr().out.splitlines()) >= 2
-
-
-def test_the_fine_tuning_streaming_and_metrics_blocks_run_one_after_the_other(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    small_model().save_pretrained("checkpoint")
-    drawn_data = InstanceDatasets({"train": drawn(4), "validation": drawn(3, 100), "test": drawn(3, 200)})
-    quick = "**(QUICK | {'num_train_epochs': 1})"
-    names = run(
-        BLOCKS[2],
-        {
-            'load_instance_dataset("merve/satellite-building-segmentation")': "drawn_data",
-            "Roboflow/rf-detr-seg-medium": "checkpoint",
-            "num_train_epochs=10": quick,
-        },
-        drawn_data=drawn_data,
-        QUICK=QUICK,
-    )
-    assert float(capsys.readouterr().out.splitlines()[-1]) >= 0
-    saved = AutoModelForInstanceSegmentation.from_pretrained("buildings")
-    state = names["model"].state_dict()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in saved.state_dict().items())
-    assert saved.config.id2label == {0: "building"}
-
-    rows = [{"image": sample["image"], "objects": {"bbox": [], "category": []}} for sample in drawn_data["train"]]
-    stream = pytest.importorskip("datasets").Dataset.from_list(rows).to_iterable_dataset()
-    substitutions = {
-        'load_instance_dataset("merve/satellite-building-segmentation", ': 'load_instance_dataset({"train": stream}, ',
-        "max_steps=10_000, save_strategy": f"max_steps=2, {quick}, save_strategy",
-        "save_steps=1_000": "save_steps=1",
-    }
-    names = run(BLOCKS[3], substitutions, **(names | {"stream": stream}))
-    assert names["trainer"].state.global_step == 2
-    assert [entry["step"] for entry in names["trainer"].state.log_history if "eval_loss" in entry] == [1, 2]
-
-    names = run(BLOCKS[4], {}, **names)
-    assert names["numbers"]["segm_AP"] >= 0
-    assert float(capsys.readouterr().out.splitlines()[-1]) == 0
-
-    # To a stand-in for the Hub: test_hub pushes to a server.
-    uploads = []
-    monkeypatch.setattr("transformers_rfdetr.training.run_upload.create_repository", lambda name, **_: name)
-    monkeypatch.setattr(
-        "transformers_rfdetr.training.run_upload.upload", lambda _, files, *__, **___: uploads.append(files)
-    )
-    run(BLOCKS[5], {}, **names)
-    [files] = uploads
-    assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"} <= {
-        file.name for file in files
-    }
-    assert "user/buildings" in (Path("runs/stream") / "README.md").read_text(encoding="utf-8")
-    assert len(BLOCKS) == 6
-
-
-def rows_of_the_recipe() -> dict[str, tuple[str, str]]:
+def rows_of_the_argument_table() -> dict[str, tuple[str, str]]:
     """rfdetr's argument -> (what is ours, its default), from the table."""
     [table] = re.findall(r"\| rfdetr's `train\(\)` .*?\n\|[-|]+\n(.*?)\n\n", README, flags=re.DOTALL)
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()]
@@ -116,7 +33,7 @@ def test_the_table_names_every_argument_of_rfdetrs_guide():
         pytest.skip(f"needs {guide}, which does not come with the repository")
     wanted = set(re.findall(r"<td><code>(\w+)</code></td>", guide.read_text(encoding="utf-8")))
     assert len(wanted) >= 20
-    assert rows_of_the_recipe().keys() == wanted
+    assert rows_of_the_argument_table().keys() == wanted
 
 
 def test_what_the_table_calls_ours_exists_and_has_the_default_that_it_says():
@@ -126,7 +43,7 @@ def test_what_the_table_calls_ours_exists_and_has_the_default_that_it_says():
         "train": RfDetrTrainer.train,
     }
     checked = 0
-    for ours, default in rows_of_the_recipe().values():
+    for ours, default in rows_of_the_argument_table().values():
         names = re.findall(r"`([^`]+)`", ours)
         assert names
         defaults = default.split(", ") if re.fullmatch(r"[\w.,\- ]+", default) else []
@@ -144,8 +61,8 @@ def test_what_the_table_calls_ours_exists_and_has_the_default_that_it_says():
                 assert (fields[name].default or 0) == (value == "True" if value[0] in "TF" else float(value)), name
                 checked += 1
     assert checked >= 16
-    [besides] = re.findall(r"^Besides: (.*?)\n\n", README, flags=re.DOTALL | re.MULTILINE)
-    named = {name for name in re.findall(r"`([^`]+)`", besides) if re.fullmatch(r"[a-z_]+", name)}
+    [additional] = re.findall(r"^Additional arguments: (.*?)\n\n", README, flags=re.DOTALL | re.MULTILINE)
+    named = {name for name in re.findall(r"`([^`]+)`", additional) if re.fullmatch(r"[a-z_]+", name)}
     assert len(named) == 9
     assert named <= fields.keys()
 
@@ -176,9 +93,9 @@ def test_the_other_commands_are_of_files_and_targets_that_are_there():
             assert words[0] in ("pip", "torchrun", "accelerate")
 
 
-def test_the_pictures_are_there():
-    pictures = re.findall(r"!\[.*?\]\((.*?)\)", README)
-    assert pictures
-    for name in pictures:
+def test_the_images_exist():
+    images = re.findall(r"!\[.*?\]\((.*?)\)", README)
+    assert images
+    for name in images:
         with Image.open(ROOT / name) as picture:
             assert picture.width <= 700
