@@ -1,4 +1,4 @@
-"""Charts of training runs and of precision over recall: values by hand, pixels where the values are, text that is safe."""
+"""Charts of training runs and of precision over recall: values, pixel positions, and safe text."""
 
 import io
 import subprocess

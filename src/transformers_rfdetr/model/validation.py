@@ -67,6 +67,7 @@ def to_builtin(value: Any) -> Any:
 
 
 def is_number(value: Any) -> bool:
+    """Return whether `value` is a finite real number and not a bool."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return False
     try:
@@ -91,6 +92,7 @@ def are_all(values: Any, kind: type) -> bool:
 
 
 def check_counts(config: Any, *names: str, least: int = 1) -> None:
+    """Raise ValueError unless each named field of `config` is an integer of at least `least`, within its limit."""
     for name in names:
         value = getattr(config, name)
         if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
@@ -99,6 +101,7 @@ def check_counts(config: Any, *names: str, least: int = 1) -> None:
 
 
 def check_numbers(config: Any, *names: str) -> None:
+    """Raise ValueError unless each named field of `config` is a finite number of at least 0."""
     for name in names:
         value = getattr(config, name)
         if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= float(value) < math.inf:
@@ -151,6 +154,7 @@ def check_resolution(size: Any, patch_size: int, num_windows: int, name: str = "
 
 
 def check_grid(name: str, size: Any, patch_size: int) -> None:
+    """Raise ValueError if a side of `size` in pixels, or its number of patches, is above its limit."""
     for side in as_pair(size):
         check_limit(name, side)
         check_limit("patches", side // patch_size)

@@ -7,7 +7,7 @@ from transformers_rfdetr.evaluation.evaluate_modules import INPUTS, features
 
 _DESCRIPTION = """
 Mean intersection over union of the union of the masks of each class, pooled over all images, with crowd regions
-ignored, and the same with all classes taken as one. See transformers_rfdetr.evaluation.coco_evaluator for the definition.
+ignored, and the same with all classes taken as one. transformers_rfdetr.evaluation.coco_evaluator defines it.
 """
 
 _KWARGS_DESCRIPTION = f"""{INPUTS}
