@@ -1,10 +1,15 @@
-"""Annotation records: one dict for each image."""
+"""Annotation records: what a reader of an annotation format yields for each image, and how datasets store them.
+
+A record is a dict of `image_id`, `annotations` and, as far as the data contain them, `file_name`, `width` and `height`.
+Its annotations are COCO dicts with the category ids of the data. Sizes are (H, W).
+"""
 
 import json
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers.utils import logging
@@ -16,49 +21,58 @@ from ..model.validation import are_numbers, error_context, is_index, to_builtin
 from .image_files import is_outside
 from .label_maps import describe_classes
 
+Record = dict[str, Any]
+
+
+class AnnotatedSplit(NamedTuple):
+    """A split as the reader of an annotation format returns it; `load.py` makes an `InstanceDataset` of it."""
+
+    source: str  # the annotation file, which errors name
+    classes: dict[int, str]  # names by category id, the same in all splits
+    records: Iterable[Record]  # read once
+    image_folder: Path  # where the file names of the records lie
+
 
 def describe_image(record: Mapping[str, Any], index: int) -> str:
-    """What messages call image number `index`."""
+    """Return what errors call the image at `index`."""
     names = [f"{record[name]!r:.200}" for name in ("file_name", "image_id") if record.get(name) is not None]
     return f"image {index} ({', '.join(names)})" if names else f"image {index}"
 
 
-def describe_annotation(annotation: Mapping[str, Any], position: int) -> str:
-    """Return what errors call an annotation."""
+def _describe_annotation(annotation: Mapping[str, Any], position: int) -> str:
     return f"annotation {position} (id {annotation.get('id')!s:.60})"
 
 
 def read_sample(
-    record: Mapping[str, Any],
-    image: Any,
-    label_of: Mapping[int, int],
-    image_id: int | None,
-    first_id: int | None,
+    record: Record, image: Any, label_of: Mapping[int, int], image_id: int | None, first_id: int | None
 ) -> dict[str, Any]:
-    """A record and its picture, PIL or a path -> what `InstanceDataset` gives; the ids as in [`_complete`]."""
-    picture = read_rgb(image)
-    size = (picture.height, picture.width)
-    given = tuple(record.get(name) or side for name, side in zip(("height", "width"), size, strict=True))
-    if given != size:
+    """Return a record and its image (a path or PIL) as a sample of an `InstanceDataset`.
+
+    `label_of` maps category ids to labels; `image_id` and `first_id` are those of [`complete_record`].
+    """
+    image = read_rgb(image)
+    size = (image.height, image.width)
+    declared = tuple(record.get(name) or side for name, side in zip(("height", "width"), size, strict=True))
+    if declared != size:
         raise ValueError(
-            f"height and width are said to be {given}, but the picture's are {size} (EXIF rotation applied);"
-            " correct the annotations' sizes, or pair them with their own pictures"
+            f"height and width must be those of the upright image (EXIF rotation applied), {size}, got {declared}."
+            " Correct the annotation file, or pair it with its own images."
         )
-    head, annotations = complete_record(record, size, image_id, first_id)
+    fields, annotations = complete_record(record, size, image_id, first_id)
     for annotation in annotations:
         annotation["category_id"] = label_of[annotation["category_id"]]
-    return {"image": picture, **head, "annotations": annotations}
+    return {"image": image, **fields, "annotations": annotations}
 
 
 def complete_record(
-    record: Mapping[str, Any], size: tuple[int, int], image_id: int | None, first_id: int | None
+    record: Record, size: tuple[int, int], image_id: int | None, first_id: int | None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What is said about an image, and its annotations with every field.
+    """Return the fields of a record's image of `size`, and its annotations with every field filled in.
 
-    `image_id`, and running ids of annotations from `first_id` on, stand in for the record's unless they are None.
+    Unless they are None, `image_id` replaces that of the record, and `first_id`, `first_id` + 1, ... the annotations'.
     """
     name = record.get("file_name") or (record.get("image_id") if image_id is not None else None)
-    head = {
+    fields = {
         "image_id": record["image_id"] if image_id is None else image_id,
         **({} if name is None else {"file_name": str(name)}),
         "width": size[1],
@@ -66,27 +80,27 @@ def complete_record(
     }
     annotations = []
     for position, given in enumerate(record["annotations"]):
-        with error_context(describe_annotation(given, position)):
+        with error_context(_describe_annotation(given, position)):
             annotation = with_box_and_area(given, size)
         if first_id is not None:
             annotation["id"] = first_id + position
         annotation["iscrowd"] = int(annotation.get("iscrowd") or 0)
-        annotations.append({**annotation, "image_id": head["image_id"]})
-    return head, annotations
+        annotations.append({**annotation, "image_id": fields["image_id"]})
+    return fields, annotations
 
 
 def with_box_and_area(annotation: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
-    """The annotation with `bbox` and `area`, from its shape where they are missing, the area else from its box.
+    """Return a copy of an annotation of an image of `size` (H, W), with missing `bbox` and `area` from its mask.
 
-    Of a box the part inside the picture counts, (H, W) in `size`.
+    Without a mask, the area is that of the box inside the image.
     """
     complete = dict(annotation)
     box, area = annotation.get("bbox"), annotation.get("area")
     if box is None or area is None:
-        shape = read_segmentation(annotation.get("segmentation"), size)
-        if shape is not None:
-            shape_box, shape_area = box_and_area(shape, size)
-            complete |= {"bbox": shape_box if box is None else box, "area": shape_area if area is None else area}
+        mask = read_segmentation(annotation.get("segmentation"), size)
+        if mask is not None:
+            mask_box, mask_area = box_and_area(mask, size)
+            complete |= {"bbox": mask_box if box is None else box, "area": mask_area if area is None else area}
         elif box is not None:
             x0, y0, x1, y1 = clip_box(box, size)
             complete["area"] = max(0, x1 - x0) * max(0, y1 - y0)
@@ -94,51 +108,62 @@ def with_box_and_area(annotation: Mapping[str, Any], size: tuple[int, int]) -> d
 
 
 def has_segmentation(segmentation: Any) -> bool:
-    """Whether there is an RLE, a bitmap or a polygon; whether it encloses a pixel is not looked at."""
+    """Return whether there is an RLE, a bitmap or a polygon; it may still enclose no pixel."""
     if isinstance(segmentation, Mapping) or not isinstance(segmentation, Iterable):
         return segmentation is not None
     return any(not isinstance(part, Sequence | np.ndarray) or len(part) for part in segmentation)
 
 
 def check_annotations(annotations: Sequence[Mapping[str, Any]], classes: Mapping[int, str]) -> None:
-    """Raise ValueError for a category that is not in `classes`, or an invalid box, area or iscrowd."""
+    """Raise ValueError for an invalid category, box, area or iscrowd; a segmentation is checked when it is read."""
     for position, annotation in enumerate(annotations):
         category, box = annotation.get("category_id"), annotation.get("bbox")
-        if not is_index(category) or category not in classes:
-            raise ValueError(
-                f"{describe_annotation(annotation, position)}: category_id {category!r:.60} is none of the classes"
-                f" {describe_classes(classes)}; define it in the data's categories, or correct the annotation"
-            )
-        if box is not None and not are_numbers(to_builtin(box), 4):
-            raise ValueError(
-                f"{describe_annotation(annotation, position)}: bbox {box!r:.60} is not [x, y, width, height],"
-                " four finite numbers in pixels; correct it, or leave it out where there is a segmentation"
-            )
         area, crowd = to_builtin(annotation.get("area")), to_builtin(annotation.get("iscrowd"))
-        if area is not None and not (are_numbers([area], 1) and area >= 0):
-            raise ValueError(
-                f"{describe_annotation(annotation, position)}: area {area!r:.60} is not a finite number of at"
-                " least 0; correct it or leave it out"
+        problem = None
+        if not is_index(category) or category not in classes:
+            problem = (
+                f"category_id must be one of {describe_classes(classes)}, got {category!r:.60}. Define the category, or"
+                " correct the annotation."
             )
-        if crowd not in (None, 0, 1):
-            raise ValueError(
-                f"{describe_annotation(annotation, position)}: iscrowd {crowd!r:.60} is not 0 or 1; correct it"
+        elif box is not None and not are_numbers(to_builtin(box), 4):
+            problem = (
+                f"bbox must be four finite numbers [x, y, width, height] in pixels, got {box!r:.60}. Correct it, or"
+                " remove it if the annotation has a segmentation."
             )
+        elif area is not None and not (are_numbers([area], 1) and area >= 0):
+            problem = f"area must be a finite number >= 0, got {area!r:.60}. Correct or remove it."
+        elif crowd not in (None, 0, 1):
+            problem = f"iscrowd must be 0 or 1, got {crowd!r:.60}. Correct it."
+        if problem is not None:
+            raise ValueError(f"{_describe_annotation(annotation, position)}: {problem}")
 
 
 class AnnotationIndex:
-    """Checks records on their way and counts what they hold, in a few bytes an object."""
+    """Validate records while they are read, and keep a few bytes of each annotation for counting.
+
+    Attributes:
+        classes: Names by category id.
+        label_of: Label of each category id.
+        offsets: The annotations of image i are those from `offsets[i]` up to, but not including, `offsets[i + 1]`.
+        labels: (N,) int32, the label of each annotation.
+        is_crowd, has_mask: (N,) bool, of each annotation.
+        has_annotation_ids: Whether the annotations' ids are unique integers >= 1, so that they can be kept.
+        has_image_ids: Whether the images' ids are integers >= 0.
+    """
 
     def __init__(self, classes: dict[int, str]) -> None:
         self.classes = classes
         self.label_of = {category: label for label, category in enumerate(classes)}
-        self.first = array("q", [0])  # number of annotations before each image, and of all
-        self.keeps_ids = self.keeps_image_ids = True
-        self._label, self._flags = array("i"), array("b")
+        self.offsets = array("q", [0])
 
-    def watch(self, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Yields the records on; the counts are there when it ends."""
-        ids, image_ids = array("q"), array("q")
+    def validated(self, records: Iterable[Record]) -> Iterator[Record]:
+        """Yield each record after validating it; the other attributes exist when the iteration has ended.
+
+        Raises:
+            ValueError: an annotation is invalid, or two images have the same id.
+        """
+        labels, ids, image_ids = array("i"), array("q"), array("q")
+        is_crowd, has_mask = array("b"), array("b")
         for index, record in enumerate(records):
             image_id = record.get("image_id")
             image_ids.append(image_id if is_index(image_id) else -1)
@@ -146,113 +171,121 @@ class AnnotationIndex:
                 check_annotations(record["annotations"], self.classes)
             for annotation in record["annotations"]:
                 ids.append(annotation["id"] if is_index(annotation.get("id")) else 0)
-                self._label.append(self.label_of[annotation["category_id"]])
-                self._flags.append(
-                    bool(annotation.get("iscrowd")) + 2 * has_segmentation(annotation.get("segmentation"))
-                )
-            self.first.append(len(ids))
+                labels.append(self.label_of[annotation["category_id"]])
+                is_crowd.append(bool(annotation.get("iscrowd")))
+                has_mask.append(has_segmentation(annotation.get("segmentation")))
+            self.offsets.append(len(ids))
             yield record
-        self.keeps_ids = min(ids, default=1) > 0 and len(np.unique(ids)) == len(ids)
-        self.keeps_image_ids = min(image_ids, default=0) >= 0
-        values, repeats = np.unique(image_ids, return_counts=True)
-        if self.keeps_image_ids and (repeats > 1).any():
+        self.labels = np.array(labels, np.int32)
+        self.is_crowd, self.has_mask = np.array(is_crowd, bool), np.array(has_mask, bool)
+        self.has_annotation_ids = min(ids, default=1) > 0 and len(np.unique(ids)) == len(ids)
+        self.has_image_ids = min(image_ids, default=0) >= 0
+        unique, counts = np.unique(image_ids, return_counts=True)
+        if self.has_image_ids and (counts > 1).any():
             raise ValueError(
-                f"image id {values[repeats > 1][0]} stands for {repeats[repeats > 1][0]} images; number the images, or"
-                " leave their ids out"
+                f"image ids must be unique, got {unique[counts > 1][0]} for {counts[counts > 1][0]} images. Renumber"
+                " the images, or remove their ids."
             )
 
-    def labels(self) -> np.ndarray:
-        """Label of each annotation."""
-        return np.array(self._label, np.int32)
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.offsets) - 1
 
-    def crowds(self) -> np.ndarray:
-        """Whether each annotation is a crowd."""
-        return (np.array(self._flags, np.int8) & 1) > 0
-
-    def masked(self) -> np.ndarray:
-        """Whether each annotation has a segmentation."""
-        return (np.array(self._flags, np.int8) & 2) > 0
-
-    def images(self) -> np.ndarray:
-        """Number of the image of each annotation."""
-        return np.repeat(np.arange(len(self.first) - 1), np.diff(self.first))
+    def image_indices(self) -> np.ndarray:
+        """Return the index of the image of each annotation."""
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
 
     def objects_per_image(self) -> np.ndarray:
-        """Number of annotations of each image that are no crowds."""
-        return np.bincount(self.images()[~self.crowds()], minlength=len(self.first) - 1)
+        """Return the number of annotations of each image, crowds excluded."""
+        return np.bincount(self.image_indices()[~self.is_crowd], minlength=len(self))
 
 
 class PackedRecords:
-    """Records as JSON, one after the other in one buffer.
+    """Store records as JSON in one buffer.
 
-    A Python object for each annotation would be 10 times as large, and its reference count, which every reader writes,
-    would make each forked worker copy it.
+    One Python object per annotation would be ten times as large. Each forked worker would also copy it, because every
+    read writes the reference count of the object.
+
+    Args:
+        records: The records.
+        images: The folder of the file names; PIL images or paths in the order of the records; or a mapping to them from
+            image id or file name.
+
+    Raises:
+        ValueError: an image is missing, or a file name leads out of the folder.
     """
 
-    def __init__(self, records: Iterable[dict[str, Any]], pictures: Any) -> None:
-        self.pictures = os.fspath(pictures) if isinstance(pictures, str | os.PathLike) else pictures
+    def __init__(self, records: Iterable[Record], images: Any) -> None:
+        self.images = os.fspath(images) if isinstance(images, str | os.PathLike) else images
         buffer, ends, missing, outside = bytearray(), array("q", [0]), [], []
-        for record in logging.tqdm(records, desc="Reading annotations", unit=" images", delay=2):
-            buffer += json.dumps(record, separators=(",", ":"), default=_as_json).encode()
+        for index, record in enumerate(logging.tqdm(records, desc="Reading annotations", unit=" images", delay=2)):
+            buffer += json.dumps(record, separators=(",", ":"), default=_json_default).encode()
             ends.append(len(buffer))
-            if isinstance(self.pictures, str) and is_outside(self.pictures, record.get("file_name")):
+            if isinstance(self.images, str) and is_outside(self.images, record.get("file_name")):
                 outside.append(record["file_name"])
-            elif not self._is_there(record, len(ends) - 2):
+            elif not self._has_image(record, index):
                 missing.append(record.get("file_name") or record.get("image_id"))
+        self.buffer, self.ends = np.frombuffer(buffer, np.uint8), np.array(ends)
+        self._check_images(missing, outside)
+
+    def _has_image(self, record: Record, index: int) -> bool:
+        if isinstance(self.images, str):
+            name = record.get("file_name")
+            return isinstance(name, str) and os.path.isfile(os.path.join(self.images, name))
+        if isinstance(self.images, Mapping):
+            return record.get("image_id") in self.images or record.get("file_name") in self.images
+        return index < len(self.images)
+
+    def _check_images(self, missing: list[Any], outside: list[Any]) -> None:
+        count = len(self.ends) - 1
         if outside:
             raise ValueError(
-                f"{len(outside)} of {len(ends) - 1} file names lead out of {self.pictures!r}, among them"
-                f" {_first(outside)}; correct them, or give, as image_folder or pictures, the folder"
-                " that all pictures lie in"
+                f"file names must stay inside the folder {self.images!r}, got {_list_first(outside)}:"
+                f" {len(outside)} of {count} lead out of it. Correct them, or give a folder that contains all images,"
+                " as image_folder or pictures."
             )
         if missing:
+            kind = type(self.images).__name__
+            place = repr(self.images) if kind == "str" else f"the {kind} of {len(self.images)} images"
             raise ValueError(
-                f"{len(missing)} of {len(ends) - 1} pictures are not in {_kind(self.pictures)}, among them"
-                f" {_first(missing)}; give their folder, as image_folder or pictures"
+                f"{len(missing)} of {count} images are not in {place}: {_list_first(missing)}. Give the folder that"
+                " contains them, as image_folder or pictures."
             )
-        if isinstance(pictures, Sequence) and not isinstance(pictures, str) and len(pictures) != len(ends) - 1:
-            raise ValueError(f"{len(pictures)} pictures for {len(ends) - 1} images; give one for each, in their order")
-        self.buffer, self.ends = np.frombuffer(buffer, np.uint8), np.array(ends)
-
-    def _is_there(self, record: dict[str, Any], index: int) -> bool:
-        if isinstance(self.pictures, str):
-            return isinstance(record.get("file_name"), str) and os.path.isfile(
-                os.path.join(self.pictures, record["file_name"])
+        if not isinstance(self.images, str | Mapping) and len(self.images) != count:
+            raise ValueError(
+                f"pictures must contain one image for each of the {count} entries of 'images', in their order, got"
+                f" {len(self.images)}. Add or remove images."
             )
-        if isinstance(self.pictures, Mapping):
-            return record.get("image_id") in self.pictures or record.get("file_name") in self.pictures
-        return index < len(self.pictures)
 
-    def record(self, index: int) -> dict[str, Any]:
-        """Record number `index`."""
+    def record(self, index: int) -> Record:
+        """Return the record at `index`."""
         return json.loads(self.buffer[self.ends[index] : self.ends[index + 1]].tobytes())
 
-    def picture(self, index: int, record: Mapping[str, Any]) -> Any:
-        """The picture of the record, as a path or a PIL picture."""
-        if isinstance(self.pictures, str):
-            return os.path.join(self.pictures, record["file_name"])
-        if isinstance(self.pictures, Mapping):
-            key = record["image_id"] if record.get("image_id") in self.pictures else record["file_name"]
-            return self.pictures[key]
-        return self.pictures[index]
+    def image(self, index: int, record: Record) -> Any:
+        """Return the record's image as a path or a PIL image."""
+        if isinstance(self.images, str):
+            return os.path.join(self.images, record["file_name"])
+        if isinstance(self.images, Mapping):
+            key = record["image_id"] if record.get("image_id") in self.images else record["file_name"]
+            return self.images[key]
+        return self.images[index]
 
-    encoded = picture
-
-
-def _first(names: Sequence[Any]) -> str:
-    return ", ".join(f"{name!r:.200}" for name in names[:3])
+    encoded_image = image
 
 
-def _kind(pictures: Any) -> str:
-    return repr(pictures) if isinstance(pictures, str) else f"the {type(pictures).__name__} of {len(pictures)} pictures"
+def _list_first(names: Sequence[Any]) -> str:
+    return ", ".join(f"{name!r:.200}" for name in names[:3]) + ", ..." * (len(names) > 3)
 
 
-def _as_json(value: Any) -> Any:
-    """What json cannot write: numpy's numbers and arrays, and the bytes of an RLE."""
+def _json_default(value: Any) -> Any:
+    """Convert what `json` cannot write: the bytes of an RLE, and numpy numbers, arrays and bitmaps."""
     if isinstance(value, bytes):
         return value.decode("ascii")
     if isinstance(value, np.ndarray) and value.ndim == 2 and value.dtype.itemsize == 1:  # a bitmap
         return read_segmentation(value, value.shape)
     if hasattr(value, "tolist"):
         return value.tolist()
-    raise ValueError(f"an annotation holds {value!r:.60}; give numbers, lists, an RLE or an array")
+    raise ValueError(
+        f"annotations must contain numbers, strings, lists, RLE dicts or arrays, got {type(value).__name__}"
+        f" {value!r:.60}. Convert it."
+    )

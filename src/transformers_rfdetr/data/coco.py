@@ -1,122 +1,182 @@
-"""Read COCO annotations."""
+"""Read COCO instances JSON: https://cocodataset.org/#format-data.
 
-import json
+[`find_coco_files`] recognises the format, [`read_coco_splits`] reads it. The other functions read one COCO dict, which
+has the lists `images`, `annotations` and `categories`.
+"""
+
 import os
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..model.validation import are_numbers, is_index, to_builtin
-from .label_maps import (
-    split_name,
-)
-from .text_files import read_text
+from ..model.validation import are_numbers, error_context, is_index, to_builtin
+from .annotation_records import AnnotatedSplit, Record, check_annotations, describe_image
+from .label_maps import canonical_split_name, check_class_names, common_label_map, validate_classes
+from .text_files import read_json_object
 
-_FIELDS = ("id", "category_id", "bbox", "segmentation", "area", "iscrowd")  # of an annotation
+_ANNOTATION_FIELDS = ("id", "category_id", "bbox", "segmentation", "area", "iscrowd")
 
 
-def find_coco_files(source: Path | Mapping[str, Any]) -> dict[str, tuple[Path, list[Path]]]:
-    """Split -> JSON and the folders that its pictures may lie in; empty where the source is of another form."""
+class CocoFile(NamedTuple):
+    """A COCO JSON, and the folders that its images may be in."""
+
+    path: Path
+    image_folders: list[Path]
+
+
+def find_coco_files(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, CocoFile]:
+    """Return the COCO JSON of each split; empty if the source is not in COCO format.
+
+    Args:
+        source: A COCO JSON; a mapping from splits to COCO JSONs; a folder with `train/_annotations.coco.json`, as
+            Roboflow exports it; or a folder with `annotations/instances_train2017.json`, as COCO publishes it.
+    """
     if isinstance(source, Mapping):
-        paths = {split_name(split): Path(path).expanduser() for split, path in source.items()}
-        return {split: (path, [path.parent, path.parent / "images"]) for split, path in paths.items()}
+        paths = {canonical_split_name(split): Path(path).expanduser() for split, path in source.items()}
+        return {split: CocoFile(path, [path.parent, path.parent / "images"]) for split, path in paths.items()}
+    source = Path(source).expanduser()
     if source.suffix.lower() == ".json":
-        return {"train": (source, [source.parent, source.parent / "images"])}
+        return {"train": CocoFile(source, [source.parent, source.parent / "images"])}
     exported = [source / split / "_annotations.coco.json" for split in ("train", "valid", "test")]
-    if files := {split_name(path.parent.name): (path, [path.parent]) for path in exported if path.is_file()}:
+    if files := {
+        canonical_split_name(path.parent.name): CocoFile(path, [path.parent]) for path in exported if path.is_file()
+    }:
         return files
     if (source / "_annotations.coco.json").is_file():
-        return {"train": (source / "_annotations.coco.json", [source])}
+        return {"train": CocoFile(source / "_annotations.coco.json", [source])}
     official = {}
     for path in sorted(source.glob("annotations/instances_*.json")):
-        name = path.stem.removeprefix("instances_")  # train2017
+        name = path.stem.removeprefix("instances_")  # such as train2017
         folders = [source / name, source / "images" / name, source / "images"]
-        official[split_name(re.sub(r"\d+$", "", name))] = (path, folders)
+        official[canonical_split_name(re.sub(r"\d+$", "", name))] = CocoFile(path, folders)
     return {split: official[split] for split in sorted(official, key=lambda split: (split != "train", split))}
 
 
-def read_coco_file(path: Path) -> dict[str, Any]:
-    """A COCO JSON, whatever it holds; ValueError if that is no dict."""
-    text = read_text(path)
-    try:
-        coco = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}; export it again") from error
-    if not isinstance(coco, dict):
-        raise ValueError(f"{path} holds a {type(coco).__name__}, not a dict of COCO's form; export it again")
-    return coco
+def read_coco_splits(files: Mapping[str, CocoFile], image_folder: Any, class_names: Any) -> dict[str, AnnotatedSplit]:
+    """Read the COCO JSON of each split.
+
+    Args:
+        files: What [`find_coco_files`] returned.
+        image_folder: The folder of the images, or a mapping to it from splits; by default the first of the file's
+            `image_folders` that contains them.
+        class_names: None, or the classes that the files must define.
+
+    Raises:
+        ValueError: a file is not a COCO JSON, or the splits' categories differ.
+    """
+    cocos, classes = {}, {}
+    used: dict[str, set[Any]] = {}
+    for split, (path, _) in files.items():
+        coco = cocos[split] = read_json_object(path)
+        with error_context(str(path)):
+            classes[split] = coco_categories(coco)
+            categories = [annotation.get("category_id") for annotation in coco_entries(coco, "annotations")]
+        used[split] = {category for category in categories if isinstance(category, Hashable)}
+    for parent in parent_category_ids(cocos.values()) - set().union(*used.values()):
+        for defined in classes.values():
+            defined.pop(parent, None)
+    for split, ids in used.items():  # name image and annotation, which `common_label_map` cannot
+        if ids - classes[split].keys():
+            with error_context(str(files[split].path)):
+                defined = validate_classes(classes[split])
+                for index, record in enumerate(coco_records(cocos[split])):
+                    with error_context(describe_image(record, index)):
+                        check_annotations(record["annotations"], defined)
+    label_map = common_label_map(classes, used)
+    check_class_names(class_names, label_map)
+    splits = {}
+    for split, (path, folders) in files.items():
+        given = image_folder.get(split) if isinstance(image_folder, Mapping) else image_folder
+        folders = folders if given is None else [Path(given).expanduser()]
+        with error_context(str(path)):
+            folder = _find_image_folder(cocos[split], folders)
+        splits[split] = AnnotatedSplit(str(path), label_map, coco_records(cocos.pop(split)), folder)
+    return splits
 
 
 def coco_categories(coco: Mapping[str, Any]) -> dict[int, str]:
-    """Category id -> name."""
+    """Return the name of each category id.
+
+    Raises:
+        ValueError: the dict is not a COCO dict, or a category id is invalid or defined twice.
+    """
     if not {"images", "categories"} <= coco.keys():
+        keys = [f"{key:.60}" for key in sorted(map(str, coco))[:8]]
         raise ValueError(
-            f"the keys are {[f'{key:.60}' for key in sorted(map(str, coco))[:8]]}, not those of COCO's instances JSON:"
-            " 'images', 'annotations' and 'categories'; convert the annotations to it"
+            "COCO instances JSON must have the keys 'images', 'annotations' and 'categories', got"
+            f" {keys}. Convert the annotations to it."
         )
     classes: dict[int, str] = {}
     for category in coco_entries(coco, "categories"):
-        number = category.get("id")
-        if not is_index(number):
-            raise ValueError(f"category id {number!r:.60} is not a whole number of at least 0; number the categories")
-        if number in classes:
-            raise ValueError(f"category id {number!r} is defined twice; remove one of the two definitions")
-        classes[number] = str(category.get("name", number))
+        category_id = category.get("id")
+        if not is_index(category_id):
+            raise ValueError(f"category id must be an integer >= 0, got {category_id!r:.60}. Number the categories.")
+        if category_id in classes:
+            raise ValueError(f"category ids must be unique, got {category_id!r} twice. Remove one of the definitions.")
+        classes[category_id] = str(category.get("name", category_id))
     return classes
 
 
 def coco_entries(coco: Mapping[str, Any], key: str) -> Sequence[Mapping[str, Any]]:
-    """One of the three lists of a COCO dictionary; ValueError unless it is a list of dictionaries."""
-    found = coco.get(key)
-    found = [] if found is None else found
-    if not isinstance(found, list | tuple):
-        kind = type(found).__name__
-        raise ValueError(f"{key!r} is a {kind}, not a list as in COCO's instances JSON; export it again")
-    wrong = next((index for index, entry in enumerate(found) if not isinstance(entry, Mapping)), None)
-    if wrong is not None:
-        raise ValueError(f"entry {wrong} of {key!r} is {found[wrong]!r:.60}, not a dictionary; correct or remove it")
-    return found
+    """Return one of the three lists of a COCO dict; empty if it is missing.
+
+    Raises:
+        ValueError: it is not a list of dicts.
+    """
+    entries = coco.get(key)
+    entries = [] if entries is None else entries
+    if not isinstance(entries, list | tuple):
+        raise ValueError(f"{key!r} must be a list of dicts, got {type(entries).__name__}. Export the file again.")
+    for index, entry in enumerate(entries):
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"{key!r}[{index}] must be a dict, got {entry!r:.60}. Correct or remove it.")
+    return entries
+
+
+def coco_records(coco: Mapping[str, Any]) -> Iterator[Record]:
+    """Yield the record of each image of a COCO dict.
+
+    Raises:
+        ValueError: an image is invalid, image ids are missing or not unique, or an annotation belongs to no image.
+    """
+    by_image: dict[Any, list[Mapping[str, Any]]] = {}
+    for image in coco_entries(coco, "images"):
+        image_id = image.get("id")
+        _check_image(image)
+        if image_id is None or not isinstance(image_id, Hashable) or image_id in by_image:
+            raise ValueError(f"image ids must be present and unique, got {image_id!r:.60}. Renumber the images.")
+        by_image[image_id] = []
+    for annotation in coco_entries(coco, "annotations"):
+        image_id = annotation.get("image_id")
+        if not isinstance(image_id, Hashable) or image_id not in by_image:
+            raise ValueError(
+                f"annotation {annotation.get('id')!r:.60}: image_id must be the id of one of the {len(by_image)}"
+                f" images, got {image_id!r:.60}. Add the image or remove the annotation."
+            )
+        by_image[image_id].append(annotation)
+    for image in coco["images"]:
+        fields = {name: image[name] for name in ("file_name", "width", "height") if image.get(name) is not None}
+        annotations = [
+            {field: annotation[field] for field in _ANNOTATION_FIELDS if annotation.get(field) is not None}
+            for annotation in by_image[image["id"]]
+        ]
+        yield {"image_id": image["id"], **fields, "annotations": annotations}
 
 
 def _check_image(image: Mapping[str, Any]) -> None:
-    name = image.get("file_name")
-    if not isinstance(name, str | None):
-        raise ValueError(f"image {image.get('id')!r:.60}: file_name {name!r:.60} is not a text; correct it")
-    for side in ("width", "height"):
-        given = to_builtin(image.get(side))
-        if given is not None and not (are_numbers([given], 1) and given >= 0 and given == int(given)):
-            raise ValueError(f"image {image.get('id')!r:.60}: {side} {given!r:.60} is no number of pixels; correct it")
+    with error_context(f"image {image.get('id')!r:.60}"):
+        name = image.get("file_name")
+        if not isinstance(name, str | None):
+            raise ValueError(f"file_name must be a string, got {name!r:.60}. Correct it.")
+        for side in ("width", "height"):
+            value = to_builtin(image.get(side))
+            if value is not None and not (are_numbers([value], 1) and value >= 0 and value == int(value)):
+                raise ValueError(f"{side} must be a whole number of pixels, got {value!r:.60}. Correct it.")
 
 
-def coco_records(coco: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The images of a COCO dictionary, each with its annotations."""
-    by_image: dict[Any, list[Mapping[str, Any]]] = {}
-    for image in coco_entries(coco, "images"):
-        number = image.get("id")
-        _check_image(image)
-        if number is None or not isinstance(number, Hashable) or number in by_image:
-            raise ValueError(f"image id {number!r:.60} is missing or stands for two images; number the images")
-        by_image[number] = []
-    for annotation in coco_entries(coco, "annotations"):
-        number = annotation.get("image_id")
-        if not isinstance(number, Hashable) or number not in by_image:
-            raise ValueError(
-                f"annotation {annotation.get('id')!r:.60} belongs to image {number!r:.60}, which is none"
-                f" of the {len(by_image)} images; add the image or remove the annotation"
-            )
-        by_image[annotation["image_id"]].append(annotation)
-    for image in coco["images"]:
-        given = {name: image[name] for name in ("file_name", "width", "height") if image.get(name) is not None}
-        objects = [
-            {field: annotation[field] for field in _FIELDS if annotation.get(field) is not None}
-            for annotation in by_image[image["id"]]
-        ]
-        yield {"image_id": image["id"], **given, "annotations": objects}
-
-
-def grouping_category_ids(cocos: Iterable[Mapping[str, Any]]) -> set[int]:
-    """Ids of the categories that are listed only to group others, as Roboflow's exports do."""
+def parent_category_ids(cocos: Iterable[Mapping[str, Any]]) -> set[int]:
+    """Return the ids of the categories that only group others, which the exports of Roboflow contain."""
     categories = [category for coco in cocos for category in coco_entries(coco, "categories")]
     groups = [category.get("supercategory") for category in categories]
     return {
@@ -126,8 +186,8 @@ def grouping_category_ids(cocos: Iterable[Mapping[str, Any]]) -> set[int]:
     }
 
 
-def find_image_folder(coco: Mapping[str, Any], folders: Sequence[Path]) -> Path:
-    """The folder that has the first picture, or else the first folder."""
+def _find_image_folder(coco: Mapping[str, Any], folders: Sequence[Path]) -> Path:
+    """Return the first folder that contains the first image, or else the first folder."""
     name = next((image.get("file_name") for image in coco_entries(coco, "images")), None)
     name = name if isinstance(name, str) else ""
     return next((folder for folder in folders if os.path.isfile(folder / name)), folders[0])

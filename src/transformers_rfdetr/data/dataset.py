@@ -1,12 +1,13 @@
-"""Annotated images as datasets."""
+"""Annotated images as a PyTorch dataset, and its splits with one label map.
+
+Sizes are (H, W); boxes are COCO's [x, y, width, height] in pixels of the upright image (EXIF rotation applied).
+"""
 
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-import torch.distributed
 import torch.utils.data
 from transformers.utils import logging
 
@@ -15,53 +16,51 @@ from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from ..model.validation import error_context
 from .annotation_records import AnnotationIndex, PackedRecords, complete_record, describe_image, read_sample
 from .coco import coco_categories, coco_records
+from .hub_rows import ArrowRows
 from .image_files import upright_size
-from .label_maps import (
-    HasLabelMap,
-    common_label_map,
-    validate_classes,
-)
+from .label_maps import HasLabelMap, common_label_map, describe_classes, validate_classes
 from .prepared import PreparedDataset
 from .streams import InstanceStream
 
 
 class ClassCount(NamedTuple):
-    """What a split holds of one class."""
+    """Numbers of one class in a split."""
 
-    objects: int  # without crowds
+    objects: int  # crowds excluded
     crowds: int
     images: int  # with at least one object
 
 
 class InstanceDataset(HasLabelMap, torch.utils.data.Dataset):
-    """Pictures with their objects, read one at a time; the annotations stay compressed, as they were given.
+    """Annotated images, read one at a time; the annotations are kept as compact as in the annotation file.
 
-    `dataset[i]` is a dict of `image` (PIL, RGB, upright), `image_id`, `width`, `height`, `file_name` where there is
-    one, and `annotations`: COCO's dicts with `category_id` the label, and `id`, `image_id`, `bbox`, `area` and
-    `iscrowd` also where the data leave them out (bbox and area as far as there is a shape or a box to take them from).
+    `dataset[i]` is a dict of `image` (PIL, RGB, upright), `image_id`, `width`, `height`, `file_name` if it is known,
+    and `annotations`: COCO dicts with `category_id` replaced by the label, and with `id`, `image_id`, `bbox`, `area`
+    and `iscrowd` also if the data do not contain them. Missing boxes and areas come from the mask, else areas come from
+    the box.
 
-    Image ids that are no whole numbers are replaced by the row's number, and ids of annotations, unless they all differ
-    and are at least 1, by running numbers from 1.
+    Image ids that are not integers are replaced by the index of the image. Annotation ids are replaced by 1, 2, ...
+    unless all of them are unique and at least 1.
 
     Example:
         >>> from transformers_rfdetr.data.dataset import InstanceDataset
         >>> from transformers_rfdetr.data.synthetic import draw_dataset
-        >>> pictures, coco = draw_dataset(4)
-        >>> dataset = InstanceDataset(coco, pictures)
+        >>> images, coco = draw_dataset(4)
+        >>> dataset = InstanceDataset(coco, images)
         >>> len(dataset), dataset.id2label, dataset.category_ids
         (4, {0: 'building'}, [1])
         >>> {annotation["category_id"] for annotation in dataset[0]["annotations"]}
         {0}
 
     Args:
-        coco: `images`, `annotations` and `categories` as COCO's JSON has them.
-        pictures: The folder of the `file_name`s; or PIL pictures or paths, in the order of `images` or in a mapping
-            from image id or file name.
-        label_map: Category id -> name of the classes; by default those of `categories`.
+        coco: A COCO dict with `images`, `annotations` and `categories`.
+        pictures: The images: the folder that their file names are relative to; PIL images or paths in the order of
+            `images`; or a mapping to these from image id or file name.
+        label_map: Names of the classes by category id; by default those of `categories`.
 
     Raises:
-        ValueError: a file that is not there, a category that is not defined, an annotation of an unknown image, ids
-            that are not unique, a box that is not four numbers.
+        ValueError: an image is missing, ids are not unique, an annotation has an undefined category, belongs to no
+            image, or has an invalid box, area or iscrowd.
     """
 
     def __init__(
@@ -71,91 +70,87 @@ class InstanceDataset(HasLabelMap, torch.utils.data.Dataset):
         *,
         label_map: Mapping[int, str] | None = None,
     ) -> None:
-        tally = AnnotationIndex(validate_classes(label_map or coco_categories(coco)))
-        self._hold(tally, PackedRecords(tally.watch(coco_records(coco)), pictures))
+        index = AnnotationIndex(validate_classes(label_map or coco_categories(coco)))
+        self._set_records(index, PackedRecords(index.validated(coco_records(coco)), pictures))
 
     @classmethod
-    def of_rows(cls, tally: "AnnotationIndex", rows: Any) -> "InstanceDataset":
-        """The data set of records that the tally has watched; `rows` reads them as a [`PackedRecords`] does."""
+    def from_index(cls, index: AnnotationIndex, records: PackedRecords | ArrowRows) -> "InstanceDataset":
+        """Return the dataset of records that `index` has validated."""
         dataset = cls.__new__(cls)
-        dataset._hold(tally, rows)
+        dataset._set_records(index, records)
         return dataset
 
-    def _hold(self, tally: "AnnotationIndex", rows: Any) -> None:
-        self._tally, self._rows, self._classes = tally, rows, tally.classes
+    def _set_records(self, index: AnnotationIndex, records: PackedRecords | ArrowRows) -> None:
+        self._index, self._records, self._classes = index, records, index.classes
 
     def __len__(self) -> int:
-        return len(self._tally.first) - 1
+        return len(self._index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} is outside the {len(self)} images of the data set")
+            raise IndexError(f"index must be in [{-len(self)}, {len(self)}), got {index}")
         index = int(index) % len(self)
-        record = self._rows.record(index)
+        record = self._records.record(index)
         with error_context(describe_image(record, index)):
-            return read_sample(record, self._rows.picture(index, record), self._tally.label_of, *self._ids(index))
+            image = self._records.image(index, record)
+            return read_sample(record, image, self._index.label_of, *self._replacement_ids(index))
 
-    def _ids(self, index: int) -> tuple[int | None, int | None]:
-        """The image id and the id of the first annotation of an image, where its record's are not to be used."""
-        image_id = None if self._tally.keeps_image_ids else index
-        return image_id, None if self._tally.keeps_ids else self._tally.first[index] + 1
+    def _replacement_ids(self, index: int) -> tuple[int | None, int | None]:
+        """Return the image id and the id of the first annotation of an image; None if the record's ids are kept."""
+        image_id = None if self._index.has_image_ids else index
+        return image_id, None if self._index.has_annotation_ids else self._index.offsets[index] + 1
 
     def coco(self) -> dict[str, Any]:
-        """`images`, `annotations` and `categories` as COCO's JSON has them, with the data's own category ids.
+        """Return a COCO dict of `images`, `annotations` and `categories`, with the category ids of the data.
 
-        Crowds are there, and the size of every image, from the files' headers where the data do not give it.
+        It contains crowds, and the size of every image, read from the header of the file if the data lack it.
         """
         images, annotations = [], []
         for index in logging.tqdm(range(len(self)), desc="Annotations", delay=2):
-            record = self._rows.record(index)
+            record = self._records.record(index)
             with error_context(describe_image(record, index)):
                 size = (record.get("height"), record.get("width"))
                 if not all(size):
-                    size = upright_size(self._rows.encoded(index, record))
-                head, objects = complete_record(record, size, *self._ids(index))
-            images.append({"id": head.pop("image_id"), **head})
-            annotations += objects
+                    size = upright_size(self._records.encoded_image(index, record))
+                fields, completed = complete_record(record, size, *self._replacement_ids(index))
+            images.append({"id": fields.pop("image_id"), **fields})
+            annotations += completed
         categories = [{"id": category, "name": name} for category, name in self._classes.items()]
         return {"images": images, "annotations": annotations, "categories": categories}
 
     def counts(self) -> dict[int, ClassCount]:
-        """Label -> how many objects, crowds and images with objects there are."""
-        labels, is_crowd, image = self._tally.labels(), self._tally.crowds(), self._tally.images()
-        result = {}
+        """Return the numbers of objects, crowds and images of each label."""
+        labels, is_crowd, image_indices = self._index.labels, self._index.is_crowd, self._index.image_indices()
+        counts = {}
         for label in self.id2label:
-            objects = (labels == label) & ~is_crowd
+            is_object = (labels == label) & ~is_crowd
             crowds = int(((labels == label) & is_crowd).sum())
-            result[label] = ClassCount(int(objects.sum()), crowds, len(np.unique(image[objects])))
-        return result
+            counts[label] = ClassCount(int(is_object.sum()), crowds, len(np.unique(image_indices[is_object])))
+        return counts
 
     def crowded(self, num_queries: int) -> list[tuple[str | int, int]]:
-        """The images that hold more objects than a model has queries, with their numbers of objects.
-
-        Of such an image the model can find `num_queries` objects at most, and in training the rest go unmatched.
-
-        Args:
-            num_queries: As in the model's configuration.
+        """Return the images with more objects than `num_queries`, of which a model can find only as many.
 
         Returns:
-            (file name, or image id where there is none; objects without crowds), in the order of the data.
+            (file name, else image id; number of objects without crowds) of each, in the order of the data.
         """
-        counts = self._tally.objects_per_image()
-        found = []
+        counts = self._index.objects_per_image()
+        images = []
         for index in np.flatnonzero(counts > num_queries).tolist():
-            record = self._rows.record(index)
+            record = self._records.record(index)
             name = record.get("file_name") or record.get("image_id")
-            found.append((index if name is None else name, int(counts[index])))
-        return found
+            images.append((index if name is None else name, int(counts[index])))
+        return images
 
     def names_of(self, image_ids: Sequence[int]) -> list[str]:
-        """File names, or "image_id 7" where there is none, of images in the order of their ids given."""
-        wanted = dict.fromkeys(image_ids)
+        """Return the file name, else "image_id 7", of each image id."""
+        names = dict.fromkeys(image_ids)
         for index in range(len(self)):
-            record, (image_id, _) = self._rows.record(index), self._ids(index)
+            record, (image_id, _) = self._records.record(index), self._replacement_ids(index)
             image_id = record["image_id"] if image_id is None else image_id
-            if image_id in wanted:
-                wanted[image_id] = record.get("file_name")
-        return [str(wanted[image_id] or f"image_id {image_id}") for image_id in image_ids]
+            if image_id in names:
+                names[image_id] = record.get("file_name")
+        return [str(names[image_id] or f"image_id {image_id}") for image_id in image_ids]
 
     def with_processor(
         self,
@@ -164,38 +159,38 @@ class InstanceDataset(HasLabelMap, torch.utils.data.Dataset):
         augmentation: Any = None,
         seed: int = 0,
         masks: bool = True,
-    ) -> "PreparedDataset":
-        """The same data as the model's inputs and labels; see [`PreparedDataset`] for the arguments."""
+    ) -> PreparedDataset:
+        """Return the model's inputs and labels of the images; [`PreparedDataset`] documents the arguments."""
         return PreparedDataset(self, processor, augmentation=augmentation, seed=seed, masks=masks)
 
-    def _summary(self) -> str:
-        counts = self._tally.objects_per_image()
-        masked = self._tally.masked()
-        parts = [
-            f"{len(self)} images, {int((counts == 0).sum())} of them without objects",
-            f"{int(counts.sum())} objects, {int((~masked & ~self._tally.crowds()).sum())} of them without a mask",
-            f"at most {int(counts.max(initial=0))} in one image",
-        ]
-        return "; ".join(parts)
+    def summary(self) -> str:
+        """Return the numbers of images and objects in one line."""
+        counts = self._index.objects_per_image()
+        without_mask = int((~self._index.has_mask & ~self._index.is_crowd).sum())
+        return (
+            f"{len(self)} images, {int((counts == 0).sum())} of them without objects;"
+            f" {int(counts.sum())} objects, {without_mask} of them without a mask;"
+            f" at most {int(counts.max(initial=0))} in one image"
+        )
 
 
 class InstanceDatasets(dict[str, Any], HasLabelMap):
-    """Splits by name, [`InstanceDataset`] or [`InstanceStream`], with one label map; `str` of it is a table.
+    """Splits by name, each an [`InstanceDataset`] or [`InstanceStream`], with one label map; `str` of it is a table.
 
     Raises:
-        ValueError: the splits' label maps differ.
+        ValueError: there are no splits, or their label maps differ.
     """
 
-    def __init__(self, splits: Mapping[str, "InstanceDataset | InstanceStream"]) -> None:
+    def __init__(self, splits: Mapping[str, InstanceDataset | InstanceStream]) -> None:
         super().__init__(splits)
         if not splits:
-            raise ValueError("there is no split; give at least one")
+            raise ValueError("splits must contain at least one split, got none. Add one.")
         self._classes = common_label_map({name: split._classes for name, split in splits.items()})
         for name, split in splits.items():
             if split._classes != self._classes:
                 raise ValueError(
-                    f"split {name!r} has the classes {split._classes}, another the classes {self._classes};"
-                    " pass the same label_map to all of them"
+                    f"all splits must have the same classes, {describe_classes(self._classes)}, got"
+                    f" {describe_classes(split._classes)} in split {name!r}. Pass the same label_map to all of them."
                 )
 
     def __str__(self) -> str:
@@ -215,7 +210,6 @@ class InstanceDatasets(dict[str, Any], HasLabelMap):
             for cells in (list(zip(row, widths, strict=True)) for row in [header, *rows])
         ]
         lines += [
-            f"{name}: {split._summary() if name in counted else 'streamed, not counted'}"
-            for name, split in self.items()
+            f"{name}: {split.summary() if name in counted else 'streamed, not counted'}" for name, split in self.items()
         ]
         return "\n".join(lines)

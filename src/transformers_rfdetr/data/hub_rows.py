@@ -1,4 +1,8 @@
-"""Read rows of the datasets library."""
+"""Read rows of the `datasets` library: a dataset on the Hub, a folder in its formats, or a dataset in memory.
+
+A row has an image and its objects. A *split* is a `datasets.Dataset`, or an `IterableDataset`, which is streamed.
+[`is_hub_source`] and [`load_rows`] recognise the format, [`read_hub_rows`] reads it.
+"""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,18 +14,18 @@ from transformers.utils import logging
 
 from ..model.image_io import open_image
 from ..model.validation import error_context
-from .annotation_records import describe_image
-from .label_maps import check_class_names, common_label_map, read_class_names, split_name, validate_classes
+from .annotation_records import Record, describe_image
+from .label_maps import canonical_split_name, check_class_names, common_label_map, read_class_names, validate_classes
 
-# What data sets on the Hub call the columns of a row, and the fields of its objects.
-_COLUMNS = {
+# The names that datasets on the Hub give to the columns of a row, and to the fields of its objects.
+_COLUMN_ALIASES = {
     "image": ("image", "img", "picture"),
     "image_id": ("image_id", "id", "img_id"),
     "width": ("width", "image_width"),
     "height": ("height", "image_height"),
     "objects": ("objects", "annotations", "annotation", "instances"),
 }
-_FIELDS = {
+_FIELD_ALIASES = {
     "id": ("id", "bbox_id", "annotation_id"),
     "category_id": (
         *("category", "category_id", "categories", "category_ids", "label", "labels"),
@@ -32,17 +36,29 @@ _FIELDS = {
     "area": ("area", "areas"),
     "iscrowd": ("iscrowd", "is_crowd", "crowd"),
 }
-_SCAN_ROWS = 500  # that are translated at a time
+_BATCH_ROWS = 500  # converted from Arrow at a time
 SUPPORTED_SOURCES = (
-    "a data set id on the Hub, a data set of the library datasets, a folder that it reads, a COCO JSON or a mapping of"
-    " splits to such files, a folder with train/_annotations.coco.json or annotations/instances_*.json, or a data.yaml"
-    " of YOLO"
+    "a dataset id on the Hub, a dataset of the `datasets` library or a folder that it reads, a COCO JSON or a dict"
+    " {split: COCO JSON}, a folder with train/_annotations.coco.json or annotations/instances_*.json, or a data.yaml of"
+    " YOLO"
 )
 
 
 def is_hub_split(source: Any) -> bool:
-    """Whether it is a Dataset or an IterableDataset."""
+    """Return whether it is a `Dataset` or an `IterableDataset` of the `datasets` library."""
     return hasattr(source, "features") and hasattr(source, "select_columns")
+
+
+def is_hub_source(source: Any) -> bool:
+    """Return whether it is a split, or a mapping of names to splits."""
+    return is_hub_split(source) or (
+        isinstance(source, Mapping) and len(source) > 0 and all(map(is_hub_split, source.values()))
+    )
+
+
+def is_streamed(split: Any) -> bool:
+    """Return whether a split is an `IterableDataset`."""
+    return not hasattr(split, "num_rows")
 
 
 def _import_datasets() -> Any:
@@ -50,201 +66,221 @@ def _import_datasets() -> Any:
         import datasets
     except ImportError as error:
         raise ImportError(
-            'rows of the Hub need the library datasets: pip install "transformers-rfdetr[train]"; COCO and YOLO files'
-            " are read without it"
+            'Datasets of the Hub require the `datasets` library: pip install "transformers-rfdetr[train]". COCO and'
+            " YOLO files are read without it."
         ) from error
     return datasets
 
 
 def load_rows(source: Any, streaming: bool, arguments: Mapping[str, Any]) -> Any:
-    """A Hub id or a folder -> one split, or a mapping of them."""
+    """Load a Hub id or a folder with the `datasets` library.
+
+    Returns:
+        A split, or a mapping of names to splits.
+
+    Raises:
+        ValueError: the source is neither, or the library cannot load it.
+    """
     name, path = str(source), Path(source).expanduser()
-    if path.is_file():
-        raise ValueError(f"{name} is a file, and no COCO JSON or data.yaml; give {SUPPORTED_SOURCES}")
-    if not path.is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise ValueError(f"{name!r} is neither a folder nor a data set id; give {SUPPORTED_SOURCES}")
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
+    if path.is_file() or not (path.is_dir() or is_hub_id):
+        raise ValueError(f"source must be {SUPPORTED_SOURCES}, got {name!r:.200}. Give one of these.")
     datasets = _import_datasets()
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return datasets.load_from_disk(str(path))
     try:
         return datasets.load_dataset(str(path) if path.is_dir() else name, streaming=streaming, **arguments)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{name!r} cannot be loaded: {error}; give {SUPPORTED_SOURCES}") from error
+        raise ValueError(f"source {name!r:.200} cannot be loaded: {error}. Give {SUPPORTED_SOURCES}.") from error
 
 
 def read_hub_rows(
     source: Any, class_names: Any = None
 ) -> tuple[dict[str, Any], dict[str, "RowReader"], dict[int, str]]:
-    """A Dataset or IterableDataset, or a mapping to them -> splits, how their rows are read, and the classes of all."""
+    """Return the splits by name, the reader of each split's rows, and the classes of all splits.
+
+    Args:
+        source: A split, or a mapping of names to splits.
+        class_names: None, or the classes, if the features of the splits do not name them.
+
+    Raises:
+        ValueError: columns are missing, or the splits' categories differ.
+    """
     given = {str(getattr(source, "split", None) or "train"): source} if is_hub_split(source) else source
-    splits = {split_name(name): split for name, split in given.items()}
+    splits = {canonical_split_name(name): split for name, split in given.items()}
     readers = {}
     for name, split in splits.items():
         with error_context(f"split {name!r}"):
-            readers[name] = RowReader.of(split)
-    classes = _hub_classes(readers, splits, class_names)
-    ids = {text: category for category, text in classes.items()}
+            readers[name] = RowReader.from_split(split)
+    classes = _read_classes(readers, splits, class_names)
+    id_of_name = {name: category for category, name in classes.items()}
     for name, reader in readers.items():
-        if reader.category_kind == "string":
-            readers[name] = reader._replace(id_of=ids)
+        if reader.category_type == "string":
+            readers[name] = reader._replace(id_of_name=id_of_name)
     return splits, readers, classes
 
 
-def _hub_classes(readers: Mapping[str, "RowReader"], splits: Mapping[str, Any], class_names: Any) -> dict[int, str]:
-    """The classes of all splits: those that the features name, or `class_names`, or what the rows hold."""
-    kinds = {reader.category_kind for reader in readers.values()}
-    if len(kinds) > 1:
-        shown = {name: reader.category_kind for name, reader in readers.items()}
-        raise ValueError(f"categories are {shown}; give them one type in all splits, with `cast_column`")
-    if kinds == {"names"}:
+def _read_classes(readers: Mapping[str, "RowReader"], splits: Mapping[str, Any], class_names: Any) -> dict[int, str]:
+    """Return the classes of all splits: those that the features name, or `class_names`, or those found in the rows."""
+    types = {name: reader.category_type for name, reader in readers.items()}
+    if len(set(types.values())) > 1:
+        raise ValueError(f"categories must have the same type in all splits, got {types}. Use `cast_column`.")
+    category_type = next(iter(types.values()))
+    if category_type == "ClassLabel":
         classes = common_label_map({name: reader.classes for name, reader in readers.items()})
-        check_class_names(classes, class_names)
+        check_class_names(class_names, classes)
         return classes
     if class_names is not None:
         return validate_classes(read_class_names(class_names))
-    if not all(hasattr(split, "num_rows") for split in splits.values()):  # streams
+    if any(map(is_streamed, splits.values())):
         raise ValueError(
-            "the data do not name their classes, and a stream cannot be searched for them; give class_names, a list"
-            " of names or {id: name}"
+            f"class_names must be given for a stream whose categories are of type {category_type}, not ClassLabel, got"
+            " None. Give a list of names or a dict {id: name}."
         )
     found: set[Any] = set()
     for name, split in splits.items():
-        for index, record in enumerate(ArrowRows(split, readers[name]).scan(f"Classes of {name}")):
+        for index, record in enumerate(ArrowRows(split, readers[name]).records(f"Classes of {name}")):
             ids = {annotation.get("category_id") for annotation in record["annotations"]}
             if None in ids:
-                raise ValueError(
-                    f"split {name!r}, {describe_image(record, index)}: an object has no category; give it one"
-                )
+                place = f"split {name!r}, {describe_image(record, index)}"
+                raise ValueError(f"{place}: category must be a name or a number, got None. Give each object one.")
             found |= ids
-    if kinds == {"string"}:
+    if category_type == "string":
         return validate_classes(dict(enumerate(sorted(found))))
     return validate_classes({category: str(category) for category in found})
 
 
 class RowReader(NamedTuple):
-    """How the rows of a data set become records."""
+    """Convert the rows of a split to records."""
 
-    columns: dict[str, str]  # our name -> theirs
-    fields: dict[str, str]  # the same of an object
-    category_kind: str  # "names" (of a ClassLabel), "string" or "number"
+    columns: dict[str, str]  # the split's name of each column in _COLUMN_ALIASES
+    fields: dict[str, str]  # the split's name of each field in _FIELD_ALIASES
+    category_type: str  # "ClassLabel", "string" or "number"
     classes: dict[int, str]  # of a ClassLabel
-    id_of: Mapping[str, int] | None = None  # category id of a text
+    id_of_name: Mapping[str, int] | None = None  # category ids of names, if the rows contain names
 
     @classmethod
-    def of(cls, split: Any) -> "RowReader":
-        """The reader for a Dataset or IterableDataset."""
+    def from_split(cls, split: Any) -> "RowReader":
+        """Return the reader for the features of a split.
+
+        Raises:
+            ValueError: the features lack the image, the objects or their categories.
+        """
         features = split.features
-        if features is None:  # of a stream that declares none
+        if features is None:  # a stream may not declare them
             features = _import_datasets().Dataset.from_list([next(iter(split))]).features
         if {"images", "annotations"} <= features.keys():
-            raise ValueError("these rows are the lists of a COCO JSON; give that file itself, as in data/train.json")
-        columns = _find(features, _COLUMNS, ("image", "objects"), "row", "rename_column")
-        objects = _element(features[columns["objects"]])
+            raise ValueError(
+                "a row must contain one image and its objects, got the lists of a COCO JSON. Give the path of the JSON"
+                " file, such as data/train.json."
+            )
+        columns = _find_names(features, _COLUMN_ALIASES, ("image", "objects"), "a row", "rename_column")
+        objects = _list_element(features[columns["objects"]])
         if not isinstance(objects, Mapping):
             raise ValueError(
-                f"column {columns['objects']!r} holds {objects!r:.80}, not objects; give a dict of lists or a list of"
-                " dicts, with category, bbox and segmentation"
+                f"column {columns['objects']!r} must contain a dict of lists or a list of dicts with category, bbox and"
+                f" segmentation, got {objects!r:.80}. Convert it with `map`."
             )
-        fields = _find(objects, _FIELDS, ("category_id",), "object", "map")
+        fields = _find_names(objects, _FIELD_ALIASES, ("category_id",), "an object", "map")
         category = objects[fields["category_id"]]
-        while not hasattr(category, "names") and category is not _element(category):
-            category = _element(category)
+        while not hasattr(category, "names") and category is not _list_element(category):
+            category = _list_element(category)
         names = getattr(category, "names", None)
-        is_text = "string" in str(getattr(category, "dtype", ""))
-        kind = "names" if names else "string" if is_text else "number"
-        return cls(columns, fields, kind, dict(enumerate(names or [])))
+        is_string = "string" in str(getattr(category, "dtype", ""))
+        category_type = "ClassLabel" if names else "string" if is_string else "number"
+        return cls(columns, fields, category_type, dict(enumerate(names or [])))
 
-    def record(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """A row without its image -> a record."""
-        given = {name: row[theirs] for name, theirs in self.columns.items() if row.get(theirs) is not None}
+    def record(self, row: Mapping[str, Any]) -> Record:
+        """Return the record of a row, whose image may be missing."""
+        given = {name: row[column] for name, column in self.columns.items() if row.get(column) is not None}
         annotations = []
-        for item in _transposed(given.pop("objects", [])):
-            annotation = {name: item[theirs] for name, theirs in self.fields.items() if item.get(theirs) is not None}
-            shape = annotation.get("segmentation")
-            if isinstance(shape, Mapping) and None in shape.values():  # what Arrow makes of a missing RLE
+        for item in _transpose(given.pop("objects", [])):
+            annotation = {name: item[field] for name, field in self.fields.items() if item.get(field) is not None}
+            segmentation = annotation.get("segmentation")
+            if isinstance(segmentation, Mapping) and None in segmentation.values():  # Arrow's form of a missing RLE
                 del annotation["segmentation"]
-            if self.id_of is not None:
-                text = annotation.get("category_id")
-                annotation["category_id"] = self.id_of.get(text, text)
+            if self.id_of_name is not None:
+                name = annotation.get("category_id")
+                annotation["category_id"] = self.id_of_name.get(name, name)
             annotations.append(annotation)
         given.pop("image", None)
         return {**given, "annotations": annotations}
 
-    def encoded(self, row: Mapping[str, Any]) -> Any:
-        """The picture of a row, as a path, the bytes of a file or a PIL picture."""
+    def encoded_image(self, row: Mapping[str, Any]) -> Any:
+        """Return the image of a row as a path, the bytes of a file or a PIL image, without decoding it."""
         value = row[self.columns["image"]]
         return (value.get("bytes") or value.get("path")) if isinstance(value, Mapping) else value
 
-    def picture(self, row: Mapping[str, Any]) -> Any:
-        """The picture of a row, as a path or a PIL picture."""
-        value = self.encoded(row)
+    def image(self, row: Mapping[str, Any]) -> Any:
+        """Return the image of a row as a path or a PIL image."""
+        value = self.encoded_image(row)
         return open_image(BytesIO(value)) if isinstance(value, bytes) else value
 
 
-def _element(feature: Any) -> Any:
-    """What a list of `datasets.Features` is a list of; anything else as it is."""
+def _list_element(feature: Any) -> Any:
+    """Return the feature of a list's elements; a feature that is not a list is returned unchanged."""
     if isinstance(feature, list):
         return feature[0]
     return getattr(feature, "feature", feature)
 
 
-def _find(
-    available: Mapping[str, Any], usual: Mapping[str, Sequence[str]], required: Sequence[str], what: str, remedy: str
+def _find_names(
+    available: Mapping[str, Any], aliases: Mapping[str, Sequence[str]], required: Sequence[str], owner: str, method: str
 ) -> dict[str, str]:
-    """Our names -> what they are called among the available ones."""
+    """Return the first available alias of each name."""
     found = {}
-    for name, aliases in usual.items():
-        called = next((alias for alias in aliases if alias in available), None)
-        if called is not None:
-            found[name] = called
+    for name, usual in aliases.items():
+        alias = next((alias for alias in usual if alias in available), None)
+        if alias is not None:
+            found[name] = alias
         elif name in required:
             raise ValueError(
-                f"a {what} has {sorted(available)} and none of {list(aliases)}; name it so, with `{remedy}`"
+                f"{owner} must have one of {list(usual)}, got {sorted(available)}. Rename the column or field with"
+                f" `{method}`."
             )
     return found
 
 
-def _transposed(value: Any) -> Any:
-    """A dict of equally long lists -> the list of dicts; what is a list already stays."""
+def _transpose(value: Any) -> Any:
+    """Convert a dict of equally long lists to the list of dicts; a list is returned unchanged."""
     if not isinstance(value, Mapping):
         return value
-    columns = {name: _transposed(column) for name, column in value.items() if column is not None}
+    columns = {name: _transpose(column) for name, column in value.items() if column is not None}
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"the lists of the objects have the lengths {lengths}; give each object one entry in each")
-    return [dict(zip(columns, coco_entries, strict=True)) for coco_entries in zip(*columns.values(), strict=True)]
+        raise ValueError(f"the lists of the objects must be equally long, got {lengths}. Give each object one entry.")
+    return [dict(zip(columns, entries, strict=True)) for entries in zip(*columns.values(), strict=True)]
 
 
 class ArrowRows:
-    """Records that are translated from Arrow when they are read; no picture is decoded for them."""
+    """Read the records and images of a `datasets.Dataset` on demand; a record decodes no image."""
 
     def __init__(self, split: Any, reader: RowReader) -> None:
         self.reader = reader
-        image = reader.columns["image"]
+        image_column = reader.columns["image"]
         split = split.with_format(None)
-        self.pictures = split.select_columns([image])
-        self.annotations = split.select_columns([name for key, name in reader.columns.items() if key != "image"])
-        self.files = self.pictures
-        if type(split.features[image]).__name__ == "Image":
-            self.files = self.pictures.cast_column(image, _import_datasets().Image(decode=False))
+        self._images = self._encoded_images = split.select_columns([image_column])
+        self._annotations = split.select_columns([column for key, column in reader.columns.items() if key != "image"])
+        if type(split.features[image_column]).__name__ == "Image":
+            self._encoded_images = self._images.cast_column(image_column, _import_datasets().Image(decode=False))
 
-    def scan(self, title: str) -> Iterator[dict[str, Any]]:
-        """All records, one after the other."""
-        batches = self.annotations.with_format("arrow").iter(_SCAN_ROWS)
+    def records(self, title: str) -> Iterator[Record]:
+        """Yield all records, with a progress bar of this title."""
+        batches = self._annotations.with_format("arrow").iter(_BATCH_ROWS)
         rows = (row for batch in batches for row in batch.to_pylist())
-        for index, row in enumerate(logging.tqdm(rows, total=len(self.annotations), desc=title, delay=2)):
+        for index, row in enumerate(logging.tqdm(rows, total=len(self._annotations), desc=title, delay=2)):
             with error_context(f"row {index}"):
                 record = self.reader.record(row)
             yield record
 
-    def record(self, index: int) -> dict[str, Any]:
-        """Record number `index`."""
-        return self.reader.record(self.annotations[index])
+    def record(self, index: int) -> Record:
+        """Return the record at `index`."""
+        return self.reader.record(self._annotations[index])
 
-    def picture(self, index: int, record: Mapping[str, Any]) -> Any:
-        """The picture of the record, as a path or a PIL picture."""
-        return self.reader.picture(self.pictures[index])
+    def image(self, index: int, record: Record) -> Any:
+        """Return the image at `index` as a path or a PIL image."""
+        return self.reader.image(self._images[index])
 
-    def encoded(self, index: int, record: Mapping[str, Any]) -> Any:
-        """The picture of the record, as a path, the bytes of a file or a PIL picture."""
-        return self.reader.encoded(self.files[index])
+    def encoded_image(self, index: int, record: Record) -> Any:
+        """Return the image at `index` as a path, the bytes of a file or a PIL image, without decoding it."""
+        return self.reader.encoded_image(self._encoded_images[index])

@@ -1,4 +1,4 @@
-"""Find image files and read their sizes without decoding them."""
+"""Locate image files, and read their sizes from the headers."""
 
 import os
 from io import BytesIO
@@ -14,24 +14,34 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 
 
 def is_outside(folder: str | os.PathLike[str], name: Any) -> bool:
-    """Whether a file name, relative to the folder or absolute, means a file outside of it; links are not looked at."""
+    """Return whether a file name, relative to `folder` or absolute, leads out of it; symbolic links are not resolved.
+
+    False for a name that is not a path.
+    """
     if not isinstance(name, str | os.PathLike):
         return False
     root = os.path.abspath(folder)
     return not Path(os.path.abspath(os.path.join(root, name))).is_relative_to(root)
 
 
-def upright_size(picture: Any) -> tuple[int, int]:
-    """A path, the bytes of a file or a PIL picture -> (H, W) with the EXIF rotation applied, from the header."""
-    if not isinstance(picture, PIL.Image.Image):
+def upright_size(image: Any) -> tuple[int, int]:
+    """Return (H, W) after the EXIF rotation, read from the header without decoding the pixels.
+
+    Args:
+        image: A path, the bytes of an image file or a PIL image.
+
+    Raises:
+        ValueError: the image cannot be opened.
+    """
+    if not isinstance(image, PIL.Image.Image):
         try:
-            with open_image(BytesIO(picture) if isinstance(picture, bytes) else picture) as opened:
+            with open_image(BytesIO(image) if isinstance(image, bytes) else image) as opened:
                 return upright_size(opened)
-        except Exception as error:  # Pillow's are many, among them that of too many pixels
-            raise ValueError(f"{picture!r:.200} cannot be opened as an image: {error}") from error
-    # A PNG's own `getexif` decodes the whole file first, in case there is EXIF behind the pixels.
-    turned = PIL.Image.Image.getexif(picture).get(Base.Orientation) in range(5, 9)  # width and height are exchanged
-    width, height = picture.size
-    if turned and picture.format == "TIFF":  # whose size some releases of Pillow give turned already
-        width, height = (picture.tag_v2[tag] for tag in (Base.ImageWidth, Base.ImageLength))
-    return (width, height) if turned else (height, width)
+        except Exception as error:  # Pillow raises many types, among them DecompressionBombError
+            raise ValueError(f"{image!r:.200} cannot be opened as an image: {error}. Replace the file.") from error
+    # The `getexif` of PNG images decodes the whole file, because EXIF may follow the pixels.
+    swaps_sides = PIL.Image.Image.getexif(image).get(Base.Orientation) in range(5, 9)
+    width, height = image.size
+    if swaps_sides and image.format == "TIFF":  # some releases of Pillow give the rotated size of a TIFF
+        width, height = (image.tag_v2[tag] for tag in (Base.ImageWidth, Base.ImageLength))
+    return (width, height) if swaps_sides else (height, width)

@@ -1,26 +1,35 @@
-"""Label maps: the classes of a dataset, by category id and by label."""
+"""Label maps: the classes of a dataset by category id (the number in the annotation files) and by label.
+
+A *label* is the model's class index: 0 to N - 1, in the order of the category ids. `classes` is always a dict
+{category id: name}.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..model.validation import is_index
 
-_SPLITS = {"valid": "validation", "val": "validation", "dev": "validation"}
+_SPLIT_ALIASES = {"valid": "validation", "val": "validation", "dev": "validation"}
+
+
+def canonical_split_name(name: str) -> str:
+    """Return "validation" for its usual abbreviations, and any other name unchanged."""
+    return _SPLIT_ALIASES.get(name, name)
 
 
 class HasLabelMap:
-    """Has the label map of `_classes`, which are names by category id, in the order of the ids."""
+    """Provide the label map of `_classes`, names by category id in the order of the ids."""
 
     _classes: dict[int, str]
 
     @property
     def id2label(self) -> dict[int, str]:
-        """Label -> name, as a model's configuration has it."""
+        """Name of each label, as in the model's configuration."""
         return dict(enumerate(self._classes.values()))
 
     @property
     def label2id(self) -> dict[str, int]:
-        """Name -> label."""
+        """Label of each name."""
         return {name: label for label, name in self.id2label.items()}
 
     @property
@@ -30,24 +39,31 @@ class HasLabelMap:
 
 
 def validate_classes(classes: Mapping[int, str]) -> dict[int, str]:
-    """Names by category id, in the order of the ids."""
-    wrong = [category for category in classes if not is_index(category)]
-    if wrong:
-        raise ValueError(f"category id {wrong[0]!r:.60} is not a whole number of at least 0; number the categories")
-    # A few lines of YAML can nest a name so often that its text would fill the memory.
-    unnamed = [category for category, name in classes.items() if not isinstance(name, str | int | float)]
-    if unnamed:
-        kind = type(classes[unnamed[0]]).__name__
-        raise ValueError(f"category {unnamed[0]} is called by a {kind}, not by a text; name it")
+    """Return the classes in the order of their ids, ids as int and names as str.
+
+    Raises:
+        ValueError: there are no classes, an id is not an integer >= 0, a name is not text or a number, or two classes
+            have the same name.
+    """
+    if invalid := [category for category in classes if not is_index(category)]:
+        raise ValueError(f"category id must be an integer >= 0, got {invalid[0]!r:.60}. Number the categories.")
+    for category, name in classes.items():
+        # str() of a deeply nested value, which a few lines of YAML can define, would fill the memory.
+        if not isinstance(name, str | int | float):
+            kind = type(name).__name__
+            raise ValueError(f"the name of category {category} must be a string, got {kind}. Give it a name.")
     ordered = {int(category): str(classes[category]) for category in sorted(classes)}
     if not ordered:
-        raise ValueError("the data define no category; give their names (`categories`, class_names or label_map)")
-    by_name: dict[str, int] = {}
+        raise ValueError(
+            "the data must define at least one category, got none. Name them in the data's `categories`, or with"
+            " class_names or label_map."
+        )
+    category_of: dict[str, int] = {}
     for category, name in ordered.items():
-        if by_name.setdefault(name, category) != category:
+        if category_of.setdefault(name, category) != category:
             raise ValueError(
-                f"the categories {by_name[name]} and {category} are both called {name!r:.60}; names must differ:"
-                " rename one, or give both annotations one id"
+                f"category names must be unique, got {name!r:.60} for the categories {category_of[name]} and"
+                f" {category}. Rename one of them, or give the annotations of both the same category id."
             )
     return ordered
 
@@ -55,52 +71,58 @@ def validate_classes(classes: Mapping[int, str]) -> dict[int, str]:
 def common_label_map(
     classes: Mapping[str, Mapping[int, str]], used: Mapping[str, Iterable[int]] | None = None
 ) -> dict[int, str]:
-    """The classes that each split defines, and those that it uses (all, by default) -> the classes of all splits.
+    """Return the classes of all splits: those of "train", or of the first split if there is no "train".
 
-    They are those of "train", or of the first split where there is none.
+    Args:
+        classes: The classes that each split defines.
+        used: The category ids of each split's annotations; by default all that it defines.
+
+    Raises:
+        ValueError: another split uses a category that the reference split does not define, or gives it another name.
     """
-    first = "train" if "train" in classes else next(iter(classes))
-    ours = classes[first]
-    for split, theirs in classes.items():
-        needed = sorted(theirs if used is None else used[split])
-        if unknown := {category: theirs.get(category, "?") for category in needed if category not in ours}:
+    reference = "train" if "train" in classes else next(iter(classes))
+    expected = classes[reference]
+    for split, defined in classes.items():
+        needed = sorted(defined if used is None else used[split])
+        if unknown := {category: defined.get(category, "?") for category in needed if category not in expected}:
             raise ValueError(
-                f"split {split!r} has the categories {describe_classes(unknown)}, which split {first!r} does not define:"
-                f" it has {describe_classes(ours)}; define them there, or correct split {split!r}"
+                f"the categories of split {split!r} must be defined in split {reference!r},"
+                f" {describe_classes(expected)}, got {describe_classes(unknown)}. Define them in {reference!r}, or"
+                f" correct {split!r}."
             )
-        if renamed := {category: name for category, name in theirs.items() if ours.get(category, name) != name}:
-            before = {category: ours[category] for category in renamed}
+        if renamed := {category: name for category, name in defined.items() if expected.get(category, name) != name}:
+            names = {category: expected[category] for category in renamed}
             raise ValueError(
-                f"split {split!r} has the categories {describe_classes(renamed)}, which split {first!r} calls"
-                f" {describe_classes(before)}; one id must have one name in all splits: correct one of them"
+                f"each category must have the same name in all splits, got {describe_classes(renamed)} in split"
+                f" {split!r} and {describe_classes(names)} in split {reference!r}. Correct one of the splits."
             )
-    return validate_classes(ours)
+    return validate_classes(expected)
 
 
-def describe_classes(classes: Mapping[Any, str], most: int = 12) -> str:
-    """The classes for a message, the first of them where they are many."""
-    listed = ", ".join(f"{key}: {name!r:.60}" for key, name in list(classes.items())[:most])
-    return f"{{{listed}{f', ... ({len(classes)} in all)' * (len(classes) > most)}}}"
+def describe_classes(classes: Mapping[Any, str], limit: int = 12) -> str:
+    """Return the first `limit` classes as text for an error."""
+    listed = ", ".join(f"{key}: {name!r:.60}" for key, name in list(classes.items())[:limit])
+    return f"{{{listed}{f', ... ({len(classes)} in all)' * (len(classes) > limit)}}}"
 
 
 def read_class_names(class_names: Sequence[str] | Mapping[int, str]) -> dict[int, str]:
-    """Return the names by category id."""
-    if isinstance(class_names, str):
-        raise ValueError(f"class_names {class_names!r} is one text; give a list of names, or {{id: name}}")
-    if not isinstance(class_names, Mapping | Sequence):
-        raise ValueError(f"names of a {type(class_names).__name__} are none; give a list of names, or {{id: name}}")
+    """Return a list of names, or a mapping, as {category id: name}.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(class_names, str) or not isinstance(class_names, Mapping | Sequence):
+        raise ValueError(
+            f"class_names must be a list of names or a dict {{id: name}}, got {type(class_names).__name__}"
+            f" {class_names!r:.80}. Put the names into a list."
+        )
     return dict(class_names) if isinstance(class_names, Mapping) else dict(enumerate(class_names))
 
 
-def check_class_names(classes: Mapping[int, str], class_names: Any) -> None:
-    """Raise ValueError if `class_names` are given and contradict the classes of the data."""
+def check_class_names(class_names: Any, classes: Mapping[int, str]) -> None:
+    """Raise ValueError if the user gave `class_names` that differ from the classes that the data define."""
     if class_names is not None and read_class_names(class_names) != dict(classes):
         raise ValueError(
-            f"class_names {class_names!r:.200} are not what the data call their classes, {describe_classes(classes)};"
-            " leave class_names out"
+            f"class_names must equal the classes that the data define, {describe_classes(classes)}, got"
+            f" {class_names!r:.200}. Remove class_names."
         )
-
-
-def split_name(name: str) -> str:
-    """What a split is called here: "val" is "validation"."""
-    return _SPLITS.get(name, name)

@@ -4,6 +4,9 @@ Everything follows from a seed, and nothing is downloaded. Lengths are metres on
 down from the middle of what is drawn; places are pixels of the picture, which has H x W of them.
 """
 
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -91,6 +94,20 @@ def draw_dataset(
         images.append({"id": seed, "file_name": f"{seed:06d}.png", "height": size[0], "width": size[1]})
         annotations += [{**item, "id": len(annotations) + i} for i, item in enumerate(objects, start=1)]
     return pictures, {"images": images, "annotations": annotations, "categories": CATEGORIES}
+
+
+def save_dataset(folder: str | os.PathLike[str], num_images: int) -> Path:
+    """Save the images of [`draw_dataset`] to a folder, and their annotations as `train.json` in COCO format.
+
+    Returns:
+        The path of the JSON.
+    """
+    images, coco = draw_dataset(num_images)
+    for image, entry in zip(images, coco["images"], strict=True):
+        image.save(Path(folder) / entry["file_name"])
+    path = Path(folder) / "train.json"
+    path.write_text(json.dumps(coco))
+    return path
 
 
 class _Scene:

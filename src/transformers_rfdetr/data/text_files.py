@@ -1,24 +1,54 @@
-"""Read text and YAML files of users, with errors that name the file."""
+"""Read the text, JSON and YAML files of a user; every error names the file."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 
 def read_text(path: Path) -> str:
-    """A text file; ValueError if it cannot be read."""
+    """Return the content of a UTF-8 text file, with or without a byte order mark.
+
+    Raises:
+        ValueError: the file does not exist, or is not UTF-8.
+    """
     try:
-        return path.read_text(encoding="utf-8-sig")  # of Windows' programs, some of which put a mark before the text
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}; give an existing text file") from error
+        raise ValueError(f"{path} cannot be read: {error}. Give an existing UTF-8 text file.") from error
 
 
-def read_yaml(text: str, loader: Any, where: str) -> Any:
-    """YAML without aliases, a few lines of which can stand for more than the memory holds."""
-    import yaml
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
 
+    Raises:
+        ValueError: the file cannot be read, is not JSON, or its top level is not an object.
+    """
+    text = read_text(path)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be a JSON file: {error}. Export it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must contain a JSON object {{...}}, got {type(content).__name__}. Export it again.")
+    return content
+
+
+def read_yaml(text: str, loader: Any, source: str) -> Any:
+    """Parse YAML without aliases: a few lines of nested aliases can expand to more text than fits into memory.
+
+    Args:
+        text: The YAML text.
+        loader: A loader class of PyYAML.
+        source: What errors call the text, such as its file or command line option.
+
+    Raises:
+        ValueError: the text is not YAML, or contains an alias.
+    """
     try:
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, loader)):
-            raise ValueError(f"{where} holds an alias (*name), which may stand for any amount of text; write it out")
+            raise ValueError(f"{source} must not contain YAML aliases (*name). Write the value out.")
         return yaml.load(text, loader)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{where} is no YAML: {' '.join(str(error).split())}; correct it") from error
+        raise ValueError(f"{source} must be YAML: {' '.join(str(error).split())}. Correct it.") from error

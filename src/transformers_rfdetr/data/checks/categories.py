@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..coco import grouping_category_ids
+from ..coco import parent_category_ids
 from ..label_maps import common_label_map
 from .raw_split import RawSplit, category_name
 
@@ -16,7 +16,7 @@ def check_categories(splits: Sequence[RawSplit]) -> None:
         for split in splits
         for category in split.categories
     ]
-    groups = grouping_category_ids([{"categories": named}]) - set().union(*used.values())
+    groups = parent_category_ids([{"categories": named}]) - set().union(*used.values())
     for split in splits:
         split.group_ids = groups
         if not split.categories and any(image.annotations for image in split.images):

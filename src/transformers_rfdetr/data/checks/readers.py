@@ -10,11 +10,11 @@ from transformers.utils import logging
 
 from ...model.validation import is_index
 from ..annotation_records import with_box_and_area
-from ..coco import find_coco_files, read_coco_file
+from ..coco import find_coco_files
 from ..hub_rows import ArrowRows, is_hub_split, load_rows, read_hub_rows
 from ..image_files import is_outside, upright_size
-from ..label_maps import split_name
-from ..text_files import read_text
+from ..label_maps import canonical_split_name
+from ..text_files import read_json_object, read_text
 from ..yolo import find_yolo_file, list_yolo_images, parse_yolo_line, read_data_yaml, yolo_label_path
 from .findings import DROPPED, Problem
 from .raw_split import RawSplit, build_split
@@ -42,7 +42,7 @@ def read_source(source: Any, image_folder: Any) -> list[RawSplit]:
 
 def _read_coco(name: str, path: Path, folders: Sequence[Path], image_folder: Any) -> RawSplit:
     given = image_folder.get(name) if isinstance(image_folder, Mapping) else image_folder
-    coco = read_coco_file(path)
+    coco = read_json_object(path)
     for key in ("images", "annotations", "categories"):
         if not isinstance(coco.get(key), list) and (key != "annotations" or coco.get(key) is not None):
             kind = type(coco[key]).__name__ if key in coco else "nothing"
@@ -85,7 +85,7 @@ def _read_yolo(path: Path, image_folder: Any) -> list[RawSplit]:
             line_problems.append(problems)
         categories = [{"id": category_id, "name": name} for category_id, name in classes.items()]
         coco = {"images": entries, "annotations": annotations, "categories": categories}
-        split = build_split(split_name(key), coco, root, partial(_find_listed, files))
+        split = build_split(canonical_split_name(key), coco, root, partial(_find_listed, files))
         for image, problems in zip(split.images, line_problems, strict=True):
             image.problems += problems
         label_folders = {yolo_label_path(file, root).parent for file in files} - {file.parent for file in files}
@@ -144,7 +144,7 @@ def _read_rows(source: Any) -> list[RawSplit]:
         entries: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         given_ids = []
-        for index, record in enumerate(table.scan(f"Annotations of {name}")):
+        for index, record in enumerate(table.records(f"Annotations of {name}")):
             objects = record.pop("annotations")
             given_ids.append(record.pop("image_id", None))
             entries.append({"id": index, **record})
@@ -156,6 +156,6 @@ def _read_rows(source: Any) -> list[RawSplit]:
             for annotation in annotations:
                 annotation["image_id"] = given_ids[annotation["image_id"]]
         coco = {"images": entries, "annotations": annotations, "categories": categories}
-        sources = [partial(table.encoded, index, {}) for index in range(len(entries))]
+        sources = [partial(table.encoded_image, index, {}) for index in range(len(entries))]
         splits.append(build_split(name, coco, None, partial(_find_listed, sources)))
     return splits
