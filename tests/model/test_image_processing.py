@@ -237,7 +237,7 @@ class TestPixels:
     def test_return_tensors(self):
         assert isinstance(processor()(photo(), return_tensors="np").pixel_values, np.ndarray)
         assert processor()(photo(), return_tensors="pt").pixel_values.dtype == torch.float32
-        with pytest.raises(ValueError, match="return_tensors.*'tf'"):
+        with pytest.raises(ValueError, match=r"return_tensors.*'tf'"):
             processor()(photo(), return_tensors="tf")
 
 

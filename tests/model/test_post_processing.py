@@ -304,7 +304,7 @@ class TestWholeMasks:
             instances(random_outputs(), pixel_mask=mask)
 
     def test_cannot_be_asked_for_in_both_forms(self):
-        with pytest.raises(ValueError, match="return_coco_annotation.*return_binary_maps"):
+        with pytest.raises(ValueError, match=r"return_coco_annotation.*return_binary_maps"):
             instances(random_outputs(), return_coco_annotation=True, return_binary_maps=True)
 
     def test_need_masks(self):

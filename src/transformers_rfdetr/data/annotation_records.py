@@ -55,7 +55,7 @@ def read_sample(
     declared = tuple(record.get(name) or side for name, side in zip(("height", "width"), size, strict=True))
     if declared != size:
         raise ValueError(
-            f"height and width must be those of the upright image (EXIF rotation applied), {size}, got {declared}."
+            f"`height` and `width` must be those of the upright image (EXIF rotation applied), {size}, got {declared}."
             " Correct the annotation file, or pair it with its own images."
         )
     fields, annotations = complete_record(record, size, image_id, first_id)
@@ -122,18 +122,18 @@ def check_annotations(annotations: Sequence[Mapping[str, Any]], classes: Mapping
         problem = None
         if not is_index(category) or category not in classes:
             problem = (
-                f"category_id must be one of {describe_classes(classes)}, got {category!r:.60}. Define the category, or"
+                f"`category_id` must be one of {describe_classes(classes)}, got {category!r:.60}. Define the category, or"
                 " correct the annotation."
             )
         elif box is not None and not are_numbers(to_builtin(box), 4):
             problem = (
-                f"bbox must be four finite numbers [x, y, width, height] in pixels, got {box!r:.60}. Correct it, or"
+                f"`bbox` must be four finite numbers [x, y, width, height] in pixels, got {box!r:.60}. Correct it, or"
                 " remove it if the annotation has a segmentation."
             )
         elif area is not None and not (are_numbers([area], 1) and area >= 0):
-            problem = f"area must be a finite number >= 0, got {area!r:.60}. Correct or remove it."
+            problem = f"`area` must be a finite number >= 0, got {area!r:.60}. Correct or remove it."
         elif crowd not in (None, 0, 1):
-            problem = f"iscrowd must be 0 or 1, got {crowd!r:.60}. Correct it."
+            problem = f"`iscrowd` must be 0 or 1, got {crowd!r:.60}. Correct it."
         if problem is not None:
             raise ValueError(f"{_describe_annotation(annotation, position)}: {problem}")
 
@@ -242,18 +242,18 @@ class PackedRecords:
             raise ValueError(
                 f"file names must stay inside the folder {self.images!r}, got {_list_first(outside)}:"
                 f" {len(outside)} of {count} lead out of it. Correct them, or give a folder that contains all images,"
-                " as image_folder or pictures."
+                " as `image_folder` or `pictures`."
             )
         if missing:
             kind = type(self.images).__name__
             place = repr(self.images) if kind == "str" else f"the {kind} of {len(self.images)} images"
             raise ValueError(
                 f"{len(missing)} of {count} images are not in {place}: {_list_first(missing)}. Give the folder that"
-                " contains them, as image_folder or pictures."
+                " contains them, as `image_folder` or `pictures`."
             )
         if not isinstance(self.images, str | Mapping) and len(self.images) != count:
             raise ValueError(
-                f"pictures must contain one image for each of the {count} entries of 'images', in their order, got"
+                f"`pictures` must contain one image for each of the {count} entries of 'images', in their order, got"
                 f" {len(self.images)}. Add or remove images."
             )
 

@@ -151,7 +151,7 @@ def coco_records(coco: Mapping[str, Any]) -> Iterator[Record]:
         image_id = annotation.get("image_id")
         if not isinstance(image_id, Hashable) or image_id not in by_image:
             raise ValueError(
-                f"annotation {annotation.get('id')!r:.60}: image_id must be the id of one of the {len(by_image)}"
+                f"annotation {annotation.get('id')!r:.60}: `image_id` must be the id of one of the {len(by_image)}"
                 f" images, got {image_id!r:.60}. Add the image or remove the annotation."
             )
         by_image[image_id].append(annotation)
@@ -168,11 +168,11 @@ def _check_image(image: Mapping[str, Any]) -> None:
     with error_context(f"image {image.get('id')!r:.60}"):
         name = image.get("file_name")
         if not isinstance(name, str | None):
-            raise ValueError(f"file_name must be a string, got {name!r:.60}. Correct it.")
+            raise ValueError(f"`file_name` must be a string, got {name!r:.60}. Correct it.")
         for side in ("width", "height"):
             value = to_builtin(image.get(side))
             if value is not None and not (are_numbers([value], 1) and value >= 0 and value == int(value)):
-                raise ValueError(f"{side} must be a whole number of pixels, got {value!r:.60}. Correct it.")
+                raise ValueError(f"`{side}` must be a whole number of pixels, got {value!r:.60}. Correct it.")
 
 
 def parent_category_ids(cocos: Iterable[Mapping[str, Any]]) -> set[int]:

@@ -88,7 +88,7 @@ class InstanceDataset(HasLabelMap, torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
-            raise IndexError(f"index must be in [{-len(self)}, {len(self)}), got {index}")
+            raise IndexError(f"`index` must be in [{-len(self)}, {len(self)}), got {index}")
         index = int(index) % len(self)
         record = self._records.record(index)
         with error_context(describe_image(record, index)):
@@ -184,13 +184,13 @@ class InstanceDatasets(dict[str, Any], HasLabelMap):
     def __init__(self, splits: Mapping[str, InstanceDataset | InstanceStream]) -> None:
         super().__init__(splits)
         if not splits:
-            raise ValueError("splits must contain at least one split, got none. Add one.")
+            raise ValueError("`splits` must contain at least one split, got none. Add one.")
         self._classes = common_label_map({name: split._classes for name, split in splits.items()})
         for name, split in splits.items():
             if split._classes != self._classes:
                 raise ValueError(
                     f"all splits must have the same classes, {describe_classes(self._classes)}, got"
-                    f" {describe_classes(split._classes)} in split {name!r}. Pass the same label_map to all of them."
+                    f" {describe_classes(split._classes)} in split {name!r}. Pass the same `label_map` to all of them."
                 )
 
     def __str__(self) -> str:

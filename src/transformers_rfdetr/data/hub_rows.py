@@ -84,14 +84,14 @@ def load_rows(source: Any, streaming: bool, arguments: Mapping[str, Any]) -> Any
     name, path = str(source), Path(source).expanduser()
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
     if path.is_file() or not (path.is_dir() or is_hub_id):
-        raise ValueError(f"source must be {SUPPORTED_SOURCES}, got {name!r:.200}. Give one of these.")
+        raise ValueError(f"`source` must be {SUPPORTED_SOURCES}, got {name!r:.200}. Give one of these.")
     datasets = _import_datasets()
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return datasets.load_from_disk(str(path))
     try:
         return datasets.load_dataset(str(path) if path.is_dir() else name, streaming=streaming, **arguments)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"source {name!r:.200} cannot be loaded: {error}. Give {SUPPORTED_SOURCES}.") from error
+        raise ValueError(f"`source` {name!r:.200} cannot be loaded: {error}. Give {SUPPORTED_SOURCES}.") from error
 
 
 def read_hub_rows(
@@ -134,7 +134,7 @@ def _read_classes(readers: Mapping[str, "RowReader"], splits: Mapping[str, Any],
         return validate_classes(read_class_names(class_names))
     if any(map(is_streamed, splits.values())):
         raise ValueError(
-            f"class_names must be given for a stream whose categories are of type {category_type}, not ClassLabel, got"
+            f"`class_names` must be given for a stream whose categories are of type {category_type}, not ClassLabel, got"
             " None. Give a list of names or a dict {id: name}."
         )
     found: set[Any] = set()

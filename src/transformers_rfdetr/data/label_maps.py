@@ -56,7 +56,7 @@ def validate_classes(classes: Mapping[int, str]) -> dict[int, str]:
     if not ordered:
         raise ValueError(
             "the data must define at least one category, got none. Name them in the data's `categories`, or with"
-            " class_names or label_map."
+            " `class_names` or `label_map`."
         )
     category_of: dict[str, int] = {}
     for category, name in ordered.items():
@@ -113,7 +113,7 @@ def read_class_names(class_names: Sequence[str] | Mapping[int, str]) -> dict[int
     """
     if isinstance(class_names, str) or not isinstance(class_names, Mapping | Sequence):
         raise ValueError(
-            f"class_names must be a list of names or a dict {{id: name}}, got {type(class_names).__name__}"
+            f"`class_names` must be a list of names or a dict {{id: name}}, got {type(class_names).__name__}"
             f" {class_names!r:.80}. Put the names into a list."
         )
     return dict(class_names) if isinstance(class_names, Mapping) else dict(enumerate(class_names))
@@ -123,6 +123,6 @@ def check_class_names(class_names: Any, classes: Mapping[int, str]) -> None:
     """Raise ValueError if the user gave `class_names` that differ from the classes that the data define."""
     if class_names is not None and read_class_names(class_names) != dict(classes):
         raise ValueError(
-            f"class_names must equal the classes that the data define, {describe_classes(classes)}, got"
-            f" {class_names!r:.200}. Remove class_names."
+            f"`class_names` must equal the classes that the data define, {describe_classes(classes)}, got"
+            f" {class_names!r:.200}. Remove `class_names`."
         )

@@ -65,7 +65,7 @@ def load_instance_dataset(
     if is_hub_source(source):
         return _load_hub_rows(source, class_names)
     if not isinstance(source, str | os.PathLike | Mapping) or not source:
-        raise ValueError(f"source must be {SUPPORTED_SOURCES}, got {source!r:.200}. Give one of these.")
+        raise ValueError(f"`source` must be {SUPPORTED_SOURCES}, got {source!r:.200}. Give one of these.")
     for find, read_splits in _FILE_FORMATS:
         if not (found := find(source)):
             continue

@@ -26,7 +26,7 @@ class SamplePreparation:
 
     def __init__(self, processor: RfDetrImageProcessor, augmentation: Any, seed: int, masks: bool) -> None:
         if not is_index(seed):
-            raise ValueError(f"seed must be an integer >= 0, got {seed!r}. Use 0.")
+            raise ValueError(f"`seed` must be an integer >= 0, got {seed!r}. Use 0.")
         self.processor, self.augmentation = processor, as_augmentation(augmentation)
         self.seed, self.masks = int(seed), masks
         self._has_fixed_size = processor.do_resize and "height" in processor.size and processor.pad_size is None

@@ -91,7 +91,7 @@ def read_data_yaml(
 def _numbered_names(count: Any) -> list[str]:
     """Return the names "0", "1", ... of `nc` classes; none for None."""
     if count is not None and not is_index(count):
-        raise ValueError(f"nc must be an integer >= 0, got {type(count).__name__}. Correct it, or give 'names'.")
+        raise ValueError(f"`nc` must be an integer >= 0, got {type(count).__name__}. Correct it, or give 'names'.")
     check_limit("num_labels", count or 0)
     return [str(label) for label in range(count or 0)]
 
@@ -100,7 +100,7 @@ def _image_root(path: Path, description: Mapping[str, Any], image_folder: Any) -
     """Return `image_folder`, or the `path` of the data.yaml if it exists, or the folder of the data.yaml."""
     if isinstance(image_folder, Mapping):
         raise ValueError(
-            f"image_folder must be one folder for YOLO data, got {image_folder!r:.80}. Give the folder that 'train' is"
+            f"`image_folder` must be one folder for YOLO data, got {image_folder!r:.80}. Give the folder that 'train' is"
             " relative to."
         )
     if image_folder is not None:
@@ -110,8 +110,8 @@ def _image_root(path: Path, description: Mapping[str, Any], image_folder: Any) -
         return path.parent
     if is_outside(path.parent, declared):
         raise ValueError(
-            f"path must be a folder inside {path.parent}, got {declared!r:.200}. Move {path.name} there, or give the"
-            " folder as image_folder."
+            f"`path` must be a folder inside {path.parent}, got {declared!r:.200}. Move {path.name} there, or give the"
+            " folder as `image_folder`."
         )
     return path.parent / declared
 
@@ -135,9 +135,11 @@ def list_yolo_images(root: Path, entry: Any, key: str) -> list[Path]:
         candidates = [path for path in (root / name, root / name.removeprefix("../")) if path.exists()]
         path = next((path for path in candidates if not is_outside(root, path.absolute())), None)
         if path is None and (root / name).exists():
-            raise ValueError(f"{key!r} must be inside {root}, got {name!r:.200}. Give a folder above as image_folder.")
+            raise ValueError(
+                f"{key!r} must be inside {root}, got {name!r:.200}. Give a folder above as `image_folder`."
+            )
         if path is None:
-            raise ValueError(f"{key!r} must exist, got {root / name}. Correct it, or 'path', which is {root}.")
+            raise ValueError(f"{key!r} must exist, got {root / name}. Correct it, or `path`, which is {root}.")
         if path.is_dir():
             images += sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
         else:

@@ -1,0 +1,44 @@
+"""A source that cannot be read is refused, with the sources that can be."""
+
+import pytest
+
+from annotated_images import save_coco, save_images
+from transformers_rfdetr import load_instance_dataset
+
+
+def test_an_empty_folder_is_refused_with_what_can_be_read(tmp_path):
+    with pytest.raises(ValueError, match=r"source. .*cannot be loaded.*a dataset id on the Hub"):
+        load_instance_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("/not/there/at/all", "source. must be a dataset id on the Hub.*got '/not/there/at/all'"),
+        ("not/there/train.json", r"not/there/train\.json"),
+        (5, "source. .*got 5"),
+        ({}, r"source. .*got \{\}"),
+    ],
+)
+def test_an_unknown_source_is_refused(source, message):
+    with pytest.raises(ValueError, match=message):
+        load_instance_dataset(source)
+
+
+def test_files_that_are_no_json_are_refused(tmp_path):
+    path = tmp_path / "train.json"
+    for content, message in (
+        ("{", "must be a JSON file"),
+        ("[1]", "got list"),
+        ('{"a": 1}', r"train.json: .*got \['a'\]"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            load_instance_dataset(path)
+
+
+def test_arguments_for_rows_are_refused_for_files(tmp_path):
+    save_images(tmp_path)
+    path = save_coco(tmp_path / "a.json")
+    with pytest.raises(ValueError, match=r"\['streaming', 'revision'\] .*a\.json"):
+        load_instance_dataset(path, streaming=True, revision="main")

@@ -1,0 +1,110 @@
+"""A data.yaml and label files become samples."""
+
+from pathlib import Path
+
+import PIL.Image
+import pytest
+
+from annotated_images import NAMES, save_images
+from transformers_rfdetr import load_instance_dataset
+
+
+def save_yolo(root: Path, lines: dict[str, list[str]], yaml: str) -> Path:
+    save_images(root / "images" / "train")
+    for name, content in lines.items():
+        path = root / "labels" / "train" / f"{name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(content) + "\n")
+    (root / "data.yaml").write_text(yaml)
+    return root
+
+
+NAMED = "names: [roof, tree]\ntrain: images/train\n"
+
+
+def test_yolo_polygons_and_boxes(tmp_path):
+    lines = {
+        "0": ["1 0.25 0.25 0.5 0.25 0.5 0.75 0.25 0.75", "", "0 0.5 0.5 0.25 0.5"],  # 60 x 40 pixels
+        "1": ["1 0.0 0.0 1.0 0.0 1.0 0.5"],
+    }
+    data = load_instance_dataset(save_yolo(tmp_path, lines, NAMED))
+    dataset = data["train"]
+    assert data.id2label == {0: "roof", 1: "tree"}
+    assert data.category_ids == [0, 1]
+    polygon, box = dataset[0]["annotations"]
+    assert polygon["segmentation"] == [[15.0, 10.0, 30.0, 10.0, 30.0, 30.0, 15.0, 30.0]]
+    assert (polygon["category_id"], polygon["bbox"], polygon["area"]) == (1, [15.0, 10.0, 15.0, 20.0], 300.0)
+    assert (box["category_id"], box["bbox"], box["area"]) == (0, [22.5, 10.0, 15.0, 20.0], 300.0)
+    assert "segmentation" not in box
+    assert dataset[1]["annotations"][0]["segmentation"] == [[0.0, 0.0, 30.0, 0.0, 30.0, 25.0]]
+    assert dataset[2]["annotations"] == []
+    assert [dataset[i]["file_name"] for i in range(3)] == [f"images/train/{i}.png" for i in range(3)]
+    assert "3 objects, 1 of them without a mask" in str(data)
+
+
+def test_yolo_fractions_are_of_the_upright_picture(tmp_path):
+    save_yolo(tmp_path, {"a": ["0 0.0 0.0 0.5 0.0 0.5 0.25 0.0 0.25"]}, NAMED)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    PIL.Image.new("RGB", (60, 40)).save(tmp_path / "images" / "train" / "a.jpg", exif=exif)
+    sample = load_instance_dataset(tmp_path / "data.yaml")["train"][3]
+    assert sample["image"].size == (40, 60)
+    assert (sample["width"], sample["height"]) == (40, 60)
+    assert sample["annotations"][0]["bbox"] == [0.0, 0.0, 20.0, 15.0]
+
+
+@pytest.mark.parametrize(
+    "yaml",
+    [
+        "names: {0: roof, 1: tree}\npath: .\ntrain: [images/train]\nval: list.txt\n",
+        "names: [roof, tree]\npath: /not/there\ntrain: ../images/train\nvalid: list.txt\n",  # as Roboflow writes it
+        "names: [roof, tree]\nnc: 2\ntrain: images/\nval: [list.txt]\n",
+    ],
+)
+def test_yolo_folders_and_lists(tmp_path, yaml):
+    save_yolo(tmp_path, {"2": ["1 0 0 1 0 1 1"]}, yaml)
+    (tmp_path / "list.txt").write_text("./images/train/2.png\nimages/train/0.png\n")
+    data = load_instance_dataset(tmp_path)
+    assert {split: len(dataset) for split, dataset in data.items()} == {"train": 3, "validation": 2}
+    assert len(data["train"][2]["annotations"]) == len(data["validation"][0]["annotations"]) == 1
+    assert data["validation"][1]["image"].size == (60, 40)
+
+
+def test_yolo_classes_without_names_are_numbered_or_named_by_the_caller(tmp_path):
+    save_yolo(tmp_path, {}, "nc: 2\ntrain: images/train\n")
+    assert load_instance_dataset(tmp_path).id2label == {0: "0", 1: "1"}
+    assert load_instance_dataset(tmp_path, class_names=NAMES).id2label == {0: "roof", 1: "tree"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("2 0.5 0.5 0.1 0.1", r"1.txt, line 1: class .*\{0: 'roof', 1: 'tree'\}, got 2"),
+        ("0 0.5 0.5 0.1 0.1 0.3", "got 5 numbers after the class"),
+        ("0 0.5 0.5", "got 2 numbers after the class"),
+        ("0 10 20 30 40", r"\[0, 1\], got 10\."),
+        ("0 nan 0 0 1 1 1", r"\[0, 1\], got nan"),
+        ("roof 0.5 0.5 0.1 0.1", "got 'roof 0.5 0.5 0.1 0.1'"),
+    ],
+)
+def test_yolo_lines_that_cannot_be_read_are_named(tmp_path, line, message):
+    save_yolo(tmp_path, {"1": [line]}, NAMED)
+    with pytest.raises(ValueError, match=message):
+        load_instance_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("names: [roof]\n", r"'train', 'val' or 'test', got .*\['names'\]"),
+        ("names: [roof]\ntrain: photos\n", "'train' must exist, got .*photos"),
+        ("names: [roof]\ntrain: labels\n", "'train' .*'labels'"),
+        ("train: images/train\n", "at least one category"),
+        ("names: [\n", "data.yaml must be YAML"),
+        ("- 1\n", "data.yaml .*got list"),
+    ],
+)
+def test_a_yolo_description_that_cannot_be_read_is_refused(tmp_path, yaml, message):
+    save_yolo(tmp_path, {"0": []}, yaml)
+    with pytest.raises(ValueError, match=message):
+        load_instance_dataset(tmp_path)
