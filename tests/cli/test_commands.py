@@ -290,7 +290,7 @@ def test_a_command_prints_an_error_in_one_line(arguments, message, tmp_path, mon
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [1", "recipe.yaml must be YAML: while parsing"), ("- a\n", "must be a mapping of settings"), ("\xff", "cannot be read")],
+    [("a: [1", "recipe.yaml must be YAML: while parsing"), ("- a\n", "mapping"), ("\xff", "cannot be read")],
 )
 def test_a_file_that_holds_no_settings_is_refused(text, message, tmp_path):
     (tmp_path / "recipe.yaml").write_text(text, encoding="latin-1")

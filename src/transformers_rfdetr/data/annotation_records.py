@@ -122,8 +122,8 @@ def check_annotations(annotations: Sequence[Mapping[str, Any]], classes: Mapping
         problem = None
         if not is_index(category) or category not in classes:
             problem = (
-                f"`category_id` must be one of {describe_classes(classes)}, got {category!r:.60}. Define the category, or"
-                " correct the annotation."
+                f"`category_id` must be one of {describe_classes(classes)}, got {category!r:.60}. Define the category,"
+                " or correct the annotation."
             )
         elif box is not None and not are_numbers(to_builtin(box), 4):
             problem = (

@@ -134,8 +134,8 @@ def _read_classes(readers: Mapping[str, "RowReader"], splits: Mapping[str, Any],
         return validate_classes(read_class_names(class_names))
     if any(map(is_streamed, splits.values())):
         raise ValueError(
-            f"`class_names` must be given for a stream whose categories are of type {category_type}, not ClassLabel, got"
-            " None. Give a list of names or a dict {id: name}."
+            f"`class_names` must be given for a stream whose categories are of type {category_type}, not ClassLabel,"
+            " got None. Give a list of names or a dict {id: name}."
         )
     found: set[Any] = set()
     for name, split in splits.items():

@@ -100,8 +100,8 @@ def _image_root(path: Path, description: Mapping[str, Any], image_folder: Any) -
     """Return `image_folder`, or the `path` of the data.yaml if it exists, or the folder of the data.yaml."""
     if isinstance(image_folder, Mapping):
         raise ValueError(
-            f"`image_folder` must be one folder for YOLO data, got {image_folder!r:.80}. Give the folder that 'train' is"
-            " relative to."
+            f"`image_folder` must be one folder for YOLO data, got {image_folder!r:.80}. Give the folder that 'train'"
+            " is relative to."
         )
     if image_folder is not None:
         return Path(image_folder).expanduser()
