@@ -45,7 +45,7 @@ def prepare_labels(
     if with_masks:
         with error_context(f"{where}: segmentation"):
             masks = rasterize([item.segmentation for item in objects], sizes.original, sizes.resized)
-        has_pixels = masks.any(axis=(1, 2))
+        has_pixels = np.asarray(masks.any(axis=(1, 2)))
         if not has_pixels.all():
             masks = masks[has_pixels]
             objects = [item for item, keep in zip(objects, has_pixels, strict=True) if keep]
