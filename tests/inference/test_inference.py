@@ -248,7 +248,7 @@ def test_where_nothing_can_be_compiled_a_warning_says_so_and_the_plain_path_runs
 
 
 def test_what_cannot_be_compiled_for_is_refused():
-    with pytest.raises(ValueError, match="size 50 is not a multiple of 24"):
+    with pytest.raises(ValueError, match=r"size.*24.*50"):
         compile_for_inference(confident_model(), size=50)
     with pytest.raises(ValueError, match=r"dtype torch.float64 is none of"):
         compile_for_inference(confident_model(), dtype=torch.float64)

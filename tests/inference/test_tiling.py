@@ -539,7 +539,7 @@ def test_a_tile_of_another_size_is_the_model_s_input_too(picture, monkeypatch):
     predict_tiled(model, processor, picture, tile=(72, 96), overlap=0)
     assert sizes == [(4, 3, 72, 96)]
     assert processor.size == {"height": 48, "width": 48}
-    with pytest.raises(ValueError, match=r"tile 50 is not a multiple of 24 \(patch 12 x 2 windows\); try 48 or 72"):
+    with pytest.raises(ValueError, match=r"tile.*24.*50.*48 or 72"):
         predict_tiled(model, processor, picture, tile=50)
 
 
@@ -650,11 +650,11 @@ def test_a_progress_bar_is_shown_on_request(picture, capsys):
         ({"overlap": float("nan")}, r"overlap nan is outside \[0, 0\.5\]"),
         ({"batch_size": 0}, "batch_size 0 must be at least 1"),
         ({"threshold": 2}, r"threshold 2 is outside \[0, 1\]"),
-        ({"tile": "large"}, "tile 'large' is neither a whole number of pixels nor"),
+        ({"tile": "large"}, "tile.*'large'"),
         ({"image": "missing.png"}, r"missing\.png cannot be opened as an image"),
-        ({"image": [1, 2]}, "list is no image"),
-        ({"image": np.zeros((0, 9, 3), np.uint8)}, "has no pixels"),
-        ({"image": np.full((60, 60, 3), 7.0)}, r"float pixels lie in \[7, 7\]"),
+        ({"image": [1, 2]}, "image.*list"),
+        ({"image": np.zeros((0, 9, 3), np.uint8)}, r"pixel.*\(0, 9, 3\)"),
+        ({"image": np.full((60, 60, 3), 7.0)}, r"pixels.*\[7, 7\]"),
     ],
 )
 def test_what_cannot_be_is_refused(settings, message, picture):

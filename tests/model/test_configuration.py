@@ -90,24 +90,24 @@ def test_labels_of_ones_own_take_the_place_of_cocos():
     assert (config.num_labels, config.label2id) == (1, {"building": 0})
     config = RfDetrConfig.from_variant("rf-detr-seg-nano", label2id={"roof": 1, "wall": 0}, id2label=None)
     assert config.id2label == {0: "wall", 1: "roof"}
-    with pytest.raises(ValueError, match=r"slots \[1, 2\]; they must be 0 .. 1"):
+    with pytest.raises(ValueError, match=r"id2label.*\[1, 2\]"):
         RfDetrConfig.from_variant("rf-detr-seg-nano", id2label={1: "roof", 2: "wall"})
 
 
 def test_a_misspelt_field_of_a_variant_is_refused():
-    with pytest.raises(ValueError, match=r"\['num_querys'\] are no fields .* num_queries"):
+    with pytest.raises(ValueError, match=r"num_queries.*\['num_querys'\]"):
         RfDetrConfig.from_variant("rf-detr-seg-nano", num_querys=5)
 
 
 @pytest.mark.parametrize(
     ("value", "advice"),
-    [(500, "504 or 480"), (433, "432 or 456"), (0, "24$"), (-24, "24$"), ([432, 440], "432 or 456")],
+    [(500, "504 or 480"), (433, "432 or 456"), (0, r"24\.$"), (-24, r"24\.$"), ([432, 440], "432 or 456")],
 )
 def test_an_illegal_resolution_is_refused_with_the_nearest_legal_sizes(value, advice):
-    with pytest.raises(ValueError, match=rf"not a multiple of 24 \(patch 12 x 2 windows\); try {advice}"):
+    with pytest.raises(ValueError, match=rf"resolution.*multiple of 24 .*12 x 2 windows.*Try {advice}"):
         RfDetrConfig.from_variant("rf-detr-seg-medium", resolution=value)
     config = RfDetrConfig.from_variant("rf-detr-seg-medium")
-    with pytest.raises(ValueError, match=f"try {advice}"):
+    with pytest.raises(ValueError, match=f"Try {advice}"):
         config.resolution = value
     assert config.resolution == 432
 
@@ -120,7 +120,7 @@ def test_a_backbone_given_as_a_dictionary_becomes_a_configuration():
 
 @pytest.mark.parametrize("value", [432.0, "432", [432], None, {}, True])
 def test_a_resolution_that_is_no_size_is_refused(value):
-    with pytest.raises(ValueError, match="neither a whole number of pixels nor"):
+    with pytest.raises(ValueError, match="resolution"):
         RfDetrConfig.from_variant("rf-detr-seg-medium").resolution = value
 
 
@@ -157,26 +157,26 @@ def test_derived_values_follow_the_taps():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"num_queries": 0}, "num_queries 0 must be a whole number of at least 1"),
-        ({"d_model": 30}, "d_model 30 is not a multiple of decoder_cross_attention_heads 4"),
-        ({"projector_scale": ["P5", "P3"]}, "fine to coarse"),
+        ({"num_queries": 0}, "num_queries.*0"),
+        ({"d_model": 30}, "d_model.*decoder_cross_attention_heads.*4.*30"),
+        ({"projector_scale": ["P5", "P3"]}, "projector_scale.*fine to coarse"),
         ({"projector_scale": ["P6"]}, "P6"),
-        ({"activation_function": "gelu"}, "'silu' here; remove the setting"),
-        ({"backbone_config": {"use_swiglu_ffn": True}}, "use_swiglu_ffn=True is not RF-DETR"),
-        ({"backbone_config": {"image_size": 50}}, "image_size 50 is not a multiple of the patch size 12; try 48 or 60"),
-        ({"backbone_config": {"out_indices": [4, 2]}}, "must ascend"),
-        ({"backbone_config": {"out_indices": [2, 9]}}, "0 .. 4"),
-        ({"backbone_config": {"drop_path_rate": 1.0}}, r"outside \[0, 1\)"),
-        ({"backbone_config": {"hidden_size": 33}}, "33 is not a multiple of 2 heads"),
-        ({"backbone_config": {"num_windows": 0}}, "num_windows 0 must be a whole number of at least 1"),
-        ({"backbone_config": {"patch_size": [12, 14]}}, r"patch_size \(12, 14\)"),
-        ({"backbone_config": {"window_block_indexes": []}}, r"has window_block_indexes=\[0\] here"),
+        ({"activation_function": "gelu"}, "activation_function.*'silu'.*'gelu'"),
+        ({"backbone_config": {"use_swiglu_ffn": True}}, "use_swiglu_ffn.*False.*True"),
+        ({"backbone_config": {"image_size": 50}}, "image_size.*12.*50.*48 or 60"),
+        ({"backbone_config": {"out_indices": [4, 2]}}, r"out_indices.*\[4, 2\]"),
+        ({"backbone_config": {"out_indices": [2, 9]}}, r"out_indices.*0 to 4.*\[2, 9\]"),
+        ({"backbone_config": {"drop_path_rate": 1.0}}, r"drop_path_rate.*\[0, 1\).*1\.0"),
+        ({"backbone_config": {"hidden_size": 33}}, "hidden_size.*2.*33"),
+        ({"backbone_config": {"num_windows": 0}}, "num_windows.*0"),
+        ({"backbone_config": {"patch_size": [12, 14]}}, r"patch_size.*\(12, 14\)"),
+        ({"backbone_config": {"window_block_indexes": []}}, r"window_block_indexes.*\[0\].*\[\]"),
         ({"backbone_config": {"out_features": ["stage2"]}}, "out_features"),
-        ({"backbone_config": {"out_indices": []}}, "must ascend"),
-        ({"layer_norm_eps": 1e-3}, "layer_norm_eps=1e-06 here"),
-        ({"num_feature_levels": 3}, "num_feature_levels=1 here"),
-        ({"mask_downsample_ratio": 0}, "mask_downsample_ratio 0 must be"),
-        ({"dropout": 2.0}, r"dropout 2.0 is outside \[0, 1\)"),
+        ({"backbone_config": {"out_indices": []}}, r"out_indices.*\[\]"),
+        ({"layer_norm_eps": 1e-3}, "layer_norm_eps.*1e-06.*0.001"),
+        ({"num_feature_levels": 3}, "num_feature_levels.*1.*3"),
+        ({"mask_downsample_ratio": 0}, "mask_downsample_ratio.*0"),
+        ({"dropout": 2.0}, r"dropout.*\[0, 1\).*2\.0"),
     ],
 )
 def test_settings_that_make_no_rf_detr_are_refused(settings, words):

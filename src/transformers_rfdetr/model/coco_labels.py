@@ -56,7 +56,7 @@ def prepare_labels(
             " segmentation covers no pixel of the model's input. Set the log level to INFO to see which images are"
             " affected. This warning is shown once."
         )
-        logger.info(f"{where}: {num_dropped} of {len(target['annotations'])} annotations have no usable shape")
+        logger.info(f"{where}: dropped {num_dropped} of {len(target['annotations'])} annotations")
 
     boxes_xyxy = torch.tensor([item.box_xyxy for item in objects], dtype=torch.float32).reshape(-1, 4)
     scale = torch.tensor([new / old for new, old in zip(sizes.resized, sizes.original, strict=True)]).flip(0).repeat(2)

@@ -1,105 +1,104 @@
-"""What the architecture is: the configuration."""
+"""The configuration: what defines the architecture of RF-DETR and the weights of its losses."""
 
 import inspect
-import numbers
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
 from .validation import (
-    are_all,
+    are_strings,
     as_pair,
     check_counts,
     check_grid,
     check_limit,
+    check_multiple,
     check_numbers,
     check_resolution,
     config_errors_as_value_errors,
+    error_context,
+    is_integer,
     nearest_legal_sizes,
     read_label_maps,
     read_size,
-    refuse_methods,
+    refuse_class_attributes,
+    require,
 )
 from .variants_rf_detr import COCO_ID2LABEL, VARIANTS, resolve_variant
 
 # The scale of each projector level relative to the patch grid: P3 is twice as fine, P5 half as fine.
 PROJECTOR_SCALES = {"P3": 2.0, "P4": 1.0, "P5": 0.5}
-# What transformers takes the name of an attention or expert kernel from, also with an underscore in front.
+# Fields that transformers takes the name of an attention or expert kernel from, also with a leading underscore.
 _KERNEL_FIELDS = ("attn_implementation", "experts_implementation", "implementation_internal")
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
-# Settings of other models' files that would have transformers read other weights than those that are checked here.
-_FOREIGN_FIELDS = {
-    "quantization_config": "quantised weights are not read; save the model as float32, float16 or bfloat16",
-    "transformers_weights": "weights are read from model.safetensors or pytorch_model.bin; give the file that name",
+# Fields with which transformers would read other weights than those that are checked here.
+_REFUSED_FIELDS = {
+    "quantization_config": "quantized weights are not supported. Save the model as float32, float16 or bfloat16",
+    "transformers_weights": "weights are read from model.safetensors or pytorch_model.bin. Rename the file",
 }
 
 
-def _take_fixed(kwargs: dict[str, Any], fixed: dict[str, Any]) -> None:
-    """Remove the settings that RF-DETR fixes from `kwargs`; another value would be another network, so it raises."""
-    for key, value in fixed.items():
-        given = kwargs.pop(key, None)
-        if given is not None and given != value:
-            raise ValueError(f"{key}={given!r} is not RF-DETR, which has {key}={value!r} here; remove the setting")
+def _pop_fixed(kwargs: dict[str, Any], fixed: dict[str, Any]) -> None:
+    """Remove settings that RF-DETR fixes; raise ValueError for another value, which means another network."""
+    for name, value in fixed.items():
+        given = kwargs.pop(name, None)
+        require(given is None or given == value, name, given, f"{value!r} in RF-DETR", "Remove the setting.")
 
 
-def _refuse_foreign(cls: type, fields: Mapping[str, Any]) -> None:
-    """Raise ValueError for a field that would take the place of the class's own, or belongs to other models' files."""
-    known = {"model_type", *vars(PreTrainedConfig())}
-    for name, value in fields.items():
-        if hasattr(cls, name) and name not in known and not isinstance(getattr(cls, name), property):
-            raise ValueError(f"{name!r:.80} is no setting of {cls.__name__} but part of the class; remove it")
-        if value is not None and name in _FOREIGN_FIELDS:
-            raise ValueError(f"{name} {value!r:.80} is not followed: {_FOREIGN_FIELDS[name]}, and remove the setting")
+def _check_common_fields(cls: type, fields: dict[str, Any]) -> dict[str, Any]:
+    """Check the fields that all configurations of transformers share; derive the label maps from each other.
 
-
-def _common_fields(cls: type, fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields that every configuration of transformers has, as a file may hold them, checked."""
-    refuse_methods(cls, fields)
-    _refuse_foreign(cls, fields)
-    fields = {name: value for name, value in fields.items() if name not in _FOREIGN_FIELDS}
-    if not isinstance(fields.get("model_type", ""), str):
-        raise ValueError(f"model_type {fields['model_type']!r:.80} is no name of a kind of model; give 'rf_detr'")
-    architectures = fields.get("architectures")
-    if architectures is not None and not are_all(architectures, str):
-        example = "['RfDetrForInstanceSegmentation']"
-        raise ValueError(f"architectures {architectures!r:.80} is no list of names of classes; give {example}")
+    transformers sets each field of a file as an attribute, whatever it is, and checks the types of some in some of its
+    versions only.
+    """
+    refuse_class_attributes(cls, fields, allowed={"model_type", *vars(PreTrainedConfig())})
+    for name, reason in _REFUSED_FIELDS.items():
+        if (value := fields.get(name)) is not None:
+            raise ValueError(f"`{name}` must not be set, got {value!r:.80}: {reason}, and remove the setting.")
+    fields = {name: value for name, value in fields.items() if name not in _REFUSED_FIELDS}
+    model_type, architectures = fields.get("model_type", ""), fields.get("architectures")
+    require(isinstance(model_type, str), "model_type", model_type, "a string, 'rf_detr'")
+    is_valid = architectures is None or are_strings(architectures)
+    require(is_valid, "architectures", architectures, "a list such as ['RfDetrForInstanceSegmentation']")
     fields = read_label_maps(fields)
-    classes = fields.get("num_labels", 1)
-    if not isinstance(classes, numbers.Integral) or isinstance(classes, bool) or classes < 1:
-        raise ValueError(f"num_labels {classes!r:.80} must be a whole number of at least 1")
-    check_limit("num_labels", int(classes))
-    check_limit("num_labels", len(fields.get("id2label", ())))
+    num_labels = fields.get("num_labels", 1)
+    require(is_integer(num_labels) and num_labels >= 1, "num_labels", num_labels, "an integer of at least 1")
+    check_limit("num_labels", max(int(num_labels), len(fields.get("id2label", ()))))
     for name in ("dtype", "torch_dtype"):
         dtype = fields.get(name)
-        if dtype is not None and type(dtype).__name__ != "dtype" and dtype not in _DTYPES:
-            raise ValueError(f"{name} {dtype!r:.80} is no floating-point type of torch; give one of {_DTYPES}")
+        is_valid = dtype is None or type(dtype).__name__ == "dtype" or dtype in _DTYPES
+        require(is_valid, name, dtype, f"a floating-point type, one of {_DTYPES}")
     return fields
 
 
 class RfDetrDinov2Config(PreTrainedConfig):
-    """Configuration of the windowed DINOv2 backbone (https://arxiv.org/abs/2304.07193), JSON fields as transformers'.
+    """Configuration of the windowed DINOv2 backbone (https://arxiv.org/abs/2304.07193).
+
+    The JSON fields are those of transformers' own RF-DETR.
 
     Args:
         hidden_size: Width of the tokens.
         num_hidden_layers: Number of blocks.
         num_attention_heads: Heads of each block.
-        image_size: Side in pixels, or (height, width), that the stored position table was made for. Other input
-            sizes interpolate it.
+        image_size: Side in pixels, or (height, width), of the images for which the position embeddings are stored. For
+            other input sizes they are interpolated.
         patch_size: Side of a patch in pixels.
-        num_windows: Windows along each side of the picture; 1 means that every block attends globally.
+        num_windows: Windows along each side of the image; with 1 every block attends globally.
         num_register_tokens: Register tokens in each window (https://arxiv.org/abs/2309.16588).
-        out_indices: Number of blocks after which each feature map is tapped, ascending; `out_features`
-            (`["stage3", ...]`) says the same.
-        drop_path_rate: Stochastic depth of the last block, in [0, 1); it grows linearly from 0 at the first one.
-        layerscale_value: Initial value of the residual scales.
+        out_indices: The numbers of blocks after which a feature map is taken, ascending. `[3, 6]` takes two, after 3
+            and after 6 blocks.
+        out_features: The same by name, `["stage3", "stage6"]`; only read if `out_indices` is None.
+        drop_path_rate: Stochastic depth of the last block, in [0, 1); it grows linearly from 0 in the first block.
+        layerscale_value: Initial value of the LayerScale parameters.
         initializer_range: Standard deviation of the initial weights.
+
+    Raises:
+        ValueError: if a field is invalid or defines another network than RF-DETR's; the message names it.
     """
 
     model_type = "rf_detr_dinov2"
     base_config_key = "backbone_config"
-    # Settings of the DINOv2 family that RF-DETR never varies. They stand in the JSON for transformers' own reader.
+    # Settings of the DINOv2 family that RF-DETR never varies. The JSON holds them for transformers' own RF-DETR.
     _FIXED = {  # noqa: RUF012
         "mlp_ratio": 4,
         "hidden_act": "gelu",
@@ -130,12 +129,12 @@ class RfDetrDinov2Config(PreTrainedConfig):
         initializer_range: float = 0.02,
         **kwargs: Any,
     ) -> None:
-        _take_fixed(kwargs, self._FIXED)
+        _pop_fixed(kwargs, self._FIXED)
         private_indices, private_features = kwargs.pop("_out_indices", None), kwargs.pop("_out_features", None)
         out_indices = private_indices if out_indices is None else out_indices
         out_features = private_features if out_features is None else out_features
         if out_indices is None:
-            out_indices = self._indices_of(out_features or [f"stage{num_hidden_layers}"])
+            out_indices = self._read_stages(out_features or [f"stage{num_hidden_layers}"])
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
@@ -149,15 +148,14 @@ class RfDetrDinov2Config(PreTrainedConfig):
         self.initializer_range = initializer_range
         self._check()
         kwargs["out_features"] = out_features
-        _take_fixed(kwargs, self._derived())
+        _pop_fixed(kwargs, self._derived())
         with config_errors_as_value_errors("backbone_config"):
-            super().__init__(**_common_fields(type(self), kwargs))
+            super().__init__(**_check_common_fields(type(self), kwargs))
 
     @staticmethod
-    def _indices_of(names: Any) -> list[int]:
-        """Taps by the names of their stages."""
-        if not are_all(names, str) or not all(re.fullmatch(r"stem|stage\d{1,9}", name) for name in names):
-            raise ValueError(f"out_features {names!r:.80} are no names of stages; give 'stem', 'stage1', ...")
+    def _read_stages(names: Any) -> list[int]:
+        is_valid = are_strings(names) and all(re.fullmatch(r"stem|stage\d{1,9}", name) for name in names)
+        require(is_valid, "out_features", names, "a list of 'stem', 'stage1', 'stage2', ...")
         return [0 if name == "stem" else int(name.removeprefix("stage")) for name in names]
 
     def _derived(self) -> dict[str, Any]:
@@ -167,74 +165,63 @@ class RfDetrDinov2Config(PreTrainedConfig):
         check_counts(self, "hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_windows")
         check_counts(self, "num_register_tokens", least=0)
         check_numbers(self, "drop_path_rate", "layerscale_value", "initializer_range")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
-        in_order = are_all(self.out_indices, int) and self.out_indices == sorted(set(self.out_indices))
-        if (
-            not in_order
-            or not self.out_indices
-            or not 0 <= self.out_indices[0] <= self.out_indices[-1] <= self.num_hidden_layers
-        ):
-            raise ValueError(
-                f"out_indices {self.out_indices!r:.80} must ascend within 0 .. {self.num_hidden_layers}, the number of"
-                " blocks"
-            )
-        for side in as_pair(self.image_size):
-            if side <= 0 or side % self.patch_size:
-                legal = " or ".join(map(str, nearest_legal_sizes(side, self.patch_size)))
-                raise ValueError(
-                    f"image_size {side} is not a multiple of the patch size {self.patch_size}; try {legal}"
-                )
+        rule = f"a multiple of num_attention_heads ({self.num_attention_heads})"
+        require(self.hidden_size % self.num_attention_heads == 0, "hidden_size", self.hidden_size, rule)
+        taps, last = self.out_indices, self.num_hidden_layers
+        is_valid = isinstance(taps, list) and all(map(is_integer, taps)) and bool(taps) and taps == sorted(set(taps))
+        is_valid = is_valid and 0 <= taps[0] <= taps[-1] <= last
+        require(is_valid, "out_indices", taps, f"a list of ascending integers within 0 to {last}, the number of blocks")
+        check_multiple(self.image_size, self.patch_size, "image_size", "the patch size")
         check_grid("image_size", self.image_size, self.patch_size)
-        if not self.initializer_range:
-            raise ValueError("initializer_range 0 leaves no weights to train; 0.02 is usual")
-        if not 0.0 <= self.drop_path_rate < 1.0:
-            raise ValueError(f"drop_path_rate {self.drop_path_rate} is outside [0, 1)")
+        require(self.initializer_range > 0, "initializer_range", self.initializer_range, "above 0, usually 0.02")
+        require(self.drop_path_rate < 1, "drop_path_rate", self.drop_path_rate, "in [0, 1)")
 
     @property
     def stage_names(self) -> list[str]:
-        """Names of the states that can be tapped: after 0, 1, ... blocks."""
+        """Names of the feature maps after 0, 1, ... blocks: "stem", "stage1", ..."""
         return ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
 
     @property
     def out_features(self) -> list[str]:
-        """Names of the states that are tapped."""
+        """Names of the feature maps that are taken."""
         return [self.stage_names[index] for index in self.out_indices]
 
     @property
     def position_grid(self) -> tuple[int, int]:
-        """(height, width) of the stored position table, in patches."""
+        """(height, width) of the stored position embeddings, in patches."""
         height, width = as_pair(self.image_size)
         return height // self.patch_size, width // self.patch_size
 
     @property
     def num_used_layers(self) -> int:
-        """Blocks before the last tap. Later ones stand in the checkpoint but are never read."""
+        """Number of blocks that are run; those after the last feature map are in the checkpoint, but not used."""
         return self.out_indices[-1]
 
     @property
     def window_block_indexes(self) -> list[int]:
-        """Blocks (counted from 0) that attend inside windows; the others attend globally.
+        """Indices (from 0) of the blocks that attend inside windows; the others attend globally.
 
-        The published checkpoints were trained with the numbers of `out_indices`, which count from 1 as taps, read
-        once more as block numbers that count from 0. We keep that.
+        The global blocks are those whose index is in `out_indices`. As `out_indices` counts blocks from 1, each of
+        them is the block after a feature map. The published checkpoints were trained in this way.
         """
         return [index for index in range(self.out_indices[-1] + 1) if index not in self.out_indices]
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON fields, with the derived and the fixed ones that transformers' own reader wants."""
+        """Return the JSON fields, with the derived and the fixed ones that transformers' own RF-DETR reads."""
         return super().to_dict() | self._FIXED | self._derived()
 
 
 def _backbone_fields(backbone: Any) -> dict[str, Any]:
-    """The fields of a backbone's configuration, which transformers' port has a class of its own for."""
-    if not isinstance(backbone, dict | PreTrainedConfig):
-        raise ValueError(f"backbone_config {backbone!r:.80} is neither a configuration nor a dictionary of its fields")
+    """Return the fields of a backbone, which may be given as the configuration class of transformers' own RF-DETR."""
+    require(isinstance(backbone, dict | PreTrainedConfig), "backbone_config", backbone, "a configuration or a dict")
     return backbone if isinstance(backbone, dict) else backbone.to_dict()
 
 
+_DEFAULT_BACKBONE = {"hidden_size": 384, "num_attention_heads": 6, "image_size": 518, "out_indices": [2, 5, 8, 11]}
+
+
 class RfDetrConfig(PreTrainedConfig):
-    """Configuration of RF-DETR (https://arxiv.org/abs/2511.09554): architecture and loss weights, nothing else.
+    """Configuration of RF-DETR (https://arxiv.org/abs/2511.09554): the architecture and the loss weights.
 
     Example:
         >>> from transformers_rfdetr import RfDetrConfig
@@ -243,37 +230,37 @@ class RfDetrConfig(PreTrainedConfig):
         (200, 504, [504, 480])
 
     Args:
-        backbone_config: The backbone, as [`RfDetrDinov2Config`] or its fields.
-        projector_scale: Feature levels, fine to coarse, of "P3" (twice the patch grid), "P4" (the patch grid) and
-            "P5" (half of it).
+        backbone_config: The backbone, as [`RfDetrDinov2Config`] or a dict of its fields.
+        projector_scale: Feature levels, fine to coarse: "P3" (twice the resolution of the patch grid), "P4" (the patch
+            grid) and "P5" (half of it).
         d_model: Width D of queries and features.
-        num_queries: Queries Q of a group, the most objects that one image can have.
+        num_queries: Queries Q of each group, the highest number of objects that the model can find in an image.
         group_detr: Query groups G in training (https://arxiv.org/abs/2207.13085); inference uses the first.
         decoder_layers: Number of decoder layers.
-        decoder_ffn_dim: Hidden width of their feed-forward networks.
-        decoder_self_attention_heads: Heads of their self-attention.
-        decoder_cross_attention_heads: Heads of their deformable cross-attention.
-        decoder_n_points: Points that one head samples on one level.
-        dropout: Dropout of the decoder; the published models train with 0.
-        mask_downsample_ratio: Input pixels along one mask pixel.
-        mask_point_sample_ratio: Mask pixels for each point that matcher and mask loss look at.
-        class_cost, bbox_cost, giou_cost: Weights of the matching cost. The mask terms cost what they weigh in
-            the loss.
+        decoder_ffn_dim: Hidden width of the decoder's feed-forward networks.
+        decoder_self_attention_heads: Heads of the decoder's self-attention.
+        decoder_cross_attention_heads: Heads of the decoder's deformable cross-attention.
+        decoder_n_points: Points that each head samples on each level.
+        dropout: Dropout of the decoder; the published models were trained with 0.
+        mask_downsample_ratio: Width of a mask pixel in input pixels.
+        mask_point_sample_ratio: Number of mask pixels for each point that matcher and mask loss sample.
+        class_cost, bbox_cost, giou_cost: Weights of the matching cost. The mask terms of the cost have the weights
+            of the mask losses.
         class_loss_coefficient, bbox_loss_coefficient, giou_loss_coefficient, mask_class_loss_coefficient,
             mask_dice_loss_coefficient: Weights of the losses.
         focal_alpha: Alpha of the class cost, and of the class loss's target p^alpha IoU^(1-alpha).
-        auxiliary_loss: Whether the decoder layers before the last are supervised too (the first stage always is).
-        resolution: Side of the square input in pixels, or [height, width]; each side a multiple of patch size x
+        auxiliary_loss: Whether the decoder layers before the last have losses too (the first stage always has).
+        resolution: Side of the square input in pixels, or [height, width]; each side a multiple of patch size times
             windows. By default `image_size` of the backbone, or the next legal size above.
 
     Raises:
-        ValueError: for sizes that do not tile, for settings that would be another network than RF-DETR, and for
-            values above `LIMITS`.
+        ValueError: if a field is invalid, above its entry in `validation.LIMITS`, or defines another network than
+            RF-DETR; the message names it.
     """
 
     model_type = "rf_detr"
     sub_configs = {"backbone_config": RfDetrDinov2Config}  # noqa: RUF012
-    # The Trainer hands (loss_dict, logits, pred_boxes, pred_masks) to compute_metrics, and nothing else.
+    # The Trainer passes the other outputs, (loss_dict, logits, pred_boxes, pred_masks), to compute_metrics.
     keys_to_ignore_at_inference = [  # noqa: RUF012
         "last_hidden_state",
         "intermediate_hidden_states",
@@ -326,25 +313,9 @@ class RfDetrConfig(PreTrainedConfig):
         resolution: int | list[int] | None = None,
         **kwargs: Any,
     ) -> None:
-        _take_fixed(kwargs, self._FIXED)
-        # Derived here. transformers' port stores 1e-5 as layer_norm_eps, at which its projector departs from the
-        # checkpoints; theirs is 1e-6, so that is what we compute with and write. Its intermediate_size is a default
-        # that detection does not read.
-        if kwargs.get("layer_norm_eps") == 1e-5:
-            kwargs.pop("layer_norm_eps")
-        kwargs.pop("intermediate_size", None)
         projector_scale = projector_scale or ["P4"]
-        if not are_all(projector_scale, str):
-            raise ValueError(f"projector_scale {projector_scale!r:.80} is no list of levels; give ['P4']")
-        _take_fixed(kwargs, {"layer_norm_eps": 1e-6, "num_feature_levels": len(projector_scale)})
-        if backbone_config is None:
-            backbone_config = {
-                "hidden_size": 384,
-                "num_attention_heads": 6,
-                "image_size": 518,
-                "out_indices": [2, 5, 8, 11],
-            }
-        self.backbone_config: Any = backbone_config  # a RfDetrDinov2Config from here on; see __setattr__
+        self._pop_fixed_fields(kwargs, projector_scale)
+        self.backbone_config: Any = _DEFAULT_BACKBONE if backbone_config is None else backbone_config  # see __setattr__
         self.projector_scale = list(projector_scale)
         self.d_model = d_model
         self.num_queries = num_queries
@@ -369,10 +340,21 @@ class RfDetrConfig(PreTrainedConfig):
         self.auxiliary_loss = auxiliary_loss
         self._check()
         self.resolution = self._default_resolution() if resolution is None else resolution
-        kwargs = _common_fields(type(self), kwargs)
+        kwargs = _check_common_fields(type(self), kwargs)
         check_limit("parameters", self._num_parameters(len(kwargs.get("id2label", ())) or kwargs.get("num_labels", 2)))
         with config_errors_as_value_errors("the configuration"):
             super().__init__(**kwargs)
+
+    def _pop_fixed_fields(self, kwargs: dict[str, Any], projector_scale: Any) -> None:
+        """Remove the fields that RF-DETR fixes or derives from other fields."""
+        require(are_strings(projector_scale), "projector_scale", projector_scale, "a list of levels such as ['P4']")
+        # transformers' own RF-DETR stores 1e-5 as layer_norm_eps, but the checkpoints were trained with 1e-6 in the
+        # projector, so this is what we compute with and write. Detection does not read its intermediate_size.
+        if kwargs.get("layer_norm_eps") == 1e-5:
+            kwargs.pop("layer_norm_eps")
+        kwargs.pop("intermediate_size", None)
+        derived = {"layer_norm_eps": 1e-6, "num_feature_levels": len(projector_scale)}
+        _pop_fixed(kwargs, self._FIXED | derived)
 
     def _check(self) -> None:
         check_counts(
@@ -387,27 +369,23 @@ class RfDetrConfig(PreTrainedConfig):
             *("bbox_loss_coefficient", "giou_loss_coefficient", "mask_class_loss_coefficient"),
             "mask_dice_loss_coefficient",
         )
-        if self.focal_alpha > 1:
-            raise ValueError(f"focal_alpha {self.focal_alpha} is outside [0, 1]")
-        if not isinstance(self.auxiliary_loss, bool):
-            raise ValueError(f"auxiliary_loss {self.auxiliary_loss!r:.80} must be true or false")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout {self.dropout} is outside [0, 1)")
+        require(self.focal_alpha <= 1, "focal_alpha", self.focal_alpha, "in [0, 1]")
+        require(self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
+        require(isinstance(self.auxiliary_loss, bool), "auxiliary_loss", self.auxiliary_loss, "true or false")
         levels = sorted(set(self.projector_scale) & set(PROJECTOR_SCALES))
-        if not levels or self.projector_scale != levels:
-            raise ValueError(
-                f"projector_scale {self.projector_scale} must name levels of {list(PROJECTOR_SCALES)}, fine to coarse"
-            )
-        if "P3" in levels and self.backbone_config.hidden_size < 2:
-            raise ValueError("projector_scale 'P3' halves the backbone's hidden_size, which is 1; give 2 or more")
+        is_valid = bool(levels) and self.projector_scale == levels
+        rule = f"levels of {list(PROJECTOR_SCALES)}, fine to coarse"
+        require(is_valid, "projector_scale", self.projector_scale, rule)
+        hidden_size = self.backbone_config.hidden_size
+        require("P3" not in levels or hidden_size >= 2, "hidden_size", hidden_size, "at least 2 for projector_scale P3")
         for heads in ("decoder_self_attention_heads", "decoder_cross_attention_heads"):
-            if self.d_model % getattr(self, heads):
-                raise ValueError(f"d_model {self.d_model} is not a multiple of {heads} {getattr(self, heads)}")
-        if self.d_model % 4:
-            raise ValueError(f"d_model {self.d_model} must be a multiple of 4: the box embedding gives it four parts")
+            num_heads = getattr(self, heads)
+            require(self.d_model % num_heads == 0, "d_model", self.d_model, f"a multiple of {heads} ({num_heads})")
+        # The embedding of a box has four parts of equal width.
+        require(self.d_model % 4 == 0, "d_model", self.d_model, "a multiple of 4")
 
     def _num_parameters(self, num_labels: int) -> int:
-        """Parameters of the segmentation model, all its large tables and matrices; vectors are left out."""
+        """Estimate the parameters of the segmentation model from its matrices; vectors are not counted."""
         backbone, width, groups = self.backbone_config, self.d_model, self.group_detr
         height_patches, width_patches = backbone.position_grid
         tokens = height_patches * width_patches + backbone.num_register_tokens + 3 * backbone.patch_size**2
@@ -436,21 +414,19 @@ class RfDetrConfig(PreTrainedConfig):
             value = read_size(value, "resolution")
             check_resolution(value, self.backbone_config.patch_size, self.backbone_config.num_windows)
             check_grid("resolution", value, self.backbone_config.patch_size)
-            if min(as_pair(value)) < self.mask_downsample_ratio:
-                raise ValueError(
-                    f"mask_downsample_ratio {self.mask_downsample_ratio} leaves no mask pixel of resolution {value};"
-                    " 4 is usual"
-                )
+            ratio = self.mask_downsample_ratio
+            is_valid = ratio <= min(as_pair(value))
+            require(is_valid, "mask_downsample_ratio", ratio, f"at most the resolution, {value}", "Usually it is 4.")
         if name == "backbone_config" and not isinstance(value, RfDetrDinov2Config):
             value = RfDetrDinov2Config(**_backbone_fields(value))
         super().__setattr__(name, value)
 
     def legal_sizes(self, size: int) -> list[int]:
-        """The input sides in pixels that tile into patches and windows, next to `size`, nearest first."""
+        """Return the multiples of patch size times windows next to `size` in pixels, nearest first."""
         return nearest_legal_sizes(size, self.backbone_config.patch_size * self.backbone_config.num_windows)
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON fields, with the derived and the fixed ones that transformers' own reader wants."""
+        """Return the JSON fields, with the derived and the fixed ones that transformers' own RF-DETR reads."""
         derived = {
             "layer_norm_eps": 1e-6,
             "num_feature_levels": len(self.projector_scale),
@@ -460,45 +436,46 @@ class RfDetrConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
-        """The fields that a file holds; ValueError where it holds something else."""
-        with config_errors_as_value_errors(str(pretrained_model_name_or_path)):
+        """Read the fields from a file or the Hub; raise ValueError if the file holds something else."""
+        name = str(pretrained_model_name_or_path)
+        with config_errors_as_value_errors(name):
             fields, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-            if not isinstance(fields, dict):
-                raise ValueError(f"{pretrained_model_name_or_path}: config.json holds {fields!r:.80}, no dictionary")
-            return fields, rest
+        with error_context(name):
+            require(isinstance(fields, dict), "config.json", fields, "a JSON object of settings")
+        return fields, rest
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "RfDetrConfig":
-        """The configuration with these fields, but for names of attention kernels.
+        """Create a configuration from its fields, without names of attention kernels.
 
-        transformers does not write them, and would fetch code of that name from the Hub.
+        transformers never writes these names, but would download code with such a name from the Hub and run it.
         """
         stored = {name: value for name, value in config_dict.items() if not name.endswith(_KERNEL_FIELDS)}
         return super().from_dict(stored, **kwargs)
 
     @classmethod
     def from_variant(cls, name: str, **overrides: Any) -> "RfDetrConfig":
-        """The configuration of a published model.
+        """Create the configuration of a published variant.
 
         Args:
             name: A published name in any usual spelling; see [`resolve_variant`].
-            overrides: Fields to set otherwise. `resolution` takes the position table along where the variant's table
-                has the size of its resolution (all but base and large-deprecated). A `backbone_config` dictionary
-                overrides single fields of the backbone. Without `num_labels` or `id2label` the head has the 91
-                slots of the published checkpoints, with COCO's names.
+            **overrides: Fields to set to other values. `resolution` also sets the size of the position embeddings if
+                the variant has them at its resolution (all but base and large-deprecated). A `backbone_config`
+                dict overrides single fields of the backbone. Without `num_labels` or `id2label` the model has the 91
+                classes of the published checkpoints, with COCO's names.
 
         Raises:
-            ValueError: for an unknown name, listing the known ones, and for an illegal resolution.
+            ValueError: if the name is unknown, listing the known ones, or a field is invalid.
         """
         variant = VARIANTS[resolve_variant(name)]
-        known = inspect.signature(cls).parameters
+        known = inspect.signature(cls).parameters.keys() - {"kwargs"}
         if unknown := [name for name in overrides if name not in known and not hasattr(PreTrainedConfig(), name)]:
-            raise ValueError(f"{unknown} are no fields of a configuration; these are: {', '.join(known)}")
+            raise ValueError(f"fields of a configuration must be among {', '.join(sorted(known))}, got {unknown}")
         resolution = overrides.pop("resolution", variant.resolution)
-        follows = variant.position_grid * variant.patch_size == variant.resolution
+        is_native = variant.position_grid * variant.patch_size == variant.resolution
         backbone = overrides.pop("backbone_config", {})
         backbone = {
-            "image_size": resolution if follows else variant.position_grid * variant.patch_size,
+            "image_size": resolution if is_native else variant.position_grid * variant.patch_size,
             "patch_size": variant.patch_size,
             "num_windows": variant.num_windows,
             "out_indices": list(variant.out_indices),

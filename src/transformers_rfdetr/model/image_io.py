@@ -1,4 +1,4 @@
-"""Image files, URLs, base64 strings and arrays to RGB images and tensors."""
+"""Read images from files, URLs, base64 strings and arrays."""
 
 import base64
 import math
@@ -14,12 +14,13 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 
+from .validation import require
+
 _URL_TIMEOUT_SECONDS = 60
-# The largest file that is fetched from a URL; a server may send without an end.
+# Limits of a download: an untrusted server may send without an end, or a byte now and then.
 MAX_URL_BYTES = 1 << 28
-# ... or so slowly that nobody waits for it.
 MAX_URL_SECONDS = 300
-# What Pillow reads by itself. EPS, for one, it hands to another program, whatever the name of the file.
+# The formats that Pillow decodes itself. For others, such as EPS, it starts another program, whatever the file's name.
 _FORMATS = (
     *("AVIF", "BMP", "DDS", "DIB", "GIF", "HEIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "PSD"),
     *("SGI", "TGA", "TIFF", "WEBP"),
@@ -27,7 +28,10 @@ _FORMATS = (
 
 
 def read_rgb(image: PIL.Image.Image | str | os.PathLike[str]) -> PIL.Image.Image:
-    """A picture, or its path, URL or base64 -> 8-bit RGB, upright (EXIF), with the values that the processor reads."""
+    """Read a PIL image, path, URL or base64 string as 8-bit RGB with EXIF rotation applied.
+
+    The values are scaled like those that the image processor reads.
+    """
     pixels = decode_image(image)
     if pixels.dtype != np.uint8:
         scaled = read_image(pixels, do_rescale=True, rescale_factor=1 / 255, input_data_format=None)
@@ -36,42 +40,44 @@ def read_rgb(image: PIL.Image.Image | str | os.PathLike[str]) -> PIL.Image.Image
 
 
 def decode_image(image: PIL.Image.Image | str | os.PathLike[str]) -> np.ndarray:
-    """A picture, or its path, URL or base64 -> upright, (H, W, 3) uint8 or, of 16 or 32 bits a pixel, (H, W)."""
+    """Decode a PIL image, path, URL or base64 string, with EXIF rotation applied.
+
+    Returns:
+        (H, W, 3) uint8, or (H, W) if the image has 16 or 32 bits per pixel.
+
+    Raises:
+        ValueError: if the image cannot be opened; the message names it.
+    """
     source = image
     try:
         if not isinstance(image, PIL.Image.Image):
-            image = _open(os.fspath(image))
+            # Opened as a file object: Pillow memory-maps a TIFF that is given by its path, and rotates it wrongly.
+            with _open_source(os.fspath(image)) as stream, open_image(stream) as image:
+                image.load()
         image = PIL.ImageOps.exif_transpose(image)
         if image.mode == "La":
             image = image.convert("LA")
         if not image.mode.startswith("I") and image.mode != "F":
             image = image.convert("RGB")
         return np.array(image)
-    except Exception as error:  # Pillow answers broken files with SyntaxError, struct.error, zlib.error and others
+    except Exception as error:  # for damaged files Pillow raises SyntaxError, struct.error, zlib.error and others
         reason = str(error) or type(error).__name__
         raise ValueError(f"{redact_url(source)!s:.200} cannot be opened as an image: {reason}") from error
 
 
-def _open(source: str) -> PIL.Image.Image:
-    """A path, http(s) URL or base64 string -> the picture in its own mode (transformers clips 16 bits to 8)."""
-    # Not by its path, of which Pillow maps the pixels and turns those of a TIFF wrongly.
-    with _stream(source) as stream, open_image(stream) as image:
-        image.load()
-        return image
-
-
 def open_image(file: Any) -> PIL.Image.Image:
-    """A file or its path -> the picture, not loaded yet, if it is in one of the usual formats.
+    """Open a file or path without decoding the pixels, if it has a common format.
 
-    Pillow knows more of them; for some it starts other programs.
+    Pillow knows more formats, but starts other programs for some of them.
     """
     PIL.Image.init()
     return PIL.Image.open(file, formats=[name for name in _FORMATS if name in PIL.Image.OPEN])
 
 
-def _stream(source: str) -> BinaryIO:
+def _open_source(source: str) -> BinaryIO:
+    """Open a path, http(s) URL or base64 string as a binary file object."""
     if source.startswith(("http://", "https://")):
-        return BytesIO(_fetch(source))
+        return BytesIO(_download(source))
     path = source if os.path.isfile(source) else os.path.expanduser(source)
     if os.path.isfile(path):
         return open(path, "rb")
@@ -80,38 +86,37 @@ def _stream(source: str) -> BinaryIO:
         stream = BytesIO(base64.b64decode("".join(encoded.split()), validate=True))
         open_image(stream)
     except (ValueError, OSError) as error:
-        raise ValueError("there is no such file; give a path, an http(s) URL or base64") from error
+        raise ValueError("the file does not exist. Pass a path, an http(s) URL or a base64 string.") from error
     return stream
 
 
-def _fetch(url: str) -> bytes:
-    """What a server sends, which may be neither too much nor too slow."""
-    place = urllib.parse.urlsplit(url)
+def _download(url: str) -> bytes:
+    """Download a URL, unless it is larger or slower than the limits allow."""
+    parts = urllib.parse.urlsplit(url)
     headers = {"User-Agent": "transformers-rfdetr"}
-    user, at, host = place.netloc.rpartition("@")
+    user, at, host = parts.netloc.rpartition("@")
     if at:
         user = urllib.parse.unquote(user if ":" in user else f"{user}:")
         headers["Authorization"] = f"Basic {base64.b64encode(user.encode()).decode()}"
-    request = urllib.request.Request(place._replace(netloc=host).geturl(), headers=headers)
-    content, begun = bytearray(), time.monotonic()
+    request = urllib.request.Request(parts._replace(netloc=host).geturl(), headers=headers)
+    content, start = bytearray(), time.monotonic()
     with urllib.request.urlopen(request, timeout=_URL_TIMEOUT_SECONDS) as response:
-        while part := response.read1(1 << 20):
-            content += part
-            if len(content) > MAX_URL_BYTES:
-                raise ValueError(
-                    f"it is larger than {MAX_URL_BYTES} bytes; fetch it yourself, or raise"
-                    " transformers_rfdetr.model.image_io.MAX_URL_BYTES"
-                )
-            if time.monotonic() - begun > MAX_URL_SECONDS:
-                raise ValueError(
-                    f"it took longer than {MAX_URL_SECONDS} seconds; fetch it yourself, or raise"
-                    " transformers_rfdetr.model.image_io.MAX_URL_SECONDS"
-                )
+        while chunk := response.read1(1 << 20):
+            content += chunk
+            for value, limit, unit, name in (
+                (len(content), MAX_URL_BYTES, "bytes", "MAX_URL_BYTES"),
+                (time.monotonic() - start, MAX_URL_SECONDS, "seconds", "MAX_URL_SECONDS"),
+            ):
+                if value > limit:
+                    raise ValueError(
+                        f"the download takes more than {limit} {unit}. Download it yourself, or raise"
+                        f" transformers_rfdetr.model.image_io.{name}."
+                    )
     return bytes(content)
 
 
 def redact_url(source: Any) -> Any:
-    """A source as it may be written down and shown: the user and the query of a URL may hold a password."""
+    """Remove user, password and query from a URL, so that it can be logged; return anything else unchanged."""
     if not isinstance(source, str) or "://" not in source:
         return source
     scheme, _, rest = source.partition("?")[0].partition("://")
@@ -120,67 +125,69 @@ def redact_url(source: Any) -> Any:
 
 
 def read_image(image: Any, do_rescale: bool, rescale_factor: float, input_data_format: str | None) -> torch.Tensor:
-    """Any image -> (3, H, W) float32, scaled to [0, 1] where `do_rescale`."""
+    """Read any image as (3, H, W) float32, scaled to [0, 1] if `do_rescale`; see `RfDetrImageProcessor.preprocess`."""
     if isinstance(image, str | os.PathLike | PIL.Image.Image):
         image, input_data_format = decode_image(image), "channels_last"
     if isinstance(image, np.ndarray):
         if image.dtype.kind not in "biuf":
-            raise ValueError(f"an array of {image.dtype} is no image; pass numbers")
+            raise ValueError(f"an image array must hold real numbers, got dtype {image.dtype}")
         image = torch.from_numpy(np.array(image, dtype=image.dtype.newbyteorder("="), order="C"))
     if not isinstance(image, torch.Tensor):
-        raise ValueError(f"{type(image).__name__} is no image; pass a PIL image, an array, a tensor, a path or a URL")
+        raise ValueError(f"an image must be a PIL image, array, tensor, path or URL, got {type(image).__name__}")
     if image.is_complex():
-        raise ValueError(f"a tensor of {image.dtype} is no image; pass real numbers")
-
-    picture = channels_first(image.detach(), input_data_format)
-    if 0 in picture.shape:
-        raise ValueError(f"shape {tuple(image.shape)} has no pixels; leave the image out")
-    values = picture.to(torch.float32, memory_format=torch.contiguous_format)
-    if image.is_floating_point():
-        lowest, highest = values.min().item(), values.max().item()
-        if not (math.isfinite(lowest) and math.isfinite(highest)):
-            raise ValueError("a pixel is NaN or infinite; pass finite values")
-        # A rounding error of the caller's own scaling is no other scale.
-        if do_rescale and not (lowest >= -1e-5 and highest <= 1 + 1e-5):
-            raise ValueError(
-                f"float pixels lie in [{lowest:g}, {highest:g}]; with do_rescale they must lie in [0, 1]:"
-                " scale them or pass uint8"
-            )
-    else:
+        raise ValueError(f"an image tensor must hold real numbers, got {image.dtype}")
+    pixels = channels_first(image.detach(), input_data_format)
+    if 0 in pixels.shape:
+        raise ValueError(f"an image must have at least one pixel, got shape {tuple(image.shape)}")
+    values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+    _check_range(values, image.dtype, do_rescale)
+    if not image.is_floating_point():
         if image.dtype == torch.bool:
             values *= 255
         elif image.dtype == torch.uint16:
             values /= 257
-        elif image.dtype != torch.uint8 and not (values.min() >= 0 and values.max() <= 255):
-            raise ValueError(
-                f"{image.dtype} pixels lie in [{values.min():g}, {values.max():g}], not in 0..255, so that their scale"
-                " is unknown; pass uint8, uint16 (full range 65535) or floats in [0, 1]"
-            )
         if do_rescale:
-            # x / 255 is rfdetr's rounding; x * (1 / 255) differs in the last bit.
+            # x / 255 rounds like rfdetr; x * (1 / 255) differs in the last bit.
             values /= 1 / rescale_factor
     return values.expand(3, -1, -1)
 
 
+def _check_range(values: torch.Tensor, dtype: torch.dtype, do_rescale: bool) -> None:
+    if dtype in (torch.bool, torch.uint8, torch.uint16):
+        return
+    lowest, highest = values.min().item(), values.max().item()
+    if not dtype.is_floating_point:
+        if lowest < 0 or highest > 255:
+            raise ValueError(
+                f"{dtype} pixels must lie in 0..255, got values in [{lowest:g}, {highest:g}]. Pass uint8, uint16 (full"
+                " range 65535) or floats in [0, 1]."
+            )
+    elif not (math.isfinite(lowest) and math.isfinite(highest)):
+        raise ValueError("pixels must be finite, got NaN or infinite values")
+    elif do_rescale and not (lowest >= -1e-5 and highest <= 1 + 1e-5):  # the caller's own scaling may round
+        raise ValueError(
+            f"float pixels must lie in [0, 1] if `do_rescale` is set, got values in [{lowest:g}, {highest:g}]. Scale"
+            " them, or pass uint8."
+        )
+
+
 def channels_first(image: torch.Tensor, input_data_format: str | None) -> torch.Tensor:
-    """(H, W), (H, W, channels) or (channels, H, W) -> (1 or 3, H, W)."""
+    """(H, W), (H, W, channels) or (channels, H, W) -> (1 or 3, H, W); alpha is dropped."""
     shape = tuple(image.shape)
     if image.ndim == 2:
         return image[None]
     if image.ndim != 3:
-        raise ValueError(f"shape {shape} is no image; pass (height, width) and at most one axis of channels")
+        raise ValueError(f"an image must be (height, width) with at most one axis of channels, got shape {shape}")
     data_format = getattr(input_data_format, "value", input_data_format)
-    if data_format not in (None, "channels_first", "channels_last"):
-        raise ValueError(f"input_data_format {input_data_format!r} is neither 'channels_first' nor 'channels_last'")
+    is_known = data_format in (None, "channels_first", "channels_last")
+    require(is_known, "input_data_format", input_data_format, "'channels_first' or 'channels_last'")
     for channels in ((3,), (1, 4)):  # (4, 4, 3) is RGB of four rows
         first = data_format != "channels_last" and shape[0] in channels
         last = data_format != "channels_first" and shape[2] in channels
         if first or last:
             break
     if first and last:
-        raise ValueError(f"shape {shape} may have its channels first or last; say which with input_data_format")
+        raise ValueError(f"an image of shape {shape} may have its channels first or last. Set `input_data_format`.")
     if not (first or last):
-        raise ValueError(f"shape {shape} has no axis of 1, 3 or 4 channels where one is expected; convert it to RGB")
-    if last:
-        image = image.permute(2, 0, 1)
-    return image[:3]
+        raise ValueError(f"an image must have 1, 3 or 4 channels in the first or last axis, got shape {shape}")
+    return (image.permute(2, 0, 1) if last else image)[:3]

@@ -24,7 +24,7 @@ from .validation import (
     config_errors_as_value_errors,
     error_context,
     is_number,
-    refuse_methods,
+    refuse_class_attributes,
     require,
     to_builtin,
 )
@@ -87,7 +87,7 @@ class RfDetrImageProcessor(BaseImageProcessor):
         format: str = "coco_detection",
         **kwargs: Any,
     ) -> None:
-        refuse_methods(type(self), kwargs)
+        refuse_class_attributes(type(self), kwargs, allowed=("default_to_square",))
         super().__init__(**kwargs)
         self.do_resize = do_resize
         self.size = dict(_DEFAULT_SIZE) if size is None else _read_size(size, "size")
@@ -120,11 +120,12 @@ class RfDetrImageProcessor(BaseImageProcessor):
     @classmethod
     def get_image_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
         """Read the settings from a file or the Hub; raise ValueError if the file holds something else."""
-        with config_errors_as_value_errors(str(pretrained_model_name_or_path)):
+        name = str(pretrained_model_name_or_path)
+        with config_errors_as_value_errors(name):
             settings, rest = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
-            with error_context(str(pretrained_model_name_or_path)):
-                require(isinstance(settings, dict), "preprocessor_config.json", settings, "a JSON object of settings")
-            return settings, rest
+        with error_context(name):
+            require(isinstance(settings, dict), "preprocessor_config.json", settings, "a JSON object of settings")
+        return settings, rest
 
     @classmethod
     def from_variant(cls, name: str, **overrides: Any) -> "RfDetrImageProcessor":

@@ -160,7 +160,7 @@ class RfDetrDinov2Embeddings(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, height, width) pixels -> (B·V, N, C) tokens: class token, registers, patches of each window."""
         config = self.config
-        check_resolution(pixel_values.shape[-2:], config.patch_size, config.num_windows, "the processed picture's side")
+        check_resolution(pixel_values.shape[-2:], config.patch_size, config.num_windows, "pixel_values")
         projection = self.patch_embeddings["projection"]
         patches = projection(pixel_values.to(projection.weight.dtype))
         grid = (patches.shape[-2], patches.shape[-1])

@@ -1,19 +1,19 @@
-"""Validation of plain values: numbers, sizes, label maps, and the place that an error names."""
+"""Validate plain values: numbers, sizes, label maps and limits."""
 
 import json
 import math
 import numbers
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
-# The largest values that a configuration may have: a file may come from anyone, and one number in it can ask for more
-# memory than there is. Far above any model that was published; to go further, raise an entry.
+# The largest values that a configuration may have, far above any published model. A configuration may come from an
+# untrusted file, and one number in it can ask for more memory than there is. To go further, raise an entry.
 LIMITS = {
-    "parameters": 2_000_000_000,
+    "parameters": 2_000_000_000,  # of a model
     "num_hidden_layers": 1_000,
     "decoder_layers": 1_000,
     "group_detr": 1_000,
@@ -27,7 +27,7 @@ LIMITS = {
 
 @contextmanager
 def error_context(where: str) -> Iterator[None]:
-    """Puts the place in front of the message of an error."""
+    """Prepend a place, such as a file or an annotation, to the message of an error that is raised inside."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -35,8 +35,8 @@ def error_context(where: str) -> Iterator[None]:
 
 
 @contextmanager
-def config_errors_as_value_errors(what: str) -> Iterator[None]:
-    """Turns what transformers raises for values that it does not expect, and for what is no JSON, into a ValueError."""
+def config_errors_as_value_errors(name: str) -> Iterator[None]:
+    """Convert what transformers raises for unexpected values and invalid JSON to a ValueError that names the file."""
     try:
         yield
     except Exception as error:  # TypeError, AttributeError, KeyError, RecursionError, ...
@@ -44,20 +44,31 @@ def config_errors_as_value_errors(what: str) -> Iterator[None]:
             raise
         if isinstance(error, OSError) and not isinstance(error.__context__, json.JSONDecodeError | UnicodeDecodeError):
             raise
-        reason = f"{type(error).__name__} {error!s:.200}"
-        raise ValueError(f"{what} cannot be read as a configuration: {reason}; correct it") from error
+        raise ValueError(f"{name} cannot be read: {type(error).__name__} {error!s:.200}") from error
 
 
 def require(is_valid: bool, name: str, value: Any, rule: str, remedy: str = "") -> None:
-    """Raise ValueError with the parameter's name, the rule and the value, unless `is_valid`."""
+    """Raise ValueError with the parameter's name, the rule, the value and the remedy, unless `is_valid`."""
     if not is_valid:
-        raise ValueError(f"`{name}` must be {rule}, got {value!r:.80}" + f". {remedy}" * bool(remedy))
+        raise ValueError(f"`{name}` must be {rule}, got {value!r:.80}" + (f". {remedy}" if remedy else ""))
+
+
+def check_limit(name: str, value: int) -> None:
+    """Raise ValueError if `LIMITS` has an entry `name` and the value is above it."""
+    if value > LIMITS.get(name, value):
+        raise ValueError(
+            f"`{name}` must be at most {LIMITS[name]}, got {value:.6g}. If the value is right and there is memory for"
+            f" it, raise transformers_rfdetr.model.validation.LIMITS[{name!r}]."
+        )
+
+
+# Numbers
 
 
 def to_builtin(value: Any) -> Any:
-    """Arrays, tensors and numpy's scalars, also in lists -> Python's numbers and lists; one number of any shape is one.
+    """Convert arrays, tensors and numpy scalars, also inside lists, to Python numbers and lists.
 
-    They stand in the rows of a `datasets.Dataset` with a format.
+    Rows of a `datasets.Dataset` with a format hold them. An array with a single element becomes a number.
     """
     if isinstance(value, list | tuple):
         return [to_builtin(item) for item in value]
@@ -66,138 +77,131 @@ def to_builtin(value: Any) -> Any:
     return value
 
 
+def is_integer(value: Any) -> bool:
+    """Return whether a value is an integer of Python or numpy, but not a bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def is_number(value: Any) -> bool:
-    """Return whether `value` is a finite real number and not a bool."""
+    """Return whether a value is a finite real number, but not a bool."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # a whole number of hundreds of digits
+    except OverflowError:  # an integer of hundreds of digits
         return False
 
 
+def is_index(value: Any) -> bool:
+    """Return whether a value is an integer of at least 0 that fits into 64 bits."""
+    return is_integer(value) and 0 <= int(value) < 1 << 63
+
+
 def are_numbers(values: Any, count: int) -> bool:
-    """Whether it is a list of `count` finite numbers."""
+    """Return whether a value is a list of `count` finite numbers."""
     return isinstance(values, list) and len(values) == count and all(map(is_number, values))
 
 
-def is_index(value: Any) -> bool:
-    """Whether it is a whole number of at least 0 that fits into 64 bits."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and 0 <= int(value) < 1 << 63
+def are_strings(values: Any) -> bool:
+    """Return whether a value is a list or tuple of strings."""
+    return isinstance(values, list | tuple) and all(isinstance(value, str) for value in values)
 
 
-def are_all(values: Any, kind: type) -> bool:
-    """Whether it is a list of values of a kind, which are no bool."""
-    return isinstance(values, list | tuple) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
+# Configurations
 
 
 def check_counts(config: Any, *names: str, least: int = 1) -> None:
-    """Raise ValueError unless each named field of `config` is an integer of at least `least`, within its limit."""
+    """Check that fields of a configuration are integers of at least `least` and at most their limit."""
     for name in names:
         value = getattr(config, name)
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} {value!r:.80} must be a whole number of at least {least}")
+        require(is_integer(value) and value >= least, name, value, f"an integer of at least {least}")
         check_limit(name, int(value))
 
 
 def check_numbers(config: Any, *names: str) -> None:
-    """Raise ValueError unless each named field of `config` is a finite number of at least 0."""
+    """Check that fields of a configuration are finite numbers of at least 0."""
     for name in names:
         value = getattr(config, name)
-        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= float(value) < math.inf:
-            raise ValueError(f"{name} {value!r:.80} must be a finite number of at least 0")
+        require(is_number(value) and value >= 0, name, value, "a finite number of at least 0")
 
 
-def check_limit(name: str, value: int) -> None:
-    """Raise ValueError for a value above its limit; what has no entry in `LIMITS` has none."""
-    if value > LIMITS.get(name, value):
-        raise ValueError(
-            f"{name} {value:.6g} is above the limit of {LIMITS[name]}, which no published model comes near; if it is"
-            f" right and there is memory for it, raise transformers_rfdetr.model.validation.LIMITS[{name!r}]"
-        )
-
-
-def as_pair(size: Any) -> tuple[int, int]:
-    """`size` as (height, width): a single number means a square."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
-
-
-def read_size(size: Any, name: str) -> int | tuple[int, int]:
-    """A size in pixels, one number or (height, width), as plain ints.
-
-    Raises:
-        ValueError: if it is neither.
-    """
-    sides = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
-    if not all(isinstance(side, numbers.Integral) and not isinstance(side, bool) for side in sides):
-        raise ValueError(f"{name} {size!r} is neither a whole number of pixels nor [height, width]")
-    height, width = (int(side) for side in sides)
-    return height if height == width else (height, width)
-
-
-def nearest_legal_sizes(size: int, block: int) -> list[int]:
-    """The multiples of `block` next to `size`, nearest first."""
-    below = max(size // block * block, 0)
-    return sorted({max(below, block), below + block}, key=lambda legal: abs(legal - size))
-
-
-def check_resolution(size: Any, patch_size: int, num_windows: int, name: str = "resolution") -> None:
-    """Raise ValueError, naming the nearest legal sizes, unless each side of `size` is a multiple of patch x windows."""
-    block = patch_size * num_windows
-    for side in as_pair(size):
-        if side <= 0 or side % block:
-            legal = " or ".join(map(str, nearest_legal_sizes(side, block)))
-            raise ValueError(
-                f"{name} {side} is not a multiple of {block} (patch {patch_size} x {num_windows} windows); try {legal}"
-            )
-
-
-def check_grid(name: str, size: Any, patch_size: int) -> None:
-    """Raise ValueError if a side of `size` in pixels, or its number of patches, is above its limit."""
-    for side in as_pair(size):
-        check_limit(name, side)
-        check_limit("patches", side // patch_size)
+def refuse_class_attributes(cls: type, fields: Iterable[str], allowed: Collection[str] = ()) -> None:
+    """Raise ValueError for a field that would replace a method or another attribute of the class."""
+    for name in fields:
+        if hasattr(cls, name) and name not in allowed and not isinstance(getattr(cls, name), property):
+            raise ValueError(f"{name!r:.80} must not be set, it is an attribute of {cls.__name__}. Remove the setting.")
 
 
 def read_label_maps(fields: dict[str, Any]) -> dict[str, Any]:
-    """Configuration fields with the missing one of `id2label` and `label2id` derived from the other.
+    """Derive the missing one of `id2label` and `label2id` in the fields of a configuration from the other one.
 
     Raises:
         ValueError: unless the classes are numbered from 0 without gaps, and have names.
     """
     fields = {name: value for name, value in fields.items() if value is not None or "label" not in name}
     for name in ("id2label", "label2id"):
-        if not isinstance(fields.get(name, {}), Mapping):
-            raise ValueError(f"{name} {fields[name]!r:.80} is no mapping; give {{0: 'roof', 1: 'tree'}} as id2label")
+        example = "a dict {0: 'roof', 1: 'tree'}" if name == "id2label" else "a dict {'roof': 0, 'tree': 1}"
+        require(isinstance(fields.get(name, {}), Mapping), name, fields.get(name), example)
     if "id2label" in fields:
-        fields["id2label"] = {_read_slot(slot): label for slot, label in fields["id2label"].items()}
-        _check_names(fields["id2label"])
-        fields.setdefault("label2id", {label: slot for slot, label in fields["id2label"].items()})
+        fields["id2label"] = _check_labels(fields["id2label"].items())
+        fields.setdefault("label2id", {label: index for index, label in fields["id2label"].items()})
     elif "label2id" in fields:
-        fields["id2label"] = {_read_slot(slot): label for label, slot in fields["label2id"].items()}
-        _check_names(fields["id2label"])
+        fields["id2label"] = _check_labels((index, label) for label, index in fields["label2id"].items())
     return fields
 
 
-def _read_slot(slot: Any) -> int:
-    """A class index as JSON's keys hold it, a text, or as a number."""
-    if isinstance(slot, bool) or not isinstance(slot, numbers.Integral | str) or not str(slot).isdecimal():
-        raise ValueError(f"{slot!r:.80} is no class index; number the classes from 0")
-    return int(slot)
+def _check_labels(labels: Iterable[tuple[Any, Any]]) -> dict[int, str]:
+    id2label = {}
+    for index, label in labels:
+        is_valid = is_index(index) or (isinstance(index, str) and index.isdecimal())  # JSON has strings as keys
+        require(is_valid, "id2label", index, "numbered with integers from 0")
+        require(isinstance(label, str), f"id2label[{index}]", label, "a string, the name of the class")
+        id2label[int(index)] = label
+    is_gapless = bool(id2label) and sorted(id2label) == list(range(len(id2label)))
+    require(is_gapless, "id2label", sorted(id2label), "numbered from 0 without gaps")
+    return id2label
 
 
-def _check_names(id2label: dict[int, str]) -> None:
-    slots = sorted(id2label)
-    if not slots or slots != list(range(len(slots))):
-        shown = f"{slots!r:.80}"
-        raise ValueError(f"id2label numbers its slots {shown}; they must be 0 .. {len(slots) - 1}, one for each class")
-    if unnamed := [slot for slot in slots if not isinstance(id2label[slot], str)]:
-        raise ValueError(f"id2label[{unnamed[0]}] is {id2label[unnamed[0]]!r:.80}, not a name; give a text")
+# Sizes
 
 
-def refuse_methods(cls: type, fields: Mapping[str, Any]) -> None:
-    """Raise ValueError for a field that would take the place of a method."""
-    for name in fields:
-        if callable(getattr(cls, name, None)):
-            raise ValueError(f"{name!r:.80} is no setting of {cls.__name__} but a method; remove it")
+def as_pair(size: Any) -> tuple[int, int]:
+    """Convert a size to (height, width); a single number means a square."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+def read_size(size: Any, name: str) -> int | tuple[int, int]:
+    """Check a size in pixels, one number or (height, width); return an int for a square, else a tuple of ints."""
+    sides = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
+    require(all(map(is_integer, sides)), name, size, "an integer number of pixels or [height, width]")
+    height, width = (int(side) for side in sides)
+    return height if height == width else (height, width)
+
+
+def nearest_legal_sizes(size: int, block: int) -> list[int]:
+    """Return the multiples of `block` next to `size`, nearest first."""
+    below = max(size // block * block, 0)
+    return sorted({max(below, block), below + block}, key=lambda legal: abs(legal - size))
+
+
+def check_multiple(size: Any, block: int, name: str, reason: str) -> None:
+    """Check that each side of a size is a positive multiple of `block`; the error names the nearest legal sizes."""
+    for side in as_pair(size):
+        if side <= 0 or side % block:
+            legal = " or ".join(map(str, nearest_legal_sizes(side, block)))
+            raise ValueError(
+                f"each side of `{name}` must be a multiple of {block} ({reason}), got {side}. Try {legal}."
+            )
+
+
+def check_resolution(size: Any, patch_size: int, num_windows: int, name: str = "resolution") -> None:
+    """Check that each side of an input size is a multiple of patch size times windows."""
+    check_multiple(size, patch_size * num_windows, name, f"patch size {patch_size} x {num_windows} windows")
+
+
+def check_grid(name: str, size: Any, patch_size: int) -> None:
+    """Check the limits of a size in pixels and of its number of patches."""
+    for side in as_pair(size):
+        check_limit(name, side)
+        check_limit("patches", side // patch_size)
