@@ -37,7 +37,8 @@ from transformers_rfdetr.data.checks.check import check_dataset
 from transformers_rfdetr.data.dataset import InstanceDataset
 from transformers_rfdetr.data.prepared import collate_fn
 from transformers_rfdetr.data.synthetic import draw_dataset
-from transformers_rfdetr.inference.folder import list_images, predict_to_folder
+from transformers_rfdetr.inference.folder import FolderOptions, predict_to_folder
+from transformers_rfdetr.inference.image_list import list_images
 from transformers_rfdetr.training.checkpoints import find_checkpoint_problem, newest_checkpoint, restore_folder
 from transformers_rfdetr.training.faults import translate_worker_errors
 from transformers_rfdetr.training.trainer import RfDetrTrainer
@@ -584,8 +585,8 @@ def predicting(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Any
     model = RfDetrForInstanceSegmentation(small_config(num_labels=1)).eval()
     processor = RfDetrImageProcessor.from_config(model.config)
     paths = list_images([str(folder)])
-    settings = {"threshold": 0.02, "batch_size": 1, "crops": True, "progress": False}
-    return lambda output: predict_to_folder(model, processor, paths, output, **settings)
+    options = FolderOptions(threshold=0.02, batch_size=1, crops=True)
+    return lambda output: predict_to_folder(model, processor, paths, output, options, progress=False)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,8 @@ from transformers_rfdetr import RfDetrForInstanceSegmentation, predict
 from transformers_rfdetr.data.synthetic import draw_scene
 from transformers_rfdetr.evaluation.coco_evaluator import evaluate_instance_segmentation
 from transformers_rfdetr.hub.load import load
-from transformers_rfdetr.inference.folder import list_images, predict_to_folder
+from transformers_rfdetr.inference.folder import FolderOptions, predict_to_folder
+from transformers_rfdetr.inference.image_list import list_images
 from transformers_rfdetr.inference.tiling import predict_tiled
 from transformers_rfdetr.inference.video.predict_video import predict_video
 from transformers_rfdetr.inference.video.writer import VideoWriter
@@ -125,7 +126,14 @@ class Work:
         for image, found in zip(self.images, several, strict=True):
             found.draw(image)
         wanted, common = list_images([str(self.folder)]), {"threshold": 0.0, "progress": False}
-        predict_to_folder(model, processor, wanted, folder / "found", tile="auto", crops=True, **common)
+        predict_to_folder(
+            model,
+            processor,
+            wanted,
+            folder / "found",
+            FolderOptions(threshold=0.0, tile="auto", crops=True),
+            progress=False,
+        )
         if self.film is not None:
             tracks = importlib.util.find_spec("trackers") is not None
             predict_video(model, processor, self.film, folder / "found.mp4", track=tracks, **common)

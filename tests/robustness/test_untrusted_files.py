@@ -24,7 +24,8 @@ from transformers_rfdetr.cli.app import app
 from transformers_rfdetr.data.checks.check import check_dataset
 from transformers_rfdetr.data.dataset import InstanceDataset
 from transformers_rfdetr.hub.model_card import escape
-from transformers_rfdetr.inference.folder import list_images, predict_to_folder
+from transformers_rfdetr.inference.folder import predict_to_folder
+from transformers_rfdetr.inference.image_list import list_images
 from transformers_rfdetr.inference.video.reader import VideoReader
 from transformers_rfdetr.model.image_io import read_rgb
 from transformers_rfdetr.model.masks import rasterize, read_segmentation

@@ -18,7 +18,8 @@ from .errors import one_line_errors, terminated_as_interrupted
 from .options import absolute, read_dtype, read_names, read_size
 
 if TYPE_CHECKING:
-    from ..inference.folder import Picture, Summary
+    from ..inference.folder import Summary
+    from ..inference.image_list import InputImage
     from ..inference.video.predict_video import VideoSummary
 
 EXAMPLE = """examples:
@@ -83,15 +84,9 @@ def predict(
     from PIL import Image
 
     from ..hub.load import load
-    from ..inference.folder import (
-        Picture,
-        UnreadableImageError,
-        check_settings,
-        distinct,
-        fingerprint,
-        list_images,
-        predict_to_folder,
-    )
+    from ..inference.folder import FolderOptions, UnreadableImageError, predict_to_folder
+    from ..inference.image_list import InputImage, list_images, unique_names
+    from ..inference.prediction_files import check_settings, fingerprint
     from ..model.image_io import redact_url
 
     if (sources is None) == (dataset is None):
@@ -99,13 +94,13 @@ def predict(
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     rows = None if dataset is None else _open_dataset(dataset, split)
     streams = [source for source in sources or [] if _is_stream(source, is_alone=len(sources or []) == 1)]
-    items = list_images([source for source in sources or [] if source not in streams], leave_out=output)
+    items = list_images([source for source in sources or [] if source not in streams], exclude=output)
     if rows is not None:
-        items = [Picture(f"{index:07d}.jpg", index) for index in range(len(rows))]
+        items = [InputImage(f"{index:07d}.jpg", index) for index in range(len(rows))]
     videos = [item for item in items if rows is None and Path(item.name).suffix.lower() in VIDEO_SUFFIXES]
     items = [item for item in items if item not in videos]
-    names = distinct([*(video.name for video in videos), *map(_name_of_stream, streams)])
-    videos = [Picture(*both) for both in zip(names, [*(video.source for video in videos), *streams], strict=True)]
+    names = unique_names([*(video.name for video in videos), *map(_name_of_stream, streams)])
+    videos = [InputImage(*both) for both in zip(names, [*(video.source for video in videos), *streams], strict=True)]
     _check_that_it_applies(bool(items), bool(videos), tile, save_crops, track, max_frames)
     if overlap is not None and tile is None:
         raise ValueError(f"--overlap {overlap} is of tiles, and --tile is not given; add --tile auto, or leave it out")
@@ -138,19 +133,22 @@ def predict(
                 processor,
                 items,
                 output,
+                FolderOptions(
+                    tile=tile if tile in (None, "auto") else read_size("--tile", tile),
+                    overlap=0.2 if overlap is None else overlap,
+                    draw=pictures,
+                    crops=save_crops,
+                    color_by=color_by or "class",
+                    **{name: shared[name] for name in ("threshold", "classes", "batch_size")},
+                ),
                 origin=origin,
                 dataset=rows,
-                tile=tile if tile in (None, "auto") else read_size("--tile", tile),
-                overlap=0.2 if overlap is None else overlap,
-                draw=pictures,
-                crops=save_crops,
-                color_by=color_by or "class",
                 strict=strict,
                 shard=(rank, world),
-                on_picture=None
+                progress=shared["progress"],
+                on_image=None
                 if show_picture is None
                 else lambda image, found: show_picture(found.draw(image, color_by=color_by or "class"), 0),
-                **shared,
             )
             _report(summary, output, rank, world)
             failed += summary.failed
@@ -263,14 +261,14 @@ class _Column(Sequence):
 def _predict_video(
     model: Any,
     processor: Any,
-    video: "Picture",
+    video: "InputImage",
     output: Path,
     settings: Mapping[str, Any],
     pictures: bool,
     window: Callable[[Any, int], None] | None,
     **options: Any,
 ) -> None:
-    from ..inference.folder import write_settings
+    from ..inference.prediction_files import write_settings
     from ..inference.video.predict_video import predict_video
 
     drawn_to = output / "videos" / video.name

@@ -1,64 +1,97 @@
-"""Many pictures to files: restartable, in shards for many processes, nothing done twice and nothing lost.
+"""Predict many images into a folder: can be interrupted and resumed, and split into shards for several processes.
 
     output/
-      settings.json           what the predictions were made with; another run must ask for the same
-      parts/0-of-1.jsonl      one line a picture as soon as it is done, a file a process; gone when one has done all
-      predictions.jsonl       all of them, in the order of the pictures
-      predictions.coco.json   the same as a COCO data set with scores, for pycocotools and annotation tools
-      pictures/, crops/       if asked for
+      settings.json, parts/, predictions.jsonl, predictions.coco.json      see prediction_files
+      pictures/, crops/                                                    drawn images and cut-outs, if asked for
 
-A process writes a picture's line after its other files, and reads all lines when it starts, so that it can be killed at
-any time. Processes need not meet: picture i is done by process i modulo their number, and whichever finds all of them
-done writes the results, which are the same whoever writes them.
+An image's line is written after its other files, and a process reads all lines when it starts, so that it can be killed
+at any time. Processes do not communicate: image i is predicted by process i modulo their number, and each process that
+finds all lines complete writes the results, which are the same whichever process writes them.
 """
 
 import errno
-import glob
-import hashlib
 import json
-import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from typing import Any
 
 from PIL import Image
-from pycocotools import mask as coco_mask
 from transformers.utils import logging
 
-from ..atomic_files import atomic_file, translate_disk_errors, write_text
-from ..model.configuration_rf_detr import RfDetrConfig
+from ..atomic_files import atomic_file, translate_disk_errors
 from ..model.image_io import read_rgb, redact_url
-from ..model.validation import is_index
-from ..model.variants_rf_detr import is_background_label
+from .image_list import InputImage, unique_names
 from .instances import Instances, check_color_by
 from .predict import predict
+from .prediction_files import (
+    check_settings,
+    find_records,
+    fingerprint,
+    truncate_partial_line,
+    write_results,
+    write_settings,
+)
 from .tiling import predict_tiled
 
-_READERS = 4  # threads; Pillow decodes outside of Python's lock
-_LONGEST_NAME = 40  # characters of a class's name in that of a file
-_GOES_ON = "free some space, and the same command goes on where it stopped"
+_NUM_READERS = 4  # threads; Pillow releases Python's lock while it decodes
+_MAX_CLASS_NAME = 40  # characters of a class name in a file name
+_REMEDY = "free some space, and the same command resumes"
 
 
 class UnreadableImageError(ValueError):
-    """A picture that cannot be read, where all were to be."""
+    """An image that cannot be read, in a run that is `strict`."""
 
 
-class Picture(NamedTuple):
-    """One picture to do.
+@dataclass(frozen=True)
+class FolderOptions:
+    """How images are predicted and what is written for each.
 
     Attributes:
-        name: What it is called in the results, and the relative path of the files that are made of it: of no two the
-            same, and the same in every run.
-        source: What `read_rgb` takes, or a row's number in a data set.
+        threshold: See `predict`.
+        classes: See `predict`.
+        batch_size: Number of images, or of tiles of one image, in a forward pass.
+        tile: See `predict_tiled`, which is used if this is given; "auto" is its default size.
+        overlap: See `predict_tiled`.
+        draw: Whether to write each image with its instances drawn on it.
+        crops: Whether to write a cut-out of each instance.
+        color_by: See `Instances.draw`.
     """
 
-    name: str
-    source: Any
+    threshold: float = 0.5
+    classes: Sequence[str] | None = None
+    batch_size: int = 8
+    tile: int | tuple[int, int] | str | None = None
+    overlap: float = 0.2
+    draw: bool = True
+    crops: bool = False
+    color_by: str = "class"
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size}")
+        check_color_by(self.color_by)
+
+    def to_settings(self) -> dict[str, Any]:
+        """Return the options that the predictions depend on, for settings.json."""
+        return {
+            "threshold": self.threshold,
+            "classes": None if self.classes is None else sorted(self.classes),
+            "tile": list(self.tile) if isinstance(self.tile, tuple) else self.tile,
+            "overlap": None if self.tile is None else self.overlap,
+            "pictures": self.draw,
+            "crops": self.crops,
+        }
+
+    def predict(self, model: Any, processor: Any, images: list[Image.Image]) -> list[Instances]:
+        """Return the instances of each image."""
+        common: dict[str, Any] = {name: getattr(self, name) for name in ("threshold", "classes", "batch_size")}
+        if self.tile is None:
+            return predict(model, processor, images, **common)
+        common |= {"tile": None if self.tile == "auto" else self.tile, "overlap": self.overlap}
+        return [predict_tiled(model, processor, image, **common) for image in images]
 
 
 @dataclass
@@ -66,11 +99,11 @@ class Summary:
     """What a run did.
 
     Attributes:
-        done: Pictures that this run predicted.
-        skipped: Pictures that an earlier run had done.
-        instances: Number of instances in those of this run.
-        failed: Name and reason of each picture that could not be read.
-        complete: Whether the results of all pictures, of all processes, have been written.
+        done: Number of images that this run predicted.
+        skipped: Number of images that an earlier run had completed.
+        instances: Number of instances in the images of this run.
+        failed: Name and reason of each image that could not be read.
+        complete: Whether the results of all images, of all processes, have been written.
     """
 
     done: int = 0
@@ -80,354 +113,155 @@ class Summary:
     complete: bool = False
 
 
-def list_images(sources: Sequence[str], leave_out: str | os.PathLike[str] | None = None) -> list[Picture]:
-    """Files, folders (all that is in them but hidden files), patterns and URLs -> pictures in a fixed order.
-
-    Args:
-        sources: Of a folder the names are relative to it, below its own name where there are several folders.
-        leave_out: A folder that may lie in one of these, and that nothing is taken from.
-
-    Raises:
-        ValueError: a source does not exist or cannot be read, or a folder or a pattern has nothing in it.
-    """
-    hidden = None if leave_out is None else Path(leave_out).expanduser().resolve()
-    num_folders = sum(bool(source) and Path(source).expanduser().is_dir() for source in sources)
-    found: dict[str, str] = {}
-    for source in sources:
-        path = Path(source).expanduser()
-        if source.startswith(("http://", "https://")):
-            found[source] = Path(urlsplit(source).path).name or "picture"
-        elif source and path.is_dir():
-            names = _files_in(path, hidden)
-            if not names:
-                raise ValueError(f"the folder {source} has no files in it; give one with pictures")
-            prefix = Path(path.resolve().name) if num_folders > 1 else Path()
-            found |= {str(path / name): str(prefix / name) for name in names}
-        elif source and path.is_file():
-            found.setdefault(str(path), path.name)
-        elif source and (matches := sorted(glob.glob(str(path), recursive=True))):
-            found |= {match: Path(match).name for match in matches if match not in found and os.path.isfile(match)}
-        else:
-            raise ValueError(f"{source!r} is no file, folder, pattern with matches or http(s) URL; check its spelling")
-    return [Picture(name, source) for name, source in zip(distinct(found.values()), found, strict=True)]
-
-
-def distinct(names: Iterable[str]) -> list[str]:
-    """Names of files, of which those that come again get a number: a.jpg, a-2.jpg."""
-    taken: dict[str, None] = {}
-    for wanted in names:
-        name, count = wanted, 1
-        while name in taken:
-            count += 1
-            name = str(Path(wanted).with_stem(f"{Path(wanted).stem}-{count}"))
-        taken[name] = None
-    return list(taken)
-
-
-def _files_in(folder: Path, hidden: Path | None) -> list[Path]:
-    """Relative paths of the files in a folder and those below, links to folders followed, hidden ones left out."""
-
-    def refuse(error: OSError) -> None:
-        raise ValueError(f"{error.filename} cannot be read: {error.strerror}; allow it, or give what is beside it")
-
-    names, seen = [], set()
-    for root, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
-        real = Path(root).resolve()
-        if real in seen or real == hidden:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        names += [Path(root, name).relative_to(folder) for name in files if not name.startswith(".")]
-    return sorted(names)
-
-
 def predict_to_folder(
     model: Any,
     processor: Any,
-    pictures: Sequence[Picture],
+    images: Sequence[InputImage],
     output: str | os.PathLike[str],
+    options: FolderOptions = FolderOptions(),
     *,
     origin: Mapping[str, Any] | None = None,
     dataset: Any = None,
-    threshold: float = 0.5,
-    classes: Sequence[str] | None = None,
-    batch_size: int = 8,
-    tile: int | tuple[int, int] | str | None = None,
-    overlap: float = 0.2,
-    draw: bool = True,
-    crops: bool = False,
-    color_by: str = "class",
     strict: bool = False,
     shard: tuple[int, int] = (0, 1),
-    on_picture: Callable[[Image.Image, Instances], None] | None = None,
+    on_image: Callable[[Image.Image, Instances], None] | None = None,
     progress: bool = True,
 ) -> Summary:
-    """Predict pictures into a folder; what an earlier call has done there is not done again.
+    """Predict images into a folder; images that an earlier run completed there are skipped.
 
     Args:
-        model: As of `predict`.
+        model: See `predict`.
         processor: The model's.
-        pictures: All of them, in the same order in every process.
-        output: The folder, made if it does not exist.
-        origin: What else another run into this folder must have in common, for `settings.json`: names of the model and
-            of the sources.
-        dataset: Sequence of PIL pictures that the `source` of the pictures counts in, instead of files.
-        threshold: Of `predict`.
-        classes: Of `predict`.
-        batch_size: Pictures, or tiles, at a time.
-        tile: Of `predict_tiled`, which is used if this is given; "auto" for its default.
-        overlap: Of `predict_tiled`.
-        draw: Whether to write each picture with its instances drawn over it.
-        crops: Whether to write each instance's cut-out.
-        color_by: Of `Instances.draw`.
-        strict: Whether to stop at the first picture that cannot be read.
-        shard: This process's number and the number of processes.
-        on_picture: Called with each picture and its instances.
-        progress: Show a progress bar.
+        images: All images, in the same order in every process.
+        output: The folder. It is created if it does not exist.
+        options: How images are predicted and what is written.
+        origin: Further settings that all runs into this folder must share, such as the names of model and sources.
+        dataset: Sequence of PIL images that `InputImage.source` indexes, instead of files.
+        strict: Whether to stop at the first image that cannot be read.
+        shard: Rank of this process and number of processes.
+        on_image: Called with each image and its instances.
+        progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: the folder holds predictions made with other settings, or other files.
-        UnreadablePictureError: with `strict`, a picture cannot be read.
+        ValueError: the folder contains predictions made with other settings, or other files.
+        UnreadableImageError: with `strict`, an image cannot be read.
     """
-    folder, (rank, world) = Path(output), shard
-    if batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} must be at least 1")
-    if not 0 <= rank < world:
-        raise ValueError(f"process {rank} of {world} is none; they are numbered from 0")
-    check_color_by(color_by)
-    settings = {
-        **(origin or {}),
-        "weights": fingerprint(model),
-        "threshold": threshold,
-        "classes": None if classes is None else sorted(classes),
-        "tile": list(tile) if isinstance(tile, tuple) else tile,
-        "overlap": None if tile is None else overlap,
-        "pictures": draw,
-        "crops": crops,
-    }
+    folder, (rank, world_size) = Path(output), shard
+    if not 0 <= rank < world_size:
+        raise ValueError(f"the rank of a process must be below the number of processes {world_size}, got {rank}")
+    settings = {**(origin or {}), "weights": fingerprint(model), **options.to_settings()}
     check_settings(folder, settings)
-    done = {name for name, _, _, failed in _lines(folder) if not failed}
-    drawn_names = (_drawn_name(picture.name) for picture in pictures)
-    drawn = dict(zip((picture.name for picture in pictures), distinct(drawn_names), strict=True)) if draw else {}
-    mine = [picture for index, picture in enumerate(pictures) if index % world == rank]
-    todo = [picture for picture in mine if picture.name not in done]
-    summary = Summary(skipped=len(mine) - len(todo))
-    wanted: dict[str, Any] = {"threshold": threshold, "classes": classes, "batch_size": batch_size}
-
-    def find(images: list[Image.Image]) -> list[Instances]:
-        if tile is None:
-            return predict(model, processor, images, **wanted)
-        tiles: dict[str, Any] = {"tile": None if tile == "auto" else tile, "overlap": overlap, **wanted}
-        return [predict_tiled(model, processor, image, **tiles) for image in images]
-
-    def write(picture: Picture, image: Image.Image, instances: Instances) -> str | None:
-        """The files of a picture -> why they cannot be made, if it is the picture's fault."""
-        try:
-            if draw:
-                _save(instances.draw(image, color_by=color_by), folder / "pictures" / drawn[picture.name])
-            if crops:
-                _save_crops(instances, image, folder / "crops" / picture.name)
-        except OSError as error:
-            if error.errno != errno.ENAMETOOLONG:
-                raise
-            return f"the name is too long for the files that are made of it: {error.strerror}"
-        return None
-
-    part = folder / "parts" / f"{rank}-of-{world}.jsonl"
-    _drop_half_line(part)
-    with logging.tqdm(total=len(mine), initial=summary.skipped, desc="Predicting", disable=not progress) as bar:
-        for batch in _read_ahead(todo, dataset, batch_size if tile is None else 1):
-            images = [image for _, image in batch if isinstance(image, Image.Image)]
-            found = iter(find(images))
-            write_settings(folder, settings)  # which are possible, as has just been seen
-            part.parent.mkdir(exist_ok=True)
-            with translate_disk_errors(part, _GOES_ON), part.open("a", encoding="utf-8") as lines:
-                for picture, image in batch:
-                    bar.update()
-                    line = {"image": picture.name, "source": redact_url(picture.source)}
-                    if isinstance(image, Image.Image):
-                        instances = next(found)
-                        problem = write(picture, image, instances)
-                    else:
-                        problem = image
-                    if problem is not None:
-                        summary.failed.append((picture.name, problem))
-                        _write_line(lines, {**line, "error": problem})
-                        if strict:
-                            raise UnreadableImageError(f"{picture.name}: {problem}")
-                        continue
-                    _write_line(lines, {**line, **instances.to_dict()})
-                    summary.done += 1
-                    summary.instances += len(instances)
-                    if on_picture is not None:
-                        on_picture(image, instances)
-    summary.complete = _merge(folder, [picture.name for picture in pictures], model.config)
-    if summary.complete and world == 1:  # otherwise another process may be writing to its own
-        for path in part.parent.glob("*.jsonl"):
+    completed = {record.image for record in find_records(folder) if not record.has_failed}
+    writer = _ShardWriter(folder, images, f"{rank}-of-{world_size}", options)
+    own = images[rank::world_size]
+    todo = [image for image in own if image.name not in completed]
+    writer.summary.skipped = len(own) - len(todo)
+    with logging.tqdm(total=len(own), initial=len(own) - len(todo), desc="Predicting", disable=not progress) as bar:
+        for batch in _read_ahead(todo, dataset, options.batch_size if options.tile is None else 1):
+            found = iter(options.predict(model, processor, [read for _, read in batch if not isinstance(read, str)]))
+            write_settings(folder, settings)  # now that a prediction has shown that they are valid
+            for image, read in batch:
+                bar.update()
+                writer.write(image, read, None if isinstance(read, str) else next(found), strict, on_image)
+    writer.summary.complete = write_results(folder, [image.name for image in images], model.config)
+    if writer.summary.complete and world_size == 1:  # otherwise another process may be appending to its own part
+        for path in (folder / "parts").glob("*.jsonl"):
             path.unlink()
-    return summary
+    return writer.summary
 
 
 def _read_ahead(
-    pictures: Sequence[Picture], dataset: Any, batch_size: int
-) -> Iterator[list[tuple[Picture, Image.Image | str]]]:
-    """Batches of pictures with their pixels, or the reason why there are none; the next batch is read meanwhile."""
+    images: Sequence[InputImage], dataset: Any, batch_size: int
+) -> Iterator[list[tuple[InputImage, Image.Image | str]]]:
+    """Yield batches of images with their pixels, or why they cannot be read; the next batch is prefetched."""
 
-    def read(picture: Picture) -> Image.Image | str:
+    def read(image: InputImage) -> Image.Image | str:
         try:
-            return read_rgb(picture.source if dataset is None else dataset[picture.source])
-        except Exception as error:  # a data set's own reader lets everything through that a broken file raises
+            return read_rgb(image.source if dataset is None else dataset[image.source])
+        except Exception as error:  # a dataset's reader may raise anything for a broken file
             return str(error) or type(error).__name__
 
-    batches = (pictures[start : start + batch_size] for start in range(0, len(pictures), batch_size))
-    with ThreadPoolExecutor(_READERS) as readers:
+    batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
+    with ThreadPoolExecutor(_NUM_READERS) as readers:
 
-        def submit(batch: Sequence[Picture]) -> list[tuple[Picture, Future]]:
-            return [(picture, readers.submit(read, picture)) for picture in batch]
+        def submit(batch: Sequence[InputImage]) -> list[tuple[InputImage, Future]]:
+            return [(image, readers.submit(read, image)) for image in batch]
 
         ahead = submit(next(batches, ()))
         while ahead:
             current, ahead = ahead, submit(next(batches, ()))
-            yield [(picture, reading.result()) for picture, reading in current]
+            yield [(image, reading.result()) for image, reading in current]
 
 
-# -- what is written -------------------------------------------------------------------------------------------------
+class _ShardWriter:
+    """Writes the files of each image of a process, then its line, and counts them."""
 
+    def __init__(self, folder: Path, images: Sequence[InputImage], name: str, options: FolderOptions) -> None:
+        self.summary = Summary()
+        self._folder, self._options = folder, options
+        self._part = folder / "parts" / f"{name}.jsonl"
+        truncate_partial_line(self._part)
+        drawn_names = (image.name if _image_format(image.name) else f"{image.name}.png" for image in images)
+        self._drawn_names = dict(zip((image.name for image in images), unique_names(drawn_names), strict=True))
 
-def fingerprint(model: Any) -> str:
-    """A number of a model that another one, of other weights or other classes, does not have."""
-    digest = hashlib.md5(repr(sorted(model.config.id2label.items())).encode(), usedforsecurity=False)
-    for tensor in getattr(model, "_model", model).state_dict().values():
-        digest.update(tensor.flatten()[:16].float().numpy(force=True).tobytes())
-    return digest.hexdigest()
+    def write(
+        self,
+        image: InputImage,
+        read: Image.Image | str,
+        instances: Instances | None,
+        strict: bool,
+        on_image: Callable[[Image.Image, Instances], None] | None,
+    ) -> None:
+        """Write an image that was `read` with its instances, or the reason why it could not be read."""
+        problem = read if isinstance(read, str) else self._write_images(image.name, read, instances)
+        record = {"image": image.name, "source": redact_url(image.source)}
+        if problem is not None:
+            self.summary.failed.append((image.name, problem))
+            self._append({**record, "error": problem})
+            if strict:
+                raise UnreadableImageError(f"{image.name}: {problem}")
+            return
+        self._append({**record, **instances.to_dict()})
+        self.summary.done += 1
+        self.summary.instances += len(instances)
+        if on_image is not None:
+            on_image(read, instances)
 
-
-def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """ValueError if a folder holds predictions made with other settings, or other files."""
-    path = folder / "settings.json"
-    if path.is_file():
+    def _write_images(self, name: str, pixels: Image.Image, instances: Instances) -> str | None:
+        """Write the drawn image and the cut-outs, or return why the image's name makes that impossible."""
         try:
-            before = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); delete {folder} or give another folder") from error
-        if different := [key for key in settings if before.get(key) != settings[key]]:
-            listed = ", ".join(f"{key} {before.get(key)!r} instead of {settings[key]!r}" for key in different)
-            raise ValueError(f"{folder} holds predictions made with {listed}; give another folder, or delete that one")
-    elif any(_is_foreign(path) for path in folder.rglob("*")):
-        raise ValueError(f"{folder} holds other files, and no predictions; give an empty folder or a new one")
+            if self._options.draw:
+                drawn = instances.draw(pixels, color_by=self._options.color_by)
+                _save_image(drawn, self._folder / "pictures" / self._drawn_names[name])
+            if self._options.crops:
+                _save_crops(instances, pixels, self._folder / "crops" / name)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            return f"the name is too long for the files that are written for it: {error.strerror}"
+        return None
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        self._part.parent.mkdir(exist_ok=True)
+        with translate_disk_errors(self._part, _REMEDY), self._part.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(record, default=str) + "\n")
 
 
-def _is_foreign(path: Path) -> bool:
-    """Whether a file is none that a run leaves which has found nothing yet."""
-    return path.is_file() and not path.name.startswith(".") and not path.name.endswith(".unfinished.jsonl")
-
-
-def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Note what a folder's predictions are made with, once."""
-    if not (folder / "settings.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "settings.json", json.dumps(settings, indent=1))
-
-
-def _write_line(lines: Any, record: Mapping[str, Any]) -> None:
-    lines.write(json.dumps(record, default=str) + "\n")
-    lines.flush()
-
-
-def _drop_half_line(part: Path) -> None:
-    """Cut off what a process that was killed had begun to write."""
-    if part.is_file() and part.stat().st_size:
-        with part.open("rb+") as file, mmap.mmap(file.fileno(), 0) as text:
-            end = text.rfind(b"\n") + 1
-        os.truncate(part, end)
-
-
-def _lines(folder: Path) -> Iterator[tuple[str, Path, int, bool]]:
-    """Name, file, place in it, and whether it failed, of every whole line that is written."""
-    for path in [folder / "predictions.jsonl", *sorted((folder / "parts").glob("*.jsonl"))]:
-        if not path.is_file():
-            continue
-        with path.open("rb") as file:
-            place = 0
-            for line in file:
-                with suppress(ValueError, KeyError, TypeError):  # half a line, or damaged: it is done again
-                    record = json.loads(line)
-                    if line.endswith(b"\n"):
-                        yield record["image"], path, place, "error" in record
-                place += len(line)
-
-
-def _kind_of(name: str) -> str | None:
-    """The kind of picture that its suffix says, of those that we write."""
+def _image_format(name: str) -> str | None:
+    """Return Pillow's format for a file name's suffix if drawn images can be written in it, else None."""
     kind = Image.registered_extensions().get(Path(name).suffix.lower())
     return kind if kind in ("JPEG", "PNG", "WEBP", "BMP", "TIFF") else None
 
 
-def _drawn_name(name: str) -> str:
-    """The file of what is drawn over a picture."""
-    return name if _kind_of(name) else f"{name}.png"
-
-
-def _save(picture: Image.Image, path: Path) -> None:
+def _save_image(image: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    kind = _kind_of(path.name)
-    with atomic_file(path, _GOES_ON) as partial:
-        picture.save(partial, kind, **({"quality": 92} if kind in ("JPEG", "WEBP") else {}))
+    kind = _image_format(path.name)
+    with atomic_file(path, _REMEDY) as partial:
+        image.save(partial, kind, **({"quality": 92} if kind in ("JPEG", "WEBP") else {}))
 
 
 def _save_crops(instances: Instances, image: Image.Image, path: Path) -> None:
     for index, (crop, name) in enumerate(zip(instances.crops(image), instances.names, strict=True)):
-        # A name of a class may hold anything.
-        safe = "".join(letter if letter.isalnum() or letter in " -_" else "_" for letter in name).strip()[
-            :_LONGEST_NAME
-        ]
-        _save(crop, path.with_name(f"{path.name}-{index:03d}-{safe}.png"))
-
-
-def _merge(folder: Path, keys: Sequence[str], config: RfDetrConfig) -> bool:
-    """Write the results in the order of the pictures, if all of them are there."""
-    places: dict[str, tuple[Path, int, bool]] = {}
-    for key, path, place, has_failed in _lines(folder):
-        if key not in places or places[key][2]:
-            places[key] = (path, place, has_failed)
-    if any(key not in places for key in keys):
-        return False
-    now = set(keys)
-    order = [*keys, *(key for key in places if key not in now)]  # the latter of earlier calls
-    names = {label: name for label, name in config.id2label.items() if not is_background_label(name)}
-    ids = getattr(config, "category_ids", None)
-    ids = ids if isinstance(ids, list) and all(map(is_index, ids)) else []
-    if len(ids) <= max(names, default=-1):  # none, or of the classes that a checkpoint had before
-        ids = range(len(config.id2label))
-    categories = [{"id": ids[label], "name": name} for label, name in names.items()]
-    images: list[dict[str, Any]] = []
-    number = 0
-    with ExitStack() as stack:
-        files = {path: stack.enter_context(path.open("rb")) for path in {path for path, _, _ in places.values()}}
-        lines, coco = (
-            stack.enter_context(stack.enter_context(atomic_file(folder / name)).open("w", encoding="utf-8"))
-            for name in ("predictions.jsonl", "predictions.coco.json")
-        )
-        coco.write(f'{{"categories": {json.dumps(categories)},\n"annotations": [')
-        for key in order:
-            path, place, has_failed = places[key]
-            files[path].seek(place)
-            line = files[path].readline().decode()
-            lines.write(line)
-            if has_failed:
-                continue
-            record = json.loads(line)
-            height, width = record["image_size"]
-            images.append({"id": len(images) + 1, "file_name": key, "height": height, "width": width})
-            instances = Instances.from_dict(record)
-            for result, (x0, y0, x1, y1) in zip(
-                instances.to_coco(len(images), ids), instances.boxes.tolist(), strict=True
-            ):
-                number += 1
-                box = [x0, y0, x1 - x0, y1 - y0]
-                area = float(coco_mask.area(result["segmentation"])) if "segmentation" in result else box[2] * box[3]
-                annotation = {"id": number, **result, "bbox": box, "area": area, "iscrowd": 0}
-                coco.write(f"{',' * (number > 1)}\n{json.dumps(annotation)}")
-        coco.write(f'],\n"images": {json.dumps(images)}}}\n')
-    return True
+        # A class name may contain any character.
+        safe = "".join(letter if letter.isalnum() or letter in " -_" else "_" for letter in name).strip()
+        _save_image(crop, path.with_name(f"{path.name}-{index:03d}-{safe[:_MAX_CLASS_NAME]}.png"))

@@ -1,0 +1,153 @@
+"""The records of a folder of predictions: settings, one JSON line an image, and the results in order.
+
+    output/
+      settings.json           what the predictions were made with; another run must use the same settings
+      parts/0-of-1.jsonl      one line an image, appended when it is complete; one file a process, deleted at the end
+      predictions.jsonl       all lines, in the order of the images
+      predictions.coco.json   the same as a COCO dataset with scores, for pycocotools and annotation tools
+
+A process that is killed leaves complete lines and at most one partial line, which is never treated as complete.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pycocotools import mask as coco_mask
+
+from ..atomic_files import atomic_file, write_text
+from ..model.configuration_rf_detr import RfDetrConfig
+from ..model.validation import is_index
+from ..model.variants_rf_detr import is_background_label
+from .instances import Instances
+
+
+def fingerprint(model: Any) -> str:
+    """Return a hash of a model's classes and of the first 16 numbers of each weight."""
+    digest = hashlib.md5(repr(sorted(model.config.id2label.items())).encode(), usedforsecurity=False)
+    for tensor in getattr(model, "_model", model).state_dict().values():
+        digest.update(tensor.flatten()[:16].float().numpy(force=True).tobytes())
+    return digest.hexdigest()
+
+
+def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError if a folder contains predictions made with other settings, or other files."""
+    path = folder / "settings.json"
+    if path.is_file():
+        try:
+            stored = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}). Delete {folder}, or give another output folder.") from error
+        if different := [key for key in settings if stored.get(key) != settings[key]]:
+            listed = ", ".join(f"{key} {stored.get(key)!r} instead of {settings[key]!r}" for key in different)
+            raise ValueError(
+                f"{folder} contains predictions made with other settings: {listed}. Give another output folder, or"
+                " delete this one."
+            )
+    elif any(_is_foreign(path) for path in folder.rglob("*")):
+        raise ValueError(f"the output folder must be new or empty, got {folder}, which contains other files")
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a file cannot come from a run that has not predicted anything yet."""
+    return path.is_file() and not path.name.startswith(".") and not path.name.endswith(".unfinished.jsonl")
+
+
+def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write the settings of a folder's predictions, unless they are there."""
+    if not (folder / "settings.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "settings.json", json.dumps(settings, indent=1))
+
+
+def truncate_partial_line(path: Path) -> None:
+    """Remove the line that a killed process had begun to write at the end of a JSONL file."""
+    if path.is_file() and path.stat().st_size:
+        with path.open("rb+") as file, mmap.mmap(file.fileno(), 0) as text:
+            end = text.rfind(b"\n") + 1
+        os.truncate(path, end)
+
+
+class Record(NamedTuple):
+    """Where the JSON line of an image is: its file, the offset in bytes, and whether the image failed."""
+
+    image: str
+    path: Path
+    offset: int
+    has_failed: bool
+
+
+def find_records(folder: Path) -> Iterator[Record]:
+    """Yield the records of all complete lines of a folder, those of earlier runs first."""
+    for path in [folder / "predictions.jsonl", *sorted((folder / "parts").glob("*.jsonl"))]:
+        if not path.is_file():
+            continue
+        with path.open("rb") as file:
+            offset = 0
+            for line in file:
+                with suppress(ValueError, KeyError, TypeError):  # partial or damaged: the image is predicted again
+                    record = json.loads(line)
+                    if line.endswith(b"\n"):
+                        yield Record(record["image"], path, offset, "error" in record)
+                offset += len(line)
+
+
+def write_results(folder: Path, names: Sequence[str], config: RfDetrConfig) -> bool:
+    """Write predictions.jsonl and predictions.coco.json if all images have a record; return whether they have."""
+    records: dict[str, Record] = {}
+    for record in find_records(folder):
+        if record.image not in records or records[record.image].has_failed:
+            records[record.image] = record
+    if any(name not in records for name in names):
+        return False
+    wanted = set(names)
+    order = [*names, *(name for name in records if name not in wanted)]  # the latter are of earlier runs
+    category_ids = _category_ids(config)
+    labels = [(label, name) for label, name in config.id2label.items() if not is_background_label(name)]
+    categories = [{"id": category_ids[label], "name": name} for label, name in labels]
+    images: list[dict[str, Any]] = []
+    num_annotations = 0
+    with ExitStack() as stack:
+        files = {path: stack.enter_context(path.open("rb")) for path in {item.path for item in records.values()}}
+        lines, coco = (
+            stack.enter_context(stack.enter_context(atomic_file(folder / name)).open("w", encoding="utf-8"))
+            for name in ("predictions.jsonl", "predictions.coco.json")
+        )
+        coco.write(f'{{"categories": {json.dumps(categories)},\n"annotations": [')
+        for name in order:
+            _, path, offset, has_failed = records[name]
+            files[path].seek(offset)
+            line = files[path].readline().decode()
+            lines.write(line)
+            if has_failed:
+                continue
+            instances = Instances.from_dict(json.loads(line))
+            height, width = instances.image_size
+            images.append({"id": len(images) + 1, "file_name": name, "height": height, "width": width})
+            for annotation in _annotations(instances, len(images), category_ids):
+                num_annotations += 1
+                coco.write("," * (num_annotations > 1) + "\n" + json.dumps({"id": num_annotations, **annotation}))
+        coco.write(f'],\n"images": {json.dumps(images)}}}\n')
+    return True
+
+
+def _category_ids(config: RfDetrConfig) -> Sequence[int]:
+    """Return the COCO category id of each label: those stored in the configuration, or the labels themselves."""
+    ids = getattr(config, "category_ids", None)
+    largest = max((label for label, name in config.id2label.items() if not is_background_label(name)), default=-1)
+    if isinstance(ids, list) and all(map(is_index, ids)) and len(ids) > largest:
+        return ids
+    return range(len(config.id2label))  # none stored, or those of other classes that the checkpoint had before
+
+
+def _annotations(instances: Instances, image_id: int, category_ids: Sequence[int]) -> Iterator[dict[str, Any]]:
+    results = instances.to_coco(image_id, category_ids)
+    for result, (x0, y0, x1, y1) in zip(results, instances.boxes.tolist(), strict=True):
+        box = [x0, y0, x1 - x0, y1 - y0]
+        area = float(coco_mask.area(result["segmentation"])) if "segmentation" in result else box[2] * box[3]
+        yield {**result, "bbox": box, "area": area, "iscrowd": 0}
