@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from .data.dataset import InstanceDataset
     from .data.load import load_instance_dataset
     from .data.prepared import FollowEpoch, collate_fn
-    from .evaluation.coco_evaluator import InstanceSegmentationEvaluator, evaluate_instance_segmentation
+    from .evaluation.coco_evaluator import InstanceSegmentationEvaluator
+    from .evaluation.evaluation_loop import evaluate_instance_segmentation
     from .evaluation.report import analyse, write_report
     from .evaluation.torchmetrics_metric import InstanceSegmentationMetric
     from .hub.load import load
@@ -80,7 +81,7 @@ _LATER = {
     "check_dataset": "data.checks.check",
     "collate_fn": "data.prepared",
     "compile_for_inference": "inference.compiled",
-    "evaluate_instance_segmentation": "evaluation.coco_evaluator",
+    "evaluate_instance_segmentation": "evaluation.evaluation_loop",
     "load": "hub.load",
     "load_instance_dataset": "data.load",
     "predict": "inference.predict",

@@ -170,7 +170,7 @@ class TestTorchmetrics:
     @pytest.mark.parametrize(
         ("prediction", "target", "message"),
         [
-            ({"scores": [0.5, 0.4]}, {}, "image 0: different numbers of {'scores': 2"),
+            ({"scores": [0.5, 0.4]}, {}, "image 0: .*got {'scores': 2, 'labels': 1"),
             ({}, {"iscrowd": [0, 0]}, "image 0: different numbers of {'labels': 1, 'boxes': 1, 'iscrowd': 2}"),
             ({}, {"boxes": None}, "image 0: 1 objects have neither masks nor boxes"),
         ],

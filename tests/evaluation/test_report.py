@@ -24,7 +24,8 @@ from pycocotools.cocoeval import COCOeval
 from transformers_rfdetr import RfDetrImageProcessor
 from transformers_rfdetr.data.dataset import InstanceDataset
 from transformers_rfdetr.evaluation import report
-from transformers_rfdetr.evaluation.coco_evaluator import InstanceSegmentationEvaluator, evaluate_instance_segmentation
+from transformers_rfdetr.evaluation.coco_evaluator import InstanceSegmentationEvaluator
+from transformers_rfdetr.evaluation.evaluation_loop import evaluate_instance_segmentation
 from transformers_rfdetr.evaluation.report import analyse, save_report, simplify_ring, trace_rings, write_report
 
 from small_models import small_model

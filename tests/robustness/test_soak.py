@@ -22,7 +22,7 @@ import torch
 
 from transformers_rfdetr import RfDetrForInstanceSegmentation, predict
 from transformers_rfdetr.data.synthetic import draw_scene
-from transformers_rfdetr.evaluation.coco_evaluator import evaluate_instance_segmentation
+from transformers_rfdetr.evaluation.evaluation_loop import evaluate_instance_segmentation
 from transformers_rfdetr.hub.load import load
 from transformers_rfdetr.inference.folder import FolderOptions, predict_to_folder
 from transformers_rfdetr.inference.image_list import list_images

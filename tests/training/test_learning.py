@@ -17,7 +17,7 @@ from transformers_rfdetr import RfDetrForInstanceSegmentation
 from transformers_rfdetr.cli import demo
 from transformers_rfdetr.data.dataset import InstanceDataset
 from transformers_rfdetr.data.synthetic import draw_dataset
-from transformers_rfdetr.evaluation.coco_evaluator import evaluate_instance_segmentation
+from transformers_rfdetr.evaluation.evaluation_loop import evaluate_instance_segmentation
 from transformers_rfdetr.training.trainer import RfDetrTrainer, RfDetrTrainingArguments
 
 from small_models import small_config

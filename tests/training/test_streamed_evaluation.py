@@ -5,7 +5,7 @@ import torch
 import torch.distributed
 
 from transformers_rfdetr import RfDetrForObjectDetection
-from transformers_rfdetr.evaluation.coco_evaluator import evaluate_instance_segmentation
+from transformers_rfdetr.evaluation.evaluation_loop import evaluate_instance_segmentation
 from transformers_rfdetr.training.trainer import RfDetrTrainer, RfDetrTrainingArguments
 
 from small_models import small_config

@@ -44,7 +44,7 @@ def evaluate(
 ) -> None:
     """Evaluate a model as COCO does: AP and AR of masks and boxes, and mean IoU."""
     from ..data.load import load_instance_dataset
-    from ..evaluation.coco_evaluator import evaluate_instance_segmentation
+    from ..evaluation.evaluation_loop import evaluate_instance_segmentation
     from ..evaluation.report import analyse, save_report
     from ..hub.load import load
 

@@ -26,8 +26,9 @@ from pycocotools import mask as coco_mask
 from ..atomic_files import write_text
 from ..inference.instances import Instances
 from ..model.masks import box_and_area, rasterize, read_segmentation, to_rle
-from .coco_evaluator import InstanceSegmentationEvaluator, detect_in_dataset
+from .coco_evaluator import InstanceSegmentationEvaluator
 from .curves import Chart, draw_svg, precision_recall_charts, training_charts
+from .evaluation_loop import detect_in_dataset
 
 _MIN_IOU = 0.5  # of a detection and its object
 _LONGEST_SIDE = 640  # of a picture on the page, in pixels
@@ -138,7 +139,7 @@ def analyse(
         for index, (sample, found) in enumerate(found_in):
             evaluator.update(sample["image_id"], **found)
             size = (sample["image"].height, sample["image"].width)
-            has_masks = evaluator.truth_has_masks and found["masks"] is not None
+            has_masks = evaluator.ground_truth_has_masks and found["masks"] is not None
             categories = [dataset.category_ids[one["category_id"]] for one in sample["annotations"]]
             truth, is_crowd = _read_truth(sample["annotations"], [label_of[one] for one in categories], size, has_masks)
             detections = _sure_ones(found, min_score, label_of, size, has_masks)

@@ -11,7 +11,9 @@ import torch
 from pycocotools import mask as coco_mask
 
 from ..model.validation import error_context, to_builtin
-from .coco_evaluator import Detections, InstanceSegmentationEvaluator, coco_of_images, pack_detections
+from .coco_evaluator import InstanceSegmentationEvaluator
+from .ground_truth import coco_from_images
+from .mask_records import Detections, pack_detections
 
 try:
     from torchmetrics import Metric
@@ -104,7 +106,7 @@ class InstanceSegmentationMetric(Metric):
             if reference["image_id"] is None:
                 reference["image_id"] = next(numbers)
         labels = {label for _, detections in records for label in detections.labels.tolist()}
-        coco = coco_of_images((reference for reference, _ in records), labels, self.class_names)
+        coco = coco_from_images((reference for reference, _ in records), labels, self.class_names)
         evaluator = InstanceSegmentationEvaluator(
             coco, iou_score_threshold=self.iou_score_threshold, backend=self.backend
         )

@@ -15,7 +15,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.dataset import InstanceDataset
 from ..data.load import load_instance_dataset
-from ..evaluation.coco_evaluator import InstanceSegmentationEvaluator, category_of_labels, detect, with_categories
+from ..evaluation.coco_evaluator import InstanceSegmentationEvaluator
+from ..evaluation.evaluation_loop import detect, label_to_category_id, to_category_ids
 from ..model.configuration_rf_detr import RfDetrConfig
 from .arguments import RfDetrTrainingArguments, non_ema_key
 from .data_setup import check_eval_dataset, match_classes, unprepared
@@ -63,7 +64,7 @@ class StreamedEvaluation:
         sizes = [target["orig_size"].tolist() for target in labels]
         predictions = detect(outputs, sizes, score_threshold=score_threshold, pixel_mask=pixel_mask)
         for target, found in zip(labels, predictions, strict=True):
-            self.evaluator.update(target["image_id"].item(), **with_categories(found, self.category_of))
+            self.evaluator.update(target["image_id"].item(), **to_category_ids(found, self.category_of))
 
     def compute(self, process_index: int, num_processes: int) -> dict[str, Any]:
         """Merge the records of all processes on the first one; return the metrics on all of them."""
@@ -101,7 +102,7 @@ def start_evaluation(
     if last is not None and last.dataset is source:
         return last.restart()
     if isinstance(source, InstanceDataset):
-        category_of = category_of_labels(config, source)
+        category_of = label_to_category_id(config, source)
         return StreamedEvaluation(source, InstanceSegmentationEvaluator(source.coco()), category_of)
     if annotations is None:  # a datasets.Dataset whose transform prepares the samples
         annotations = load_instance_dataset(dataset.with_format(None))["train"].coco()

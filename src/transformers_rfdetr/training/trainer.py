@@ -21,7 +21,7 @@ from ..data.augmentation import FlipAndCrop
 from ..data.dataset import InstanceDataset
 from ..data.prepared import FollowEpoch, PreparedDataset, collate_fn
 from ..data.streams import InstanceStream, PreparedStream
-from ..evaluation.coco_evaluator import number_names
+from ..evaluation.coco_summary import metric_names
 from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from .arguments import RfDetrTrainingArguments, best_key, note_on_metrics
 from .callbacks import BestMetricStopping, TrainingEvents
@@ -149,7 +149,7 @@ class RfDetrTrainer(UploadingTrainer):
         name = best_key(self.args).removeprefix("eval_")
         splits = self.eval_dataset if isinstance(self.eval_dataset, dict) else ()
         names = {name, *(name.removeprefix(f"{split}_") for split in splits)}
-        known = ["loss"] if self.args.prediction_loss_only else ["loss", *number_names(self.has_masks)]
+        known = ["loss"] if self.args.prediction_loss_only else ["loss", *metric_names(self.has_masks)]
         if not names & {*known} and not any(name.startswith(f"{self.class_metric}/") for name in names):
             raise ValueError(
                 f"`metric_for_best_model` must be one of {', '.join(known)}, or {self.class_metric}/<class>, got"

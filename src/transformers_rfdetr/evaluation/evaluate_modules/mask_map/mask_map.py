@@ -2,7 +2,7 @@
 
 import evaluate
 
-from transformers_rfdetr.evaluation.coco_evaluator import evaluator_of_rows
+from transformers_rfdetr.evaluation.coco_evaluator import evaluator_from_rows
 from transformers_rfdetr.evaluation.evaluate_modules import INPUTS, features
 
 _DESCRIPTION = """
@@ -40,4 +40,4 @@ class MaskMap(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, class_names=None):
-        return evaluator_of_rows(predictions, references, class_names).average_precision()
+        return evaluator_from_rows(predictions, references, class_names).average_precision()

@@ -2,7 +2,7 @@
 
 import evaluate
 
-from transformers_rfdetr.evaluation.coco_evaluator import evaluator_of_rows
+from transformers_rfdetr.evaluation.coco_evaluator import evaluator_from_rows
 from transformers_rfdetr.evaluation.evaluate_modules import INPUTS, features
 
 _DESCRIPTION = """
@@ -41,6 +41,6 @@ class MeanIou(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, class_names=None, iou_score_threshold=0.5):
-        return evaluator_of_rows(
+        return evaluator_from_rows(
             predictions, references, class_names, iou_score_threshold=iou_score_threshold
         ).mean_iou()

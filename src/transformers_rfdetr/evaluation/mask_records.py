@@ -1,0 +1,171 @@
+"""Compact records of the detections and the objects of one image, with masks as compressed RLE.
+
+Axis letters: K detections or objects of an image, H W pixels of the image. Sizes are (height, width). RLE is COCO's.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+
+from ..model.masks import mask_areas, read_segmentation
+from ..model.validation import are_numbers, error_context, require, to_builtin
+from .coco_summary import MAX_DETECTIONS
+
+
+class PackedMasks(NamedTuple):
+    """The RLE counts of K masks of an image in one string, so that a mask costs no Python object."""
+
+    size: tuple[int, int]
+    counts: bytes
+    offsets: np.ndarray  # (K + 1,) int64; two equal offsets stand for a missing mask
+
+    @classmethod
+    def pack(cls, rles: Sequence[dict[str, Any] | None], size: tuple[int, int]) -> "PackedMasks":
+        """Pack K compressed RLEs of the same size; None stands for a missing mask."""
+        counts = [b"" if rle is None else rle["counts"] for rle in rles]
+        return cls(size, b"".join(counts), np.cumsum([0, *map(len, counts)]))
+
+    def rles(self, indices: Iterable[int]) -> list[dict[str, Any]]:
+        """Return the masks at `indices` as COCO RLE with counts as bytes."""
+        bounds = [(self.offsets[index], self.offsets[index + 1]) for index in indices]
+        return [{"size": list(self.size), "counts": self.counts[start:end]} for start, end in bounds]
+
+
+class Detections(NamedTuple):
+    """The K detections of an image that COCO evaluates, best first."""
+
+    scores: np.ndarray  # (K,) float64
+    labels: np.ndarray  # (K,) int64, category ids
+    boxes: np.ndarray  # (K, 4) float64, [x, y, width, height] in pixels
+    masks: PackedMasks | None  # None without masks, and without detections
+
+    def to_coco(self, category: int, kind: str) -> list[dict[str, Any]]:
+        """Return the detections of a category as COCOeval reads them, for `kind` "segm" or "bbox"."""
+        indices = np.flatnonzero(self.labels == category).tolist()
+        results: list[dict[str, Any]] = [
+            {"score": score, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+            for score, box in zip(self.scores[indices].tolist(), self.boxes[indices].tolist(), strict=True)
+        ]
+        if kind == "segm" and indices:
+            rles = self.masks.rles(indices)
+            for result, rle, area in zip(results, rles, mask_areas(rles).tolist(), strict=True):
+                result |= {"segmentation": rle, "area": area}
+        return results
+
+    def sort_key(self) -> tuple[bytes, ...]:
+        """Return a key by which any two different records have an order."""
+        arrays = (self.scores.tobytes(), self.labels.tobytes(), self.boxes.tobytes())
+        return (*arrays, b"" if self.masks is None else self.masks.counts)
+
+
+class Objects(NamedTuple):
+    """The K ground truth objects of an image."""
+
+    labels: np.ndarray  # (K,) int64, category ids
+    is_crowd: np.ndarray  # (K,) bool
+    areas: np.ndarray  # (K,) float64, pixels
+    boxes: np.ndarray  # (K, 4) float64, [x, y, width, height] in pixels
+    masks: PackedMasks | None  # None if no object of the image has a mask
+
+    @property
+    def has_mask(self) -> np.ndarray:
+        """Return (K,) bool."""
+        return np.zeros(len(self.labels), bool) if self.masks is None else np.diff(self.masks.offsets) > 0
+
+    def to_coco(self, category: int, kind: str) -> list[dict[str, Any]]:
+        """Return the objects of a category as COCOeval reads them; for `kind` "segm" only those with a mask."""
+        is_selected = self.labels == category
+        if kind == "segm":
+            is_selected &= self.has_mask
+        indices = np.flatnonzero(is_selected).tolist()
+        annotations: list[dict[str, Any]] = [
+            {"iscrowd": int(is_crowd), "area": area, "bbox": box}
+            for is_crowd, area, box in zip(
+                self.is_crowd[indices], self.areas[indices].tolist(), self.boxes[indices].tolist(), strict=True
+            )
+        ]
+        if kind == "segm" and indices:
+            for annotation, rle in zip(annotations, self.masks.rles(indices), strict=True):
+                annotation["segmentation"] = rle
+        return annotations
+
+
+def pack_detections(scores: Any, labels: Any, masks: Any, boxes: Any, image_size: tuple[int, int] | None) -> Detections:
+    """Check the detections of an image and return a record of the best 100 of each category.
+
+    The arguments are those of `InstanceSegmentationEvaluator.update`. With `image_size` None, the size is that of the
+    first mask.
+    """
+    scores, labels = _read_numbers("scores", scores, np.float64), _read_numbers("labels", labels, np.int64)
+    if boxes is not None:
+        boxes = _read_numbers("boxes", boxes, np.float64)
+    fields = {"scores": scores, "labels": labels, "masks": masks, "boxes": boxes}
+    lengths = {name: len(values) for name, values in fields.items() if values is not None}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"scores, labels, masks and boxes must have the same length, got {lengths}")
+    if not len(scores):
+        return Detections(np.empty(0), np.empty(0, np.int64), np.empty((0, 4)), None)
+    is_valid = scores.ndim == labels.ndim == 1 and bool(np.isfinite(scores).all())
+    require(is_valid, "scores", scores.tolist(), "one finite number per detection")
+    if masks is None and boxes is None:
+        raise ValueError(f"`masks` or `boxes` is required, got neither for {len(scores)} detections")
+    best = best_per_class(scores, labels)
+    packed = None
+    if masks is not None:
+        rles = []
+        for index in best.tolist():
+            with error_context(f"mask {index}"):
+                rles.append(_read_detected_mask(masks[index], image_size))
+            image_size = (rles[0]["size"][0], rles[0]["size"][1])
+        packed = PackedMasks.pack(rles, image_size)
+    boxes_xywh = coco_mask.toBbox(rles) if boxes is None else _boxes_xyxy_to_xywh(boxes, len(scores))[best]
+    return Detections(scores[best], labels[best], boxes_xywh, packed)
+
+
+def best_per_class(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return the indices of the best 100 of each label from scores (K,) and labels (K,), best first, ties in order."""
+    order = np.argsort(-scores, kind="stable")
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    _, first, count = np.unique(labels[by_class], return_index=True, return_counts=True)
+    is_kept: np.ndarray = np.zeros(len(scores), bool)
+    is_kept[by_class[np.arange(len(scores)) - np.repeat(first, count) < MAX_DETECTIONS]] = True
+    return order[is_kept[order]]
+
+
+def empty_rle(size: tuple[int, int]) -> dict[str, Any]:
+    """Return the RLE of a mask (H, W) without a pixel."""
+    height, width = size
+    return coco_mask.frPyObjects({"size": [height, width], "counts": [height * width]}, height, width)
+
+
+def _read_numbers(name: str, values: Any, dtype: type) -> np.ndarray:
+    if isinstance(values, torch.Tensor):
+        values = (values.double() if values.is_floating_point() else values).numpy(force=True)  # numpy has no bfloat16
+    array = np.asarray(values)
+    is_valid = not array.size or array.dtype.kind in ("iu" if dtype is np.int64 else "iuf")
+    require(is_valid, name, array.tolist(), "an array of integers" if dtype is np.int64 else "an array of numbers")
+    return array.astype(dtype)
+
+
+def _boxes_xyxy_to_xywh(boxes: np.ndarray, num_detections: int) -> np.ndarray:
+    is_valid = boxes.shape == (num_detections, 4) and np.isfinite(boxes).all() and (boxes[:, 2:] >= boxes[:, :2]).all()
+    require(is_valid, "boxes", boxes.tolist(), "finite pixels [x0, y0, x1, y1] with x0 <= x1 and y0 <= y1")
+    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+
+
+def _read_detected_mask(mask: Any, image_size: tuple[int, int] | None) -> dict[str, Any]:
+    """Return an RLE or a bitmap (H, W) as RLE. Unlike the mask of an object, it may be empty."""
+    if isinstance(mask, torch.Tensor):
+        mask = mask.numpy(force=True)
+    if not isinstance(mask, Mapping):
+        mask = np.asarray(mask)
+        if mask.ndim != 2 or mask.dtype.itemsize != 1:
+            raise ValueError(f"a mask must be RLE or bool (height, width), got {mask.dtype} of shape {mask.shape}")
+    given_size = to_builtin(mask.get("size")) if isinstance(mask, Mapping) else list(mask.shape)
+    if image_size is None and are_numbers(given_size, 2):
+        image_size = (int(given_size[0]), int(given_size[1]))
+    rle = read_segmentation(mask, image_size or (0, 0))
+    return rle if isinstance(rle, dict) else empty_rle(image_size)

@@ -1,0 +1,189 @@
+"""COCO's metrics, accumulated image by image. Oracles: pycocotools on COCO's sample and random cases; arithmetic."""
+
+import copy
+import json
+import pickle
+import random
+
+import numpy as np
+import pytest
+
+from evaluation_cases import (
+    AREAS,
+    TWELVE,
+    coco_updates,
+    evaluated,
+    ground_truth,
+    plain_cocoeval,
+    random_case,
+    read,
+    rectangle,
+    twelve,
+)
+from transformers_rfdetr.evaluation.coco_evaluator import InstanceSegmentationEvaluator
+from transformers_rfdetr.evaluation.coco_summary import average_over_recall
+from transformers_rfdetr.evaluation.mask_records import best_per_class
+
+
+@pytest.fixture(scope="module")
+def truth():
+    return read("instances_val2014_100.json")
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return read("expected.json")
+
+
+@pytest.fixture(params=["pycocotools", "faster-coco-eval"])
+def backend(request):
+    if request.param == "faster-coco-eval":
+        pytest.importorskip("faster_coco_eval")
+    return request.param
+
+
+class TestAgainstPycocotools:
+    @pytest.mark.parametrize("kind", ["segm", "bbox"])
+    def test_the_sample_of_coco_has_the_numbers_of_pycocotools(self, truth, expected, kind, backend):
+        evaluator = evaluated(truth, coco_updates(kind), backend=backend)
+        numbers = evaluator.compute()
+        assert twelve(numbers, kind) == pytest.approx(expected[kind]["stats"], abs=1e-9)
+        names = {category["id"]: category["name"] for category in truth["categories"]}
+        per_category = {names[int(key)]: ap for key, ap in expected[kind]["ap_per_category"].items()}
+        ours = {name: of_class[f"{kind}_AP"] for name, of_class in numbers["per_class"].items()}
+        assert {name: ap for name, ap in ours.items() if ap > -1} == pytest.approx(per_category, abs=1e-9)
+        image_ids = evaluator._image_ids_by_category()
+        results = [evaluator._run_cocoeval(category, image_ids[category], kind) for category in names]
+        curves = np.array([average_over_recall(result)[0][:, 0] for result in results])
+        per_iou = [curve[curve > -1].mean() for curve in curves.T]
+        assert per_iou == pytest.approx(expected[kind]["ap_per_iou"], abs=1e-9)
+
+    @pytest.mark.parametrize("seed", range(6))
+    def test_random_cases_have_the_numbers_of_pycocotools(self, seed, backend):
+        truth, results = random_case(seed)
+        evaluator = InstanceSegmentationEvaluator(truth, backend=backend)
+        for image_id in random.Random(seed).sample(range(8), 8):
+            of_image = [one for one in results if one["image_id"] == image_id]
+            scores, labels = ([one[key] for one in of_image] for key in ("score", "category_id"))
+            evaluator.update(image_id, scores=scores, labels=labels, masks=[one["segmentation"] for one in of_image])
+        numbers = evaluator.compute()
+        for kind in ("segm", "bbox"):
+            assert twelve(numbers, kind) == pytest.approx(plain_cocoeval(truth, results, kind), abs=1e-9)
+
+    def test_order_and_division_among_processes_do_not_matter(self, truth):
+        updates = coco_updates("segm")
+        whole = evaluated(truth, updates).compute()
+        image_ids = random.Random(0).sample(sorted(updates), len(updates))
+        assert evaluated(truth, {i: updates[i] for i in image_ids}).compute() == whole
+        # Three processes with some images in common, as padding samplers deal them.
+        shares = [image_ids[0:40], image_ids[30:70], [*image_ids[65:], image_ids[0]]]
+        states = [
+            pickle.loads(pickle.dumps(evaluated(truth, {i: updates[i] for i in share}).state())) for share in shares
+        ]
+        for order in ([0, 1, 2], [2, 0, 1]):
+            merged = InstanceSegmentationEvaluator(truth)
+            for index in order:
+                merged.merge(states[index])
+            assert len(merged) == len(updates)
+            assert merged.compute() == whole
+
+    def test_predictions_are_coco_results(self, truth, expected):
+        results = json.loads(json.dumps(list(evaluated(truth, coco_updates("segm")).predictions())))
+        assert len(results) == 734
+        assert plain_cocoeval(truth, results, "segm") == pytest.approx(expected["segm"]["stats"], abs=1e-9)
+
+    def test_the_ground_truth_stays_as_it_is(self, truth):
+        before = copy.deepcopy(truth)
+        evaluated(truth, coco_updates("segm")).compute()
+        assert truth == before
+
+    def test_an_object_with_id_0_can_be_found(self):
+        # COCOeval marks what is not matched with a 0.
+        mask = rectangle((10, 50), (10, 50))
+        truth = ground_truth((mask, 1, {"id": 0}))
+        assert evaluated(truth, {1: {"scores": [0.5], "labels": [1], "masks": [mask]}}).compute()[
+            "segm_AP"
+        ] == pytest.approx(1)
+
+
+class TestByHand:
+    def test_a_detection_in_a_crowd_region_is_neither_right_nor_wrong(self):
+        thing, crowd = rectangle((0, 40), (0, 40)), rectangle((50, 100), (0, 100))
+        masks = [rectangle((60, 80), (10, 30)), rectangle((60, 80), (50, 70)), thing]
+        found = {1: {"scores": [0.9, 0.8, 0.7], "labels": [1, 1, 1], "masks": masks}}
+        numbers = evaluated(ground_truth((thing, 1, {}), (crowd, 1, {"iscrowd": 1})), found).compute()
+        assert numbers["segm_AP"] == pytest.approx(1)
+        assert numbers["bbox_AP"] == pytest.approx(1)
+        assert numbers["per_class"]["class 1"]["num_objects"] == 1
+        # As an object it would be missed, and both detections in it wrong: precision 1/3 up to a recall of 1/2, that
+        # is, at 51 of the 101 recalls.
+        numbers = evaluated(ground_truth((thing, 1, {}), (crowd, 1, {"iscrowd": 0})), found).compute()
+        assert numbers["segm_AP"] == pytest.approx(51 / 101 / 3)
+        assert numbers["per_class"]["class 1"]["num_objects"] == 2
+
+    def test_of_each_class_the_100_best_detections_count(self):
+        thing, elsewhere = rectangle((0, 40), (0, 40)), rectangle((50, 90), (50, 90))
+        truth = ground_truth((thing, 1, {}), (thing, 2, {}), categories=(1, 2))
+
+        def score(wrong):
+            masks = [thing, thing] + [elsewhere] * wrong
+            scores = [0.1, 0.1] + [0.9] * wrong
+            evaluator = evaluated(truth, {1: {"scores": scores, "labels": [1, 2] + [1] * wrong, "masks": masks}})
+            return evaluator, evaluator.compute()["per_class"]
+
+        evaluator, per_class = score(99)
+        assert per_class["class 1"]["segm_AP"] == pytest.approx(1 / 100)
+        assert len(list(evaluator.predictions())) == 101
+        evaluator, per_class = score(100)
+        assert per_class["class 1"]["segm_AP"] == 0
+        assert per_class["class 2"]["segm_AP"] == pytest.approx(1)  # which the other class does not push out
+        assert len(list(evaluator.predictions())) == 101
+
+    def test_ties_for_the_last_places_keep_their_order(self):
+        scores, labels = np.array([0.5] * 150 + [0.7]), np.zeros(151, int)
+        assert best_per_class(scores, labels).tolist() == [150, *range(99)]
+
+    def test_what_the_ground_truth_has_nothing_of_is_minus_1(self):
+        mask = rectangle((0, 20), (0, 20))  # 400 pixels: small
+        truth = ground_truth((mask, 1, {}), categories=(1, 2))
+        numbers = evaluated(truth, {1: {"scores": [0.6, 0.9], "labels": [1, 2], "masks": [mask, mask]}}).compute()
+        assert [numbers[f"segm_AP_{area}"] for area in AREAS] == pytest.approx([1, -1, -1])
+        assert [numbers[f"bbox_AR_{area}"] for area in AREAS] == [1, -1, -1]
+        assert numbers["segm_AP"] == pytest.approx(1)  # class 2 has no object and no number
+        assert numbers["mean_iou"] == 1
+        nothing = {"segm_AP": -1, "segm_AP50": -1, "bbox_AP": -1, "num_objects": 0, "iou": -1}
+        assert numbers["per_class"]["class 2"] == nothing
+
+    def test_areas_are_those_of_the_annotations_and_of_the_predicted_masks(self):
+        # A mask of 400 pixels in a box of 400 that is annotated as large, and a wrong one of 10,000.
+        mask, wrong = rectangle((0, 20), (0, 20)), rectangle((0, 100), (0, 100))
+        truth = ground_truth((mask, 1, {"area": 20000}))
+        found = {1: {"scores": [0.9, 0.5], "labels": [1, 1], "masks": [wrong, mask]}}
+        numbers = evaluated(truth, found).compute()
+        # The wrong one is large too (96 x 96 = 9,216) and comes first.
+        assert [numbers[f"segm_AP_{area}"] for area in AREAS] == pytest.approx([-1, -1, 0.5])
+
+    def test_images_that_never_come_are_missed(self):
+        mask = rectangle((0, 50), (0, 50))
+        truth = ground_truth((mask, 1, {}), images=((1, 100, 100), (2, 100, 100)))
+        truth["annotations"].append({**truth["annotations"][0], "image_id": 2})
+        numbers = evaluated(truth, {1: {"scores": [0.9], "labels": [1], "masks": [mask]}}).compute()
+        assert numbers["segm_AR_100"] == 0.5
+        assert numbers["mean_iou"] == 0.5
+
+    def test_nothing_found_is_zero_and_nothing_to_find_is_minus_1(self):
+        truth = ground_truth((rectangle((0, 50), (0, 50)), 1, {}))
+        numbers = InstanceSegmentationEvaluator(truth).compute()
+        assert (numbers["segm_AP"], numbers["bbox_AR_100"], numbers["mean_iou"]) == (0, 0, 0)
+        truth["annotations"] = []
+        mask = rectangle((0, 9), (0, 9))
+        numbers = evaluated(truth, {1: {"scores": [0.9], "labels": [1], "masks": [mask]}}).compute()
+        assert numbers["bbox_AP"] == -1
+        assert "segm_AP" not in numbers
+
+    def test_numbers_are_plain(self, truth):
+        numbers = evaluated(truth, coco_updates("segm")).compute()
+        assert json.loads(json.dumps(numbers)) == numbers
+        assert {type(value) for name, value in numbers.items() if name != "per_class"} == {float}
+        assert list(numbers)[:12] == [f"segm_{name}" for name in TWELVE]
+        assert list(numbers)[-3:] == ["mean_iou", "mean_iou_class_blind", "per_class"]

@@ -1,0 +1,106 @@
+"""Ground truth that an evaluator reads: what is derived, what is ignored with a warning, and what is refused."""
+
+import numpy as np
+import pytest
+
+from evaluation_cases import evaluated, ground_truth, rectangle
+from transformers_rfdetr.evaluation.coco_evaluator import InstanceSegmentationEvaluator
+
+
+class TestGroundTruth:
+    def test_missing_fields_are_derived(self):
+        mask = rectangle((10, 20), (30, 70))
+        truth = ground_truth((mask, 1, {}))
+        polygon = {"image_id": 1, "category_id": 1, "segmentation": [[0, 0, 40, 0, 40, 40, 0, 40]]}
+        boxed = {"image_id": 1, "category_id": 1, "bbox": [50, 50, 40, 30]}
+        truth["annotations"] += [polygon, boxed]
+        objects = InstanceSegmentationEvaluator(truth)._objects[1]
+        assert objects.boxes.tolist() == [[30, 10, 40, 10], [0, 0, 40, 40], [50, 50, 40, 30]]
+        assert objects.areas.tolist() == [400, 1600, 1200]
+        assert objects.is_crowd.tolist() == [False] * 3
+
+    def test_annotations_without_a_shape_are_no_objects_and_are_counted(self, hf_log):
+        mask = rectangle((10, 20), (30, 70))
+        truth = ground_truth((mask, 1, {}))
+        head = {"image_id": 1, "category_id": 1}
+        shapeless = [
+            {"segmentation": []},
+            {"segmentation": None, "bbox": [5, 5, 0, 9]},
+            {"bbox": None},
+            {"segmentation": [[1, 1, 2, 2]]},
+        ]
+        truth["annotations"] += [head | shape for shape in shapeless]
+        truth["annotations"].append(head | {"bbox": [0, 0, 9, 9]})
+        evaluator = evaluated(truth, {1: {"scores": [0.9], "labels": [1], "masks": [mask]}})
+        messages = [record.message for record in hf_log.records]
+        assert [message[:33] for message in messages] == [
+            "4 annotations have neither a mask",
+            "1 annotations have a box but no m",
+        ]
+        numbers = evaluator.compute()
+        assert numbers["segm_AP"] == pytest.approx(1)
+        assert numbers["bbox_AR_100"] == 0.5
+        assert numbers["per_class"]["class 1"]["num_objects"] == 2
+
+    def test_rle_does_without_the_size_of_the_image(self):
+        mask = rectangle((10, 20), (30, 70))
+        truth = ground_truth((mask, 1, {}))
+        truth["images"] = [{"id": 1}]
+        numbers = evaluated(truth, {1: {"scores": [0.9], "labels": [1], "masks": [mask]}}).compute()
+        assert (numbers["segm_AP"], numbers["mean_iou"]) == pytest.approx((1, 1))
+        with pytest.raises(ValueError, match="a bitmap of 9x9 is not of the picture's size 100x100"):
+            evaluated(truth, {1: {"scores": [0.9], "labels": [1], "masks": [np.ones((9, 9), bool)]}})
+
+    def test_an_image_without_size_and_objects_takes_that_of_its_masks(self):
+        truth = ground_truth((rectangle((10, 20), (30, 70)), 1, {}), images=((1, 100, 100), (2, None, None)))
+        evaluator = evaluated(truth, {2: {"scores": [0.9], "labels": [1], "masks": [np.ones((10, 10), bool)]}})
+        other = InstanceSegmentationEvaluator(truth)
+        other.merge(evaluator.state())
+        assert other.mean_iou() == evaluator.mean_iou()
+        assert other.mean_iou()["mean_iou"] == 0
+
+    def test_categories_of_the_same_name_are_told_apart(self):
+        truth = ground_truth(categories=(1, 2, 3))
+        truth["categories"][2]["name"] = "class 1"
+        assert list(InstanceSegmentationEvaluator(truth).compute()["per_class"]) == [
+            "class 1 (id 1)",
+            "class 2",
+            "class 1 (id 3)",
+        ]
+
+    @pytest.mark.parametrize(
+        ("field", "value", "message"),
+        [
+            ("image_id", 9, r"1 annotations have an unknown image_id, .*\[\(77, 9\)\]"),
+            ("category_id", 9, r"1 annotations have an unknown category_id, .*\[\(77, 9\)\]"),
+            ("category_id", None, r"unknown category_id, .*\[\(77, None\)\]"),
+            ("bbox", [1, 2, 3], r"image 1, annotation 77: `bbox` .*\[1, 2, 3\]"),
+            ("bbox", [1, 2, 3, float("nan")], "annotation 77: `bbox` .*finite.*nan"),
+            ("area", -4, "annotation 77: `area` .*-4"),
+            ("segmentation", [[1, 2, 3]], "annotation 77: polygon 0 has 3 numbers"),
+        ],
+    )
+    def test_annotations_that_cannot_be_read_are_named(self, field, value, message):
+        truth = ground_truth((rectangle((10, 20), (30, 70)), 1, {"id": 77, field: value}))
+        with pytest.raises(ValueError, match=message):
+            InstanceSegmentationEvaluator(truth)
+
+    def test_ids_that_are_there_twice_and_missing_sizes_are_refused(self):
+        truth = ground_truth(images=((1, 9, 9), (2, 9, 9), (1, 9, 9)))
+        with pytest.raises(ValueError, match=r"image ids .*unique.*\[1\]"):
+            InstanceSegmentationEvaluator(truth)
+        with pytest.raises(ValueError, match=r"category ids .*unique.*\[3\]"):
+            InstanceSegmentationEvaluator(ground_truth(categories=(3, 3)))
+        truth = ground_truth(images=((1, None, None),))
+        polygon = [[0, 0, 4, 0, 4, 4]]
+        truth["annotations"] = [{"id": 5, "image_id": 1, "category_id": 1, "segmentation": polygon}]
+        with pytest.raises(ValueError, match=r"image 1, annotation 5: .*height.*width"):
+            InstanceSegmentationEvaluator(truth)
+        with pytest.raises(ValueError, match=r"`coco`.*\['categories'\]"):
+            InstanceSegmentationEvaluator({"images": [], "annotations": []})
+
+    def test_settings_are_checked(self):
+        with pytest.raises(ValueError, match=r"iou_score_threshold.*\[0, 1\].*1\.5"):
+            InstanceSegmentationEvaluator(ground_truth(), iou_score_threshold=1.5)
+        with pytest.raises(ValueError, match=r"backend.*pycocotools.*'coco'"):
+            InstanceSegmentationEvaluator(ground_truth(), backend="coco")
