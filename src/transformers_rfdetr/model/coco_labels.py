@@ -128,10 +128,7 @@ def _read_objects(
 
 def _read_object(annotation: Mapping[str, Any], image_size: tuple[int, int], with_masks: bool) -> _Object | None:
     """Read one annotation; return None if it has no area inside the image, or no mask where one is wanted."""
-    """Read one annotation; return None if it has no area inside the image, or no mask where one is wanted."""
     label, box, area = (to_builtin(annotation.get(field)) for field in ("category_id", "bbox", "area"))
-    label, box, area = (to_builtin(annotation.get(field)) for field in ("category_id", "bbox", "area"))
-    require(is_index(label), "category_id", label, "a class index, an integer of at least 0")
     require(is_index(label), "category_id", label, "a class index, an integer of at least 0")
     require(area is None or (is_number(area) and area >= 0), "area", area, "a number of at least 0")
     require(box is None or are_numbers(box, 4), "bbox", box, "[x, y, width, height], four finite numbers in pixels")
