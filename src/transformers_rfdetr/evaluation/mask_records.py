@@ -109,7 +109,7 @@ def pack_detections(scores: Any, labels: Any, masks: Any, boxes: Any, image_size
     if not len(scores):
         return Detections(np.empty(0), np.empty(0, np.int64), np.empty((0, 4)), None)
     is_valid = scores.ndim == labels.ndim == 1 and bool(np.isfinite(scores).all())
-    require(is_valid, "scores", scores.tolist(), "one finite number per detection")
+    require(is_valid, "scores", scores, "one finite number per detection")
     if masks is None and boxes is None:
         raise ValueError(f"`masks` or `boxes` is required, got neither for {len(scores)} detections")
     best = best_per_class(scores, labels)
@@ -146,13 +146,13 @@ def _read_numbers(name: str, values: Any, dtype: type) -> np.ndarray:
         values = (values.double() if values.is_floating_point() else values).numpy(force=True)  # numpy has no bfloat16
     array = np.asarray(values)
     is_valid = not array.size or array.dtype.kind in ("iu" if dtype is np.int64 else "iuf")
-    require(is_valid, name, array.tolist(), "an array of integers" if dtype is np.int64 else "an array of numbers")
+    require(is_valid, name, array, "an array of integers" if dtype is np.int64 else "an array of numbers")
     return array.astype(dtype)
 
 
 def _boxes_xyxy_to_xywh(boxes: np.ndarray, num_detections: int) -> np.ndarray:
     is_valid = boxes.shape == (num_detections, 4) and np.isfinite(boxes).all() and (boxes[:, 2:] >= boxes[:, :2]).all()
-    require(is_valid, "boxes", boxes.tolist(), "finite pixels [x0, y0, x1, y1] with x0 <= x1 and y0 <= y1")
+    require(is_valid, "boxes", boxes, "finite pixels [x0, y0, x1, y1] with x0 <= x1 and y0 <= y1")
     return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
 
 

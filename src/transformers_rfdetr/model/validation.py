@@ -50,6 +50,7 @@ def config_errors_as_value_errors(name: str) -> Iterator[None]:
 def require(is_valid: bool, name: str, value: Any, rule: str, remedy: str = "") -> None:
     """Raise ValueError with the parameter's name, the rule, the value and the remedy, unless `is_valid`."""
     if not is_valid:
+        value = value.tolist() if isinstance(value, np.ndarray) else value
         raise ValueError(f"`{name}` must be {rule}, got {value!r:.80}" + (f". {remedy}" if remedy else ""))
 
 
