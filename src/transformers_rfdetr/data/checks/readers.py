@@ -11,7 +11,7 @@ from transformers.utils import logging
 from ...model.validation import is_index
 from ..annotation_records import with_box_and_area
 from ..coco import find_coco_files
-from ..hub_rows import ArrowRows, is_hub_split, load_rows, read_hub_rows
+from ..hub_rows import ArrowRows, is_hub_source, is_hub_split, is_streamed, load_rows, read_hub_rows
 from ..image_files import is_outside, upright_size
 from ..label_maps import canonical_split_name
 from ..text_files import read_json_object, read_text
@@ -23,7 +23,7 @@ from .raw_split import RawSplit, build_split
 def read_source(source: Any, image_folder: Any) -> list[RawSplit]:
     """Read what `load_instance_dataset` reads, except streams."""
     is_mapping = isinstance(source, Mapping) and source
-    if is_hub_split(source) or (is_mapping and all(map(is_hub_split, source.values()))):
+    if is_hub_source(source):
         return _read_rows(source)
     if not is_mapping and not isinstance(source, str | os.PathLike):
         raise ValueError(f"`source` must be a folder, a COCO JSON, a data.yaml or rows, got {source!r:.200}.")
@@ -134,7 +134,7 @@ def _find_listed(sources: Sequence[Any], position: int, entry: Mapping[str, Any]
 
 
 def _read_rows(source: Any) -> list[RawSplit]:
-    if not all(hasattr(split, "num_rows") for split in ([source] if is_hub_split(source) else source.values())):
+    if any(map(is_streamed, [source] if is_hub_split(source) else source.values())):
         raise ValueError("`source` must not be a stream, since all rows are read. Load it without streaming=True.")
     rows, readers, classes = read_hub_rows(source)
     categories = [{"id": category_id, "name": name} for category_id, name in classes.items()]
