@@ -35,7 +35,7 @@ def benchmark(
         Path | None, typer.Option("--json", metavar="FILE", help="write the numbers there, as JSON")
     ] = None,
 ) -> None:
-    """Measure a model: its forward pass alone, and from a picture to instances, with FLOPs and memory."""
+    """Measure a model: its forward pass alone, and from an image to instances, with FLOPs and memory."""
     import torch
     import transformers
 

@@ -1,4 +1,4 @@
-"""`python -m transformers_rfdetr.cli.demo`: fine-tuning from data to a saved model, on pictures that are drawn here."""
+"""`python -m transformers_rfdetr.cli.demo`: fine-tuning from data to a saved model, on images that are drawn here."""
 
 import argparse
 import json
@@ -32,7 +32,7 @@ from ..model.masks import rasterize, read_segmentation
 from .evaluate import format_numbers
 
 _SIZE = 96
-_VALIDATION_SEED = 1_000_000  # the first one; training pictures are drawn from 0 on
+_VALIDATION_SEED = 1_000_000  # the first one; training images are drawn from 0 on
 _NUM_SHOWN = 6
 # From random weights every part learns at one rate, and faster than in fine-tuning.
 FROM_SCRATCH: dict[str, Any] = {
@@ -114,7 +114,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _draw_data(folder: Path, counts: dict[str, int]) -> Any:
-    """Draw the pictures into a folder as Roboflow exports them, and load it as such."""
+    """Draw the images into a folder as Roboflow exports them, and load it as such."""
     for split, count in counts.items():
         (folder / split).mkdir(parents=True, exist_ok=True)
         first = _VALIDATION_SEED if split == "valid" else 0
@@ -135,7 +135,7 @@ def small_config(backbone: dict[str, Any], **settings: Any) -> RfDetrConfig:
     """RF-DETR-Seg in small, 2.5 M parameters, that learns from random weights on a CPU.
 
     Args:
-        backbone: What depends on the pictures: heads, `image_size`, `patch_size`, `num_windows`, `out_indices`.
+        backbone: What depends on the images: heads, `image_size`, `patch_size`, `num_windows`, `out_indices`.
         **settings: Of the configuration: queries, groups, classes, ...
     """
     return RfDetrConfig(
@@ -189,7 +189,7 @@ def _recipe(folder: Path, steps: int, seed: int, num_pictures: int) -> RfDetrTra
 def _draw_predictions(
     model: RfDetrForInstanceSegmentation, processor: RfDetrImageProcessor, data: InstanceDataset
 ) -> Image.Image:
-    """Rows of three: a held-out picture, its ground truth, what the model finds."""
+    """Rows of three: a held-out image, its ground truth, what the model finds."""
     rows = []
     for index in range(min(_NUM_SHOWN, len(data))):
         sample = data[index]

@@ -1,4 +1,4 @@
-"""`transformers-rfdetr evaluate`: COCO's numbers of a model on a data set."""
+"""`transformers-rfdetr evaluate`: COCO's numbers of a model on a dataset."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""`transformers-rfdetr predict`: pictures, folders, data sets, videos and streams to pictures, JSON and cut-outs."""
+"""`transformers-rfdetr predict`: images, folders, datasets, videos and streams to images, JSON and cut-outs."""
 
 import os
 import re
@@ -75,9 +75,9 @@ def predict(
     show: Annotated[bool, typer.Option("--show", help="show it in a window too; a key goes on, q ends it")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="stop at the first picture that cannot be read")] = False,
 ) -> None:
-    """Find instances in pictures, folders, data sets, videos, cameras and streams.
+    """Find instances in images, folders, datasets, videos, cameras and streams.
 
-    Pictures come out as OUTPUT/pictures, predictions.jsonl and predictions.coco.json, videos as OUTPUT/videos. The same
+    Images come out as OUTPUT/pictures, predictions.jsonl and predictions.coco.json, videos as OUTPUT/videos. The same
     command again skips what is done. Started by torchrun or accelerate launch, each process takes its share.
     """
     import torch
@@ -126,7 +126,7 @@ def predict(
     limit = Image.MAX_IMAGE_PIXELS
     try:
         if tile is not None:
-            Image.MAX_IMAGE_PIXELS = None  # Pillow's limit is for pictures that were not expected to be so large
+            Image.MAX_IMAGE_PIXELS = None  # Pillow's limit is for images that were not expected to be so large
         if items or not videos:
             summary = predict_to_folder(
                 loaded,
@@ -209,7 +209,7 @@ def _is_stream(source: str, is_alone: bool) -> bool:
         with urlopen(request, timeout=30) as response:
             return response.headers.get_content_maintype() in ("video", "multipart")
     except (OSError, ValueError, HTTPException):
-        return False  # reading it as a picture says what is wrong
+        return False  # reading it as an image says what is wrong
 
 
 def _is_endless(source: str) -> bool:
@@ -230,7 +230,7 @@ def _name_of_stream(source: str) -> str:
 
 
 def _open_dataset(name: str, split: str) -> Sequence[Any]:
-    """The pictures of a split of a data set on the Hub or in a folder that `datasets` reads."""
+    """The images of a split of a dataset on the Hub or in a folder that `datasets` reads."""
     try:
         import datasets
     except ImportError as error:
@@ -246,7 +246,7 @@ def _open_dataset(name: str, split: str) -> Sequence[Any]:
 
 
 class _Column(Sequence):
-    """The pictures of a data set, each decoded when it is asked for: before 4.0, `datasets` decodes all at once."""
+    """The images of a dataset, each decoded when it is asked for: before 4.0, `datasets` decodes all at once."""
 
     def __init__(self, rows: Any, column: str) -> None:
         self._rows, self._column = rows, column
@@ -332,7 +332,7 @@ def _report(summary: "Summary", output: Path, rank: int, world: int) -> None:
 
 
 def _open_window() -> Callable[[Any, int], None]:
-    """A function that shows a picture in a window for a while, and raises KeyboardInterrupt when q is pressed there."""
+    """A function that shows an image in a window for a while, and raises KeyboardInterrupt when q is pressed there."""
     if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         raise ValueError(
             "--show needs a display, and there is none (DISPLAY is not set); look at the files in --output"

@@ -1,6 +1,6 @@
-"""Augmentations of a picture, its boxes and its masks together.
+"""Augmentations of an image, its boxes and its masks together.
 
-An augmentation is a callable `(picture, annotations, rng) -> (picture, annotations)`: a PIL picture in RGB, COCO
+An augmentation is a callable `(picture, annotations, rng) -> (picture, annotations)`: a PIL image in RGB, COCO
 annotations in its pixels, and the `numpy.random.Generator` that all its draws come from. It changes neither of them in
 place. Sizes are (H, W); boxes are COCO's [x, y, width, height]; N objects; h w pixels of a working size.
 """
@@ -36,10 +36,10 @@ def as_augmentation(augmentation: Any) -> Augmentation | None:
 
 
 class FlipAndCrop:
-    """rfdetr's own recipe: sometimes a random square of the picture instead of the whole, and mirrored or not.
+    """rfdetr's own recipe: sometimes a random square of the image instead of the whole, and mirrored or not.
 
-    rfdetr resizes the picture until its short side is one of `short_sides`, cuts a square out of that and resizes the
-    square to the model's input. Here the square is cut out of the picture as it is, in whole pixels, so that the
+    rfdetr resizes the image until its short side is one of `short_sides`, cuts a square out of that and resizes the
+    square to the model's input. Here the square is cut out of the image as it is, in whole pixels, so that the
     processor's resize is the only one.
 
     Objects that lie outside the square leave. Boxes are clipped to it; areas are those of what is left of the shape, or
@@ -55,12 +55,12 @@ class FlipAndCrop:
         (339, 339)
 
     Args:
-        flip: Probability that the picture is mirrored, left to right.
+        flip: Probability that the image is mirrored, left to right.
         crop: Probability that a square is cut out.
-        short_sides: Short sides in pixels that the picture is thought to be resized to.
-        crop_sides: Smallest and largest side in pixels of the square in that resized picture; it is never larger than
-            the picture's short side.
-        turn: Probability that the picture is turned by one, two or three quarters: for pictures without an up and a
+        short_sides: Short sides in pixels that the image is thought to be resized to.
+        crop_sides: Smallest and largest side in pixels of the square in that resized image; it is never larger than
+            the image's short side.
+        turn: Probability that the image is turned by one, two or three quarters: for images without an up and a
             down, such as those from above or from a microscope. The original recipe has none.
 
     Raises:
@@ -88,7 +88,7 @@ class FlipAndCrop:
     def __call__(
         self, picture: Image.Image, annotations: Annotations, rng: np.random.Generator
     ) -> tuple[Image.Image, Annotations]:
-        """The picture, cut, mirrored and turned as `rng` says, with what is left of its annotations."""
+        """The image, cut, mirrored and turned as `rng` says, with what is left of its annotations."""
         if rng.random() < self.crop:
             left, top, side = self._draw_square(picture.size, rng)
             size = (picture.height, picture.width)
@@ -116,7 +116,7 @@ class FlipAndCrop:
 
 
 def _crop(annotation: dict[str, Any], size: tuple[int, int], left: int, top: int, side: int) -> dict[str, Any] | None:
-    """What a square of a picture of `size` shows of an annotation, or None."""
+    """What a square of an image of `size` shows of an annotation, or None."""
     shape = read_segmentation(annotation.get("segmentation"), size)
     box, area = annotation.get("bbox"), annotation.get("area")
     cut = dict(annotation)
@@ -140,7 +140,7 @@ def _crop(annotation: dict[str, Any], size: tuple[int, int], left: int, top: int
 
 
 def _mirror(annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
-    """The annotation of the picture of `size` mirrored left to right: x -> W - x."""
+    """The annotation of the image of `size` mirrored left to right: x -> W - x."""
     # A pixel lies between two whole numbers, so that the last column's right edge, W, becomes 0.
     width = size[1]
     return _moved(
@@ -153,7 +153,7 @@ def _mirror(annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]
 
 
 def _turn(annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
-    """The annotation of the picture of `size` turned by a quarter, counterclockwise: (x, y) -> (y, W - x)."""
+    """The annotation of the image of `size` turned by a quarter, counterclockwise: (x, y) -> (y, W - x)."""
     width = size[1]
     return _moved(
         annotation,
@@ -192,7 +192,7 @@ def _as_coco(shape: Segmentation) -> Any:
 
 
 def clip_box(box: Sequence[float], size: tuple[int, int]) -> list[float]:
-    """[x, y, width, height] -> the part inside a picture of `size` (H, W); not above 0 wide or high where none is."""
+    """[x, y, width, height] -> the part inside an image of `size` (H, W); not above 0 wide or high where none is."""
     left, top = max(box[0], 0), max(box[1], 0)
     return [left, top, min(box[0] + box[2], size[1]) - left, min(box[1] + box[3], size[0]) - top]
 
@@ -205,12 +205,12 @@ class TorchvisionTransform:
     pair. Objects that it drops, as `SanitizeBoundingBoxes` does, leave; so do objects of which no pixel is left. Where
     an object has a mask, its new box and area are the mask's: torchvision's own box of a turned object is too large.
 
-    Masks are drawn for all objects at once, so that picture and masks are scaled down first if the picture is large.
+    Masks are drawn for all objects at once, so that image and masks are scaled down first if the image is large.
     The pipeline's draws come from `rng` alone, and torch's global generator stays as it is.
 
     Args:
         pipeline: It returns 8-bit or float pixels in [0, 1]; normalisation is the processor's.
-        max_size: Longer side in pixels above which the picture is scaled down.
+        max_size: Longer side in pixels above which the image is scaled down.
 
     Raises:
         ImportError: torchvision is not installed.
@@ -225,7 +225,7 @@ class TorchvisionTransform:
     def __call__(
         self, picture: Image.Image, annotations: Annotations, rng: np.random.Generator
     ) -> tuple[Image.Image, Annotations]:
-        """What the pipeline makes of the picture and its annotations."""
+        """What the pipeline makes of the image and its annotations."""
         size = (picture.height, picture.width)
         shapes = [read_segmentation(annotation.get("segmentation"), size) for annotation in annotations]
         scale = min(1.0, self.max_size / max(size))

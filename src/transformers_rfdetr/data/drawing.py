@@ -1,4 +1,4 @@
-"""Draws instances on a picture. N instances; H W pixels of the picture; boxes_xyxy in its pixels."""
+"""Draws instances on an image. N instances; H W pixels of the image; boxes_xyxy in its pixels."""
 
 import colorsys
 import itertools
@@ -39,10 +39,10 @@ def draw_instances(
     *,
     color_indices: Sequence[int] | None = None,
 ) -> Image.Image:
-    """Draw masks, boxes, and plates with label and score, whatever of these is given, over a picture.
+    """Draw masks, boxes, and plates with label and score, whatever of these is given, over an image.
 
     A mask is a translucent colour with an outline of that colour and a dark edge, so that it shows on dark and on
-    light ground; nothing is drawn outside of it but boxes and plates. Lines and letters grow with the picture. Among
+    light ground; nothing is drawn outside of it but boxes and plates. Lines and letters grow with the image. Among
     more than 20 instances, plates that would hide other plates, or more than they name, are left out. Of two
     instances that overlap the earlier one lies on top: the better one where they are sorted by score.
 
@@ -56,7 +56,7 @@ def draw_instances(
         (160, 120)
 
     Args:
-        image: The picture in any mode, with the scale that the image processor gives it; it stays as it is. (H, W) is
+        image: The image in any mode, with the scale that the image processor gives it; it stays as it is. (H, W) is
             its size with the EXIF rotation applied.
         masks: (N, H, W) bool, or N COCO RLEs of that size, of which one at a time is decoded.
         boxes: (N, 4) boxes_xyxy.
@@ -65,7 +65,7 @@ def draw_instances(
         color_indices: N numbers of colours, such as class ids, for a colour a class; 0 to N-1 by default.
 
     Returns:
-        A new RGB picture, (H, W).
+        A new RGB image, (H, W).
 
     Raises:
         ValueError: lengths that differ; masks or boxes of another shape; texts without masks or boxes to put them at.
@@ -122,10 +122,10 @@ def draw_instances(
 def draw_annotations(
     image: Image.Image, annotations: Sequence[Mapping[str, Any]], id2label: Mapping[int, str], **style: Any
 ) -> Image.Image:
-    """Draw the ground truth of a picture: COCO annotations, crowds too, in a colour a class.
+    """Draw the ground truth of an image: COCO annotations, crowds too, in a colour a class.
 
     Args:
-        image: The picture, upright.
+        image: The image, upright.
         annotations: Each with `category_id` as label, and `segmentation` or `bbox`: x, y, width, height in pixels.
         id2label: Label -> name.
         **style: Of [`draw_instances`]: `color_indices`.
@@ -141,12 +141,12 @@ def draw_annotations(
 
 
 def draw_grid(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str] | None = None) -> Image.Image:
-    """Pictures in rows, such as a picture, its ground truth and what was found, under the titles of the columns.
+    """Images in rows, such as an image, its ground truth and what was found, under the titles of the columns.
 
-    Gaps and letters grow with the pictures.
+    Gaps and letters grow with the images.
 
     Args:
-        rows: At least one, each of as many pictures of any size.
+        rows: At least one, each of as many images of any size.
         titles: A line of text for each column; none by default.
     """
     height = max(picture.height for picture in rows[0])
@@ -209,7 +209,7 @@ def _write(
     taken: Sequence[Place],
     is_crowded: bool,
 ) -> Place | None:
-    """Write on a plate at `place`, inside the picture and off the `taken` plates if there is room -> the plate.
+    """Write on a plate at `place`, inside the image and off the `taken` plates if there is room -> the plate.
 
     In a crowd a plate that hides others, or is larger than what it names, is left out: None.
     """

@@ -1,7 +1,7 @@
-"""The pictures that the package draws: aerial photographs of buildings, for the demo, the tests and the notebooks.
+"""The images that the package draws: aerial photographs of buildings, for the demo, the tests and the notebooks.
 
 Everything follows from a seed, and nothing is downloaded. Lengths are metres on the ground, with x to the right and y
-down from the middle of what is drawn; places are pixels of the picture, which has H x W of them.
+down from the middle of what is drawn; places are pixels of the image, which has H x W of them.
 """
 
 import json
@@ -31,11 +31,11 @@ _CORNERS = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
 def draw_scene(
     seed: int, size: tuple[int, int] = (384, 512), *, metres_per_pixel: float = 0.2
 ) -> tuple[Image.Image, list[dict[str, Any]]]:
-    """Draw one aerial picture of buildings, and say where they are.
+    """Draw one aerial image of buildings, and say where they are.
 
     Roofs are rectangles, L, T or enclose a courtyard, and are hipped, gabled or flat. They throw shadows, and parts of
     them are hidden by taller neighbours and trees, or cut off by the border. Of ten consecutive seeds one gives a
-    picture without buildings (it ends in 3) and one a crowd of garden sheds among the houses (it ends in 6).
+    image without buildings (it ends in 3) and one a crowd of garden sheds among the houses (it ends in 6).
 
     Example:
         >>> from transformers_rfdetr.data.synthetic import draw_scene
@@ -46,16 +46,16 @@ def draw_scene(
     Args:
         seed: 0 or more; it becomes the `image_id`.
         size: (H, W) in pixels.
-        metres_per_pixel: Houses are 7 to 25 metres long: with more pixels the picture shows more of them.
+        metres_per_pixel: Houses are 7 to 25 metres long: with more pixels the image shows more of them.
 
     Returns:
-        The RGB picture, and one COCO object for each building in the order they were built: `id` from 1, `image_id`,
+        The RGB image, and one COCO object for each building in the order they were built: `id` from 1, `image_id`,
         `category_id`, `bbox` [x, y, width, height] and `area` in pixels, `iscrowd`, `segmentation`. Only visible
         pixels count, so that masks are disjoint. Whole buildings are polygons (one for each wing), the others and
         crowds RLE.
 
     Raises:
-        ValueError: the picture would be smaller than 24 pixels or 20 metres.
+        ValueError: the image would be smaller than 24 pixels or 20 metres.
     """
     if min(size) < 24 or min(size) * metres_per_pixel < 20:
         raise ValueError(
@@ -75,16 +75,16 @@ def draw_scene(
 def draw_dataset(
     num_pictures: int, size: tuple[int, int] = (96, 96), *, metres_per_pixel: float = 0.6, first_seed: int = 0
 ) -> tuple[list[Image.Image], dict[str, Any]]:
-    """Draw the pictures of `num_pictures` consecutive seeds, with their annotations as one COCO dictionary.
+    """Draw the images of `num_pictures` consecutive seeds, with their annotations as one COCO dictionary.
 
     Args:
         num_pictures: How many.
         size: (H, W) in pixels of each.
         metres_per_pixel: As in [`draw_scene`].
-        first_seed: Seed of the first picture. Sets that share no seed share no picture.
+        first_seed: Seed of the first image. Sets that share no seed share no image.
 
     Returns:
-        The pictures, and `images`, `annotations` and `categories` as COCO's JSON has them, images in the same order.
+        The images, and `images`, `annotations` and `categories` as COCO's JSON has them, images in the same order.
     """
     pictures, images = [], []
     annotations: list[dict[str, Any]] = []
@@ -111,7 +111,7 @@ def save_dataset(folder: str | os.PathLike[str], num_images: int) -> Path:
 
 
 class _Scene:
-    """A picture in the making, and which building each of its pixels shows."""
+    """An image in the making, and which building each of its pixels shows."""
 
     def __init__(self, seed: int, size: tuple[int, int], pixels_per_metre: float) -> None:
         self.rng = np.random.default_rng(seed)
@@ -135,7 +135,7 @@ class _Scene:
         return np.asarray(grid.resize(self.size[::-1], Image.Resampling.BICUBIC))
 
     def somewhere(self) -> np.ndarray:
-        """A random point (x, y) of the picture in pixels."""
+        """A random point (x, y) of the image in pixels."""
         return self.rng.random(2) * self.size[::-1]
 
     def window(self, center: np.ndarray, reach: float, angle: float = 0.0) -> tuple[Any, np.ndarray, np.ndarray]:
@@ -245,7 +245,7 @@ class _Scene:
             self.owner[where][crown > 0] = 0
 
     def photograph(self) -> Image.Image:
-        """The picture, with the softness and the grain of a camera."""
+        """The image, with the softness and the grain of a camera."""
         colors = self.colors + self.rng.normal(0, 3, (*self.size, 1))
         return Image.fromarray(colors.clip(0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.5))
 

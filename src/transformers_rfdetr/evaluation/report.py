@@ -1,9 +1,9 @@
-"""Where a model is right and wrong on a data set: numbers, curves, its worst pictures, and one page of all that.
+"""Where a model is right and wrong on a dataset: numbers, curves, its worst images, and one page of all that.
 
-Axis letters: C classes of the data set, T IoU thresholds, R recalls, N objects and K detections of a picture, H W its
+Axis letters: C classes of the dataset, T IoU thresholds, R recalls, N objects and K detections of an image, H W its
 pixels, V points of an outline. Boxes are boxes_xyxy in pixels, places on the page x, y.
 
-The page is one file that loads nothing: its pictures are inside, its only script is the one that its policy names by
+The page is one file that loads nothing: its images are inside, its only script is the one that its policy names by
 hash, and every text that comes from data or a checkpoint is escaped.
 """
 
@@ -31,9 +31,9 @@ from .curves import Chart, draw_svg, precision_recall_charts, training_charts
 from .evaluation_loop import detect_in_dataset
 
 _MIN_IOU = 0.5  # of a detection and its object
-_LONGEST_SIDE = 640  # of a picture on the page, in pixels
+_LONGEST_SIDE = 640  # of an image on the page, in pixels
 _MOST_JPEG_BYTES, _QUALITIES = 100_000, (85, 70, 50, 30, 15)
-# Of an outline: pixels of the page's picture that it may be beside the mask, and what makes it too long to be drawn.
+# Of an outline: pixels of the page's image that it may be beside the mask, and what makes it too long to be drawn.
 _TOLERANCE, _MOST_EDGES, _MOST_CHARACTERS = 0.75, 4_000, 6_000
 _MOST_CONFUSED = 20  # classes that the confusion matrix shows
 _AT = {0.5: 0, 0.75: 5}  # IoU -> its place among COCO's thresholds
@@ -41,14 +41,14 @@ _AT = {0.5: 0, 0.75: 5}  # IoU -> its place among COCO's thresholds
 
 @dataclass
 class ImageQuality:
-    """The objects of one picture beside what was found in it.
+    """The objects of one image beside what was found in it.
 
     A detection that scores above `min_score` takes, best first, the free object of its class with the highest IoU, if
     that is at least 0.5. Those that take none, and are not in a crowd of their class, then take what is left of objects
     of other classes.
 
     Attributes:
-        index: Its number in the data set.
+        index: Its number in the dataset.
         name: Its file name, or its image id where there is none.
         quality: In [0, 1], panoptic quality: the IoUs of the right detections, summed, over their number + half the
             number of all other detections and objects. 1 where there is nothing and nothing is found.
@@ -87,7 +87,7 @@ class Analysis:
             classes that have an object.
         confusion: (C + 1, C + 1) int64: how many objects of the row's class were found as the column's. The last column
             counts objects that were missed, the last row detections that are false.
-        images: One for each picture, the worst first.
+        images: One for each image, the worst first.
         min_score: What a detection had to exceed to count in `confusion` and `images`.
         score_threshold: What it had to exceed to count at all; None for nothing, as in COCO.
     """
@@ -111,19 +111,19 @@ def analyse(
     score_threshold: float | None = None,
     progress: bool = True,
 ) -> Analysis:
-    """Evaluate a model on a data set and keep, of every picture, what is right and wrong.
+    """Evaluate a model on a dataset and keep, of every image, what is right and wrong.
 
     Args:
         model: For instance segmentation, or for object detection, whose boxes are compared.
         processor: Its image processor.
         dataset: An `InstanceDataset`.
         batch_size: Images at a time.
-        min_score: Detections above it, in [0, 1], are compared with the objects of their picture.
+        min_score: Detections above it, in [0, 1], are compared with the objects of their image.
         score_threshold: What detections must exceed to count in `metrics` and `curves`; by default all do, as in COCO.
         progress: Show a progress bar.
 
     Raises:
-        ValueError: the model does not know a category of the data set, or `min_score` is no score.
+        ValueError: the model does not know a category of the dataset, or `min_score` is no score.
     """
     if not 0 <= min_score <= 1:
         raise ValueError(f"min_score {min_score} is no score in [0, 1]; 0.5 is usual")
@@ -166,7 +166,7 @@ def write_report(
     title: str = "Evaluation",
     progress: bool = True,
 ) -> Path:
-    """Evaluate a model on a data set and write `report.html` about it: [`analyse`], then [`save_report`]."""
+    """Evaluate a model on a dataset and write `report.html` about it: [`analyse`], then [`save_report`]."""
     analysis = analyse(model, processor, dataset, batch_size=batch_size, min_score=min_score, progress=progress)
     return save_report(folder, analysis, dataset, num_images=num_images, training=training, title=title)
 
@@ -180,13 +180,13 @@ def save_report(
     training: str | Path | None = None,
     title: str = "Evaluation",
 ) -> Path:
-    """Write what was found out about a model as one HTML page, about 0.1 MB a picture.
+    """Write what was found out about a model as one HTML page, about 0.1 MB an image.
 
     Args:
         folder: Gets `report.html`; it is made where it is not there.
-        analysis: Of the data set.
-        dataset: The one that was analysed; its pictures are read again.
-        num_images: Of the worst pictures, and as many of the best; none is shown twice, and none that shows nothing.
+        analysis: Of the dataset.
+        dataset: The one that was analysed; its images are read again.
+        num_images: Of the worst images, and as many of the best; none is shown twice, and none that shows nothing.
         training: The output folder of a training run, whose curves are shown too.
         title: The page's.
 
@@ -255,7 +255,7 @@ def _read_truth(
 def _sure_ones(
     found: Mapping[str, Any], min_score: float, label_of: Mapping[int, int], size: tuple[int, int], has_masks: bool
 ) -> Instances:
-    """What `detect_in_dataset` gives of a picture -> its detections above `min_score`."""
+    """What `detect_in_dataset` gives of an image -> its detections above `min_score`."""
     sure = np.flatnonzero(found["scores"] > min_score)
     return Instances(
         found["boxes"][sure],
@@ -270,7 +270,7 @@ def _sure_ones(
 def _compare(
     index: int, name: str, truth: Instances, is_crowd: np.ndarray, found: Instances, confusion: np.ndarray
 ) -> ImageQuality:
-    """Match the detections of a picture with its objects, and count them in `confusion` (C + 1, C + 1)."""
+    """Match the detections of an image with its objects, and count them in `confusion` (C + 1, C + 1)."""
     ious = _ious(found, truth, is_crowd)
     object_of, in_crowd = _match(ious, found.labels[:, None] == truth.labels, is_crowd)
     truth_outcomes = ["crowd" if crowd else "missed" for crowd in is_crowd]
@@ -468,7 +468,7 @@ def _read_history(folder: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{found[-1]} is no log of a Trainer ({error!r:.80}); give another training run") from error
 
 
-# -- pictures ----------------------------------------------------------------------------------------------------------
+# -- images ----------------------------------------------------------------------------------------------------------
 
 
 def _gallery(images: Sequence[ImageQuality], dataset: Any) -> str:
@@ -503,7 +503,7 @@ def _card(image: ImageQuality, picture: Image.Image) -> str:
 def _layer(
     name: str, instances: Instances, outcomes: Sequence[str], words: Sequence[str], size: tuple[int, int]
 ) -> str:
-    """Instances as outlines over a picture of `size` (height, width); the first, the best, on top."""
+    """Instances as outlines over an image of `size` (height, width); the first, the best, on top."""
     paths = []
     for index in reversed(range(len(instances))):
         title = f"{_text(instances.names[index])}: {words[index]}"
@@ -513,7 +513,7 @@ def _layer(
 
 
 def _as_jpeg(picture: Image.Image) -> str:
-    """A picture as a data URI, of a quality at which it is not too large."""
+    """An image as a data URI, of a quality at which it is not too large."""
     for quality in _QUALITIES:
         stream = io.BytesIO()
         picture.save(stream, "JPEG", quality=quality, optimize=True)
@@ -523,7 +523,7 @@ def _as_jpeg(picture: Image.Image) -> str:
 
 
 def _outline(instances: Instances, index: int, size: tuple[int, int]) -> str:
-    """The path around an instance, in a picture of `size`: its mask's rings, or its box.
+    """The path around an instance, in an image of `size`: its mask's rings, or its box.
 
     A mask of very many parts is drawn on a coarser grid, as its box if that does not help, or where no pixel is left.
     """

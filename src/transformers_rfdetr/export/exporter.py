@@ -66,17 +66,17 @@ def export(
     processor: RfDetrImageProcessor | None = None,
     tolerance: Mapping[str, float] | None = None,
 ) -> Export:
-    """Write a model as a file for onnxruntime, TensorRT or OpenVINO, and check it on pictures.
+    """Write a model as a file for onnxruntime, TensorRT or OpenVINO, and check it on images.
 
     The file takes `pixel_values` (B, 3, height, width) float32, normalised, and gives, all in float32,
-    * `boxes` (B, Q, 4), (cx, cy, w, h) as fractions of the picture; `logits` (B, Q, C), of -1e4 for rows of the
+    * `boxes` (B, Q, 4), (cx, cy, w, h) as fractions of the image; `logits` (B, Q, C), of -1e4 for rows of the
       head that are no class; of a segmentation model `masks` (B, Q, h, w), logits;
     * or with `post_process` the K best pairs of query and class, best first, as
       [`RfDetrImageProcessor.post_process_object_detection`] chooses them: `scores` (B, K), `labels` (B, K) int64,
-      `boxes` (B, K, 4), (x0, y0, x1, y1) as fractions inside the picture, `masks` (B, K, h, w). A query whose box is
+      `boxes` (B, K, 4), (x0, y0, x1, y1) as fractions inside the image, `masks` (B, K, h, w). A query whose box is
       not finite has a score of 0.
 
-    Its metadata, all JSON, says how to prepare a picture and what the outputs are: `task`, `model`, `outputs`,
+    Its metadata, all JSON, says how to prepare an image and what the outputs are: `task`, `model`, `outputs`,
     `box_format`, `class_names` (by label), `resolution` (height, width), `resample`, `rescale_factor`, `image_mean`,
     `image_std`, `dtype`, `versions`.
 
@@ -91,7 +91,7 @@ def export(
         output: The file, not there yet: `.onnx`, or `.xml` with the weights in a `.bin` beside it. It appears when it
             is written and checked.
         format: "onnx", or "openvino", which is made from the ONNX file.
-        resolution: Side in pixels, or (height, width), to which every picture is resized; that of the model's
+        resolution: Side in pixels, or (height, width), to which every image is resized; that of the model's
             configuration by default.
         post_process: Whether the file chooses the best pairs itself.
         top_k: K, the pairs that it chooses; Q by default.
@@ -100,7 +100,7 @@ def export(
             norms add up in float32.
         batch_size: B; None leaves it open.
         pictures: What the file is checked on, in any form that the processor takes; drawn scenes by default.
-        processor: The model's processor, for the pictures and the metadata; by default one from its configuration.
+        processor: The model's processor, for the images and the metadata; by default one from its configuration.
         tolerance: Largest differences of `boxes`, `logits` and `masks`, instead of those in `TOLERANCES`.
 
     Returns:
@@ -205,11 +205,11 @@ def _import_packages(format: str) -> None:
             raise ImportError(f"format {format} needs the package {name}, which is not installed: {command}")
 
 
-# The pictures
+# The images
 
 
 def _prepare(pictures: Sequence[Any] | None, processor: RfDetrImageProcessor, size: tuple[int, int]) -> Tensor:
-    """Pictures -> (N, 3, height, width), at least two: of a single one, it and its mirror image."""
+    """Images -> (N, 3, height, width), at least two: of a single one, it and its mirror image."""
     pictures = [draw_scene(seed)[0] for seed in (0, 1)] if pictures is None else pictures
     inputs = processor(pictures, do_resize=True, size={"height": size[0], "width": size[1]}, do_pad=False)
     pixels = inputs["pixel_values"]
@@ -217,7 +217,7 @@ def _prepare(pictures: Sequence[Any] | None, processor: RfDetrImageProcessor, si
 
 
 def _batches(pixels: Tensor, batch_size: int | None) -> list[Tensor]:
-    """All pictures in batches, the last one filled up, of `batch_size`; where that is open, one by one and in twos."""
+    """All images in batches, the last one filled up, of `batch_size`; where that is open, one by one and in twos."""
     batches: list[Tensor] = []
     for size in (1, 2) if batch_size is None else (batch_size,):
         missing = -len(pixels) % size

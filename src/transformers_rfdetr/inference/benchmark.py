@@ -28,14 +28,14 @@ def measure(model: Any, processor: Any, *, batch_size: int, compiled: bool, runs
     Args:
         model: In evaluation mode, on the device that it is measured on.
         processor: Its image processor, of one exact size.
-        batch_size: Pictures at a time.
+        batch_size: Images at a time.
         compiled: Whether the times are those of [`compile_for_inference`]'s copy. The FLOPs are the plain model's.
         runs: How many are timed.
 
     Returns:
-        `forward`, the model alone with all masks multiplied out, and `predict`, from drawn pictures of 480 x 640 to
+        `forward`, the model alone with all masks multiplied out, and `predict`, from drawn images of 480 x 640 to
         instances, each with `median_seconds` and `p90_seconds` of a batch and `pictures_per_second` at the median;
-        `flops` of one picture, two for each multiplication of matrix products, convolutions and attention;
+        `flops` of one image, two for each multiplication of matrix products, convolutions and attention;
         `parameters`; `active`, what a compiled copy runs with, else None; `peak_bytes` of the first prediction: all
         that torch allocates on a GPU, weights included; on a CPU what the process grew by, None where the system does
         not tell (it has to be Linux).

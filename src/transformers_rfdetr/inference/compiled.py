@@ -27,12 +27,12 @@ _TOLERANCES = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1.5e-1}
 
 
 class InferenceModel:
-    """A copy of a model made fast for pictures of one size; made by [`compile_for_inference`].
+    """A copy of a model made fast for images of one size; made by [`compile_for_inference`].
 
     Attributes:
         active: What it runs with, for people: dtype, memory format, compiler, CUDA graphs.
         differences: Of logits, boxes, masks and the scores of the chosen tokens the greatest difference from the plain
-            model in float32 on a noise picture, relative to the greatest of them all and to 1 at least.
+            model in float32 on a noise image, relative to the greatest of them all and to 1 at least.
     """
 
     training = False  # whatever `train` is called with, as of every predictor
@@ -81,10 +81,10 @@ class InferenceModel:
 
     @torch.no_grad()
     def predict_stage(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> StagePrediction:
-        """As the model's own, for any number of pictures of its size: they run `batch_size` at a time.
+        """As the model's own, for any number of images of its size: they run `batch_size` at a time.
 
         Raises:
-            ValueError: pictures of another size, or padded ones.
+            ValueError: images of another size, or padded ones.
         """
         if tuple(pixel_values.shape[-2:]) != self.size or (pixel_mask is not None and not pixel_mask.all()):
             raise ValueError(
@@ -118,16 +118,16 @@ def compile_for_inference(
     dtype: torch.dtype | None = None,
     compiled: bool = True,
 ) -> InferenceModel:
-    """A copy of `model` made fast for pictures of one size, checked against `model` itself.
+    """A copy of `model` made fast for images of one size, checked against `model` itself.
 
     The position table is resampled once, and torch.compile makes one graph of static shapes, with weights as constants
     on the CPU and with CUDA graphs on a GPU. What cannot be had is said in a warning, and the plain path is taken.
 
     Args:
         model: On the device that the copy is to run on. It is not changed.
-        size: Pictures' size for the model, one side or (height, width), each a multiple of patch size x windows; the
+        size: Images' size for the model, one side or (height, width), each a multiple of patch size x windows; the
             configuration's resolution by default.
-        batch_size: Pictures in one run. Others are filled up or split.
+        batch_size: Images in one run. Others are filled up or split.
         dtype: float32, float16 or bfloat16; the model's by default.
         compiled: Whether to compile.
 
@@ -163,7 +163,7 @@ def compile_for_inference(
 
 
 def bake_position_embeddings(model: RfDetrForObjectDetection, size: tuple[int, int]) -> None:
-    """Resample the position table to pictures of (height, width), for good."""
+    """Resample the position table to images of (height, width), for good."""
     config = model.config.backbone_config
     grid = (size[0] // config.patch_size, size[1] // config.patch_size)
     embeddings = model.backbone[0].encoder["encoder"].embeddings

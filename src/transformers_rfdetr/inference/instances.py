@@ -1,4 +1,4 @@
-"""What was found in a picture, and its forms: RLE, bitmaps, outlines, cut-outs, supervision, COCO, JSON, a drawing."""
+"""What was found in an image, and its forms: RLE, bitmaps, outlines, cut-outs, supervision, COCO, JSON, a drawing."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ from ..data.drawing import draw_instances
 
 @dataclass
 class Instances:
-    """What was found in one picture, best first; everything has K entries in the same order.
+    """What was found in one image, best first; everything has K entries in the same order.
 
     Attributes:
-        boxes: (K, 4) float32, `boxes_xyxy` in pixels, inside the picture.
+        boxes: (K, 4) float32, `boxes_xyxy` in pixels, inside the image.
         scores: (K,) float32 in [0, 1].
         labels: (K,) int64.
         names: K names of classes.
-        masks: K COCO RLEs of the picture's size, `counts` as str, which JSON and pycocotools take; None of a detection
+        masks: K COCO RLEs of the image's size, `counts` as str, which JSON and pycocotools take; None of a detection
             model.
-        image_size: (height, width) of the picture.
+        image_size: (height, width) of the image.
         track_ids: (K,) int64, the number that an object keeps from one frame of a video to the next, -1 while a
             tracker is not sure of it; None where nothing is tracked.
     """
@@ -63,7 +63,7 @@ class Instances:
         return [polygons_of(coco_mask.decode(mask).astype(bool)) for mask in self.masks or []]
 
     def crops(self, image: PIL.Image.Image) -> list[PIL.Image.Image]:
-        """Each instance cut out of the picture: RGBA of its mask's extent, transparent around it; 1 x 1 if empty.
+        """Each instance cut out of the image: RGBA of its mask's extent, transparent around it; 1 x 1 if empty.
 
         Without masks, RGB of its box.
         """
@@ -102,8 +102,8 @@ class Instances:
         With masks they have no boxes, as COCO's format for segmentation: `loadRes` would take areas from them.
 
         Args:
-            image_id: The picture's in the data set.
-            category_ids: Label -> category id in the data set; the labels themselves by default.
+            image_id: The image's in the dataset.
+            category_ids: Label -> category id in the dataset; the labels themselves by default.
         """
         results = []
         for index, (x0, y0, x1, y1) in enumerate(self.boxes.tolist()):
@@ -149,10 +149,10 @@ class Instances:
         )
 
     def draw(self, image: PIL.Image.Image, *, color_by: str = "class") -> PIL.Image.Image:
-        """The picture with masks, outlines, names and scores over it, boxes where there are no masks.
+        """The image with masks, outlines, names and scores over it, boxes where there are no masks.
 
         Args:
-            image: The picture, upright.
+            image: The image, upright.
             color_by: "class" for a colour a class; "instance" for one each, or one a track.
         """
         check_color_by(color_by)

@@ -34,7 +34,7 @@ def predict(
     top_k: int | None = None,
     batch_size: int = 8,
 ) -> list[Instances]:
-    """Pictures to instances.
+    """Images to instances.
 
     Example:
         >>> from PIL import Image
@@ -47,18 +47,18 @@ def predict(
     Args:
         model: In evaluation mode while this runs, on any device and in any dtype; or [`compile_for_inference`]'s.
         processor: The model's.
-        images: One picture or a sequence of them, in any form that the processor takes: paths, URLs, PIL pictures,
+        images: One image or a sequence of them, in any form that the processor takes: paths, URLs, PIL images,
             uint8 arrays (H, W, 3), tensors; a column of a `datasets.Dataset` too.
         threshold: A score in [0, 1], to be exceeded.
         classes: Names of the classes that are looked for; all by default.
-        top_k: Number of pairs of query and class that are looked at in a picture; by default the number of queries.
-        batch_size: Pictures that go through the model at once.
+        top_k: Number of pairs of query and class that are looked at in an image; by default the number of queries.
+        batch_size: Images that go through the model at once.
 
     Returns:
-        For each picture what was found in it.
+        For each image what was found in it.
 
     Raises:
-        ValueError: a picture cannot be read (the message has its number), or an argument is out of range.
+        ValueError: an image cannot be read (the message has its number), or an argument is out of range.
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold {threshold} is outside [0, 1]; give a score such as 0.5")

@@ -1,8 +1,8 @@
-"""Large pictures in overlapping tiles: cut, predicted one batch at a time, and put together again.
+"""Large images in overlapping tiles: cut, predicted one batch at a time, and put together again.
 
-T tiles, P pieces: what was found in the tiles, all numbered in one row, K instances of the picture. Places are pixels
-of the picture; rectangles and extents are x0, y0, x1, y1, the latter two exclusive. A tile's inner borders are those at
-which the picture goes on.
+T tiles, P pieces: what was found in the tiles, all numbered in one row, K instances of the image. Places are pixels
+of the image; rectangles and extents are x0, y0, x1, y1, the latter two exclusive. A tile's inner borders are those at
+which the image goes on.
 """
 
 import copy
@@ -37,7 +37,7 @@ Link = tuple[float, int, int]
 
 
 class Tile(NamedTuple):
-    """A part of a picture, wholly inside it, in its pixels."""
+    """A part of an image, wholly inside it, in its pixels."""
 
     top: int
     left: int
@@ -57,9 +57,9 @@ def predict_tiled(
     classes: Sequence[str] | None = None,
     progress: bool = False,
 ) -> Instances:
-    """One large picture to instances: at its own scale, tile by tile, objects that cross tiles in one piece.
+    """One large image to instances: at its own scale, tile by tile, objects that cross tiles in one piece.
 
-    Besides the picture only `batch_size` tiles are held, and of what was found RLE.
+    Besides the image only `batch_size` tiles are held, and of what was found RLE.
 
     Example:
         >>> from PIL import Image
@@ -73,9 +73,9 @@ def predict_tiled(
     Args:
         model: In evaluation mode while this runs; or `compile_for_inference`'s, made for the size of a tile.
         processor: The model's. Tiles are not resized, whatever its `size`.
-        image: One picture in any form that the processor takes.
+        image: One image in any form that the processor takes.
         tile: Side of a tile in pixels, or (height, width), each a multiple of patch size x windows; the model's
-            resolution by default. Where the picture is smaller, the processor's mean colour fills it up at the bottom
+            resolution by default. Where the image is smaller, the processor's mean colour fills it up at the bottom
             and on the right.
         overlap: The part of its side, in [0, 0.5], that a tile shares with its neighbour at least. Objects up to that
             size are seen whole by a tile; with 0 nothing that crosses a border is put together.
@@ -85,10 +85,10 @@ def predict_tiled(
         progress: Whether to show a progress bar.
 
     Returns:
-        What was found, as `merge_tiles` puts it together. A picture of one tile has what `predict` finds in it.
+        What was found, as `merge_tiles` puts it together. An image of one tile has what `predict` finds in it.
 
     Raises:
-        ValueError: a picture that cannot be read, an illegal size of tile, or an argument that is out of range.
+        ValueError: an image that cannot be read, an illegal size of tile, or an argument that is out of range.
     """
     size = as_pair(read_size(model.config.resolution if tile is None else tile, "tile"))
     backbone = model.config.backbone_config
@@ -110,10 +110,10 @@ def predict_tiled(
 
 
 def cut_tiles(image_size: tuple[int, int], size: tuple[int, int], overlap: float) -> list[Tile]:
-    """The tiles of a picture, row by row: evenly spread, the last ones flush with its edges, none larger than it.
+    """The tiles of an image, row by row: evenly spread, the last ones flush with its edges, none larger than it.
 
     Args:
-        image_size: (height, width) of the picture.
+        image_size: (height, width) of the image.
         size: (height, width) of a tile.
         overlap: The part of its side, in [0, 0.5], that a tile shares with its neighbour at least.
 
@@ -138,7 +138,7 @@ def _starts(length: int, side: int, overlap: float) -> list[int]:
 
 
 def _pixels(processor: RfDetrImageProcessor, image: Any) -> Tensor:
-    """A picture in any form -> (1 or 3, H, W), upright, in its own type: a quarter of what float32 would take."""
+    """An image in any form -> (1 or 3, H, W), upright, in its own type: a quarter of what float32 would take."""
     data_format = None
     if isinstance(image, str | os.PathLike | PIL.Image.Image):
         image, data_format = decode_image(image), "channels_last"
@@ -150,7 +150,7 @@ def _pixels(processor: RfDetrImageProcessor, image: Any) -> Tensor:
 
 
 def _crop(processor: RfDetrImageProcessor, pixels: Tensor, tile: Tile, size: tuple[int, int]) -> Tensor:
-    """A tile of (1 or 3, H, W) -> (3, *size) float32, scaled; the mean colour where the picture has ended."""
+    """A tile of (1 or 3, H, W) -> (3, *size) float32, scaled; the mean colour where the image has ended."""
     inside = pixels[:, tile.top : tile.top + tile.height, tile.left : tile.left + tile.width]
     picture = read_image(inside, processor.do_rescale, processor.rescale_factor, "channels_first")
     if picture.shape[1:] == size:
@@ -161,7 +161,7 @@ def _crop(processor: RfDetrImageProcessor, pixels: Tensor, tile: Tile, size: tup
 
 
 def _without_padding(found: Instances, tile: Tile) -> Instances:
-    """Instances of a tile that was filled up, cut off where the picture ends; those beyond it leave."""
+    """Instances of a tile that was filled up, cut off where the image ends; those beyond it leave."""
     size = (tile.height, tile.width)
     if found.image_size == size:
         return found
@@ -174,7 +174,7 @@ def _without_padding(found: Instances, tile: Tile) -> Instances:
 
 
 def merge_tiles(found: Sequence[tuple[Tile, Instances]], image_size: tuple[int, int]) -> Instances:
-    """What was found in each tile -> what is in the picture.
+    """What was found in each tile -> what is in the image.
 
     Overlaps are split down their middle: every pixel belongs to the tile that sees most around it.
     1. A piece that touches an inner border of its tile, and lies nearly wholly in other tiles' part, leaves: those see
@@ -192,10 +192,10 @@ def merge_tiles(found: Sequence[tuple[Tile, Instances]], image_size: tuple[int, 
     Args:
         found: Tiles of a grid, at least one, with what was found in each, in the tile's own pixels. Boxes are compared
             where there are no masks.
-        image_size: (height, width) of the picture.
+        image_size: (height, width) of the image.
 
     Returns:
-        Best first; masks as RLE of the picture.
+        Best first; masks as RLE of the image.
     """
     if not any(len(instances) for _, instances in found):
         return replace(found[0][1], image_size=image_size)
@@ -222,7 +222,7 @@ class _Part(NamedTuple):
 
 
 class _Pieces:
-    """What was found in all tiles, in one row, with its places in the picture."""
+    """What was found in all tiles, in one row, with its places in the image."""
 
     def __init__(self, found: Sequence[tuple[Tile, Instances]], image_size: tuple[int, int]) -> None:
         instances = [each for _, each in found]
@@ -245,7 +245,7 @@ class _Pieces:
             self.extents = np.where(self.areas[:, None] > 0, of_masks, rounded)
         self.is_cut = self.margins(self.extents, self.tiles[self.tile_of]) < _REACH
         self.cells = _cells(self.tiles)
-        # Filled tile by tile: the pieces that do not leave, and their masks in the picture.
+        # Filled tile by tile: the pieces that do not leave, and their masks in the image.
         self.kept: list[int] = []
         self.placed: dict[int, dict[str, Any]] = {}
 
@@ -298,12 +298,12 @@ class _Pieces:
         return _decoded(self.masks[piece])
 
     def look(self, piece: int, mask: np.ndarray, rectangle: np.ndarray) -> np.ndarray:
-        """A rectangle of the picture, inside the tile of a piece, out of the mask of its tile."""
+        """A rectangle of the image, inside the tile of a piece, out of the mask of its tile."""
         left, top = self.tiles[self.tile_of[piece], :2]
         return mask[_window(rectangle, left, top)]
 
     def shapes(self, pieces: Sequence[int] | np.ndarray) -> Any:
-        """What pycocotools compares: n RLEs of the picture, or (n, 4) x, y, width, height."""
+        """What pycocotools compares: n RLEs of the image, or (n, 4) x, y, width, height."""
         if self.masks is not None:
             return [self.placed[int(piece)] for piece in pieces]
         boxes = self.boxes[pieces]

@@ -1,7 +1,7 @@
 """Polygons, run-length encodings (RLE), bitmaps and mask logits: every conversion, once.
 
-Axis letters: N objects, H W pixels of the picture, h w pixels of the output or cells of the mask head, R C rows and
-columns of a region of the picture. Sizes are (height, width). RLE is COCO's: column-major runs, background first.
+Axis letters: N objects, H W pixels of the image, h w pixels of the output or cells of the mask head, R C rows and
+columns of a region of the image. Sizes are (height, width). RLE is COCO's: column-major runs, background first.
 """
 
 import math
@@ -28,19 +28,19 @@ def read_segmentation(segmentation: Any, image_size: tuple[int, int]) -> Segment
 
     Args:
         segmentation: One of
-            * polygons `[[x0, y0, x1, y1, ...], ...]` in pixels of the picture, or one flat polygon. They are united,
+            * polygons `[[x0, y0, x1, y1, ...], ...]` in pixels of the image, or one flat polygon. They are united,
               holes included, as COCO does; a polygon of fewer than three points encloses nothing and is left out;
             * an RLE `{"size": [H, W], "counts": str | bytes | list}`;
-            * a bitmap of the picture's size, nested lists or an array (H, W), of 0 and 1 (or 0 and 255). Rows of the
-              picture's size that hold nothing else are a bitmap, not polygons; so is every 2-D array of 8 bits or bool.
-        image_size: (H, W) of the picture.
+            * a bitmap of the image's size, nested lists or an array (H, W), of 0 and 1 (or 0 and 255). Rows of the
+              image's size that hold nothing else are a bitmap, not polygons; so is every 2-D array of 8 bits or bool.
+        image_size: (H, W) of the image.
 
     Returns:
         The shape, or None where nothing is enclosed: None, `[]`, `[[]]`, polygons of one or two points, an RLE or a
         bitmap without a pixel. (Polygons that enclose no pixel show when they are rasterised.)
 
     Raises:
-        ValueError: what cannot be read: odd counts, NaN, text, a size other than the picture's, corrupt RLE.
+        ValueError: what cannot be read: odd counts, NaN, text, a size other than the image's, corrupt RLE.
     """
     if segmentation is None:
         return None
@@ -68,7 +68,7 @@ def _read_bitmap(segmentation: Any, image_size: tuple[int, int]) -> np.ndarray |
     fits = size == tuple(image_size)
     # Nobody stores coordinates in 8 bits.
     must_be = isinstance(segmentation, np.ndarray) and segmentation.dtype.itemsize == 1
-    # One or two rows of another length than the picture's are polygons; so are rows of unequal lengths.
+    # One or two rows of another length than the image's are polygons; so are rows of unequal lengths.
     if len(lengths) != 1 or 0 in lengths or (size[0] <= 2 and not fits and not must_be):
         return None
     try:
@@ -144,7 +144,7 @@ def _read_rle(rle: Mapping[str, Any], image_size: tuple[int, int]) -> dict[str, 
     if isinstance(counts, str):
         counts = counts.encode("ascii", "replace")
     runs = _decompress(counts) if isinstance(counts, bytes) else np.asarray(counts)
-    # pycocotools reads unset memory where the runs do not fill the picture.
+    # pycocotools reads unset memory where the runs do not fill the image.
     if (
         runs is None
         or runs.ndim != 1
@@ -184,7 +184,7 @@ def _decompress(counts: bytes) -> np.ndarray | None:
 
 
 def to_rle(shape: Segmentation, image_size: tuple[int, int]) -> dict[str, Any]:
-    """A shape in a picture of `image_size` -> one compressed RLE, polygons united, by pycocotools."""
+    """A shape in an image of `image_size` -> one compressed RLE, polygons united, by pycocotools."""
     return shape if isinstance(shape, dict) else coco_mask.merge(coco_mask.frPyObjects(shape, *image_size))
 
 
@@ -194,22 +194,22 @@ def mask_areas(rles: Sequence[dict[str, Any]]) -> np.ndarray:
 
 
 def box_and_area(shape: Segmentation, image_size: tuple[int, int]) -> tuple[list[float], float]:
-    """Box [x, y, width, height] and area of a shape, both in pixels of the picture, by pycocotools."""
+    """Box [x, y, width, height] and area of a shape, both in pixels of the image, by pycocotools."""
     rle = to_rle(shape, image_size)
     return coco_mask.toBbox(rle).tolist(), float(coco_mask.area(rle))
 
 
 def rasterize(shapes: Sequence[Segmentation], image_size: tuple[int, int], output_size: tuple[int, int]) -> np.ndarray:
-    """Shapes in a picture of `image_size` -> masks (N, h, w) bool of `output_size`.
+    """Shapes in an image of `image_size` -> masks (N, h, w) bool of `output_size`.
 
     Polygons are scaled and drawn straight at the output size, by pycocotools. RLE is decoded and resized by nearest
     neighbour around pixel centres, as torch's "nearest-exact" and PIL do: output pixel i takes input pixel
-    floor((i + 0.5) * H / h). So both lie where the picture's own bilinear resize puts the object. (The "nearest" of
+    floor((i + 0.5) * H / h). So both lie where the image's own bilinear resize puts the object. (The "nearest" of
     rfdetr's and the port's mask transforms lies up to half an output pixel beside it: on COCO photographs at 432 x 432
     its median IoU with the drawn polygon is 0.957, that of this rule 0.989.)
 
     Raises:
-        ValueError: polygons that reach far out of a small picture are too long to draw at a large output size.
+        ValueError: polygons that reach far out of a small image are too long to draw at a large output size.
     """
     (height, width), (out_height, out_width) = image_size, output_size
     every_row, every_column = np.arange(out_height), np.arange(out_width)
@@ -238,9 +238,9 @@ def _nearest(source: int, target: int) -> np.ndarray:
 
 
 def region_to_rle(region: np.ndarray, top: int, left: int, image_size: tuple[int, int]) -> dict[str, Any]:
-    """A region (R, C) bool at (top, left) of an empty picture -> COCO RLE of the picture, counts as str for JSON.
+    """A region (R, C) bool at (top, left) of an empty image -> COCO RLE of the image, counts as str for JSON.
 
-    Neither the picture's mask nor its empty columns are ever visited.
+    Neither the image's mask nor its empty columns are ever visited.
     """
     height, width = image_size
     num_rows = region.shape[0]
@@ -265,7 +265,7 @@ def upsample_masks(
     threshold: float,
     valid_size: tuple[float, float] | None = None,
 ) -> Iterator[tuple[np.ndarray, int, int]]:
-    """Mask logits (N, h, w) -> per object the region of the picture that holds its mask: (R, C) bool, top, left.
+    """Mask logits (N, h, w) -> per object the region of the image that holds its mask: (R, C) bool, top, left.
 
     Equal to `F.interpolate(mask_logits, output_size, mode="bilinear", align_corners=False) > threshold`, which it
     never computes outside the region that the cells above `threshold` can reach. A NaN logit is background. It runs on
@@ -273,9 +273,9 @@ def upsample_masks(
 
     Args:
         mask_logits: (N, h, w), any floating type; computed in float32.
-        output_size: (H, W) of the picture.
+        output_size: (H, W) of the image.
         threshold: A logit; a pixel belongs to the object above it.
-        valid_size: Rows and columns of (h, w), not necessarily whole, that the picture covers from the top left on;
+        valid_size: Rows and columns of (h, w), not necessarily whole, that the image covers from the top left on;
             the rest is padding. All by default.
     """
     # Bounds that no product overflows and no zero weight turns into NaN.
