@@ -1,4 +1,4 @@
-"""The forward pass of one picture: its FLOPs, and its time in every form that a user can run.
+"""The forward pass of one image: its FLOPs, and its time in every form that a user can run.
 
     python benchmarks/forward.py
     python benchmarks/forward.py --device cuda --variant rf-detr-seg-nano rf-detr-seg-medium --repeats 100

@@ -1,6 +1,6 @@
-"""Fine-tuning from scratch on microscopy pictures of nuclei, on the CPU: `python benchmarks/nuclei.py FOLDER`.
+"""Fine-tuning from scratch on microscopy images of nuclei, on the CPU: `python benchmarks/nuclei.py FOLDER`.
 
-FOLDER holds `train.json`, `val.json` (COCO) and `images/` of 92 and 28 pictures of the 2018 Data Science Bowl's stage 1
+FOLDER holds `train.json`, `val.json` (COCO) and `images/` of 92 and 28 images of the 2018 Data Science Bowl's stage 1
 (https://bbbc.broadinstitute.org/BBBC038). The numbers in the README are those that this prints.
 """
 
@@ -21,7 +21,7 @@ from transformers_rfdetr.cli.demo import FROM_SCRATCH, small_config
 
 
 def main() -> None:
-    """Train, and print the numbers of the held-out pictures."""
+    """Train, and print the numbers of the held-out images."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--output", default="runs/nuclei")

@@ -1,8 +1,8 @@
-"""Outputs to instances at the size of the original picture: time, and memory above what was there before.
+"""Outputs to instances at the size of the original image: time, and memory above what was there before.
 
     python benchmarks/post_processing.py
 
-Scores, boxes and mask logits are those of ellipses with sides of 5 to 35 % of the picture, all above the threshold.
+Scores, boxes and mask logits are those of ellipses with sides of 5 to 35 % of the image, all above the threshold.
 "Label map" is one map of ids, "masks" one bool mask for each instance, "RLE" COCO's form of these (the port has none).
 """
 
@@ -58,7 +58,7 @@ def prepare(
 
 
 def draw_outputs(config: RfDetrConfig, count: int, device: str) -> SimpleNamespace:
-    """A model's outputs for one picture in which `count` queries find something."""
+    """A model's outputs for one image in which `count` queries find something."""
     generator = torch.Generator().manual_seed(0)
     side = config.resolution // config.mask_downsample_ratio
     boxes = peers.draw_boxes(config.num_queries, 0.05, 0.35, generator)

@@ -1,11 +1,11 @@
-"""From a picture to boxes, labels and masks, one at a time, as users run it; and where our time goes.
+"""From an image to boxes, labels and masks, one at a time, as users run it; and where our time goes.
 
     python benchmarks/prediction.py
     python benchmarks/prediction.py --device cuda --repeats 100
 
-The picture is 480 x 640 pixels in memory, and ten detections are kept: the threshold lies below the tenth score. Masks
-are bool arrays of the picture's size; "predict" is `transformers_rfdetr.predict`, which returns them as RLE. With
-random weights they are noise over the whole picture, the worst case of post-processing.
+The image is 480 x 640 pixels in memory, and ten detections are kept: the threshold lies below the tenth score. Masks
+are bool arrays of the image's size; "predict" is `transformers_rfdetr.predict`, which returns them as RLE. With
+random weights they are noise over the whole image, the worst case of post-processing.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def measure(variant: str, arguments: argparse.Namespace) -> list[Measurement]:
 
 
 def build_ways(variant: str, quick: bool, device: str) -> dict[str, Any]:
-    """All ways from the picture to its instances."""
+    """All ways from the image to its instances."""
     config = peers.read_config(variant, quick)
     models = peers.build(config, variant, device, "ours", "port", "rfdetr")
     image = Image.fromarray(np.random.default_rng(0).integers(256, size=(*SIZE, 3), dtype=np.uint8))

@@ -1,9 +1,9 @@
-"""Image processors: 32 pictures with their masks to tensors and labels, and the same without masks.
+"""Image processors: 32 images with their masks to tensors and labels, and the same without masks.
 
     python benchmarks/preprocessing.py
     python benchmarks/preprocessing.py --folder FOLDER
 
-FOLDER holds `train.json` (COCO, with polygons) and `images/`; its first 32 pictures are taken. Without it pictures are
+FOLDER holds `train.json` (COCO, with polygons) and `images/`; its first 32 images are taken. Without it images are
 drawn that have the sizes and the objects of the 2018 Data Science Bowl's nuclei: 37 polygons of 26 corners each.
 """
 
@@ -26,16 +26,16 @@ OBJECTS, CORNERS = 37, 26
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
-    folder = {"type": Path, "help": "a data set instead of drawn pictures"}
+    folder = {"type": Path, "help": "a dataset instead of drawn images"}
     peers.run(__doc__, argv, measure, repeats=5, folder=folder)
 
 
 def measure(variant: str, arguments: argparse.Namespace) -> list[Measurement]:
     """Seconds with masks, then without."""
     count = 2 if arguments.quick else len(SIZES)
-    read = read_pictures(arguments.folder, count) if arguments.folder else draw_pictures(SIZES[:count])
-    pictures, annotations = read
-    print(f"{len(pictures)} pictures, {sum(len(target['annotations']) for target in annotations)} objects")
+    read = read_images(arguments.folder, count) if arguments.folder else draw_images(SIZES[:count])
+    photos, annotations = read
+    print(f"{len(photos)} images, {sum(len(target['annotations']) for target in annotations)} objects")
     side = peers.read_config(variant, arguments.quick).resolution
     size = {"height": side, "width": side}
     processors = {"ours": RfDetrImageProcessor(size=size), "port": peers.PortProcessor(size=size)}
@@ -43,7 +43,7 @@ def measure(variant: str, arguments: argparse.Namespace) -> list[Measurement]:
     for case, with_masks in (("with masks", True), ("without masks", False)):
         options = {"return_segmentation_masks": with_masks, "return_tensors": "pt"}
         calls = {
-            name: lambda processor=processor, options=options: processor(pictures, annotations, **options)
+            name: lambda processor=processor, options=options: processor(photos, annotations, **options)
             for name, processor in processors.items()
         }
         for name, seconds in peers.time_in_turns(calls, arguments.repeats).items():
@@ -51,14 +51,14 @@ def measure(variant: str, arguments: argparse.Namespace) -> list[Measurement]:
     return measurements
 
 
-def draw_pictures(sizes: list[tuple[int, int]]) -> tuple[list[Image.Image], list[dict[str, Any]]]:
-    """Pictures of noise and the COCO annotations of ellipses, as polygons, of about 19 pixels across."""
+def draw_images(sizes: list[tuple[int, int]]) -> tuple[list[Image.Image], list[dict[str, Any]]]:
+    """Images of noise and the COCO annotations of ellipses, as polygons, of about 19 pixels across."""
     rng = np.random.default_rng(0)
     angles = np.linspace(0, 2 * np.pi, CORNERS, endpoint=False)
     circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    pictures, annotations = [], []
+    photos, annotations = [], []
     for image_id, (height, width) in enumerate(sizes):
-        pictures.append(Image.fromarray(rng.integers(256, size=(height, width, 3), dtype=np.uint8)))
+        photos.append(Image.fromarray(rng.integers(256, size=(height, width, 3), dtype=np.uint8)))
         radii = rng.uniform(5, 14, (OBJECTS, 2))
         corners = [rng.uniform(r, np.array([width, height]) - r) + r * circle for r in radii]
         objects = [
@@ -72,18 +72,18 @@ def draw_pictures(sizes: list[tuple[int, int]]) -> tuple[list[Image.Image], list
             for r, outline in zip(radii, corners, strict=True)
         ]
         annotations.append({"image_id": image_id, "annotations": objects})
-    return pictures, annotations
+    return photos, annotations
 
 
-def read_pictures(folder: Path, count: int) -> tuple[list[Image.Image], list[dict[str, Any]]]:
-    """The first `count` pictures of a COCO file, decoded, and their annotations."""
+def read_images(folder: Path, count: int) -> tuple[list[Image.Image], list[dict[str, Any]]]:
+    """The first `count` images of a COCO file, decoded, and their annotations."""
     coco = json.loads((folder / "train.json").read_text())
     objects = defaultdict(list)
     for annotation in coco["annotations"]:
         objects[annotation["image_id"]].append(annotation)
     images = coco["images"][:count]
-    pictures = [Image.open(folder / "images" / image["file_name"]).convert("RGB") for image in images]
-    return pictures, [{"image_id": image["id"], "annotations": objects[image["id"]]} for image in images]
+    photos = [Image.open(folder / "images" / image["file_name"]).convert("RGB") for image in images]
+    return photos, [{"image_id": image["id"], "annotations": objects[image["id"]]} for image in images]
 
 
 if __name__ == "__main__":

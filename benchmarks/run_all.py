@@ -2,11 +2,11 @@
 
     python benchmarks/run_all.py                      # CPU -> benchmarks/RESULTS.md
     python benchmarks/run_all.py --device cuda        # GPU -> benchmarks/RESULTS_GPU.md
-    python benchmarks/run_all.py --nuclei FOLDER      # real pictures for preprocessing, see preprocessing.py
+    python benchmarks/run_all.py --nuclei FOLDER      # real images for preprocessing, see preprocessing.py
     python benchmarks/run_all.py --quick              # small models, nothing is written: does everything run?
 
 Each script also runs alone; `--help` says with what. On a GPU they are forward.py, prediction.py (latency of one
-picture in fp32, in fp16, and compiled with CUDA graphs), training_step.py (images a second, memory) and
+image in fp32, in fp16, and compiled with CUDA graphs), training_step.py (images a second, memory) and
 post_processing.py. The CPU run needs Linux, and 14 GiB of free memory for the port's training step.
 """
 

@@ -1,9 +1,9 @@
-"""Find objects in a picture with an exported RF-DETR model, without PyTorch: onnxruntime, numpy and Pillow do it.
+"""Find objects in an image with an exported RF-DETR model, without PyTorch: onnxruntime, numpy and Pillow do it.
 
     pip install onnxruntime numpy pillow
     python predict_onnx.py model.onnx street.jpg --threshold 0.5 --output overlay.png
 
-How the picture is prepared and what the classes are called stands in the file.
+How the image is prepared and what the classes are called stands in the file.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def resize(planes, height, width):
 
 
 def prepare(image, metadata):
-    """An RGB picture -> (1, 3, height, width) float32: scaled, then resized, then normalised."""
+    """An RGB image -> (1, 3, height, width) float32: scaled, then resized, then normalised."""
     planes = np.asarray(image, np.float32).transpose(2, 0, 1) / np.float32(1 / metadata["rescale_factor"])
     planes = resize(planes, *metadata["resolution"])
     mean, std = (np.array(metadata[name], np.float32)[:, None, None] for name in ("image_mean", "image_std"))
@@ -71,7 +71,7 @@ def predict(session, image, threshold):
 
 
 def draw(image, boxes, masks):
-    """The picture with masks as a tint and boxes as frames."""
+    """The image with masks as a tint and boxes as frames."""
     pixels = np.array(image)
     for index, mask in enumerate(() if masks is None else masks):
         pixels[mask] = pixels[mask] // 2 + np.array(COLORS[index % len(COLORS)], np.uint8) // 2
@@ -84,9 +84,9 @@ def draw(image, boxes, masks):
 
 def main():
     """Run the command."""
-    parser = argparse.ArgumentParser(description="Find objects in a picture with an exported RF-DETR model.")
+    parser = argparse.ArgumentParser(description="Find objects in an image with an exported RF-DETR model.")
     parser.add_argument("model", help="an .onnx file of transformers-rfdetr export")
-    parser.add_argument("image", help="a picture of 8 bits a channel")
+    parser.add_argument("image", help="an image of 8 bits a channel")
     parser.add_argument("--threshold", type=float, default=0.5, help="least score, 0 to 1 (%(default)s)")
     parser.add_argument("--output", default="overlay.png", help="where the overlay goes (%(default)s)")
     options = parser.parse_args()

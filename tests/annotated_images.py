@@ -14,7 +14,7 @@ from transformers_rfdetr.data.dataset import InstanceDataset
 from transformers_rfdetr.data.prepared import collate_fn
 from transformers_rfdetr.data.synthetic import draw_dataset
 
-# Two classes whose ids have a gap and stand in the wrong order; a crowd, a box without a mask, an empty picture.
+# Two classes whose ids have a gap and stand in the wrong order; a crowd, a box without a mask, an empty image.
 CATEGORIES = [{"id": 7, "name": "tree"}, {"id": 3, "name": "roof"}]
 SIZES = [(40, 60), (50, 30), (32, 32)]  # (H, W)
 TRIANGLE = [[5.0, 5.0, 25.0, 5.0, 5.0, 25.0]]
@@ -30,7 +30,7 @@ OBJECTS = [
 ]
 SHAPES = [[TRIANGLE, TWO_PARTS, TRIANGLE], [TRIANGLE], []]
 NAMES = ["roof", "tree"]
-BROKEN = b"no picture"
+BROKEN = b"no image"
 
 
 def make_images() -> list[PIL.Image.Image]:
@@ -39,7 +39,7 @@ def make_images() -> list[PIL.Image.Image]:
 
 
 def make_annotations() -> list[list[dict]]:
-    """The annotations of each picture."""
+    """The annotations of each image."""
     return [
         [{**item, "segmentation": shape} for item, shape in zip(*pair, strict=True)]
         for pair in zip(OBJECTS, SHAPES, strict=True)
@@ -58,8 +58,8 @@ def make_coco(**changes) -> dict:
 
 def save_images(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    for index, picture in enumerate(make_images()):
-        picture.save(folder / f"{index}.png")
+    for index, image in enumerate(make_images()):
+        image.save(folder / f"{index}.png")
     return folder
 
 
@@ -79,7 +79,7 @@ def drawn_dataset(num_images: int = 8) -> InstanceDataset:
 
 
 def check_samples(dataset: InstanceDataset) -> None:
-    """The data set holds pictures and objects as they stand above, with labels for categories."""
+    """The dataset holds images and objects as they stand above, with labels for categories."""
     assert len(dataset) == 3
     label_of = {3: 0, 7: 1}
     for index, expected in enumerate(make_annotations()):

@@ -107,7 +107,7 @@ def random_case(seed):
 
 
 def plain_cocoeval(truth, results, kind):
-    """The twelve numbers of pycocotools on the whole data set at once."""
+    """The twelve numbers of pycocotools on the whole dataset at once."""
     unused = "bbox" if kind == "segm" else "segmentation"
     with redirect_stdout(io.StringIO()):
         coco = COCO()

@@ -100,7 +100,7 @@ def pixels(batch: int = 2, height: int = 48, width: int = 48, seed: int = 1) -> 
 
 
 def shared_folder(name: str) -> Path:
-    """A data set beside the repository; the test is skipped where there is none."""
+    """A dataset beside the repository; the test is skipped where there is none."""
     if not (SHARED / name).is_dir():
         pytest.skip(f"needs {SHARED / name}, which does not come with the repository")
     return SHARED / name

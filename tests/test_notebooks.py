@@ -21,7 +21,7 @@ from transformers_rfdetr import RfDetrTrainingArguments, resolve_variant
 from transformers_rfdetr.model.masks import read_segmentation, to_rle
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-MARK = '# CHANGE THIS: what stands after "real:" takes a real checkpoint and your own pictures.'
+MARK = '# CHANGE THIS: what stands after "real:" takes a real checkpoint and your own images.'
 CHANGES = re.compile(r"^(\w+) = (.+)  # real: (.+)$", flags=re.MULTILINE)
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
@@ -142,7 +142,7 @@ def test_05_arrives_at_what_the_model_gives(run, capsys):
     assert names["masks"].shape == (1, 100, 96, 96)
     for name, value in (("logits", "logits"), ("boxes", "pred_boxes"), ("masks", "pred_masks")):
         assert torch.allclose(names[name], names["outputs"][value], atol=1e-4)
-    assert [type(picture) for picture in shown] == [PIL.Image.Image] * 2
+    assert [type(image) for image in shown] == [PIL.Image.Image] * 2
 
 
 @pytest.mark.long
@@ -151,7 +151,7 @@ def test_02_trains_a_model_that_finds_buildings(run, capsys):
     assert max(entry.get("eval_segm_AP50", 0) for entry in names["history"]) > 0.15
     assert len(names["found"]) >= 1
     assert "building" in capsys.readouterr().out
-    assert [picture.size for picture in shown if isinstance(picture, PIL.Image.Image)][-1][0] > 2 * 2 * 192
+    assert [image.size for image in shown if isinstance(image, PIL.Image.Image)][-1][0] > 2 * 2 * 192
 
 
 @pytest.mark.long

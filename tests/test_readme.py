@@ -97,5 +97,5 @@ def test_the_images_exist():
     images = re.findall(r"!\[.*?\]\((.*?)\)", README)
     assert images
     for name in images:
-        with Image.open(ROOT / name) as picture:
-            assert picture.width <= 700
+        with Image.open(ROOT / name) as image:
+            assert image.width <= 700

@@ -1,4 +1,4 @@
-"""The commands train, evaluate, benchmark and info, on tiny models and drawn pictures."""
+"""The commands train, evaluate, benchmark and info, on tiny models and drawn images."""
 
 import argparse
 import json
@@ -34,7 +34,7 @@ app = typer.Typer()
 for command in (train.train, evaluate.evaluate, benchmark.benchmark, info.info):
     app.command()(command)
 
-# One micro-batch an update, and no process for each of the few pictures.
+# One micro-batch an update, and no process for each of the few images.
 QUICK = ["gradient_accumulation_steps=1", "dataloader_num_workers=0", "multi_scale=false", "disable_tqdm=true"]
 # A checkpoint after each of two updates.
 TWO_STEPS = ["max_steps=2", *(f"{kind}_strategy=steps" for kind in ("save", "eval")), "save_steps=1"]
@@ -69,9 +69,9 @@ def assert_equal(found, expected):
 
 def draw_split(folder, count, first_seed):
     folder.mkdir(parents=True)
-    pictures, coco = draw_dataset(count, (96, 96), first_seed=first_seed)
-    for picture, image in zip(pictures, coco["images"], strict=True):
-        picture.save(folder / image["file_name"])
+    photos, coco = draw_dataset(count, (96, 96), first_seed=first_seed)
+    for photo, image in zip(photos, coco["images"], strict=True):
+        photo.save(folder / image["file_name"])
     (folder / "_annotations.coco.json").write_text(json.dumps(coco))
 
 
@@ -227,16 +227,16 @@ def read(path, *given):
 
 def test_options_go_before_the_file_and_defaults_are_left_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     path = tmp_path / "recipe.yaml"
     path.write_text(
-        "model: rf-detr-seg-nano\ndata: pictures\noutput: run\nepochs: 5\nlr: 2e-4\nlearning-rate-encoder: 1e-5\n"
+        "model: rf-detr-seg-nano\ndata: images\noutput: run\nepochs: 5\nlr: 2e-4\nlearning-rate-encoder: 1e-5\n"
         "eval_strategy: no\nema: true\nseed: 42\nresolution: 96x48\nlr_scheduler_kwargs: {num_cycles: 2}\n"
         "versions: {torch: 2.6.0}\n"
     )
     assert read(path, ("num_train_epochs", 7), ("class_names", ["barn"])) == {
         "class_names": ["barn"],
-        "data": str(tmp_path / "pictures"),
+        "data": str(tmp_path / "images"),
         "model": "rf-detr-seg-nano",
         "output": str(tmp_path / "run"),
         "resolution": [96, 48],
@@ -307,11 +307,11 @@ def test_evaluation_prints_and_writes_the_numbers_of_the_metric(finished, data, 
     result = run(*command, "--output", output, "--report", tmp_path / "report")
     assert result.exit_code == 0, result.output
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
-    assert ">Worst pictures<" in page
+    assert ">Worst images<" in page
     assert ">Training<" in page  # of the run that the model lies in
     dataset = load_instance_dataset(data)["validation"]
     expected = evaluate_instance_segmentation(*load(str(folder)), dataset)
-    facts = {"model": str(folder), "data": str(data), "split": "validation", "num_pictures": 3, "threshold": None}
+    facts = {"model": str(folder), "data": str(data), "split": "validation", "num_images": 3, "threshold": None}
     assert json.loads(output.read_text()) == facts | expected
     assert evaluate.format_numbers(expected) in result.output
     objects = expected["per_class"]["building"]["num_objects"]
@@ -327,7 +327,7 @@ def test_a_report_says_from_which_score_on_detections_count(finished, data, tmp_
     assert "whatever their score" not in page
 
 
-def test_pictures_may_lie_elsewhere_than_their_json(finished, data, tmp_path):
+def test_images_may_lie_elsewhere_than_their_json(finished, data, tmp_path):
     annotations = data / "valid" / "_annotations.coco.json"
     shutil.copyfile(annotations, tmp_path / "only.json")
     command = ["evaluate", finished.output / "model", tmp_path / "only.json", "--split", "train", "--device", "cpu"]
@@ -373,7 +373,7 @@ def test_a_benchmark_writes_its_numbers_with_what_was_measured(checkpoint, tmp_p
     for name in ("forward", "predict"):
         times = numbers[name]
         assert 0 < times["median_seconds"] <= times["p90_seconds"]
-        assert times["pictures_per_second"] == pytest.approx(2 / times["median_seconds"])
+        assert times["images_per_second"] == pytest.approx(2 / times["median_seconds"])
     assert f"{checkpoint} at 96 x 48 px, float32, on cpu" in result.output
     assert re.search("--size.*24.*50", refusal("benchmark", checkpoint, "--size", "50"))
 
@@ -390,7 +390,7 @@ def test_time_rate_and_flops_are_those_of_hand_arithmetic(monkeypatch):
     numbers = measurement.measure(model, processor, batch_size=2, compiled=False, runs=5)
     assert numbers["parameters"] == 15
     assert numbers["flops"] == 2 * 3 * 5 * 4 * 6
-    expected = {"median_seconds": 3.0, "p90_seconds": 4.6, "pictures_per_second": pytest.approx(2 / 3)}
+    expected = {"median_seconds": 3.0, "p90_seconds": 4.6, "images_per_second": pytest.approx(2 / 3)}
     assert numbers["forward"] == numbers["predict"] == expected
 
 

@@ -1,4 +1,4 @@
-"""The drawn pictures, and the drawing of instances."""
+"""The drawn images, and the drawing of instances."""
 
 import json
 
@@ -18,12 +18,12 @@ GREY = Image.new("RGB", (160, 120), (90, 90, 90))
 
 @pytest.fixture(scope="module")
 def dataset() -> tuple[list[Image.Image], COCO]:
-    """Thirty pictures read by pycocotools from their JSON."""
-    pictures, dictionary = draw_dataset(30)
+    """Thirty images read by pycocotools from their JSON."""
+    images, dictionary = draw_dataset(30)
     coco = COCO()
     coco.dataset = json.loads(json.dumps(dictionary))
     coco.createIndex()
-    return pictures, coco
+    return images, coco
 
 
 def square(*corners: tuple[int, int], side: int = 40) -> np.ndarray:
@@ -34,7 +34,7 @@ def square(*corners: tuple[int, int], side: int = 40) -> np.ndarray:
     return masks
 
 
-# The drawn pictures
+# The drawn images
 
 
 def test_a_seed_always_draws_the_same_scene():
@@ -54,8 +54,8 @@ def test_drawing_leaves_the_global_random_state_alone():
 
 
 def test_a_scene_has_the_size_asked_for():
-    picture, _ = draw_scene(1, size=(80, 200), metres_per_pixel=0.4)
-    assert (picture.mode, picture.size) == ("RGB", (200, 80))
+    image, _ = draw_scene(1, size=(80, 200), metres_per_pixel=0.4)
+    assert (image.mode, image.size) == ("RGB", (200, 80))
 
 
 @pytest.mark.parametrize(("size", "metres"), [((16, 96), 2.0), ((96, 96), 0.1)])
@@ -81,7 +81,7 @@ def test_masks_of_a_scene_are_disjoint(dataset: tuple[list[Image.Image], COCO]):
         assert np.sum(masks, axis=0).max(initial=0) <= 1
 
 
-def test_the_scenes_hold_polygons_rle_several_wings_crowds_and_empty_pictures(
+def test_the_scenes_hold_polygons_rle_several_wings_crowds_and_empty_images(
     dataset: tuple[list[Image.Image], COCO],
 ):
     _, coco = dataset
@@ -105,16 +105,16 @@ def test_a_house_around_a_courtyard_has_a_hole(dataset: tuple[list[Image.Image],
 
 
 def test_roofs_differ_from_the_ground_around_them(dataset: tuple[list[Image.Image], COCO]):
-    pictures, coco = dataset
-    pixels = np.asarray(pictures[4], dtype=float)
+    images, coco = dataset
+    pixels = np.asarray(images[4], dtype=float)
     mask = np.sum([coco.annToMask(annotation) for annotation in coco.imgToAnns[4]], axis=0, dtype=bool)
     assert np.abs(pixels[mask].mean(0) - pixels[~mask].mean(0)).max() > 10
 
 
 def test_the_image_processor_reads_every_annotation_but_crowds(dataset: tuple[list[Image.Image], COCO]):
-    pictures, coco = dataset
+    images, coco = dataset
     targets = [{"image_id": i, "annotations": coco.imgToAnns[i]} for i in coco.getImgIds()]
-    inputs = RfDetrImageProcessor(size=96)(pictures, targets, return_segmentation_masks=True)
+    inputs = RfDetrImageProcessor(size=96)(images, targets, return_segmentation_masks=True)
     for labels, target in zip(inputs["labels"], targets, strict=True):
         houses = [annotation for annotation in target["annotations"] if not annotation["iscrowd"]]
         assert labels["masks"].sum((1, 2)).tolist() == [house["area"] for house in houses]
@@ -129,7 +129,7 @@ def test_only_pixels_of_the_masks_change():
     assert (changed == masks.any(0)).all()
 
 
-def test_the_inside_of_a_mask_takes_its_colour_and_keeps_the_picture_under_it():
+def test_the_inside_of_a_mask_takes_its_colour_and_keeps_the_image_under_it():
     light_and_dark = np.asarray(GREY).copy()
     light_and_dark[:, 40:] = 200
     drawn = np.asarray(draw_instances(Image.fromarray(light_and_dark), square((10, 20)))).astype(int)
@@ -140,8 +140,8 @@ def test_the_inside_of_a_mask_takes_its_colour_and_keeps_the_picture_under_it():
 
 @pytest.mark.parametrize("ground", [0, 128, 255])
 def test_the_outline_stands_out_from_any_ground(ground: int):
-    picture = Image.new("L", (160, 120), ground)
-    drawn = np.asarray(draw_instances(picture, square((10, 20)))).astype(int)
+    image = Image.new("L", (160, 120), ground)
+    drawn = np.asarray(draw_instances(image, square((10, 20)))).astype(int)
     edge, line = drawn[30, 20], drawn[30, 21]
     assert tuple(line) == color_of(0)
     assert max(np.abs(edge - ground).max(), np.abs(line - ground).max()) > 100
@@ -165,7 +165,7 @@ def test_boxes_can_be_drawn_without_masks(kind: type):
     assert not changed[90:].any()
 
 
-def test_plates_stay_inside_the_picture_and_off_each_other():
+def test_plates_stay_inside_the_image_and_off_each_other():
     boxes = [[0, 0, 40, 40], [2, 1, 42, 42], [150, 110, 160, 120]]
     bare = np.asarray(draw_instances(GREY, boxes=boxes)).astype(int)
     written = np.asarray(draw_instances(GREY, boxes=boxes, labels=["a", "b", "c"], scores=[0.9, 0.8, 0.7])).astype(int)
@@ -175,16 +175,16 @@ def test_plates_stay_inside_the_picture_and_off_each_other():
 
 
 def test_in_a_crowd_plates_that_would_hide_something_are_left_out():
-    picture = Image.new("RGB", (640, 480), (90, 90, 90))
+    image = Image.new("RGB", (640, 480), (90, 90, 90))
     small = [[20 + 60 * (n % 10), 100 + 60 * (n // 10), 30 + 60 * (n % 10), 110 + 60 * (n // 10)] for n in range(20)]
     boxes = [*small, [300, 300, 600, 460]]
-    bare = draw_instances(picture, boxes=boxes)
-    written = draw_instances(picture, boxes=boxes, labels=["house"] * 21)
+    bare = draw_instances(image, boxes=boxes)
+    written = draw_instances(image, boxes=boxes, labels=["house"] * 21)
     difference = ImageChops.difference(bare, written).getbbox()
     assert difference[0] == 300  # of the large one alone
     assert difference[3] <= 300
     few = ImageChops.difference(
-        bare.crop((0, 0, 640, 290)), draw_instances(picture, boxes=small, labels=["house"] * 20).crop((0, 0, 640, 290))
+        bare.crop((0, 0, 640, 290)), draw_instances(image, boxes=small, labels=["house"] * 20).crop((0, 0, 640, 290))
     )
     assert few.getbbox()[0] <= 20
 
@@ -196,21 +196,21 @@ def test_colour_indices_give_instances_of_a_class_one_colour():
 
 
 @pytest.mark.parametrize("empty", [True, False])
-def test_pictures_of_16_bits_and_of_floats_are_drawn_on_at_their_own_scale(empty: bool):
+def test_images_of_16_bits_and_of_floats_are_drawn_on_at_their_own_scale(empty: bool):
     boxes = [] if empty else [[0, 0, 10, 10]]
-    for picture in (
+    for image in (
         Image.fromarray(np.full((60, 80), 13107, np.uint16)),
         Image.fromarray(np.full((60, 80), 0.2, np.float32)),
     ):
-        drawn = draw_instances(picture, boxes=boxes)
+        drawn = draw_instances(image, boxes=boxes)
         assert (drawn.mode, drawn.size) == ("RGB", (80, 60))
         assert drawn.getpixel((40, 30)) == (51, 51, 51)
 
 
-def test_a_picture_with_exif_rotation_is_drawn_upright():
-    picture = Image.new("RGB", (160, 120))
-    picture.getexif()[274] = 6
-    assert draw_instances(picture, np.ones((1, 160, 120), bool)).size == (120, 160)
+def test_an_image_with_exif_rotation_is_drawn_upright():
+    image = Image.new("RGB", (160, 120))
+    image.getexif()[274] = 6
+    assert draw_instances(image, np.ones((1, 160, 120), bool)).size == (120, 160)
 
 
 def test_boxes_and_scores_of_half_precision_can_be_drawn():
@@ -228,14 +228,14 @@ def test_a_label_of_two_lines_is_written_on_one():
 @pytest.mark.parametrize(
     "empty", [{}, {"masks": np.zeros((0, 120, 160), bool), "boxes": [], "labels": [], "scores": []}]
 )
-def test_no_instances_give_an_equal_picture(empty: dict):
+def test_no_instances_give_an_equal_image(empty: dict):
     drawn = draw_instances(GREY, **empty)
     assert drawn is not GREY
     assert drawn.tobytes() == GREY.tobytes()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (2000, 1500)])
-def test_pictures_of_any_size_can_be_drawn_on(size: tuple[int, int]):
+def test_images_of_any_size_can_be_drawn_on(size: tuple[int, int]):
     masks = np.ones((2, *size[::-1]), bool)
     masks[1] = False
     drawn = draw_instances(Image.new("RGB", size), masks, [[0, 0, 1, 1], [0, 0, *size]], ["building"] * 2, [1, 0])

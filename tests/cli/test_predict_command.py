@@ -1,4 +1,4 @@
-"""`transformers-rfdetr predict` on pictures: bad files, restarts, shards, data sets, URLs, and what it writes."""
+"""`transformers-rfdetr predict` on images: bad files, restarts, shards, datasets, URLs, and what it writes."""
 
 import http.server
 import itertools
@@ -34,7 +34,7 @@ from small_models import small_model
 NUM_GOOD = 193
 BAD = {
     "empty.jpg": b"",
-    "text.png": b"no picture at all",
+    "text.png": b"no image at all",
     "cut.jpg": None,  # the first half of one
     "notes.txt": b"a list of things",
     "zeros.png": bytes(100),
@@ -53,17 +53,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def picture(seed: int) -> Image.Image:
+def photo(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (20 + seed % 5, 30, 3), np.uint8))
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two hundred files, of which seven are no pictures."""
+    """Two hundred files, of which seven are no images."""
     folder = tmp_path_factory.mktemp("photos")
     (folder / "deep").mkdir()
     for seed in range(NUM_GOOD):
-        picture(seed).save(folder / ("deep" if seed % 10 == 0 else ".") / f"{seed:03d}.{'jpg' if seed % 2 else 'png'}")
+        photo(seed).save(folder / ("deep" if seed % 10 == 0 else ".") / f"{seed:03d}.{'jpg' if seed % 2 else 'png'}")
     for name, content in BAD.items():
         whole = (folder / ("001.jpg" if name.endswith("jpg") else "deep/000.png")).read_bytes()
         (folder / name).write_bytes(whole[: len(whole) // 2] if content is None else content)
@@ -74,7 +74,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("few")
     for seed in range(7):
-        picture(seed).save(folder / f"{seed}.png")
+        photo(seed).save(folder / f"{seed}.png")
     return folder
 
 
@@ -97,12 +97,12 @@ def first_run(model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactor
 def test_bad_files_are_named_the_rest_is_done_and_the_code_is_1(first_run: tuple[Path, Result]):
     output, done = first_run
     assert done.exit_code == 1, done.output
-    assert f"in {NUM_GOOD} pictures" in done.output
-    assert "7 pictures could not be read" in done.output
+    assert f"in {NUM_GOOD} images" in done.output
+    assert "7 images could not be read" in done.output
     for name in BAD:
         assert name in done.output
     assert sum("error" in record for record in records(output)) == len(BAD)
-    assert len(list((output / "pictures").rglob("*.*"))) == NUM_GOOD
+    assert len(list((output / "images").rglob("*.*"))) == NUM_GOOD
 
 
 def test_what_is_written_is_what_predict_finds(first_run: tuple[Path, Result], model: Path, photos: Path):
@@ -117,7 +117,7 @@ def test_what_is_written_is_what_predict_finds(first_run: tuple[Path, Result], m
         assert found.names == expected.names
         np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
         np.testing.assert_allclose(found.boxes, expected.boxes, atol=1e-3)
-        drawn = Image.open(output / "pictures" / record["image"])
+        drawn = Image.open(output / "images" / record["image"])
         assert drawn.size == Image.open(record["source"]).size
 
 
@@ -149,7 +149,7 @@ def test_the_same_command_again_does_only_what_could_not_be_read(
     monkeypatch.setattr(bulk_prediction, "predict", lambda _, __, images, **___: images and pytest.fail("again"))
     again = run(model, photos, "-o", output)
     assert again.exit_code == 1
-    assert f"0 instances in 0 pictures, {NUM_GOOD} done before" in again.output
+    assert f"0 instances in 0 images, {NUM_GOOD} done before" in again.output
     for name, content in before.items():
         assert (output / name).read_bytes() == content
 
@@ -193,7 +193,7 @@ def test_a_run_that_was_killed_goes_on_from_its_last_whole_line(model: Path, few
         done = run(model, few, "-o", output, "--batch-size", "1")
         assert done.exit_code == 0, done.output
         num_done = written[:cut].count(b"\n")
-        assert f"in {7 - num_done} pictures" in done.output
+        assert f"in {7 - num_done} images" in done.output
         assert (output / "predictions.jsonl").read_bytes() == written
         assert (output / "predictions.coco.json").read_bytes() == (whole / "predictions.coco.json").read_bytes()
         assert not list((output / "parts").iterdir())
@@ -207,45 +207,45 @@ def test_processes_take_their_shares_and_the_last_one_writes_the_results(
         assert not (tmp_path / "predictions.jsonl").exists()
         monkeypatch.setenv("RANK", str(rank))
         done = run(model, few, "-o", tmp_path, "--batch-size", "1")
-        assert f"in {count} pictures (process {rank} of 3)" in done.output
+        assert f"in {count} images (process {rank} of 3)" in done.output
     assert (tmp_path / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
     assert (tmp_path / "predictions.coco.json").read_bytes() == (whole / "predictions.coco.json").read_bytes()
     monkeypatch.setenv("WORLD_SIZE", "2")  # other machines, and all is done
     monkeypatch.setenv("RANK", "1")
-    assert "0 pictures, 3 done before" in run(model, few, "-o", tmp_path).output
+    assert "0 images, 3 done before" in run(model, few, "-o", tmp_path).output
 
 
 def test_cut_outs_are_written_under_names_that_are_safe(model: Path, few: Path, whole: Path, tmp_path: Path):
-    assert run(model, few / "3.png", "-o", tmp_path, "--save-crops", "--no-pictures").exit_code == 0
+    assert run(model, few / "3.png", "-o", tmp_path, "--save-crops", "--no-images").exit_code == 0
     [record] = records(tmp_path)
     crops = sorted((tmp_path / "crops").iterdir())
     assert [crop.name for crop in crops] == [
         f"3.png-{index:03d}-{one['name'].replace('/', '_')}.png" for index, one in enumerate(record["instances"])
     ]
     assert Image.open(crops[0]).mode == "RGBA"
-    assert not (tmp_path / "pictures").exists()
+    assert not (tmp_path / "images").exists()
 
 
 def test_patterns_and_equal_names_are_kept_apart(model: Path, few: Path, tmp_path: Path):
     (tmp_path / "other").mkdir()
-    picture(50).save(tmp_path / "other" / "3.png")
+    photo(50).save(tmp_path / "other" / "3.png")
     output = tmp_path / "out"
     done = run(model, few / "[23].png", tmp_path / "other" / "3.png", few / "3.png", "-o", output)
     assert done.exit_code == 0
-    assert sorted(path.name for path in (output / "pictures").iterdir()) == ["2.png", "3-2.png", "3.png"]
+    assert sorted(path.name for path in (output / "images").iterdir()) == ["2.png", "3-2.png", "3.png"]
     both = run(model, few, tmp_path / "other", "-o", tmp_path / "both")
     assert both.exit_code == 0
-    assert (tmp_path / "both" / "pictures" / "other" / "3.png").is_file()
-    assert len(list((tmp_path / "both" / "pictures" / few.name).iterdir())) == 7
+    assert (tmp_path / "both" / "images" / "other" / "3.png").is_file()
+    assert len(list((tmp_path / "both" / "images" / few.name).iterdir())) == 7
 
 
-def test_what_is_drawn_over_two_pictures_are_two_files(model: Path, tmp_path: Path):
-    """A GIF becomes a PNG, whose name another picture has already."""
+def test_what_is_drawn_over_two_images_are_two_files(model: Path, tmp_path: Path):
+    """A GIF becomes a PNG, whose name another image has already."""
     (tmp_path / "photos").mkdir()
     for side, name in ((40, "a.gif"), (20, "a.gif.png"), (30, "a.jpg")):
-        picture(0).resize((side, side)).save(tmp_path / "photos" / name)
+        photo(0).resize((side, side)).save(tmp_path / "photos" / name)
     assert run(model, tmp_path / "photos", "-o", tmp_path / "out").exit_code == 0
-    drawn = {path.name: Image.open(path).width for path in (tmp_path / "out" / "pictures").iterdir()}
+    drawn = {path.name: Image.open(path).width for path in (tmp_path / "out" / "images").iterdir()}
     assert drawn == {"a.gif.png": 40, "a.gif-2.png": 20, "a.jpg": 30}
 
 
@@ -265,12 +265,12 @@ def test_another_source_or_other_weights_are_refused_in_the_same_folder(
     assert "other settings: weights" in again.output
 
 
-def test_results_inside_the_folder_of_pictures_are_no_pictures(model: Path, few: Path, tmp_path: Path):
+def test_results_inside_the_folder_of_images_are_no_images(model: Path, few: Path, tmp_path: Path):
     shutil.copytree(few, tmp_path / "photos")
     for done_before in (0, 7):
         done = run(model, tmp_path / "photos", "-o", tmp_path / "photos" / "predictions")
         assert done.exit_code == 0, done.output
-        assert f"in {7 - done_before} pictures" in done.output
+        assert f"in {7 - done_before} images" in done.output
 
 
 def test_names_that_are_no_utf8_or_long_do_not_end_a_run(model: Path, few: Path, tmp_path: Path):
@@ -322,7 +322,7 @@ def test_category_ids_of_other_classes_are_not_used(tmp_path: Path, few: Path):
     assert [category["id"] for category in coco["categories"]] == [0, 1, 2, 3]
 
 
-def test_of_several_processes_one_with_unreadable_pictures_does_not_stop_the_others(
+def test_of_several_processes_one_with_unreadable_images_does_not_stop_the_others(
     model: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     shutil.copytree(few, tmp_path / "photos")
@@ -363,7 +363,7 @@ def test_classes_are_looked_for_by_name(model: Path, few: Path, whole: Path, tmp
     assert "'dgo' is no class of the model, which has 4; did you mean dog" in done.output
 
 
-def test_a_data_set_is_predicted_by_its_column_of_pictures(model: Path, few: Path, whole: Path, tmp_path: Path):
+def test_a_data_set_is_predicted_by_its_column_of_images(model: Path, few: Path, whole: Path, tmp_path: Path):
     datasets = pytest.importorskip("datasets")
     rows = {"photo": [str(few / f"{seed}.png") for seed in range(7)], "number": list(range(7))}
     features = datasets.Features({"photo": datasets.Image(), "number": datasets.Value("int64")})
@@ -372,7 +372,7 @@ def test_a_data_set_is_predicted_by_its_column_of_pictures(model: Path, few: Pat
     done = run(model, "--dataset", tmp_path / "rows", "-o", tmp_path / "out", "--batch-size", "1")
     assert done.exit_code == 0, done.output
     assert [one["instances"] for one in records(tmp_path / "out")] == [one["instances"] for one in records(whole)]
-    assert len(list((tmp_path / "out" / "pictures").glob("*.jpg"))) == 7
+    assert len(list((tmp_path / "out" / "images").glob("*.jpg"))) == 7
 
 
 @pytest.fixture
@@ -397,7 +397,7 @@ def server(few: Path) -> Iterator[str]:
         http_server.shutdown()
 
 
-def test_pictures_come_from_urls_with_and_without_an_ending(model: Path, whole: Path, server: str, tmp_path: Path):
+def test_images_come_from_urls_with_and_without_an_ending(model: Path, whole: Path, server: str, tmp_path: Path):
     addresses = [f"{server}/0.png?size=large", f"{server}/1", f"{server}/missing.png"]
     done = run(model, *addresses, "-o", tmp_path, "--batch-size", "1")
     assert done.exit_code == 1, done.output
@@ -477,15 +477,15 @@ def test_sigterm_ends_a_video_as_ctrl_c_does(model: Path, video: Path, tmp_path:
         assert len(list(written)) == 4
 
 
-def test_a_video_in_a_folder_of_pictures_is_a_video(model: Path, video: Path, tmp_path: Path):
-    picture(1).save(video.parent / "beside.png")
-    done = run(model, video.parent, "-o", tmp_path, "--no-pictures")
+def test_a_video_in_a_folder_of_images_is_a_video(model: Path, video: Path, tmp_path: Path):
+    photo(1).save(video.parent / "beside.png")
+    done = run(model, video.parent, "-o", tmp_path, "--no-images")
     assert done.exit_code == 0, done.output
     assert [path.name for path in (tmp_path / "videos").iterdir()] == ["street.jsonl"]
     assert len(records(tmp_path)) == 1
 
 
-def test_large_pictures_are_cut_into_tiles(model: Path, tmp_path: Path):
+def test_large_images_are_cut_into_tiles(model: Path, tmp_path: Path):
     large = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 110, 3), np.uint8))
     large.save(tmp_path / "large.png")
     done = run(model, tmp_path / "large.png", "-o", tmp_path / "out", "--tile", "auto", "--overlap", "0.25")
@@ -581,7 +581,7 @@ def test_wrong_arguments_end_with_one_line_and_code_2(
         assert run(model, video, "-o", tmp_path / "out").exit_code == 0
 
 
-def test_a_window_shows_each_picture_until_q_is_pressed(
+def test_a_window_shows_each_image_until_q_is_pressed(
     model: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """With a stand-in for OpenCV: there is no display here."""
@@ -597,4 +597,4 @@ def test_a_window_shows_each_picture_until_q_is_pressed(
     assert "the same command goes on" in done.output
     assert shown == [(20, 30, 3), (21, 30, 3), (22, 30, 3)]
     monkeypatch.delenv("DISPLAY")
-    assert "in 4 pictures, 3 done before" in run(model, few, "-o", tmp_path).output
+    assert "in 4 images, 3 done before" in run(model, few, "-o", tmp_path).output

@@ -1,4 +1,4 @@
-"""Augmentations change picture, boxes and masks alike; the references are pixels, numpy's flips and slices."""
+"""Augmentations change image, boxes and masks alike; the references are pixels, numpy's flips and slices."""
 
 import json
 import random
@@ -54,14 +54,14 @@ def annotated(**fields) -> dict:
     return {"id": 1, "image_id": 5, "category_id": 0, "iscrowd": 0, **fields}
 
 
-def check_against_pixels(picture, annotations, square, flip):
+def check_against_pixels(photo, annotations, square, flip):
     """The augmented annotations are the originals' pixels, sliced and mirrored by numpy."""
     left, top, side = square
-    size = (picture.height, picture.width)
-    changed_picture, changed = FixedSquare(*square, flip=float(flip))(picture, annotations, rng())
+    size = (photo.height, photo.width)
+    changed_image, changed = FixedSquare(*square, flip=float(flip))(photo, annotations, rng())
     where = np.s_[top : top + side, left : left + side]
     mirror = np.s_[:, ::-1] if flip else np.s_[:, :]
-    np.testing.assert_array_equal(np.asarray(changed_picture), np.asarray(picture)[where][mirror])
+    np.testing.assert_array_equal(np.asarray(changed_image), np.asarray(photo)[where][mirror])
     kept = {annotation["id"]: annotation for annotation in changed}
     num_compared = 0
     for annotation in annotations:
@@ -95,9 +95,9 @@ def check_against_pixels(picture, annotations, square, flip):
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("seed", [0, 1, 6])  # 6 has a crowd
 def test_drawn_scenes_are_cut_and_mirrored_as_their_pixels_are(seed, flip):
-    picture, annotations = draw_scene(seed)
+    photo, annotations = draw_scene(seed)
     squares = [(0, 0, 384), (128, 0, 384), (97, 61, 200), (256, 130, 254)]
-    compared = [check_against_pixels(picture, annotations, square, flip) for square in squares]
+    compared = [check_against_pixels(photo, annotations, square, flip) for square in squares]
     assert sum(compared) > 0 or not any(isinstance(item["segmentation"], list) for item in annotations)
 
 
@@ -107,9 +107,9 @@ def test_photographs_are_cut_and_mirrored_as_their_pixels_are():
     num_compared = 0
     for number, image in enumerate(coco["images"]):
         annotations = [item for item in coco["annotations"] if item["image_id"] == image["id"]]
-        picture = Image.open(root / "images" / image["file_name"]).convert("RGB")
-        left, top, side = FlipAndCrop()._draw_square(picture.size, rng(number))
-        num_compared += check_against_pixels(picture, annotations, (left, top, side), number % 2)
+        photo = Image.open(root / "images" / image["file_name"]).convert("RGB")
+        left, top, side = FlipAndCrop()._draw_square(photo.size, rng(number))
+        num_compared += check_against_pixels(photo, annotations, (left, top, side), number % 2)
     assert num_compared > 100
 
 
@@ -126,10 +126,10 @@ def test_polygons_beyond_each_border_are_clipped_as_on_a_larger_canvas(shift):
 
 
 def test_a_mirrored_box_ends_where_it_began():
-    picture, annotations = FlipAndCrop(flip=1.0, crop=0.0)(
+    photo, annotations = FlipAndCrop(flip=1.0, crop=0.0)(
         blank(10, 20), [annotated(bbox=[2.0, 2.0, 6.0, 6.0], area=36.0, segmentation=SQUARE)], rng()
     )
-    assert picture.size == (20, 10)
+    assert photo.size == (20, 10)
     [mirrored] = annotations
     assert mirrored["bbox"] == [12.0, 2.0, 6.0, 6.0]
     assert mirrored["area"] == 36.0
@@ -159,10 +159,10 @@ def test_an_object_without_a_box_gets_that_of_what_is_left_of_its_shape():
 
 
 def test_all_draws_come_from_the_generator():
-    picture, annotations = draw_scene(1)
+    photo, annotations = draw_scene(1)
     augmentation = FlipAndCrop()
     before = (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())
-    results = [augmentation(picture, annotations, rng(seed)) for seed in (0, 0, *range(1, 9))]
+    results = [augmentation(photo, annotations, rng(seed)) for seed in (0, 0, *range(1, 9))]
     assert results[0][0].tobytes() == results[1][0].tobytes()
     assert results[0][1] == results[1][1]
     assert len({result[0].tobytes() for result in results}) > 4
@@ -171,10 +171,10 @@ def test_all_draws_come_from_the_generator():
     assert before[2] == random.getstate()
 
 
-def test_half_of_the_pictures_are_mirrored_and_half_are_cut():
-    picture = Image.fromarray(np.tile(np.arange(80, dtype=np.uint8)[None, :, None], (40, 1, 3)))
+def test_half_of_the_images_are_mirrored_and_half_are_cut():
+    photo = Image.fromarray(np.tile(np.arange(80, dtype=np.uint8)[None, :, None], (40, 1, 3)))
     generator, augmentation = rng(), FlipAndCrop()
-    results = [np.asarray(augmentation(picture, [], generator)[0]) for _ in range(600)]
+    results = [np.asarray(augmentation(photo, [], generator)[0]) for _ in range(600)]
     num_cut = sum(result.shape[1] < 80 for result in results)
     num_mirrored = sum(result[0, 0, 0] > result[0, -1, 0] for result in results)
     for count in (num_cut, num_mirrored):
@@ -201,12 +201,12 @@ def test_squares_are_as_large_as_the_recipe_says_and_lie_anywhere_inside():
 
 @pytest.mark.parametrize("crop_sides", [(384, 600), (1, 10)])
 @pytest.mark.parametrize("size", [(1, 1), (3, 50), (2, 1)])
-def test_small_pictures_work(size, crop_sides):
+def test_small_images_work(size, crop_sides):
     for seed in range(8):
-        picture, _ = FlipAndCrop(crop=1.0, crop_sides=crop_sides)(
+        photo, _ = FlipAndCrop(crop=1.0, crop_sides=crop_sides)(
             blank(*size), [annotated(bbox=[0, 0, 1, 1], area=1)], rng(seed)
         )
-        assert 1 <= picture.width == picture.height <= min(size)
+        assert 1 <= photo.width == photo.height <= min(size)
 
 
 @pytest.mark.parametrize(
@@ -238,10 +238,10 @@ def v2():
 
 
 def test_a_torchvision_flip_is_ours(v2):
-    picture, annotations = draw_scene(6)
-    ours, our_annotations = FlipAndCrop(flip=1.0, crop=0.0)(picture, annotations, rng())
+    photo, annotations = draw_scene(6)
+    ours, our_annotations = FlipAndCrop(flip=1.0, crop=0.0)(photo, annotations, rng())
     pipeline = as_augmentation(v2.Compose([v2.RandomHorizontalFlip(p=1.0)]))
-    theirs, their_annotations = pipeline(picture, annotations, rng())
+    theirs, their_annotations = pipeline(photo, annotations, rng())
     np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
     assert len(our_annotations) == len(their_annotations) > 3
     for mine, yours in zip(our_annotations, their_annotations, strict=True):
@@ -262,8 +262,8 @@ def test_a_torchvision_crop_cuts_masks_and_boxes_and_drops_what_is_outside(v2):
         annotated(id=3, bbox=[0.0, 0.0, 4.0, 10.0], area=40.0),
         annotated(id=4, segmentation=[[0, 0, 3, 0, 3, 3, 0, 3]]),
     ]
-    picture, changed = TorchvisionTransform(Corner())(blank(10, 20), annotations, rng())
-    assert picture.size == (10, 10)
+    photo, changed = TorchvisionTransform(Corner())(blank(10, 20), annotations, rng())
+    assert photo.size == (10, 10)
     assert [item["id"] for item in changed] == [1, 2]
     assert [item["bbox"] for item in changed] == [[0.0, 2.0, 4.0, 6.0], [0.0, 0.0, 4.0, 6.0]]
     assert [item["area"] for item in changed] == [24.0, 24.0]
@@ -280,8 +280,8 @@ def test_objects_that_the_pipeline_drops_leave(v2):
 
 def test_a_turned_object_keeps_the_box_of_its_mask(v2):
     pipeline = v2.RandomRotation((45, 45))
-    picture, annotations = blank(100, 100), [annotated(segmentation=[[30, 30, 70, 30, 70, 70, 30, 70]])]
-    _, [turned] = as_augmentation(pipeline)(picture, annotations, rng())
+    photo, annotations = blank(100, 100), [annotated(segmentation=[[30, 30, 70, 30, 70, 70, 30, 70]])]
+    _, [turned] = as_augmentation(pipeline)(photo, annotations, rng())
     rows, columns = np.nonzero(bitmap(turned, (100, 100)))
     expected = [columns.min(), rows.min(), columns.max() - columns.min() + 1, rows.max() - rows.min() + 1]
     assert turned["bbox"] == expected
@@ -289,16 +289,16 @@ def test_a_turned_object_keeps_the_box_of_its_mask(v2):
 
 
 def test_torchvisions_draws_come_from_the_generator_and_leave_torchs_alone(v2):
-    picture, annotations = draw_scene(1)
+    photo, annotations = draw_scene(1)
     augmentation = as_augmentation(v2.Compose([v2.RandomAffine(20, (0.2, 0.2)), v2.ColorJitter(0.5)]))
     before = torch.get_rng_state()
-    first, again, other = (augmentation(picture, annotations, rng(seed)) for seed in (3, 3, 4))
+    first, again, other = (augmentation(photo, annotations, rng(seed)) for seed in (3, 3, 4))
     assert torch.equal(before, torch.get_rng_state())
     assert first[0].tobytes() == again[0].tobytes() != other[0].tobytes()
     assert first[1] == again[1] != other[1]
 
 
-def test_large_pictures_are_scaled_down_before_masks_are_drawn(v2):
+def test_large_images_are_scaled_down_before_masks_are_drawn(v2):
     seen = []
 
     class Look(v2.Transform):
@@ -308,33 +308,33 @@ def test_large_pictures_are_scaled_down_before_masks_are_drawn(v2):
 
     annotations = [annotated(segmentation=[[20, 20, 80, 20, 80, 80, 20, 80]], bbox=[20, 20, 60, 60], area=3600)]
     annotations.append(annotated(bbox=[40, 8, 80, 16], area=1280))
-    picture, [changed, box] = TorchvisionTransform(Look(), max_size=50)(blank(100, 200), annotations, rng())
+    photo, [changed, box] = TorchvisionTransform(Look(), max_size=50)(blank(100, 200), annotations, rng())
     assert sorted(seen) == [(2, 4), (2, 25, 50), (3, 25, 50)]
-    assert picture.size == (50, 25)
+    assert photo.size == (50, 25)
     assert changed["bbox"] == [5.0, 5.0, 15.0, 15.0]
     assert (box["bbox"], box["area"]) == ([10.0, 2.0, 20.0, 4.0], 80.0)
     assert read_segmentation(changed["segmentation"], (25, 50)) is not None
 
 
 def test_pipelines_may_return_floats_but_nothing_normalised(v2):
-    picture = blank(8, 8)
+    photo = blank(8, 8)
     floats = v2.Compose([v2.ToDtype(torch.float32, scale=True)])
-    same, _ = TorchvisionTransform(floats)(picture, [], rng())
-    np.testing.assert_array_equal(np.asarray(same), np.asarray(picture))
+    same, _ = TorchvisionTransform(floats)(photo, [], rng())
+    np.testing.assert_array_equal(np.asarray(same), np.asarray(photo))
     normalised = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.1] * 3)])
     with pytest.raises(ValueError, match="take the normalisation out"):
-        TorchvisionTransform(normalised)(picture, [], rng())
+        TorchvisionTransform(normalised)(photo, [], rng())
 
 
 def test_a_pipeline_that_returns_something_else_is_refused(v2):
     with pytest.raises(ValueError, match="keep the keys 'boxes', 'masks' and 'labels'"):
         TorchvisionTransform(lambda image, target: image)(blank(8, 8), [annotated(bbox=[0, 0, 2, 2])], rng())
 
-    def cut_picture_only(image, target):
+    def cut_image_only(image, target):
         return image[:, :4], target
 
     with pytest.raises(ValueError, match="change all of them alike"):
-        TorchvisionTransform(cut_picture_only)(blank(8, 8), [annotated(bbox=[0, 0, 2, 2])], rng())
+        TorchvisionTransform(cut_image_only)(blank(8, 8), [annotated(bbox=[0, 0, 2, 2])], rng())
 
 
 def test_without_torchvision_the_remedy_is_named(monkeypatch):
@@ -346,11 +346,11 @@ def test_without_torchvision_the_remedy_is_named(monkeypatch):
 @pytest.mark.parametrize("quarters", [1, 2, 3])
 @pytest.mark.parametrize("seed", [0, 6])
 def test_turned_scenes_are_turned_as_their_pixels_are(quarters, seed):
-    picture, annotations = draw_scene(seed, (96, 128), metres_per_pixel=0.5)
+    photo, annotations = draw_scene(seed, (96, 128), metres_per_pixel=0.5)
     generator = np.random.default_rng(0)
     stub = type("Turns", (), {"random": generator.random, "integers": lambda self, low, high: quarters})()
-    turned_picture, turned = FlipAndCrop(flip=0.0, crop=0.0, turn=1.0)(picture, annotations, stub)
-    np.testing.assert_array_equal(np.asarray(turned_picture), np.rot90(np.asarray(picture), quarters))
+    turned_image, turned = FlipAndCrop(flip=0.0, crop=0.0, turn=1.0)(photo, annotations, stub)
+    np.testing.assert_array_equal(np.asarray(turned_image), np.rot90(np.asarray(photo), quarters))
     assert len(turned) == len(annotations)
     for before, after in zip(annotations, turned, strict=True):
         expected = np.rot90(bitmap(before, (96, 128)), quarters)

@@ -12,7 +12,7 @@ from small_models import shared_folder
 
 
 @pytest.mark.parametrize("images", ["images", "."])
-def test_a_coco_json_beside_its_pictures(tmp_path, images):
+def test_a_coco_json_beside_its_images(tmp_path, images):
     save_images(tmp_path / images)
     data = load_instance_dataset(str(save_coco(tmp_path / "annotations.json")))
     assert list(data) == ["train"]
@@ -20,7 +20,7 @@ def test_a_coco_json_beside_its_pictures(tmp_path, images):
     assert data["train"][0]["file_name"] == "0.png"
 
 
-def test_json_files_by_split_with_one_folder_of_pictures(tmp_path):
+def test_json_files_by_split_with_one_folder_of_images(tmp_path):
     folder = save_images(tmp_path / "photos")
     empty = make_coco(annotations=[])
     files = {"train": save_coco(tmp_path / "a.json"), "val": save_coco(tmp_path / "b.json", empty)}
@@ -95,7 +95,7 @@ def test_the_nuclei_are_read_as_pycocotools_reads_them():
             assert coco_mask.area(mask) == reference.annToMask(reference.anns[item["id"]]).sum()
 
 
-def test_missing_pictures_are_counted_and_named(tmp_path):
+def test_missing_images_are_counted_and_named(tmp_path):
     path = save_coco(tmp_path / "train.json")
     (save_images(tmp_path) / "1.png").unlink()
     with pytest.raises(ValueError, match=r"1 of 3 images .*'1\.png'.*image_folder"):

@@ -24,7 +24,7 @@ from transformers_rfdetr import load_instance_dataset
 from transformers_rfdetr.data.dataset import ClassCount, InstanceDataset, InstanceDatasets
 
 
-def test_a_coco_dictionary_with_pictures_in_memory():
+def test_a_coco_dictionary_with_images_in_memory():
     dataset = InstanceDataset(make_coco(), make_images())
     check_samples(dataset)
     assert dataset.id2label == {0: "roof", 1: "tree"}
@@ -37,10 +37,8 @@ def test_a_coco_dictionary_with_pictures_in_memory():
         dataset[3]
 
 
-def test_pictures_may_be_a_mapping_from_image_id_or_file_name(tmp_path):
-    check_samples(
-        InstanceDataset(make_coco(), {100 + i: picture for i, picture in reversed([*enumerate(make_images())])})
-    )
+def test_images_may_be_a_mapping_from_image_id_or_file_name(tmp_path):
+    check_samples(InstanceDataset(make_coco(), {100 + i: image for i, image in reversed([*enumerate(make_images())])}))
     folder = save_images(tmp_path)
     check_samples(InstanceDataset(make_coco(), {f"{i}.png": folder / f"{i}.png" for i in range(3)}))
 
@@ -120,7 +118,7 @@ def test_text_as_image_id_becomes_the_row_number():
             {"images": [*make_coco()["images"][:2], make_coco()["images"][0]]},
             "image ids .*got 100",
         ),
-        ({"images": make_coco()["images"][:2], "annotations": []}, "pictures. .*each of the 2 .*got 3"),
+        ({"images": make_coco()["images"][:2], "annotations": []}, "images. .*each of the 2 .*got 3"),
         (
             {"images": [*make_coco()["images"], {"id": 1, "file_name": "x.png"}]},
             r"1 of 4 images .* list of 3 images: .x\.png",
@@ -137,7 +135,7 @@ def test_keys_of_another_format_are_refused():
         InstanceDataset({"info": {}, "shapes": []}, make_images())
 
 
-def test_a_picture_of_another_size_than_the_annotations_say_is_refused():
+def test_an_image_of_another_size_than_the_annotations_say_is_refused():
     content = make_coco()
     content["images"][1] |= {"height": 30, "width": 50}
     dataset = InstanceDataset(content, make_images())
@@ -145,7 +143,7 @@ def test_a_picture_of_another_size_than_the_annotations_say_is_refused():
         dataset[1]
 
 
-def test_broken_pictures_and_shapes_are_named(tmp_path):
+def test_broken_images_and_shapes_are_named(tmp_path):
     content = make_coco()
     content["annotations"][0] = {"id": 11, "image_id": 100, "category_id": 3, "segmentation": [[1, 2, 3, 4, 5]]}
     dataset = InstanceDataset(content, save_images(tmp_path))

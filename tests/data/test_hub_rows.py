@@ -155,7 +155,7 @@ def test_a_class_label_outside_its_names_is_refused_with_its_place():
         load_instance_dataset(relabelled)
 
 
-def test_annotations_are_read_without_decoding_pictures():
+def test_annotations_are_read_without_decoding_images():
     broken = [
         {**row, "image": {"bytes": BROKEN, "path": None}, "height": size[0], "width": size[1]}
         for row, size in zip(rows(), SIZES, strict=True)

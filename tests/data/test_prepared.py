@@ -138,7 +138,7 @@ def test_the_stock_trainer_draws_anew_in_each_epoch(tmp_path):
             self.seen = []
 
         def forward(self, pixel_values, labels):
-            self.seen += [round(float(picture.double().sum()), 3) for picture in pixel_values]
+            self.seen += [round(float(image.double().sum()), 3) for image in pixel_values]
             return {"loss": self.weight**2}
 
     # Each epoch cuts other squares, and so has other sums of pixels.
@@ -173,7 +173,7 @@ def test_torchvision_pipelines_are_wrapped():
 
 
 def test_errors_while_a_sample_is_prepared_name_it():
-    def broken(picture, annotations, rng):
+    def broken(image, annotations, rng):
         raise ValueError("no luck")
 
     with pytest.raises(ValueError, match=r"0.png, image_id 100: no luck"):

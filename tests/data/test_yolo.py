@@ -42,7 +42,7 @@ def test_yolo_polygons_and_boxes(tmp_path):
     assert "3 objects, 1 of them without a mask" in str(data)
 
 
-def test_yolo_fractions_are_of_the_upright_picture(tmp_path):
+def test_yolo_fractions_are_of_the_upright_image(tmp_path):
     save_yolo(tmp_path, {"a": ["0 0.0 0.0 0.5 0.0 0.5 0.25 0.0 0.25"]}, NAMED)
     exif = PIL.Image.Exif()
     exif[0x0112] = 6

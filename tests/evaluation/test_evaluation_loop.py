@@ -85,31 +85,31 @@ class Answers(torch.nn.Module):
         return answer
 
 
-class Pictures:
-    """Pictures with one class, as an InstanceDataset."""
+class Images:
+    """Images with one class, as an InstanceDataset."""
 
     id2label, category_ids = {0: "class 4"}, [4]
 
-    def __init__(self, pictures, truth):
-        self.pictures, self.truth = pictures, truth
+    def __init__(self, images, truth):
+        self.images, self.truth = images, truth
 
     def __len__(self):
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index):
-        return {"image": self.pictures[index], "image_id": self.truth["images"][index]["id"]}
+        return {"image": self.images[index], "image_id": self.truth["images"][index]["id"]}
 
     def coco(self):
         return self.truth
 
 
 class Drawn:
-    """Three pictures of 24 x 24, with an object of each of two classes, as an InstanceDataset."""
+    """Three images of 24 x 24, with an object of each of two classes, as an InstanceDataset."""
 
     id2label, category_ids = {0: "roof", 1: "pool"}, [4, 9]
 
     def __init__(self):
-        self.pictures = [Image.new("RGB", (24, 24))] * 3
+        self.images = [Image.new("RGB", (24, 24))] * 3
         shapes = [rectangle((0, 10), (0, 10), (24, 24)), rectangle((12, 20), (8, 24), (24, 24))]
         self.masks = torch.from_numpy(np.stack([[np.roll(m, 2 * i, 1) for m in shapes] for i in range(3)]))
 
@@ -117,7 +117,7 @@ class Drawn:
         return 3
 
     def __getitem__(self, index):
-        return {"image": self.pictures[index], "image_id": 100 + index, "annotations": []}
+        return {"image": self.images[index], "image_id": 100 + index, "annotations": []}
 
     def coco(self):
         annotations = [
@@ -133,7 +133,7 @@ class Drawn:
 class TestEvaluateAModel:
     def test_a_model_that_shows_the_objects_under_other_labels_has_an_ap_of_1(self):
         dataset = Drawn()
-        # Three queries: the two objects, and a third with a label that the data set does not have.
+        # Three queries: the two objects, and a third with a label that the dataset does not have.
         masks = torch.cat([dataset.masks, dataset.masks[:, :1]], dim=1)
         labels = torch.tensor([[2, 1, 0]] * 3)
         answers = [
@@ -147,15 +147,15 @@ class TestEvaluateAModel:
         assert numbers["per_class"]["pool"]["num_objects"] == 3
         assert model.training
 
-    def test_pictures_count_upright_and_padding_is_cut(self):
+    def test_images_count_upright_and_padding_is_cut(self):
         stored, turned = io.BytesIO(), Image.new("RGB", (40, 20))
         turned.getexif()[0x0112] = 6  # by 90 degrees: it is 40 high and 20 wide
         turned.save(stored, "png", exif=turned.getexif())
-        pictures = [Image.open(stored), Image.new("RGB", (40, 20))]
+        images = [Image.open(stored), Image.new("RGB", (40, 20))]
         halves = [rectangle((0, 40), (0, 10), (40, 20)), rectangle((0, 10), (0, 40), (20, 40))]
         truth = ground_truth((halves[0], 4, {}), images=((100, 40, 20), (101, 20, 40)), categories=(4,))
         truth["annotations"].append({"image_id": 101, "category_id": 4, "segmentation": rle(halves[1])})
-        dataset = Pictures(pictures, truth)
+        dataset = Images(images, truth)
         masks = torch.zeros(2, 1, 40, 40, dtype=torch.bool)  # the model's input, padded
         for mask, half in zip(masks[:, 0], halves, strict=True):
             mask[: half.shape[0], : half.shape[1]] = torch.from_numpy(half)
@@ -169,12 +169,12 @@ class TestEvaluateAModel:
         model = small_model(num_labels=2)
         processor = RfDetrImageProcessor.from_config(model.config)
         noise = np.random.default_rng(0).integers(0, 256, (3, 60, 80, 3), np.uint8)
-        dataset = Drawn()  # its names, and other pictures
-        dataset.pictures = [Image.fromarray(pixels) for pixels in noise]
+        dataset = Drawn()  # its names, and other images
+        dataset.images = [Image.fromarray(pixels) for pixels in noise]
         results = []
-        for image_id, picture in enumerate(dataset.pictures, 100):
+        for image_id, image in enumerate(dataset.images, 100):
             with torch.no_grad():
-                outputs = model(**processor(picture, return_tensors="pt"))
+                outputs = model(**processor(image, return_tensors="pt"))
             (found,) = processor.post_process_instance_segmentation(outputs, -1, 0.0, [(60, 80)], True)
             for segment, mask in zip(found["segments_info"], found["segmentation"], strict=True):
                 category = dataset.category_ids[segment["label_id"]]

@@ -48,7 +48,7 @@ def rle(mask):
 
 
 class Shows(torch.nn.Module):
-    """A model that finds in each picture, in their order, given (label, score, mask)."""
+    """A model that finds in each image, in their order, given (label, score, mask)."""
 
     def __init__(self, found, names, masks=True):
         super().__init__()
@@ -73,8 +73,8 @@ class Shows(torch.nn.Module):
         return SimpleNamespace(logits=logits, pred_boxes=boxes, pred_masks=masks if self.has_masks else None)
 
 
-# Of each picture the objects (label, crowd, mask) and what is found (label, score, mask).
-PICTURES = {
+# Of each image the objects (label, crowd, mask) and what is found (label, score, mask).
+IMAGES = {
     "many.png": (
         [
             (HOUSE, 0, rectangle(0, 20, 0, 20)),
@@ -95,10 +95,10 @@ PICTURES = {
 }
 
 
-def scene(names=("house", "pool"), files=tuple(PICTURES)):
-    """The pictures above as a data set, with category ids 3 and 7."""
+def scene(names=("house", "pool"), files=tuple(IMAGES)):
+    """The images above as a dataset, with category ids 3 and 7."""
     images, annotations = [], []
-    for index, (objects, _) in enumerate(PICTURES.values()):
+    for index, (objects, _) in enumerate(IMAGES.values()):
         images.append({"id": index, "file_name": files[index], "height": SIDE, "width": SIDE})
         annotations += [
             {"image_id": index, "category_id": (3, 7)[label], "iscrowd": crowd, "segmentation": rle(mask)}
@@ -107,11 +107,11 @@ def scene(names=("house", "pool"), files=tuple(PICTURES)):
     categories = [{"id": (3, 7)[label], "name": name} for label, name in enumerate(names)]
     pixels = np.random.default_rng(0).integers(0, 256, (len(images), SIDE, SIDE, 3), np.uint8)
     coco = {"images": images, "annotations": annotations, "categories": categories}
-    return InstanceDataset(coco, [Image.fromarray(picture) for picture in pixels])
+    return InstanceDataset(coco, [Image.fromarray(photo) for photo in pixels])
 
 
 def shown(names=("house", "pool"), **settings):
-    return Shows([found for _, found in PICTURES.values()], names, **settings)
+    return Shows([found for _, found in IMAGES.values()], names, **settings)
 
 
 PROCESSOR = RfDetrImageProcessor(size=SIDE, do_pad=False)
@@ -186,8 +186,8 @@ class TestRightAndWrong:
 
     def test_what_is_found_can_be_drawn(self):
         many = analysed().images[1]
-        picture = scene()[many.index]["image"]
-        drawn_there = np.asarray(many.truth.draw(picture)) != np.asarray(picture)
+        photo = scene()[many.index]["image"]
+        drawn_there = np.asarray(many.truth.draw(photo)) != np.asarray(photo)
         assert drawn_there[:, :, 0][rectangle(25, 35, 25, 35)].any()
 
     def test_an_object_with_a_box_only_is_its_box_and_one_without_a_shape_is_none(self):
@@ -369,7 +369,7 @@ class TestPage:
         bottom = max(float(attrs["y"]) for tag, attrs in chart if tag == "use")  # where the ticks of x are
         assert bottom - points[0][1] == pytest.approx(2 * (bottom - points[1][1]), abs=0.3)
 
-    def test_the_number_of_pictures_is_bounded(self, tmp_path):
+    def test_the_number_of_images_is_bounded(self, tmp_path):
         analysis = analysed()
         for wanted, expected in ((0, 0), (1, 2), (2, 3), (50, 3)):
             path = save_report(tmp_path, analysis, scene(), num_images=wanted)
@@ -377,7 +377,7 @@ class TestPage:
         with pytest.raises(ValueError, match="num_images -1 must be at least 0"):
             save_report(tmp_path, analysis, scene(), num_images=-1)
 
-    def test_it_stays_small_whatever_the_pictures_hold(self, tmp_path):
+    def test_it_stays_small_whatever_the_images_hold(self, tmp_path):
         rng = np.random.default_rng(0)
         size = (500, 700)
         masks = [rng.random(size) < share for share in rng.random(5)]

@@ -63,7 +63,7 @@ def plain(tmp_path_factory):
     before = described(model)
     processor = RfDetrImageProcessor.from_config(model.config, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.4])
     path = tmp_path_factory.mktemp("plain") / "new folder" / "model.onnx"
-    done = export(model, path, resolution=(72, 48), processor=processor, pictures=scenes(0))
+    done = export(model, path, resolution=(72, 48), processor=processor, images=scenes(0))
     after = described(model)
     data = path.read_bytes()
     return SimpleNamespace(
@@ -73,7 +73,7 @@ def plain(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chosen(tmp_path_factory):
-    """A segmentation model whose file chooses the best 5 pairs of each of 2 pictures, made by the command."""
+    """A segmentation model whose file chooses the best 5 pairs of each of 2 images, made by the command."""
     folder = tmp_path_factory.mktemp("chosen")
     model = small_model(**SMALL)
     model.save_pretrained(folder / "model")
@@ -157,7 +157,7 @@ def half(tmp_path_factory):
         for head in model.transformer.enc_out_class_embed:
             head.weight.zero_()
     path = tmp_path_factory.mktemp("half") / "model.onnx"
-    done = export(model, path, dtype="float16", batch_size=1, pictures=scenes(0, 1))
+    done = export(model, path, dtype="float16", batch_size=1, images=scenes(0, 1))
     return SimpleNamespace(model=model.float(), path=path, done=done)
 
 
@@ -199,7 +199,7 @@ def test_differences_are_absolute_up_to_1_and_relative_above():
 # What is in the file, and what stays outside
 
 
-def test_the_file_says_how_it_wants_its_pictures_and_what_it_returns(plain):
+def test_the_file_says_how_it_wants_its_images_and_what_it_returns(plain):
     model = onnx.load(plain.path)
     metadata = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
     assert metadata.pop("versions").keys() == {"transformers-rfdetr", "transformers", "torch", "onnxscript"}
@@ -262,7 +262,7 @@ def break_numbers(proto, name):
 
 
 def break_batches(proto, name):
-    """Let every picture have the output `name` of the first one."""
+    """Let every image have the output `name` of the first one."""
     break_outputs(proto, name)
     constant = onnx.numpy_helper.from_array(np.zeros(1, np.int64), "first")
     proto.graph.initializer.append(constant)
@@ -310,7 +310,7 @@ def test_a_model_that_float16_cannot_hold_is_refused_before_anything_is_written(
     with torch.no_grad():
         model.segmentation_head.bias.fill_(1e5)  # float16 ends at 65504
     with pytest.raises(ValueError, match=r"what PyTorch computes in float16 .*masks by inf.*; export in float32"):
-        export(model, tmp_path / "model.onnx", dtype="float16", pictures=scenes(0))
+        export(model, tmp_path / "model.onnx", dtype="float16", images=scenes(0))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -361,13 +361,13 @@ runpy.run_path(script, run_name="__main__")
 
 
 def test_the_example_finds_without_torch_what_model_and_processor_find(plain, chosen, tmp_path):
-    [picture] = scenes(2)
-    picture.save(tmp_path / "scene.png")
-    size = picture.size[::-1]
+    [image] = scenes(2)
+    image.save(tmp_path / "scene.png")
+    size = image.size[::-1]
     stock = RfDetrImageProcessor.from_config(chosen.model.config)
     arguments, expected = [], []
     for case, processor, resolution in [(plain, plain.processor, (72, 48)), (chosen, stock, (48, 48))]:
-        inputs = processor(picture, size=resolution, do_pad=False, return_tensors="pt")
+        inputs = processor(image, size=resolution, do_pad=False, return_tensors="pt")
         with torch.no_grad():
             outputs = case.model(**inputs)
         scores = outputs.logits[..., [1, 2]].sigmoid().flatten().sort(descending=True).values
@@ -390,7 +390,7 @@ def test_the_example_finds_without_torch_what_model_and_processor_find(plain, ch
     lines = printed.splitlines()
     assert [line.split()[0] for line in lines[:4]] == [NAMES[s["label_id"]] for s in expected[0]["segments_info"]]
     assert lines[4].startswith("4 objects score above")
-    assert Image.open(tmp_path / "overlay.png").size == picture.size
+    assert Image.open(tmp_path / "overlay.png").size == image.size
 
 
 # OpenVINO, packages and arguments
@@ -451,7 +451,7 @@ def test_a_wrong_argument_is_named(tmp_path, settings, message):
 def test_a_full_size_model_exports(tmp_path, dtype):
     torch.manual_seed(0)
     model = RfDetrForInstanceSegmentation(RfDetrConfig.from_variant("rf-detr-seg-nano")).eval()
-    # Small steps: twelve blocks with random weights of 0.1 multiply rounding errors of float32 to 3 % of a picture.
+    # Small steps: twelve blocks with random weights of 0.1 multiply rounding errors of float32 to 3 % of an image.
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))

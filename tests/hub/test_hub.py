@@ -217,7 +217,7 @@ def check_a_killed_push_changes_neither_side(hub: Hub) -> None:
     commit = before.push_to_hub("me/killed").oid
     trainer = quick_trainer(hub.folder / "killed")
     hub.faults({"method": "PUT", "path": "^/lfs/", "status": -1, "times": 1000})
-    child = multiprocessing.get_context("fork").Process(target=trainer.push_to_hub, kwargs={"num_pictures": 0})
+    child = multiprocessing.get_context("fork").Process(target=trainer.push_to_hub, kwargs={"num_images": 0})
     child.start()
     for _ in range(1000):
         if hub.requests("PUT", "/lfs/") or not child.is_alive():
@@ -230,7 +230,7 @@ def check_a_killed_push_changes_neither_side(hub: Hub) -> None:
     assert hub._control("api/models/me/killed")["sha"] == commit
     assert_same_model(AutoModelForInstanceSegmentation.from_pretrained("me/killed"), before)
     assert_same_model(RfDetrForInstanceSegmentation.from_pretrained(hub.folder / "killed"), trainer.model)
-    trainer.push_to_hub(num_pictures=0)
+    trainer.push_to_hub(num_images=0)
     assert hub.requests("PUT", "/lfs/") == [200]
     assert_same_model(load("me/killed")[0], trainer.model.eval())
 
@@ -289,14 +289,14 @@ def check_a_run_pushes_its_model_with_card_and_images_and_nothing_else(hub: Hub)
         assert whole < found
         assert "last-checkpoint/training_args.bin" not in found  # it holds the token
         trainer.push_to_hub(dataset="me/aerial", finetuned_from="Roboflow/rf-detr-seg-nano", license="apache-2.0")
-    pictures = {"training_curves.png", "predictions.png"}
-    assert hub.files("me/drawn") - found == pictures | {"README.md", "training_arguments.json"}
+    images = {"training_curves.png", "predictions.png"}
+    assert hub.files("me/drawn") - found == images | {"README.md", "training_arguments.json"}
     loaded, processor = load("me/drawn")
     assert_same_model(loaded, trainer.model.eval())
     assert processor.to_dict() == trainer.processing_class.to_dict()
-    for name in pictures:
-        with Image.open(hf_hub_download("me/drawn", name)) as picture:
-            assert picture.width > 2 * 96
+    for name in images:
+        with Image.open(hf_hub_download("me/drawn", name)) as image:
+            assert image.width > 2 * 96
     arguments = Path(hf_hub_download("me/drawn", "training_arguments.json")).read_text()
     assert json.loads(arguments)["ema_decay"] == 0.993
     assert not any(word in arguments for word in ("token-of-me", str(hub.folder)))
@@ -316,7 +316,7 @@ def check_a_run_whose_push_fails_is_complete_on_disk(hub: Hub) -> None:
     hub.faults({"method": "POST", "path": "/commit/", "status": 500, "times": 100})
     trainer = quick_trainer(hub.folder / "failed")
     trainer.train()
-    message = refused(lambda: trainer.push_to_hub(with_code=True, num_pictures=0))
+    message = refused(lambda: trainer.push_to_hub(with_code=True, num_images=0))
     assert "me/failed was not pushed: " in message, message
     assert message.endswith(f"everything is in {hub.folder / 'failed'}")
     found = {path.name for path in (hub.folder / "failed").iterdir()}
@@ -324,7 +324,7 @@ def check_a_run_whose_push_fails_is_complete_on_disk(hub: Hub) -> None:
     assert "predictions.png" not in found
     assert_same_model(RfDetrForInstanceSegmentation.from_pretrained(hub.folder / "failed"), trainer.model)
     hub.faults()
-    trainer.push_to_hub(with_code=True, blocking=False, num_pictures=0).result()
+    trainer.push_to_hub(with_code=True, blocking=False, num_images=0).result()
     assert set(CODE_FILES) < hub.files("me/failed")
     assert "training_args.bin" not in hub.files("me/failed")
 

@@ -1,4 +1,4 @@
-"""Pictures to instances at once, and the fast copies of a model."""
+"""Images to instances at once, and the fast copies of a model."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ SEGMENTATION, DETECTION = RfDetrForInstanceSegmentation, RfDetrForObjectDetectio
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return [draw_scene(seed=seed)[0].resize(size) for seed, size in enumerate([(60, 45), (31, 70), (48, 48)])]
 
 
@@ -38,14 +38,14 @@ def processor_of(model, **settings):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_prediction_is_the_model_and_the_post_processing(pictures, batch_size):
+def test_prediction_is_the_model_and_the_post_processing(images, batch_size):
     model = confident_model()
     processor = processor_of(model)
-    found = predict(model, processor, pictures, threshold=0.3, top_k=9, batch_size=batch_size)
-    for picture, instances in zip(pictures, found, strict=True):
+    found = predict(model, processor, images, threshold=0.3, top_k=9, batch_size=batch_size)
+    for image, instances in zip(images, found, strict=True):
         with torch.no_grad():
-            outputs = model(**processor(picture, return_tensors="pt"))
-        size = picture.size[::-1]
+            outputs = model(**processor(image, return_tensors="pt"))
+        size = image.size[::-1]
         settings = {"threshold": 0.3, "target_sizes": [size], "top_k": 9}
         expected = processor.post_process_instance_segmentation(outputs, return_binary_maps=True, **settings)[0]
         segments = expected["segments_info"]
@@ -58,14 +58,14 @@ def test_prediction_is_the_model_and_the_post_processing(pictures, batch_size):
         assert instances.image_size == size
 
 
-def test_padded_pictures_have_the_same_masks(pictures):
+def test_padded_images_have_the_same_masks(images):
     model = confident_model()
     processor = processor_of(model, size={"shortest_edge": 48, "longest_edge": 96}, do_pad=True, pad_size=(96, 96))
-    found = predict(model, processor, pictures[:2], threshold=0.2, batch_size=2)
-    inputs = processor(pictures[:2], return_tensors="pt")
+    found = predict(model, processor, images[:2], threshold=0.2, batch_size=2)
+    inputs = processor(images[:2], return_tensors="pt")
     with torch.no_grad():
         outputs = model(**inputs)
-    sizes = [picture.size[::-1] for picture in pictures[:2]]
+    sizes = [image.size[::-1] for image in images[:2]]
     expected = processor.post_process_instance_segmentation(
         outputs, 0.2, target_sizes=sizes, return_binary_maps=True, pixel_mask=inputs["pixel_mask"]
     )
@@ -74,69 +74,69 @@ def test_padded_pictures_have_the_same_masks(pictures):
         assert (instances.dense_masks() != result["segmentation"].numpy()).mean() < 1e-3
 
 
-def test_a_detection_model_has_boxes_only(pictures):
+def test_a_detection_model_has_boxes_only(images):
     model = confident_model(DETECTION)
-    instances = predict(model, processor_of(model), pictures[0], threshold=0.0)[0]
+    instances = predict(model, processor_of(model), images[0], threshold=0.0)[0]
     assert len(instances) == 6
     assert instances.masks is None
     assert instances.dense_masks().shape == (0, 45, 60)
     assert instances.polygons() == []
-    assert [crop.mode for crop in instances.crops(pictures[0])] == ["RGB"] * 6
+    assert [crop.mode for crop in instances.crops(images[0])] == ["RGB"] * 6
 
 
-def test_only_the_classes_asked_for_are_found(pictures):
+def test_only_the_classes_asked_for_are_found(images):
     model = confident_model(id2label={0: "cat", 1: "dog", 2: "cat", 3: "horse"})
     processor = processor_of(model)
     for every, some in zip(
-        predict(model, processor, pictures, threshold=0.0, top_k=24),  # all pairs of query and class
-        predict(model, processor, pictures, threshold=0.0, top_k=24, classes=["cat"]),
+        predict(model, processor, images, threshold=0.0, top_k=24),  # all pairs of query and class
+        predict(model, processor, images, threshold=0.0, top_k=24, classes=["cat"]),
         strict=True,
     ):
         cats = every.select([label in (0, 2) for label in every.labels])
         assert (some.names, some.masks, some.scores.tolist()) == (cats.names, cats.masks, cats.scores.tolist())
     with pytest.raises(ValueError, match="'hrose' is no class of the model, which has 4; did you mean horse"):
-        predict(model, processor, pictures, classes=["cat", "hrose"])
+        predict(model, processor, images, classes=["cat", "hrose"])
     with pytest.raises(ValueError, match="no classes to look for"):
-        predict(model, processor, pictures, classes=[])
-    assert {
-        name for one in predict(model, processor, pictures, threshold=0.0, classes="dog") for name in one.names
-    } == {"dog"}
+        predict(model, processor, images, classes=[])
+    assert {name for one in predict(model, processor, images, threshold=0.0, classes="dog") for name in one.names} == {
+        "dog"
+    }
 
 
-def test_a_column_of_a_data_set_is_a_sequence_of_pictures(pictures):
+def test_a_column_of_a_data_set_is_a_sequence_of_images(images):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"photo": datasets.Image()})
-    rows = datasets.Dataset.from_dict({"photo": pictures}, features)
+    rows = datasets.Dataset.from_dict({"photo": images}, features)
     model = confident_model()
     found = predict(model, processor_of(model), rows["photo"], threshold=0.0)
-    expected = predict(model, processor_of(model), pictures, threshold=0.0)
+    expected = predict(model, processor_of(model), images, threshold=0.0)
     assert [one.masks for one in found] == [one.masks for one in expected]
 
 
-def test_only_masks_of_detections_are_multiplied_out(pictures, monkeypatch):
+def test_only_masks_of_detections_are_multiplied_out(images, monkeypatch):
     model = confident_model(num_queries=40)
     rows = []
     project = model.segmentation_head.project
     monkeypatch.setattr(
         model.segmentation_head, "project", lambda queries: rows.append(queries.shape) or project(queries)
     )
-    found = predict(model, processor_of(model), pictures, threshold=0.6, batch_size=3)
+    found = predict(model, processor_of(model), images, threshold=0.6, batch_size=3)
     assert rows == [(1, len(instances), 32) for instances in found]
     assert max(len(instances) for instances in found) < 40
 
 
-def test_pictures_of_every_kind_are_read_and_a_broken_one_is_named(pictures, tmp_path):
+def test_images_of_every_kind_are_read_and_a_broken_one_is_named(images, tmp_path):
     model = confident_model()
     processor = processor_of(model)
-    pictures[0].save(tmp_path / "picture.png")
-    array = np.asarray(pictures[0])
+    images[0].save(tmp_path / "image.png")
+    array = np.asarray(images[0])
     tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
-    kinds = [tmp_path / "picture.png", str(tmp_path / "picture.png"), pictures[0], array, tensor, tensor / 255]
+    kinds = [tmp_path / "image.png", str(tmp_path / "image.png"), images[0], array, tensor, tensor / 255]
     first, *others = predict(model, processor, kinds, threshold=0.2)
     for other in others:
         np.testing.assert_array_equal(first.scores, other.scores)
         assert first.masks == other.masks
-    with pytest.raises(ValueError, match=r"picture 2: .*none\.png"):
+    with pytest.raises(ValueError, match=r"image 2: .*none\.png"):
         predict(model, processor, [*kinds[:2], tmp_path / "none.png"], batch_size=2)
     assert predict(model, processor, []) == []
     with pytest.raises(ValueError, match=r"threshold 50 is outside \[0, 1\]"):
@@ -145,34 +145,34 @@ def test_pictures_of_every_kind_are_read_and_a_broken_one_is_named(pictures, tmp
         predict(model, processor, kinds, batch_size=0)
 
 
-def test_a_model_in_training_is_in_training_again_afterwards(pictures):
+def test_a_model_in_training_is_in_training_again_afterwards(images):
     model = confident_model()
-    expected = predict(model, processor_of(model), pictures[0], threshold=0.1)[0]
+    expected = predict(model, processor_of(model), images[0], threshold=0.1)[0]
     model.train()
-    found = predict(model, processor_of(model), pictures[0], threshold=0.1)[0]
+    found = predict(model, processor_of(model), images[0], threshold=0.1)[0]
     np.testing.assert_array_equal(found.scores, expected.scores)
     assert model.training
 
 
-def test_crops_show_what_the_mask_covers_and_nothing_else(pictures):
+def test_crops_show_what_the_mask_covers_and_nothing_else(images):
     model = confident_model()
-    instances = predict(model, processor_of(model), pictures[0], threshold=0.2)[0]
-    for crop, mask in zip(instances.crops(pictures[0]), instances.dense_masks(), strict=True):
+    instances = predict(model, processor_of(model), images[0], threshold=0.2)[0]
+    for crop, mask in zip(instances.crops(images[0]), instances.dense_masks(), strict=True):
         rows, columns = np.nonzero(mask)
         assert crop.size == (np.ptp(columns) + 1, np.ptp(rows) + 1)
         area = np.s_[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
         np.testing.assert_array_equal(np.asarray(crop)[..., 3] == 255, mask[area])
-        np.testing.assert_array_equal(np.asarray(crop)[..., :3], np.asarray(pictures[0])[area])
-    with pytest.raises(ValueError, match=r"the picture is \(48, 48\), its instances are in one of \(45, 60\)"):
+        np.testing.assert_array_equal(np.asarray(crop)[..., :3], np.asarray(images[0])[area])
+    with pytest.raises(ValueError, match=r"the image is \(48, 48\), its instances are in one of \(45, 60\)"):
         instances.crops(Image.new("RGB", (48, 48)))
 
 
-def test_polygons_go_around_the_masks(pictures):
+def test_polygons_go_around_the_masks(images):
     pytest.importorskip("supervision")
     from pycocotools import mask as coco_mask
 
     model = confident_model()
-    instances = predict(model, processor_of(model), pictures[0], threshold=0.2)[0]
+    instances = predict(model, processor_of(model), images[0], threshold=0.2)[0]
     for polygons, mask in zip(instances.polygons(), instances.masks, strict=True):
         area = coco_mask.area(mask)
         assert area > 100
@@ -201,20 +201,18 @@ def test_a_copy_for_one_size_computes_the_same(kind, size):
     )
     assert fast.active == ["float32", f"2 x {height} x {width}"]
     assert model.config.backbone_config.image_size == 48
-    with pytest.raises(
-        ValueError, match=rf"compiled for whole pictures of \({height}, {width}\), these are \(24, 24\)"
-    ):
+    with pytest.raises(ValueError, match=rf"compiled for whole images of \({height}, {width}\), these are \(24, 24\)"):
         fast(pixels(1, 24, 24))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_copy_in_half_precision_is_checked_and_predicts_nearly_the_same(dtype, pictures):
+def test_a_copy_in_half_precision_is_checked_and_predicts_nearly_the_same(dtype, images):
     model = confident_model()
     fast = compile_for_inference(model, dtype=dtype, compiled=False)
     assert fast.dtype == dtype
     assert model.dtype == torch.float32
     assert 1e-5 < max(fast.differences.values()) < 0.1
-    instances = predict(fast, processor_of(model), pictures, threshold=0.2)
+    instances = predict(fast, processor_of(model), images, threshold=0.2)
     assert len(instances[0]) > 0
 
 
@@ -258,11 +256,11 @@ def test_what_cannot_be_compiled_for_is_refused():
 
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_compiled_copy_is_compiled_and_computes_the_same(dtype, pictures):
+def test_the_compiled_copy_is_compiled_and_computes_the_same(dtype, images):
     model = confident_model()
     fast = compile_for_inference(model, batch_size=2, dtype=dtype)
     assert "torch.compile" in fast.active
     if dtype == torch.float32:
         with torch.no_grad():
             torch.testing.assert_close(fast(pixels(3)).logits, model(pixels(3)).logits, atol=1e-4, rtol=1e-4)
-    assert len(predict(fast, processor_of(model), pictures, threshold=0.2)[0]) > 0
+    assert len(predict(fast, processor_of(model), images, threshold=0.2)[0]) > 0

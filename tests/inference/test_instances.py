@@ -1,4 +1,4 @@
-"""What was found in a picture, in all its forms, against supervision, pycocotools and hand-made masks."""
+"""What was found in an image, in all its forms, against supervision, pycocotools and hand-made masks."""
 
 import json
 
@@ -76,10 +76,10 @@ def test_supervision_draws_the_detections_with_its_own_annotator():
     detections = found(tracked=True).to_supervision()
     assert detections["class_name"].tolist() == ["dog", "cat", "dog"]
     assert detections.tracker_id.tolist() == [4, 7, -1]
-    picture = np.full((*SIZE, 3), 100, np.uint8)
-    drawn = supervision.MaskAnnotator().annotate(picture.copy(), detections)
-    assert ((drawn != picture).any(-1) == bitmaps().any(0)).all()
-    assert supervision.BoxAnnotator().annotate(picture.copy(), found(masks=False).to_supervision()).any()
+    image = np.full((*SIZE, 3), 100, np.uint8)
+    drawn = supervision.MaskAnnotator().annotate(image.copy(), detections)
+    assert ((drawn != image).any(-1) == bitmaps().any(0)).all()
+    assert supervision.BoxAnnotator().annotate(image.copy(), found(masks=False).to_supervision()).any()
 
 
 def test_the_outline_of_a_square_is_its_corners():
@@ -106,54 +106,54 @@ def test_pycocotools_takes_the_results_with_the_category_ids_of_the_data_set():
 
 
 def test_cut_outs_have_the_masks_as_alpha_and_of_boxes_their_pixels():
-    picture = Image.fromarray(np.arange(60 * 80 * 3).reshape(60, 80, 3).astype(np.uint8))
-    square, bent, nothing = found().crops(picture)
+    image = Image.fromarray(np.arange(60 * 80 * 3).reshape(60, 80, 3).astype(np.uint8))
+    square, bent, nothing = found().crops(image)
     assert (square.mode, square.size, bent.size, nothing.size) == ("RGBA", (20, 20), (40, 30), (1, 1))
     assert (np.asarray(bent)[..., 3] > 0).sum() == 600
-    assert (np.asarray(square)[..., :3] == np.asarray(picture)[10:30, 5:25]).all()
-    *_, box = found(masks=False).crops(picture)
+    assert (np.asarray(square)[..., :3] == np.asarray(image)[10:30, 5:25]).all()
+    *_, box = found(masks=False).crops(image)
     assert (box.mode, box.size) == ("RGB", (3, 8))
 
 
 @pytest.mark.parametrize("method", ["draw", "crops"])
-def test_a_picture_of_another_size_is_refused(method: str):
+def test_an_image_of_another_size_is_refused(method: str):
     with pytest.raises(ValueError, match=r"\(80, 60\), its instances are in one of \(60, 80\)"):
         getattr(found(), method)(Image.new("RGB", (60, 80)))
 
 
 def test_colours_follow_classes_instances_or_tracks():
-    picture = Image.new("RGB", SIZE[::-1], (90, 90, 90))
+    image = Image.new("RGB", SIZE[::-1], (90, 90, 90))
 
     def outline(drawn: Image.Image) -> tuple[tuple[int, ...], ...]:
         return drawn.getpixel((6, 20)), drawn.getpixel((31, 45))
 
-    assert outline(found().draw(picture)) == (color_of(2), color_of(0))
-    assert outline(found().draw(picture, color_by="instance")) == (color_of(0), color_of(1))
-    assert outline(found(tracked=True).draw(picture, color_by="instance")) == (color_of(4), color_of(7))
+    assert outline(found().draw(image)) == (color_of(2), color_of(0))
+    assert outline(found().draw(image, color_by="instance")) == (color_of(0), color_of(1))
+    assert outline(found(tracked=True).draw(image, color_by="instance")) == (color_of(4), color_of(7))
     with pytest.raises(ValueError, match="'score' is neither 'class' nor 'instance'"):
-        found().draw(picture, color_by="score")
+        found().draw(image, color_by="score")
 
 
 def test_rle_is_drawn_as_bitmaps_are():
-    picture = Image.new("RGB", SIZE[::-1], (90, 90, 90))
+    image = Image.new("RGB", SIZE[::-1], (90, 90, 90))
     instances = found()
-    expected = draw_instances(picture, bitmaps(), None, instances.names, instances.scores, color_indices=[2, 0, 2])
-    assert instances.draw(picture).tobytes() == expected.tobytes()
+    expected = draw_instances(image, bitmaps(), None, instances.names, instances.scores, color_indices=[2, 0, 2])
+    assert instances.draw(image).tobytes() == expected.tobytes()
 
 
 def test_ground_truth_is_drawn_from_polygons_and_from_boxes():
-    picture = Image.new("RGB", SIZE[::-1], (90, 90, 90))
+    image = Image.new("RGB", SIZE[::-1], (90, 90, 90))
     square = [[5.0, 10.0, 25.0, 10.0, 25.0, 30.0, 5.0, 30.0]]
     annotations = [{"category_id": 1, "segmentation": square, "bbox": [5, 10, 20, 20]}]
-    drawn = draw_annotations(picture, annotations, {1: "dog"})
-    assert drawn.tobytes() == draw_instances(picture, bitmaps()[:1], labels=["dog"], color_indices=[1]).tobytes()
-    boxes = draw_annotations(picture, [{"category_id": 1, "bbox": [5, 10, 20, 20]}], {1: "dog"})
-    expected = draw_instances(picture, boxes=[[5, 10, 25, 30]], labels=["dog"], color_indices=[1])
+    drawn = draw_annotations(image, annotations, {1: "dog"})
+    assert drawn.tobytes() == draw_instances(image, bitmaps()[:1], labels=["dog"], color_indices=[1]).tobytes()
+    boxes = draw_annotations(image, [{"category_id": 1, "bbox": [5, 10, 20, 20]}], {1: "dog"})
+    expected = draw_instances(image, boxes=[[5, 10, 25, 30]], labels=["dog"], color_indices=[1])
     assert boxes.tobytes() == expected.tobytes()
-    assert draw_annotations(picture, [], {}).tobytes() == picture.tobytes()
+    assert draw_annotations(image, [], {}).tobytes() == image.tobytes()
 
 
-def test_pictures_stand_in_rows_under_the_titles_of_their_columns():
+def test_images_stand_in_rows_under_the_titles_of_their_columns():
     red, blue = (Image.new("RGB", (80, 60), colour) for colour in ("red", "blue"))
     grey = Image.new("RGB", (30, 20), (128, 128, 128))
     grid = draw_grid([(red, blue), (grey, grey)], ["truth", "found"])
@@ -169,5 +169,5 @@ def test_pictures_stand_in_rows_under_the_titles_of_their_columns():
 
 def test_a_column_is_as_wide_as_its_title_and_without_titles_there_is_no_line_of_text():
     small = Image.new("RGB", (100, 60))
-    assert draw_grid([(small,)], ["a title that is wider than the picture"]).width > 150
+    assert draw_grid([(small,)], ["a title that is wider than the image"]).width > 150
     assert draw_grid([(small, small)]).size == (2 * 100 + 4, 60)

@@ -1,4 +1,4 @@
-"""Large pictures in tiles: how they are cut, and how what an oracle or a model finds in the tiles is put together."""
+"""Large images in tiles: how they are cut, and how what an oracle or a model finds in the tiles is put together."""
 
 import itertools
 import json
@@ -53,7 +53,7 @@ def test_tiles_are_spread_evenly_and_the_last_one_is_flush(length, overlap, star
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.13, 0.2, 0.5])
-def test_tiles_cover_the_picture_and_overlap_as_much_as_was_asked_for(overlap):
+def test_tiles_cover_the_image_and_overlap_as_much_as_was_asked_for(overlap):
     for length in [*range(300, 700, 7), 4000]:
         lefts = np.array([tile.left for tile in cut_tiles((10, length), (312, 312), overlap)])
         assert lefts[0] == 0
@@ -81,7 +81,7 @@ def rectangle(x0, y0, x1, y1):
 
 
 def found_in(tile, *pieces, with_masks=True):
-    """Pieces as (mask of the picture, score) or (mask, score, label) -> instances in the tile's frame."""
+    """Pieces as (mask of the image, score) or (mask, score, label) -> instances in the tile's frame."""
     boxes, masks = [], []
     for mask, *_ in pieces:
         part = mask[tile.top : tile.top + tile.height, tile.left : tile.left + tile.width]
@@ -396,7 +396,7 @@ def check(result, scene):
         ((1500, 2100), 432, 0.5),
     ],
 )
-def test_every_object_of_a_large_picture_is_there_once_and_well_outlined(image_size, tile_size, overlap):
+def test_every_object_of_a_large_image_is_there_once_and_well_outlined(image_size, tile_size, overlap):
     scene = Scene(image_size, tile_size, overlap, seed=tile_size)
     scene.fill()
     assert len(scene.labels) >= 40
@@ -414,7 +414,7 @@ def test_every_object_is_there_once_for_many_sizes_and_seeds(tile_size, overlap,
 
 
 @pytest.mark.parametrize("image_size", [(300, 1500), (1500, 300), (300, 350)])
-def test_a_picture_may_be_one_row_or_column_of_tiles_or_a_single_one(image_size):
+def test_an_image_may_be_one_row_or_column_of_tiles_or_a_single_one(image_size):
     scene = Scene(image_size, 384, 0.2, seed=1)
     for _ in range(40):
         scene.add(ellipse(scene.somewhere(0), scene.somewhere(1), *scene.rng.integers(40, 70, 2)))
@@ -492,7 +492,7 @@ def model_and_processor(kind=SEGMENTATION):
 
 
 @pytest.fixture(scope="module")
-def picture():
+def photo():
     return draw_scene(seed=1)[0].resize((120, 100))
 
 
@@ -507,9 +507,9 @@ def same(found, expected, atol=1e-4):
 
 
 @pytest.mark.parametrize("kind", [SEGMENTATION, DETECTION])
-def test_a_picture_of_one_tile_has_what_predict_finds(kind, picture):
+def test_an_image_of_one_tile_has_what_predict_finds(kind, photo):
     model, processor = model_and_processor(kind)
-    small = picture.resize((48, 48))
+    small = photo.resize((48, 48))
     [expected] = predict(model, processor, small, threshold=0.0)
     found = predict_tiled(model, processor, small, threshold=0.0)
     assert len(found) == 6
@@ -520,40 +520,40 @@ def test_a_picture_of_one_tile_has_what_predict_finds(kind, picture):
 
 @pytest.mark.parametrize("kind", [SEGMENTATION, DETECTION])
 @pytest.mark.parametrize("batch_size", [1, 5, 100])
-def test_a_large_picture_is_its_tiles_put_together(kind, batch_size, picture):
+def test_a_large_image_is_its_tiles_put_together(kind, batch_size, photo):
     model, processor = model_and_processor(kind)
     tiles = cut_tiles((100, 120), (48, 48), 0.25)
     assert len(tiles) == 3 * 3
-    crops = [picture.crop((t.left, t.top, t.left + 48, t.top + 48)) for t in tiles]
+    crops = [photo.crop((t.left, t.top, t.left + 48, t.top + 48)) for t in tiles]
     expected = merge_tiles(list(zip(tiles, predict(model, processor, crops, threshold=0.4), strict=True)), (100, 120))
-    found = predict_tiled(model, processor, picture, overlap=0.25, threshold=0.4, batch_size=batch_size)
+    found = predict_tiled(model, processor, photo, overlap=0.25, threshold=0.4, batch_size=batch_size)
     assert len(expected) > 0
     same(found, expected)
 
 
-def test_a_tile_of_another_size_is_the_model_s_input_too(picture, monkeypatch):
+def test_a_tile_of_another_size_is_the_model_s_input_too(photo, monkeypatch):
     model, processor = model_and_processor()
     sizes = []
     stage = model.predict_stage
     monkeypatch.setattr(model, "predict_stage", lambda pixels, mask: sizes.append(pixels.shape) or stage(pixels, mask))
-    predict_tiled(model, processor, picture, tile=(72, 96), overlap=0)
+    predict_tiled(model, processor, photo, tile=(72, 96), overlap=0)
     assert sizes == [(4, 3, 72, 96)]
     assert processor.size == {"height": 48, "width": 48}
     with pytest.raises(ValueError, match=r"tile.*24.*50.*48 or 72"):
-        predict_tiled(model, processor, picture, tile=50)
+        predict_tiled(model, processor, photo, tile=50)
 
 
-def test_at_most_one_batch_of_tiles_is_cut_at_a_time(picture, monkeypatch):
+def test_at_most_one_batch_of_tiles_is_cut_at_a_time(photo, monkeypatch):
     model, processor = model_and_processor()
     sizes = []
     stage = model.predict_stage
     monkeypatch.setattr(model, "predict_stage", lambda pixels, mask: sizes.append(len(pixels)) or stage(pixels, mask))
-    predict_tiled(model, processor, picture, overlap=0.25, batch_size=4, threshold=0.9)
+    predict_tiled(model, processor, photo, overlap=0.25, batch_size=4, threshold=0.9)
     assert sizes == [4, 4, 1]
 
 
 @pytest.mark.parametrize("with_masks", [True, False])
-def test_a_picture_smaller_than_a_tile_is_filled_up_with_the_mean_and_cut_off_again(with_masks, picture, monkeypatch):
+def test_an_image_smaller_than_a_tile_is_filled_up_with_the_mean_and_cut_off_again(with_masks, photo, monkeypatch):
     def find(model, processor, crops, **_):
         cut.extend(crops)
         masks = np.zeros((4, 48, 48), bool)
@@ -565,7 +565,7 @@ def test_a_picture_smaller_than_a_tile_is_filled_up_with_the_mean_and_cut_off_ag
 
     cut = []
     model, processor = model_and_processor()
-    small = picture.resize((30, 41))
+    small = photo.resize((30, 41))
     monkeypatch.setattr("transformers_rfdetr.inference.tiling.predict", find)
     found = predict_tiled(model, processor, small)
     assert found.image_size == (41, 30)
@@ -580,15 +580,15 @@ def test_a_picture_smaller_than_a_tile_is_filled_up_with_the_mean_and_cut_off_ag
     np.testing.assert_allclose(cut[0].numpy(), filled, atol=1e-6)
 
 
-def test_pictures_of_every_form_give_the_same(picture, tmp_path):
+def test_images_of_every_form_give_the_same(photo, tmp_path):
     model, processor = model_and_processor()
-    picture.save(tmp_path / "picture.png")
+    photo.save(tmp_path / "image.png")
     exif = Image.Exif()
     exif[274] = 6  # turned by a quarter
-    picture.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
-    array = np.asarray(picture)
+    photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    array = np.asarray(photo)
     forms = [
-        tmp_path / "picture.png",
+        tmp_path / "image.png",
         str(tmp_path / "turned.png"),
         array,
         array[::-1, ::-1].copy()[::-1, ::-1],
@@ -596,13 +596,13 @@ def test_pictures_of_every_form_give_the_same(picture, tmp_path):
         array.astype(np.uint16) * 257,
         torch.from_numpy(array.copy()).permute(2, 0, 1),
     ]
-    expected = predict_tiled(model, processor, picture, threshold=0.4)
+    expected = predict_tiled(model, processor, photo, threshold=0.4)
     assert len(expected) > 3
     for form in forms:
         same(predict_tiled(model, processor, form, threshold=0.4), expected)
 
 
-def test_a_picture_of_sixteen_bits_keeps_them(tmp_path):
+def test_an_image_of_sixteen_bits_keeps_them(tmp_path):
     values = np.random.default_rng(0).integers(0, 500, (70, 90)).astype(np.uint16)
     Image.fromarray(values).save(tmp_path / "deep.png")
     model, processor = model_and_processor()
@@ -612,33 +612,33 @@ def test_a_picture_of_sixteen_bits_keeps_them(tmp_path):
     )
 
 
-def test_a_narrow_picture_is_no_row_of_channels():
+def test_a_narrow_image_is_no_row_of_channels():
     model, processor = model_and_processor()
     narrow = np.random.default_rng(0).integers(0, 256, (60, 3, 3), np.uint8)
     assert predict_tiled(model, processor, Image.fromarray(narrow), threshold=0.0).image_size == (60, 3)
 
 
-def test_a_model_compiled_for_the_tiles_finds_the_same(picture):
+def test_a_model_compiled_for_the_tiles_finds_the_same(photo):
     model, processor = model_and_processor()
     fast = compile_for_inference(model, batch_size=2, compiled=False)
-    expected = predict_tiled(model, processor, picture, threshold=0.4)
-    same(predict_tiled(fast, processor, picture, threshold=0.4), expected)
-    assert predict_tiled(fast, processor, picture.resize((30, 30)), threshold=0.4).image_size == (30, 30)
+    expected = predict_tiled(model, processor, photo, threshold=0.4)
+    same(predict_tiled(fast, processor, photo, threshold=0.4), expected)
+    assert predict_tiled(fast, processor, photo.resize((30, 30)), threshold=0.4).image_size == (30, 30)
 
 
-def test_only_the_classes_that_are_asked_for_are_found(picture):
+def test_only_the_classes_that_are_asked_for_are_found(photo):
     model, processor = model_and_processor()
-    names = set(predict_tiled(model, processor, picture, threshold=0.4).names)
+    names = set(predict_tiled(model, processor, photo, threshold=0.4).names)
     assert len(names) > 1
     name = min(names)
-    assert set(predict_tiled(model, processor, picture, threshold=0.4, classes=[name]).names) == {name}
+    assert set(predict_tiled(model, processor, photo, threshold=0.4, classes=[name]).names) == {name}
 
 
-def test_a_progress_bar_is_shown_on_request(picture, capsys):
+def test_a_progress_bar_is_shown_on_request(photo, capsys):
     model, processor = model_and_processor()
-    predict_tiled(model, processor, picture, threshold=0.9)
+    predict_tiled(model, processor, photo, threshold=0.9)
     assert "Tiles" not in capsys.readouterr().err
-    predict_tiled(model, processor, picture, threshold=0.9, progress=True)
+    predict_tiled(model, processor, photo, threshold=0.9, progress=True)
     assert "Tiles: 100%" in capsys.readouterr().err
 
 
@@ -657,10 +657,10 @@ def test_a_progress_bar_is_shown_on_request(picture, capsys):
         ({"image": np.full((60, 60, 3), 7.0)}, r"pixels.*\[7, 7\]"),
     ],
 )
-def test_what_cannot_be_is_refused(settings, message, picture):
+def test_what_cannot_be_is_refused(settings, message, photo):
     model, processor = model_and_processor()
     with pytest.raises(ValueError, match=message):
-        predict_tiled(model, processor, **({"image": picture} | settings))
+        predict_tiled(model, processor, **({"image": photo} | settings))
 
 
 # -- at full size ----------------------------------------------------------------------------------------------------
@@ -680,16 +680,16 @@ torch.manual_seed(0)
 model = RfDetrForInstanceSegmentation(RfDetrConfig.from_variant("rf-detr-seg-nano")).eval()
 processor = RfDetrImageProcessor.from_variant("rf-detr-seg-nano")
 loaded = memory("VmRSS")
-picture = np.random.default_rng(0).integers(0, 256, (3000, 4000, 3), np.uint8)
-scores = predict(model, processor, picture[:312, :312], threshold=0.0)[0].scores
-found = predict_tiled(model, processor, picture, threshold=float(scores[12]))
+image = np.random.default_rng(0).integers(0, 256, (3000, 4000, 3), np.uint8)
+scores = predict(model, processor, image[:312, :312], threshold=0.0)[0].scores
+found = predict_tiled(model, processor, image, threshold=float(scores[12]))
 print(json.dumps({"MiB": memory("VmHWM") - loaded, "found": len(found)}))
 """
 
 
 @pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux")
-def test_a_picture_of_12_megapixels_needs_half_a_gigabyte_above_the_model():
+def test_an_image_of_12_megapixels_needs_half_a_gigabyte_above_the_model():
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     numbers = json.loads(re.search(r"^\{.*\}$", done.stdout, re.MULTILINE)[0])
     assert numbers["found"] > 100
@@ -697,7 +697,7 @@ def test_a_picture_of_12_megapixels_needs_half_a_gigabyte_above_the_model():
 
 
 def recall_and_precision(found, annotations):
-    """Of objects and of instances the part with a partner of IoU 0.5, over all pictures."""
+    """Of objects and of instances the part with a partner of IoU 0.5, over all images."""
     hits = [0, 0, 0, 0]
     for instances, objects in zip(found, annotations, strict=True):
         size = instances.image_size
@@ -717,19 +717,19 @@ def recall_and_precision(found, annotations):
 
 
 @pytest.mark.long
-def test_the_demo_s_model_finds_in_tiles_what_it_finds_in_pictures_of_its_size(tmp_path):
+def test_the_demo_s_model_finds_in_tiles_what_it_finds_in_images_of_its_size(tmp_path):
     from transformers_rfdetr.cli import demo
 
     assert demo.main(["--output", str(tmp_path), "--steps", "300", "--validation", "16"]) == 0
     model = RfDetrForInstanceSegmentation.from_pretrained(tmp_path / "model").eval()
     processor = RfDetrImageProcessor.from_pretrained(tmp_path / "model")
 
-    def pictures_and_truth(first_seed, count, size):
+    def images_and_truth(first_seed, count, size):
         scenes = [draw_scene(first_seed + 10 * index, size, metres_per_pixel=0.5) for index in range(count)]
         return [image for image, _ in scenes], [annotations for _, annotations in scenes]
 
-    small, small_truth = pictures_and_truth(2_000_000, 60, (96, 96))
-    large, large_truth = pictures_and_truth(3_000_000, 6, (420, 500))
+    small, small_truth = images_and_truth(2_000_000, 60, (96, 96))
+    large, large_truth = images_and_truth(3_000_000, 6, (420, 500))
     recall, precision = recall_and_precision(predict(model, processor, small, threshold=0.4), small_truth)
     tiled = [predict_tiled(model, processor, image, overlap=0.3, threshold=0.4) for image in large]
     tiled_recall, tiled_precision = recall_and_precision(tiled, large_truth)

@@ -68,8 +68,8 @@ def target(*annotations, **fields):
     return {"image_id": 7, "annotations": list(annotations)} | fields
 
 
-def labels_of(*annotations, masks=True, size=(60, 100), picture=(30, 50), **settings):
-    image = np.zeros((*picture, 3), np.uint8)
+def labels_of(*annotations, masks=True, size=(60, 100), photo=(30, 50), **settings):
+    image = np.zeros((*photo, 3), np.uint8)
     inputs = processor(size, **settings)(image, target(*annotations), return_segmentation_masks=masks)
     return inputs["labels"][0]
 
@@ -302,7 +302,7 @@ class TestPilModes:
 
 class TestArrays:
     @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
-    def test_of_every_layout_are_one_picture(self, kind):
+    def test_of_every_layout_are_one_image(self, kind):
         image = photo(8, 9)
         expected = torch.from_numpy(image).permute(2, 0, 1) / 255
         alpha = np.concatenate([image, np.zeros_like(image[..., :1])], axis=2)
@@ -372,8 +372,8 @@ class TestArrays:
             (np.full((4, 5), None), "object"),
             (None, "NoneType"),
             ([[0, 1], [1, 0]], "got list"),
-            ("/nowhere/picture.png", r"/nowhere/picture\.png cannot be opened"),
-            (Path("/nowhere/picture.png"), r"/nowhere/picture\.png cannot be opened"),
+            ("/nowhere/image.png", r"/nowhere/image\.png cannot be opened"),
+            (Path("/nowhere/image.png"), r"/nowhere/image\.png cannot be opened"),
         ],
     )
     def test_that_are_no_image_raise_with_their_number(self, image, message):
@@ -402,7 +402,7 @@ class TestFilesAndUrls:
                 file = tmp_path / self.path[1:]
                 self.send_response(404 if self.path == "/missing" else 200)
                 self.end_headers()
-                self.wfile.write(file.read_bytes() if file.is_file() else b"no picture here")
+                self.wfile.write(file.read_bytes() if file.is_file() else b"no image here")
 
             def log_message(self, *_):
                 pass
@@ -415,7 +415,7 @@ class TestFilesAndUrls:
         thread.join()
         server.server_close()
 
-    def test_are_read_like_pictures(self, site):
+    def test_are_read_like_images(self, site):
         folder, url = site
         expected = processor()(photo()).pixel_values[0]
         encoded = base64.b64encode((folder / "photo.png").read_bytes()).decode()
@@ -446,7 +446,7 @@ class TestFilesAndUrls:
             processor()([photo(), source])
 
     def damaged(self, folder):
-        """A picture whose second chunk of pixels has a wrong name; one that ends early; one with senseless EXIF."""
+        """An image whose second chunk of pixels has a wrong name; one that ends early; one with senseless EXIF."""
         pixels = io.BytesIO()
         PIL.Image.fromarray(photo(300, 500)).save(pixels, "PNG")
         data = pixels.getvalue()
@@ -517,7 +517,7 @@ class TestReadRgb:
 
 class TestLabels:
     def test_by_hand(self):
-        labels = labels_of(annotation(), picture=(30, 50), size=(60, 100))
+        labels = labels_of(annotation(), photo=(30, 50), size=(60, 100))
         assert labels["class_labels"].tolist() == [2]
         torch.testing.assert_close(labels["boxes"], torch.tensor([[15 / 50, 9 / 30, 20 / 50, 12 / 30]]))
         assert labels["masks"].shape == (1, 60, 100)
@@ -586,7 +586,7 @@ class TestLabels:
         labels = labels_of(annotation(), do_convert_annotations=False)
         torch.testing.assert_close(labels["boxes"], torch.tensor([[10.0, 6, 50, 30]]))
 
-    def test_boxes_of_a_padded_picture_are_relative_to_the_picture_and_masks_to_the_input(self):
+    def test_boxes_of_a_padded_image_are_relative_to_the_image_and_masks_to_the_input(self):
         labels = labels_of(annotation(), pad_size=(80, 120))
         torch.testing.assert_close(labels["boxes"], labels_of(annotation())["boxes"])
         assert labels["size"].tolist() == [80, 120]
@@ -595,7 +595,7 @@ class TestLabels:
         assert labels["masks"].sum() == 24 * 40
         assert labels["area"].tolist() == [240 * 4]
 
-    def test_boxes_are_clamped_to_the_picture(self):
+    def test_boxes_are_clamped_to_the_image(self):
         labels = labels_of(annotation(bbox=[-10, -5, 100, 10], segmentation=[[0, 0, 50, 0, 50, 5, 0, 5]]))
         torch.testing.assert_close(labels["boxes"], torch.tensor([[0.5, 2.5 / 30, 1.0, 5 / 30]]))
 
@@ -663,7 +663,7 @@ class TestObjectsThatLeave:
         assert len(labels_of(shapeless, masks=False)["boxes"]) == 0
 
     @pytest.mark.parametrize("bbox", [[5, 5, 0, 9], [5, 5, 9, 0], [5, 5, -3, 9], [60, 5, 9, 9], [5, -20, 9, 9]])
-    def test_boxes_without_an_area_in_the_picture_leave(self, bbox):
+    def test_boxes_without_an_area_in_the_image_leave(self, bbox):
         for masks in (True, False):
             assert labels_of(annotation(bbox=bbox), annotation(), masks=masks)["boxes"].shape == (1, 4)
 
@@ -764,19 +764,19 @@ class TestWhatCannotBeRead:
 
 @pytest.fixture(scope="module")
 def dataset():
-    """Five pictures of houses, the fourth without any, as objects in rows and in columns; in whole pixels."""
+    """Five images of houses, the fourth without any, as objects in rows and in columns; in whole pixels."""
     datasets = pytest.importorskip("datasets")
-    pictures, coco = draw_dataset(5)
+    photos, coco = draw_dataset(5)
     fields = ("id", "category_id", "bbox", "area", "iscrowd", "segmentation")
     rows = []
-    for picture, image in zip(pictures, coco["images"], strict=True):
+    for photo, image in zip(photos, coco["images"], strict=True):
         found = [item for item in coco["annotations"] if item["image_id"] == image["id"]]
         found = [item for item in found if isinstance(item["segmentation"], list)]
         for item in found:
             item["segmentation"] = [[float(round(side)) for side in polygon] for polygon in item["segmentation"]]
         columns = {field: [item[field] for item in found] for field in fields}
         size = {"height": 96, "width": 96}
-        rows.append({"image": picture, "image_id": image["id"], "annotations": found, "objects": columns} | size)
+        rows.append({"image": photo, "image_id": image["id"], "annotations": found, "objects": columns} | size)
     return datasets.Dataset.from_list(rows)
 
 
@@ -796,9 +796,9 @@ class TestDatasets:
                 labels.append(processor(96)(plain["image"], objects, return_segmentation_masks=True).labels[0])
             expected, found = labels
             for name in expected:
-                torch.testing.assert_close(found[name], expected[name], msg=f"{name} of picture {plain['image_id']}")
+                torch.testing.assert_close(found[name], expected[name], msg=f"{name} of image {plain['image_id']}")
 
-    def test_with_an_empty_picture_give_every_batch_of_one(self, dataset):
+    def test_with_an_empty_image_give_every_batch_of_one(self, dataset):
         def transform(rows):
             targets = [
                 {"image_id": image_id, "annotations": self.from_columns(objects)}

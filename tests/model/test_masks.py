@@ -119,8 +119,8 @@ class TestEveryEncoding:
 
 
 class TestNestedLists:
-    def test_of_zeros_and_ones_at_the_picture_s_size_are_a_bitmap(self):
-        rows = [[0, 1, 1, 0, 0, 1]] * 2  # two polygons of a picture of any other size
+    def test_of_zeros_and_ones_at_the_image_s_size_are_a_bitmap(self):
+        rows = [[0, 1, 1, 0, 0, 1]] * 2  # two polygons of an image of any other size
         np.testing.assert_array_equal(read_and_draw(rows, (2, 6)), np.array(rows, bool))
         assert isinstance(read_segmentation(rows, (20, 60)), list)
 
@@ -128,15 +128,15 @@ class TestNestedLists:
         polygons = [[0, 0, 4, 0, 4, 4], [5, 5, 9, 5, 9, 9], [0, 5, 4, 5, 4, 9]]
         assert len(read_segmentation(polygons, SIZE)) == 3
 
-    def test_of_one_or_two_polygons_stay_polygons_at_the_picture_s_size_too(self):
+    def test_of_one_or_two_polygons_stay_polygons_at_the_image_s_size_too(self):
         assert len(read_segmentation([[0, 0, 4, 0, 4, 2], [1, 0, 5, 0, 5, 2]], (2, 6))) == 2
 
     @pytest.mark.parametrize("polygons", [[[0.0, 0, 255, 0, 255, 254]] * 3, [[0, 0, 255, 0, 255, 255]] * 2])
-    def test_of_polygons_along_the_edges_of_the_picture_stay_polygons(self, polygons):
+    def test_of_polygons_along_the_edges_of_the_image_stay_polygons(self, polygons):
         assert len(read_segmentation(polygons, (255, 255))) == len(polygons)
 
 
-class TestAnotherSizeThanThePicture:
+class TestAnotherSizeThanTheImage:
     LABELS = np.random.default_rng(0).integers(0, 5, (12, 10), dtype=np.uint8)
 
     @pytest.mark.parametrize(
@@ -159,14 +159,14 @@ class TestAnotherSizeThanThePicture:
         ],
     )
     def test_makes_a_bitmap_or_a_label_map_an_error(self, bitmap, size):
-        with pytest.raises(ValueError, match=f"{size} is not of the picture's size 10x12"):
+        with pytest.raises(ValueError, match=f"{size} is not of the image's size 10x12"):
             read_segmentation(bitmap, SIZE)
 
     def test_such_as_turned_by_a_quarter_makes_a_photograph_s_bitmap_an_error(self):
         mask = np.zeros((640, 480), np.uint8)
         mask[100:200, 50:70] = 255
         for bitmap in (mask, torch.from_numpy(mask), mask.tolist(), mask // 255, (mask // 255).tolist(), mask > 0):
-            with pytest.raises(ValueError, match="640x480 is not of the picture's size 480x640"):
+            with pytest.raises(ValueError, match="640x480 is not of the image's size 480x640"):
                 read_segmentation(bitmap, (480, 640))
 
 
@@ -221,7 +221,7 @@ class TestWhatCannotBeRead:
             (np.array(7), "is no shape"),
             ({}, "'size' and 'counts'"),
             ({"counts": [120]}, "add what is missing"),
-            ({"size": [12, 10], "counts": [120]}, r"size \[12, 10\] is not the picture's \[10, 12\]"),
+            ({"size": [12, 10], "counts": [120]}, r"size \[12, 10\] is not the image's \[10, 12\]"),
             ({"size": SIZE, "counts": [100]}, "add up to 10 x 12 = 120"),
             ({"size": SIZE, "counts": []}, "add up to"),
             ({"size": SIZE, "counts": [5, -5, 120]}, "no runs"),
@@ -255,7 +255,7 @@ class TestWhatCannotBeRead:
                 shape = read_segmentation({"size": [40, 30], "counts": bytes(damaged)}, (40, 30))
             except ValueError:
                 continue
-            # Whatever still adds up is a mask of the picture: its runs encode to themselves.
+            # Whatever still adds up is a mask of the image: its runs encode to themselves.
             mask = coco_mask.decode(shape)
             assert sum(runs_of(mask)) == 40 * 30
             assert coco_mask.area(shape) == mask.sum()

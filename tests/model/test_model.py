@@ -75,7 +75,7 @@ def test_evaluation_multiplies_out_the_last_layers_masks_only():
 
 
 @pytest.mark.parametrize("size", [(50, 48), (48, 36), (0, 48)])
-def test_a_picture_that_does_not_tile_is_refused_with_the_legal_sizes(size):
+def test_an_image_that_does_not_tile_is_refused_with_the_legal_sizes(size):
     with pytest.raises(ValueError, match=r"pixel_values.*multiple of 24 .*got \d+.*\d+"):
         small_model()(pixels(height=size[0], width=size[1]))
 

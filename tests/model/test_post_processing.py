@@ -19,7 +19,7 @@ PROCESSOR = RfDetrImageProcessor()
 
 
 def random_outputs(batch=2, queries=12, classes=4, size=(20, 24), seed=0):
-    """Scores on both sides of one half, boxes that leave the picture, masks of a few smooth blobs."""
+    """Scores on both sides of one half, boxes that leave the image, masks of a few smooth blobs."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(batch, queries, 4, 5, generator=generator) * 4
     masks = F.interpolate(coarse, size, mode="bicubic")
@@ -82,7 +82,7 @@ class TestDetection:
             torch.testing.assert_close(our["scores"], their["scores"][keep])
             torch.testing.assert_close(our["boxes"], their["boxes"][keep])
 
-    def test_equals_the_port_inside_the_picture(self):
+    def test_equals_the_port_inside_the_image(self):
         outputs = random_outputs()
         outputs.pred_boxes = outputs.pred_boxes * torch.tensor([0.4, 0.4, 0.2, 0.2]) + 0.3
         for sizes in (None, [(37, 61), (80, 20)], torch.tensor([[37, 61], [80, 20]])):
@@ -324,8 +324,8 @@ class TestWholeMasks:
             assert our["segments_info"] == their["segments_info"]
 
     def test_lose_the_padding(self):
-        """A picture of 30 x 50 in the top left 12 x 20 of an input of 32 x 32, whose masks are 8 x 8."""
-        masks = rectangles(np.s_[0:3, 0:5], np.s_[3:8, 0:8])  # what the picture covers, and padding
+        """An image of 30 x 50 in the top left 12 x 20 of an input of 32 x 32, whose masks are 8 x 8."""
+        masks = rectangles(np.s_[0:3, 0:5], np.s_[3:8, 0:8])  # what the image covers, and padding
         pixel_mask = torch.zeros(1, 32, 32, dtype=torch.int64)
         pixel_mask[:, :12, :20] = 1
         result = instances(
@@ -397,7 +397,7 @@ for form in ({}, {"return_coco_annotation": True}, {"return_binary_maps": True})
 """
 
 
-def test_large_pictures_take_little_memory():
+def test_large_images_take_little_memory():
     """100 instances of 12 megapixels, which as floats would take 4.8 GB and as bool 1.2 GB."""
     if not Path("/proc/self/status").exists():
         pytest.skip("needs Linux, whose high-water mark starts anew with a program")

@@ -40,7 +40,7 @@ def folder(kind, tmp_path):
     return tmp_path
 
 
-def picture(seed: int, size: tuple[int, int] = (80, 60)) -> Image.Image:
+def photo(seed: int, size: tuple[int, int] = (80, 60)) -> Image.Image:
     noise = torch.randint(
         0, 255, (size[1], size[0], 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
     )
@@ -100,10 +100,10 @@ def test_the_segmentation_pipeline_runs_ours_one_by_one_and_in_batches(tmp_path)
     segment = pipeline("image-segmentation", model=str(tmp_path))
     assert type(segment.model) is RfDetrForInstanceSegmentation
     assert type(segment.image_processor) is RfDetrImageProcessor
-    pictures = [picture(seed) for seed in range(3)]
+    photos = [photo(seed) for seed in range(3)]
     settings = {"threshold": 0.01, "mask_threshold": 0.0, "subtask": "instance"}
-    single = [segment(image, **settings) for image in pictures]
-    batched = segment(pictures, batch_size=2, **settings)
+    single = [segment(image, **settings) for image in photos]
+    batched = segment(photos, batch_size=2, **settings)
     assert any(single)
     for one, other in zip(single, batched, strict=True):
         assert [found["label"] for found in one] == [found["label"] for found in other]
@@ -114,7 +114,7 @@ def test_the_segmentation_pipeline_runs_ours_one_by_one_and_in_batches(tmp_path)
 
 def test_the_segmentation_pipeline_runs_with_its_own_defaults():
     segment = pipeline_of("image-segmentation", small_model())
-    assert isinstance(segment(picture(0)), list)
+    assert isinstance(segment(photo(0)), list)
 
 
 def test_the_detection_pipeline_runs_ours_one_by_one_and_in_batches(tmp_path):
@@ -123,9 +123,9 @@ def test_the_detection_pipeline_runs_ours_one_by_one_and_in_batches(tmp_path):
     RfDetrImageProcessor.from_config(model.config).save_pretrained(tmp_path)
     detect = pipeline("object-detection", model=str(tmp_path))
     assert type(detect.model) is RfDetrForObjectDetection
-    pictures = [picture(seed) for seed in range(3)]
-    single = [detect(image, threshold=0.01) for image in pictures]
-    batched = detect(pictures, batch_size=2, threshold=0.01)
+    photos = [photo(seed) for seed in range(3)]
+    single = [detect(image, threshold=0.01) for image in photos]
+    batched = detect(photos, batch_size=2, threshold=0.01)
     assert any(single)
     for one, other in zip(single, batched, strict=True):
         assert [found["box"] for found in one] == [found["box"] for found in other]
@@ -188,7 +188,7 @@ def test_a_lane_has_what_it_is_named_for():
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
 def test_everything_works_without_torchvision(folder):
     assert type(AutoImageProcessor.from_pretrained(folder)) is RfDetrImageProcessor
-    assert RfDetrImageProcessor.from_pretrained(folder)(picture(0), return_tensors="pt").pixel_values.shape == (
+    assert RfDetrImageProcessor.from_pretrained(folder)(photo(0), return_tensors="pt").pixel_values.shape == (
         1,
         3,
         48,

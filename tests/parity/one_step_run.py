@@ -2,8 +2,8 @@
 
     python tests/parity/one_step_run.py OUT_FOLDER [--listing]
 
-The model is rfdetr's RFDETRSegNano with random weights at 48 px, the pictures are drawn, and nothing is downloaded.
-OUT_FOLDER gets 1.2 GB of checkpoints, and the data set. `--listing` writes `one_step_run_keys.txt` anew.
+The model is rfdetr's RFDETRSegNano with random weights at 48 px, the images are drawn, and nothing is downloaded.
+OUT_FOLDER gets 1.2 GB of checkpoints, and the dataset. `--listing` writes `one_step_run_keys.txt` anew.
 
 The one epoch has the five optimizer steps that rfdetr takes at least. A single one would not do: the first update sets
 the average of the weights to the weights, so that a reader which takes one for the other would go unnoticed.
@@ -22,7 +22,7 @@ from transformers_rfdetr.data.synthetic import draw_dataset
 
 LISTING = Path(__file__).with_name("one_step_run_keys.txt")
 CLASSES = ["barn", "house", "shed"]
-SPLITS = {"train": (0, 4), "valid": (4, 2), "test": (6, 2)}  # the first seed, and the number of pictures
+SPLITS = {"train": (0, 4), "valid": (4, 2), "test": (6, 2)}  # the first seed, and the number of images
 BEST = "checkpoint_best_regular.pth", "checkpoint_best_ema.pth", "checkpoint_best_total.pth"
 FILES = (*BEST, "last_ema.pth", "last.ckpt")
 # 3 classes and a row that no class has, 3 groups of 5 queries, 4 x 4 patches and the class token.
@@ -36,18 +36,18 @@ SIZES = (
 
 
 def write_dataset(folder: Path) -> None:
-    """Drawn pictures as Roboflow exports them: category 0 is the classes' parent, which no object belongs to.
+    """Drawn images as Roboflow exports them: category 0 is the classes' parent, which no object belongs to.
 
     Raises:
-        FileExistsError: if the data set is there already.
+        FileExistsError: if the dataset is there already.
     """
     categories = [{"id": 0, "name": "buildings", "supercategory": "none"}]
     categories += [{"id": i, "name": name, "supercategory": "buildings"} for i, name in enumerate(CLASSES, start=1)]
     for split, (seed, count) in SPLITS.items():
         (folder / split).mkdir(parents=True)
-        pictures, coco = draw_dataset(count, first_seed=seed)
-        for picture, image in zip(pictures, coco["images"], strict=True):
-            picture.save(folder / split / image["file_name"])
+        photos, coco = draw_dataset(count, first_seed=seed)
+        for photo, image in zip(photos, coco["images"], strict=True):
+            photo.save(folder / split / image["file_name"])
         for annotation in coco["annotations"]:
             annotation["category_id"] = 1 + annotation["id"] % len(CLASSES)
         coco["categories"] = categories

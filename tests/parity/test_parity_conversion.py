@@ -48,8 +48,8 @@ def described(model, settings, variant, **args):
     }
 
 
-def predictions(peer, picture):
-    found = peer.predict(picture, threshold=0.02)
+def predictions(peer, image):
+    found = peer.predict(image, threshold=0.02)
     return found.xyxy, found.confidence, found.class_id, found.mask, found.data["class_name"]
 
 
@@ -66,12 +66,12 @@ def round_trip(variant, model, settings, folder, **args):
     assert set(returned) == set(expected)
     assert all(torch.equal(returned[name], tensor) for name, tensor in expected.items())
 
-    picture = draw_scene(seed=0)[0]
+    image = draw_scene(seed=0)[0]
     first, second = (RFDETR.from_checkpoint(path, device="cpu") for path in (source, back))
     assert first.model_config.model_dump(exclude={"pretrain_weights"}) == second.model_config.model_dump(
         exclude={"pretrain_weights"}
     )
-    before, after = predictions(first, picture), predictions(second, picture)
+    before, after = predictions(first, image), predictions(second, image)
     assert len(before[0]) > 0
     for one, other in zip(before, after, strict=True):
         np.testing.assert_array_equal(one, other)

@@ -9,8 +9,8 @@ from small_models import stand_in_config
 
 SEGMENTATION = [name for name in PEER_CLASSES if "-seg-" in name]
 BRANCHES = {
-    "wide picture": ("rf-detr-seg-medium", {"grid": 8}, (72, 120), None),
-    "tall picture": ("rf-detr-seg-nano", {"grid": 3}, (48, 24), None),
+    "wide image": ("rf-detr-seg-medium", {"grid": 8}, (72, 120), None),
+    "tall image": ("rf-detr-seg-nano", {"grid": 3}, (48, 24), None),
     "interpolated positions": ("rf-detr-base", {"grid": 5}, (112, 112), None),
     "padding": ("rf-detr-seg-medium", {"grid": 8}, (96, 144), (60, 100)),
     "padding on two levels": ("rf-detr-large-deprecated", {"grid": 8}, (112, 168), (60, 100)),
@@ -21,17 +21,17 @@ BRANCHES = {
 }
 
 
-def compare(variant: str, config, size: tuple[int, int], picture: tuple[int, int] | None = None) -> None:
+def compare(variant: str, config, size: tuple[int, int], image: tuple[int, int] | None = None) -> None:
     peer, _, ours = twins(variant, config)
     pixels = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
     padding = torch.zeros(2, *size, dtype=torch.bool)
-    if picture is not None:
-        padding[1, picture[0] :] = True
-        padding[1, :, picture[1] :] = True
+    if image is not None:
+        padding[1, image[0] :] = True
+        padding[1, :, image[1] :] = True
     choices = []
     with torch.no_grad():
         with record_choices(choices):
-            expected = peer(pixels if picture is None else NestedTensor(pixels, padding))
+            expected = peer(pixels if image is None else NestedTensor(pixels, padding))
         with replay_choices(choices):
             outputs = ours(pixels, pixel_mask=(~padding).long())
     assert expected["pred_logits"].std() > 0.1  # a comparison of constants would prove nothing
@@ -50,8 +50,8 @@ def test_a_small_model_with_each_variants_branches_computes_the_same(variant):
 
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_every_other_branch_computes_the_same(branch):
-    variant, overrides, size, picture = BRANCHES[branch]
-    compare(variant, stand_in_config(variant, **overrides), size, picture)
+    variant, overrides, size, image = BRANCHES[branch]
+    compare(variant, stand_in_config(variant, **overrides), size, image)
 
 
 @pytest.mark.long

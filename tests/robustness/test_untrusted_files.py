@@ -260,7 +260,7 @@ def test_a_name_that_leaves_and_reenters_the_folder_is_read(name, tmp_path):
 
 @pytest.mark.parametrize("name", [5, ["a.png"], "a\x00.png", "a" * 5_000, "", None, "http://127.0.0.1:1/a.png"])
 def test_invalid_file_names_are_refused(name, tmp_path):
-    with pytest.raises(ValueError, match=r"file_name|(picture|image)s?.*not "):
+    with pytest.raises(ValueError, match=r"file_name|(image|image)s?.*not "):
         load_instance_dataset(save_coco(tmp_path, name))
 
 

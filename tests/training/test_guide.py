@@ -32,7 +32,7 @@ from small_models import randomised, small_config
 
 GUIDE = Path(__file__).resolve().parents[3] / "shared" / "guides" / "hf_instance_segmentation.md"
 BATCH = 2
-# A pixel whose logit is 0 but for rounding moves the mean of four pictures by less.
+# A pixel whose logit is 0 but for rounding moves the mean of four images by less.
 ONE_PIXEL = 1e-3
 
 
@@ -82,26 +82,26 @@ def run(blocks: list[str], names: dict[str, Any], folder: Path) -> str:
 
 
 def rows_of_whole_buildings(counts: list[int], first_seed: int) -> list[dict[str, Any]]:
-    """Drawn pictures with `counts` buildings, in the columns of the guide's data set.
+    """Drawn images with `counts` buildings, in the columns of the guide's dataset.
 
     Buildings that are hidden in part are RLE and leave the objects, because the guide draws polygons only.
     """
     rows: list[dict[str, Any]] = []
     for seed in itertools.count(first_seed):
-        picture, annotations = draw_scene(seed, (96, 96), metres_per_pixel=0.6)
+        image, annotations = draw_scene(seed, (96, 96), metres_per_pixel=0.6)
         whole = [annotation for annotation in annotations if isinstance(annotation["segmentation"], list)]
         if len(whole) == counts[len(rows)]:
             objects = {
                 name: [item[name] for item in whole] for name in ("id", "bbox", "area", "segmentation", "iscrowd")
             }
             objects["category"] = [0] * len(whole)
-            rows.append({"image": picture, "image_id": seed, "width": 96, "height": 96, "objects": objects})
+            rows.append({"image": image, "image_id": seed, "width": 96, "height": 96, "objects": objects})
         if len(rows) == len(counts):
             return rows
 
 
 def union_iou_of_each(model: torch.nn.Module, processor: RfDetrImageProcessor, rows: list[dict]) -> list[float]:
-    """The guide's metric, picture by picture: all masks of all queries in one, against all buildings in one.
+    """The guide's metric, image by image: all masks of all queries in one, against all buildings in one.
 
     Nothing of the guide, the Trainer or our reading of polygons takes part.
     """
@@ -136,7 +136,7 @@ def guide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     torch.manual_seed(0)
     model = randomised(RfDetrForInstanceSegmentation(small_config(num_labels=91)))
     with torch.no_grad():
-        model.segmentation_head.bias -= 6  # masks that do not cover the whole picture together
+        model.segmentation_head.bias -= 6  # masks that do not cover the whole image together
     model.save_pretrained(folder / "model")
     RfDetrImageProcessor.from_config(model.config).save_pretrained(folder / "model")
     splits = {
@@ -216,7 +216,7 @@ def test_the_stock_trainer_cuts_the_labels_of_a_last_batch_that_is_not_full_so_t
 
 
 def pooled_iou(model: torch.nn.Module, processor: RfDetrImageProcessor, rows: list[dict]) -> float:
-    """Mean IoU of one class, at the pictures' own size: queries that score above 0.5 against all buildings."""
+    """Mean IoU of one class, at the images' own size: queries that score above 0.5 against all buildings."""
     intersection = union = 0
     for row in rows:
         with torch.no_grad():

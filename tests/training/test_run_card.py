@@ -30,7 +30,7 @@ def test_the_metrics_of_a_run_are_those_of_the_weights_that_it_kept(tmp_path):
         {"eval_segm_AP": 0.3, "eval_bbox_AP": 0.1, "eval_segm_AP/roof": 0.7, "step": 5},
         {"eval_segm_AP": 0.2, "eval_bbox_AP": 0.4, "eval_segm_AP/roof": 0.6, "step": 10},
         {"train_runtime": 1.0, "step": 10},
-        {"eval_segm_AP": 0.9, "step": 10},  # of some other data set
+        {"eval_segm_AP": 0.9, "step": 10},  # of some other dataset
     ]
     trainer.state.log_history, trainer.state.global_step = log, 10
     [[title, best]] = metrics_of_trainer(trainer).items()
@@ -46,7 +46,7 @@ def test_the_metrics_of_a_run_are_those_of_the_weights_that_it_kept(tmp_path):
 
 
 def test_crowds_are_not_drawn_and_objects_without_mask_are_drawn_as_boxes(monkeypatch):
-    picture = Image.new("RGB", (9, 8), "gray")
+    image = Image.new("RGB", (9, 8), "gray")
     square = {"bbox": [1.0, 2.0, 4.0, 3.0], "segmentation": [[1, 2, 5, 2, 5, 5, 1, 5]], "category_id": 0, "iscrowd": 0}
     crowd = square | {"bbox": [0.0, 0.0, 9.0, 8.0], "iscrowd": 1}
     mask = np.zeros((8, 9), bool)
@@ -57,10 +57,10 @@ def test_crowds_are_not_drawn_and_objects_without_mask_are_drawn_as_boxes(monkey
         ([square, crowd], {"masks": [mask]}),
         ([square, square | {"segmentation": None}], {"boxes": [(1, 2, 5, 5)] * 2}),
     ):
-        sample = {"image": picture, "height": 8, "width": 9, "annotations": annotations}
+        sample = {"image": image, "height": 8, "width": 9, "annotations": annotations}
         [(truth, found)] = draw_examples(model, RfDetrImageProcessor(size=48), data, 1)
-        assert np.array_equal(truth, draw_instances(picture, **shapes)), shapes
-        assert np.array_equal(found, picture)  # random weights are sure of nothing
+        assert np.array_equal(truth, draw_instances(image, **shapes)), shapes
+        assert np.array_equal(found, image)  # random weights are sure of nothing
 
 
 # peft asks transformers >= 5.23 by an old name.

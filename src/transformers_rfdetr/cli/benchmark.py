@@ -26,7 +26,7 @@ def benchmark(
     size: Annotated[
         str | None, typer.Option(metavar="N|HxW", help="pixels of the model's input, instead of its own")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="pictures at a time")] = 1,
+    batch_size: Annotated[int, typer.Option(help="images at a time")] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
     compiled: Annotated[bool, typer.Option("--compile", help="make it fast for this size with torch.compile")] = False,
@@ -79,17 +79,17 @@ def _as_text(numbers: Mapping[str, Any]) -> str:
     lines = [
         f"{numbers['model']} at {height} x {width} px, {how}, on {place}, {numbers['runs']} runs of"
         f" {numbers['batch_size']}",
-        f"{'':<10}{'median':>12}{'p90':>12}{'pictures/s':>12}",
+        f"{'':<10}{'median':>12}{'p90':>12}{'images/s':>12}",
     ]
     for name in ("forward", "predict"):
         times = numbers[name]
         cells = [f"{1e3 * times[f'{kind}_seconds']:.1f} ms" for kind in ("median", "p90")]
-        lines.append(f"{name:<10}{cells[0]:>12}{cells[1]:>12}{times['pictures_per_second']:>12.1f}")
+        lines.append(f"{name:<10}{cells[0]:>12}{cells[1]:>12}{times['images_per_second']:>12.1f}")
     peak = numbers["peak_bytes"]
     memory = "not measured on this system" if peak is None else f"{peak / 2**20:.0f} MiB"
     what = "" if numbers["device"].startswith("cuda") else " above the loaded model"
     lines += [
-        f"{numbers['flops'] / 1e9:.3g} GFLOP a picture, {numbers['parameters'] / 1e6:.1f} M parameters",
+        f"{numbers['flops'] / 1e9:.3g} GFLOP an image, {numbers['parameters'] / 1e6:.1f} M parameters",
         f"peak memory{what}: {memory}",
     ]
     return "\n".join(lines)

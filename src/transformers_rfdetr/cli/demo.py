@@ -83,13 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     processor = RfDetrImageProcessor.from_pretrained(saved)
     numbers = evaluate_instance_segmentation(model, processor, data["validation"])
     print(format_numbers(numbers))
-    picture = options.output / "predictions.png"
-    with atomic_file(picture) as partial:
+    image = options.output / "predictions.png"
+    with atomic_file(image) as partial:
         _draw_predictions(model, processor, data["validation"]).save(partial, "PNG")
     write_text(options.output / "metrics.json", json.dumps(numbers, indent=1))
     print(
         f"{time.perf_counter() - started:.0f} s. The model is in {saved}, its predictions beside the ground truth in "
-        f"{picture}, the data in {options.output / 'data'}"
+        f"{image}, the data in {options.output / 'data'}"
     )
     return 0
 
@@ -97,15 +97,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m transformers_rfdetr.cli.demo",
-        description="Draw aerial pictures of buildings, train a small RF-DETR-Seg on them from scratch, evaluate it on "
+        description="Draw aerial images of buildings, train a small RF-DETR-Seg on them from scratch, evaluate it on "
         "others, save it, load it back and draw what it finds.",
         epilog="example: python -m transformers_rfdetr.cli.demo --seed 1 --output demo/seed1",
     )
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for all results (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of training (%(default)s)")
-    parser.add_argument("--steps", type=int, default=600, help="updates of 16 pictures (%(default)s)")
-    parser.add_argument("--train", type=int, default=1024, help="pictures to train on (%(default)s)")
-    parser.add_argument("--validation", type=int, default=96, help="held-out pictures (%(default)s)")
+    parser.add_argument("--steps", type=int, default=600, help="updates of 16 images (%(default)s)")
+    parser.add_argument("--train", type=int, default=1024, help="images to train on (%(default)s)")
+    parser.add_argument("--validation", type=int, default=96, help="held-out images (%(default)s)")
     options = parser.parse_args(arguments)
     for name, least in (("seed", 0), ("steps", 1), ("train", 16), ("validation", 1)):
         if getattr(options, name) < least:
@@ -121,9 +121,9 @@ def _draw_data(folder: Path, counts: dict[str, int]) -> Any:
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         for seed in logging.tqdm(range(first, first + count), desc=f"Drawing {split}"):
-            picture, objects = draw_scene(seed, (_SIZE, _SIZE), metres_per_pixel=0.5)
+            image, objects = draw_scene(seed, (_SIZE, _SIZE), metres_per_pixel=0.5)
             name = f"{seed:07d}.png"
-            picture.save(folder / split / name)
+            image.save(folder / split / name)
             images.append({"id": seed, "file_name": name, "height": _SIZE, "width": _SIZE})
             annotations += [{**item, "id": len(annotations) + i} for i, item in enumerate(objects, start=1)]
         coco = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "building"}]}
@@ -167,11 +167,11 @@ def _build_model(seed: int, id2label: dict[int, str]) -> RfDetrForInstanceSegmen
     return RfDetrForInstanceSegmentation(config)
 
 
-def _recipe(folder: Path, steps: int, seed: int, num_pictures: int) -> RfDetrTrainingArguments:
+def _recipe(folder: Path, steps: int, seed: int, num_images: int) -> RfDetrTrainingArguments:
     steps_between = max(1, steps // 4)
     return RfDetrTrainingArguments(
         str(folder),
-        num_train_epochs=steps * 16 / num_pictures,
+        num_train_epochs=steps * 16 / num_images,
         per_device_train_batch_size=16,
         per_device_eval_batch_size=16,
         learning_rate=1e-3,
@@ -208,7 +208,7 @@ def _draw_predictions(
             wide = np.asarray(masks, bool).reshape(-1, _SIZE, _SIZE).repeat(3, axis=1).repeat(3, axis=2)
             row.append(draw_instances(large, wide, scores=values))
         rows.append(row)
-    return draw_grid(rows, ["picture", "ground truth", "found"])
+    return draw_grid(rows, ["image", "ground truth", "found"])
 
 
 if __name__ == "__main__":

@@ -25,21 +25,21 @@ _OF_A_CLASS = {"segm_AP": "mask AP", "segm_AP50": "mask AP50", "iou": "mask IoU"
 @one_line_errors
 def evaluate(
     model: Annotated[str, typer.Argument(help="a folder, a Hub id, or a published name such as rf-detr-seg-medium")],
-    data: Annotated[str, typer.Argument(help="a folder, a COCO JSON, a data.yaml of YOLO, or a data set on the Hub")],
+    data: Annotated[str, typer.Argument(help="a folder, a COCO JSON, a data.yaml of YOLO, or a dataset on the Hub")],
     split: Annotated[str, typer.Option(help="of the data; a single JSON is the split train")] = "validation",
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="write all numbers there, as JSON")] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="print a line for each class too")] = False,
-    batch_size: Annotated[int, typer.Option(help="pictures at a time; no number depends on it")] = 8,
+    batch_size: Annotated[int, typer.Option(help="images at a time; no number depends on it")] = 8,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
     threshold: Annotated[
         float | None, typer.Option(help="score that a detection must exceed; COCO's numbers have none")
     ] = None,
     image_folder: Annotated[
-        str | None, typer.Option(help="where the pictures are, if not beside the JSON or data.yaml")
+        str | None, typer.Option(help="where the images are, if not beside the JSON or data.yaml")
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="write a page of curves, tables and the worst pictures there")
+        Path | None, typer.Option(metavar="DIR", help="write a page of curves, tables and the worst images there")
     ] = None,
 ) -> None:
     """Evaluate a model as COCO does: AP and AR of masks and boxes, and mean IoU."""
@@ -68,12 +68,12 @@ def evaluate(
     else:
         analysis = analyse(loaded, processor, dataset, **settings)
         numbers = analysis.metrics
-    typer.echo(f"{model} on {split} of {data}, {len(dataset)} pictures")
+    typer.echo(f"{model} on {split} of {data}, {len(dataset)} images")
     typer.echo(format_numbers(numbers))
     if per_class:
         typer.echo(format_classes(numbers["per_class"]))
     if output is not None:
-        facts = {"model": model, "data": data, "split": split, "num_pictures": len(dataset), "threshold": threshold}
+        facts = {"model": model, "data": data, "split": split, "num_images": len(dataset), "threshold": threshold}
         write_text(output, json.dumps(facts | numbers, indent=1))
     if report is not None:
         page = save_report(report, analysis, dataset, training=_run_of(model), title=f"{model} on {split} of {data}")

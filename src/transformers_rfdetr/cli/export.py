@@ -54,7 +54,7 @@ def export(
         top_k=top_k,
         dtype=dtype,
         batch_size=batch_size,
-        pictures=image or None,
+        images=image or None,
         processor=processor,
     )
     weights = done.path.with_suffix(".bin") if done.path.suffix == ".xml" else done.path

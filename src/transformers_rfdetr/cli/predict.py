@@ -34,7 +34,7 @@ transformers-rfdetr predict my-model survey.tif --tile auto --overlap 0.25
 
 torchrun --nproc-per-node 8 -m transformers_rfdetr.cli.app predict my-model photos/
 
-exit code: 0 if all went well, 1 if pictures could not be read (the others are done; of several processes each ends with
+exit code: 0 if all went well, 1 if images could not be read (the others are done; of several processes each ends with
 0 all the same), 2 for wrong arguments
 """
 _STREAM = re.compile(r"(rtsp|rtsps|rtmp|rtmps|udp|tcp|srt)://", re.IGNORECASE)
@@ -51,20 +51,20 @@ def predict(
         typer.Argument(help="files, folders, patterns, URLs; videos; a camera's number; rtsp:// and other streams"),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="the folder for what is found")] = Path("predictions"),
-    dataset: Annotated[str | None, typer.Option(metavar="USER/NAME", help="a data set instead of files")] = None,
-    split: Annotated[str, typer.Option(help="of that data set")] = "test",
+    dataset: Annotated[str | None, typer.Option(metavar="USER/NAME", help="a dataset instead of files")] = None,
+    split: Annotated[str, typer.Option(help="of that dataset")] = "test",
     threshold: Annotated[float, typer.Option(help="least score of an instance")] = 0.5,
     classes: Annotated[str | None, typer.Option(metavar="NAME,NAME", help="look for these only")] = None,
-    batch_size: Annotated[int, typer.Option(help="pictures, frames or tiles at a time")] = 8,
+    batch_size: Annotated[int, typer.Option(help="images, frames or tiles at a time")] = 8,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
     tile: Annotated[
-        str | None, typer.Option(metavar="auto|N|HxW", help="cut pictures of any size into tiles of this many pixels")
+        str | None, typer.Option(metavar="auto|N|HxW", help="cut images of any size into tiles of this many pixels")
     ] = None,
     overlap: Annotated[
         float | None, typer.Option(help="of neighbouring tiles, as a part of their side; 0.2 by default")
     ] = None,
-    pictures: Annotated[bool, typer.Option(help="write what is found drawn over each picture or video")] = True,
+    images: Annotated[bool, typer.Option(help="write what is found drawn over each image or video")] = True,
     save_crops: Annotated[bool, typer.Option("--save-crops", help="write each instance's cut-out")] = False,
     color_by: Annotated[
         str | None, typer.Option(help="class or instance; by default class, of tracks instance")
@@ -73,11 +73,11 @@ def predict(
     max_frames: Annotated[int | None, typer.Option(help="end a video or stream after so many")] = None,
     patience: Annotated[float, typer.Option(help="seconds without a frame after which a stream has ended")] = 60.0,
     show: Annotated[bool, typer.Option("--show", help="show it in a window too; a key goes on, q ends it")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="stop at the first picture that cannot be read")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="stop at the first image that cannot be read")] = False,
 ) -> None:
     """Find instances in images, folders, datasets, videos, cameras and streams.
 
-    Images come out as OUTPUT/pictures, predictions.jsonl and predictions.coco.json, videos as OUTPUT/videos. The same
+    Images come out as OUTPUT/images, predictions.jsonl and predictions.coco.json, videos as OUTPUT/videos. The same
     command again skips what is done. Started by torchrun or accelerate launch, each process takes its share.
     """
     import torch
@@ -104,7 +104,7 @@ def predict(
     _check_that_it_applies(bool(items), bool(videos), tile, save_crops, track, max_frames)
     if overlap is not None and tile is None:
         raise ValueError(f"--overlap {overlap} is of tiles, and --tile is not given; add --tile auto, or leave it out")
-    show_picture = _open_window() if show else None
+    show_image = _open_window() if show else None
     if device == "auto" and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     loaded, processor = load(model, device=device, dtype=read_dtype(dtype))
@@ -136,7 +136,7 @@ def predict(
                 FolderOptions(
                     tile=tile if tile in (None, "auto") else read_size("--tile", tile),
                     overlap=0.2 if overlap is None else overlap,
-                    draw=pictures,
+                    draw=images,
                     crops=save_crops,
                     color_by=color_by or "class",
                     **{name: shared[name] for name in ("threshold", "classes", "batch_size")},
@@ -147,19 +147,19 @@ def predict(
                 shard=(rank, world),
                 progress=shared["progress"],
                 on_image=None
-                if show_picture is None
-                else lambda image, found: show_picture(found.draw(image, color_by=color_by or "class"), 0),
+                if show_image is None
+                else lambda image, found: show_image(found.draw(image, color_by=color_by or "class"), 0),
             )
             _report(summary, output, rank, world)
             failed += summary.failed
-        settings = {**origin, "threshold": threshold, "classes": shared["classes"], "pictures": pictures}
+        settings = {**origin, "threshold": threshold, "classes": shared["classes"], "images": images}
         if videos:
             settings["weights"] = fingerprint(loaded)
             check_settings(output, settings)
         for video in videos[rank::world]:
             style = {"track": track, "color_by": color_by, "max_frames": max_frames, "patience": patience}
             try:
-                _predict_video(loaded, processor, video, output, settings, pictures, show_picture, **style, **shared)
+                _predict_video(loaded, processor, video, output, settings, images, show_image, **style, **shared)
             except (ValueError, OSError) as error:
                 if strict or len(videos) == 1:
                     raise
@@ -169,7 +169,7 @@ def predict(
         typer.echo(f"predict: {escape_unprintable(str(error))}; without --strict the others are done", err=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
-        typer.echo(f"\nstopped; the same command goes on: pictures that are done stay in {output}", err=True)
+        typer.echo(f"\nstopped; the same command goes on: images that are done stay in {output}", err=True)
         raise typer.Exit(130) from None
     finally:
         Image.MAX_IMAGE_PIXELS = limit
@@ -179,12 +179,12 @@ def predict(
 
 
 def _check_that_it_applies(
-    pictures: bool, videos: bool, tile: str | None, save_crops: bool, track: bool, max_frames: int | None
+    images: bool, videos: bool, tile: str | None, save_crops: bool, track: bool, max_frames: int | None
 ) -> None:
     """ValueError for an option that would do nothing."""
     for given, option in ((tile is not None, "--tile"), (save_crops, "--save-crops")):
-        if given and not pictures:
-            raise ValueError(f"{option} is for pictures, and the sources are videos; leave it out")
+        if given and not images:
+            raise ValueError(f"{option} is for images, and the sources are videos; leave it out")
     for given, option in ((track, "--track"), (max_frames is not None, "--max-frames")):
         if given and not videos:
             raise ValueError(f"{option} is for videos, and the sources have none; leave it out")
@@ -241,7 +241,7 @@ def _open_dataset(name: str, split: str) -> Sequence[Any]:
         raise ValueError(f"--dataset {name} cannot be loaded: {error}") from error
     columns = [column for column, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     if not columns:
-        raise ValueError(f"--dataset {name} has no column of pictures, only {', '.join(rows.features)}")
+        raise ValueError(f"--dataset {name} has no column of images, only {', '.join(rows.features)}")
     return _Column(rows, columns[0])
 
 
@@ -264,7 +264,7 @@ def _predict_video(
     video: "InputImage",
     output: Path,
     settings: Mapping[str, Any],
-    pictures: bool,
+    images: bool,
     window: Callable[[Any, int], None] | None,
     **options: Any,
 ) -> None:
@@ -290,7 +290,7 @@ def _predict_video(
             model,
             processor,
             video.source,
-            drawn_to if pictures else None,
+            drawn_to if images else None,
             jsonl=unfinished,
             on_frame=on_frame,
             **options,
@@ -303,7 +303,7 @@ def _predict_video(
         raise ValueError(f"the connection ended after {done.frames} frames; the same command begins it again")
     if unfinished.exists() and (not done.interrupted or _is_endless(video.source)):
         unfinished.rename(lines)
-    typer.echo(f"{_video_line(video.name, done)}: {drawn_to if pictures else lines}")
+    typer.echo(f"{_video_line(video.name, done)}: {drawn_to if images else lines}")
     if done.interrupted:
         raise KeyboardInterrupt
 
@@ -317,14 +317,14 @@ def _video_line(source: str, done: "VideoSummary") -> str:
 def _report(summary: "Summary", output: Path, rank: int, world: int) -> None:
     share = f" (process {rank} of {world})" if world > 1 else ""
     before = f", {summary.skipped} done before" if summary.skipped else ""
-    typer.echo(f"{summary.instances} instances in {summary.done} pictures{before}{share}")
+    typer.echo(f"{summary.instances} instances in {summary.done} images{before}{share}")
     for key, reason in summary.failed[:_NUM_NAMED]:
         if "decompression bomb" in reason:
-            reason = f"{reason.rstrip('.')}; --tile auto reads pictures of any size"
+            reason = f"{reason.rstrip('.')}; --tile auto reads images of any size"
         typer.echo(f"  not read: {escape_unprintable(reason if key in reason else f'{key}: {reason}')}", err=True)
     if summary.failed:
         more = f", {len(summary.failed) - _NUM_NAMED} more than listed here" * (len(summary.failed) > _NUM_NAMED)
-        typer.echo(f"{len(summary.failed)} pictures could not be read{more}", err=True)
+        typer.echo(f"{len(summary.failed)} images could not be read{more}", err=True)
     if summary.complete:
         typer.echo(f"{output / 'predictions.jsonl'}, {output / 'predictions.coco.json'}")
     elif world > 1:
@@ -344,8 +344,8 @@ def _open_window() -> Callable[[Any, int], None]:
 
     import numpy as np
 
-    def show(picture: Any, milliseconds: int) -> None:
-        cv2.imshow("transformers-rfdetr", np.asarray(picture)[..., ::-1])
+    def show(image: Any, milliseconds: int) -> None:
+        cv2.imshow("transformers-rfdetr", np.asarray(image)[..., ::-1])
         if cv2.waitKey(milliseconds) & 0xFF == ord("q"):  # 0 waits for a key
             raise KeyboardInterrupt
 

@@ -242,18 +242,18 @@ class PackedRecords:
             raise ValueError(
                 f"file names must stay inside the folder {self.images!r}, got {_list_first(outside)}:"
                 f" {len(outside)} of {count} lead out of it. Correct them, or give a folder that contains all images,"
-                " as `image_folder` or `pictures`."
+                " as `image_folder` or `images`."
             )
         if missing:
             kind = type(self.images).__name__
             place = repr(self.images) if kind == "str" else f"the {kind} of {len(self.images)} images"
             raise ValueError(
                 f"{len(missing)} of {count} images are not in {place}: {_list_first(missing)}. Give the folder that"
-                " contains them, as `image_folder` or `pictures`."
+                " contains them, as `image_folder` or `images`."
             )
         if not isinstance(self.images, str | Mapping) and len(self.images) != count:
             raise ValueError(
-                f"`pictures` must contain one image for each of the {count} entries of 'images', in their order, got"
+                f"`images` must contain one image for each of the {count} entries of 'images', in their order, got"
                 f" {len(self.images)}. Add or remove images."
             )
 

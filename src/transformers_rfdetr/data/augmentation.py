@@ -1,6 +1,6 @@
 """Augmentations of an image, its boxes and its masks together.
 
-An augmentation is a callable `(picture, annotations, rng) -> (picture, annotations)`: a PIL image in RGB, COCO
+An augmentation is a callable `(image, annotations, rng) -> (image, annotations)`: a PIL image in RGB, COCO
 annotations in its pixels, and the `numpy.random.Generator` that all its draws come from. It changes neither of them in
 place. Sizes are (H, W); boxes are COCO's [x, y, width, height]; N objects; h w pixels of a working size.
 """
@@ -30,7 +30,7 @@ def as_augmentation(augmentation: Any) -> Augmentation | None:
     if augmentation is not None and not callable(augmentation):
         raise ValueError(
             f"augmentation {augmentation!r:.80} cannot be called; pass FlipAndCrop(), a torchvision.transforms.v2"
-            " pipeline or a function (picture, annotations, rng) -> (picture, annotations)"
+            " pipeline or a function (image, annotations, rng) -> (image, annotations)"
         )
     return augmentation
 
@@ -49,9 +49,9 @@ class FlipAndCrop:
         >>> import numpy as np
         >>> from transformers_rfdetr.data.augmentation import FlipAndCrop
         >>> from transformers_rfdetr.data.synthetic import draw_scene
-        >>> picture, annotations = draw_scene(seed=0)
-        >>> picture, annotations = FlipAndCrop(crop=1.0)(picture, annotations, np.random.default_rng(0))
-        >>> picture.size
+        >>> image, annotations = draw_scene(seed=0)
+        >>> image, annotations = FlipAndCrop(crop=1.0)(image, annotations, np.random.default_rng(0))
+        >>> image.size
         (339, 339)
 
     Args:
@@ -86,25 +86,25 @@ class FlipAndCrop:
         self.short_sides, self.crop_sides = tuple(short_sides), tuple(crop_sides)
 
     def __call__(
-        self, picture: Image.Image, annotations: Annotations, rng: np.random.Generator
+        self, image: Image.Image, annotations: Annotations, rng: np.random.Generator
     ) -> tuple[Image.Image, Annotations]:
         """The image, cut, mirrored and turned as `rng` says, with what is left of its annotations."""
         if rng.random() < self.crop:
-            left, top, side = self._draw_square(picture.size, rng)
-            size = (picture.height, picture.width)
-            picture = picture.crop((left, top, left + side, top + side))
+            left, top, side = self._draw_square(image.size, rng)
+            size = (image.height, image.width)
+            image = image.crop((left, top, left + side, top + side))
             cut = (_crop(annotation, size, left, top, side) for annotation in annotations)
             annotations = [annotation for annotation in cut if annotation is not None]
         if rng.random() < self.flip:
-            size = (picture.height, picture.width)
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            size = (image.height, image.width)
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             annotations = [_mirror(annotation, size) for annotation in annotations]
         if self.turn and rng.random() < self.turn:
             for _ in range(rng.integers(1, 4)):
-                size = (picture.height, picture.width)
-                picture = picture.transpose(Image.Transpose.ROTATE_90)
+                size = (image.height, image.width)
+                image = image.transpose(Image.Transpose.ROTATE_90)
                 annotations = [_turn(annotation, size) for annotation in annotations]
-        return picture, annotations
+        return image, annotations
 
     def _draw_square(self, size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int, int]:
         """(W, H) -> left, top and side of a square, in pixels."""
@@ -223,10 +223,10 @@ class TorchvisionTransform:
         self.pipeline, self.max_size = pipeline, max_size
 
     def __call__(
-        self, picture: Image.Image, annotations: Annotations, rng: np.random.Generator
+        self, image: Image.Image, annotations: Annotations, rng: np.random.Generator
     ) -> tuple[Image.Image, Annotations]:
         """What the pipeline makes of the image and its annotations."""
-        size = (picture.height, picture.width)
+        size = (image.height, image.width)
         shapes = [read_segmentation(annotation.get("segmentation"), size) for annotation in annotations]
         scale = min(1.0, self.max_size / max(size))
         working = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
@@ -235,9 +235,9 @@ class TorchvisionTransform:
         masks[has_segmentation] = rasterize([shapes[i] for i in has_segmentation], size, working)
         boxes = [_box_of(annotation, shape, size) for annotation, shape in zip(annotations, shapes, strict=True)]
         if working != size:
-            picture = picture.resize(working[::-1], Image.Resampling.BILINEAR)
+            image = image.resize(working[::-1], Image.Resampling.BILINEAR)
         xywh = np.array(boxes, np.float32).reshape(-1, 4) * np.tile(np.divide(working, size)[::-1], 2)
-        pixels, found = self._transform(picture, xywh, masks, rng)
+        pixels, found = self._transform(image, xywh, masks, rng)
         size = (pixels.shape[1], pixels.shape[2])
         result = []
         for position, box, mask in zip(found["labels"], found["boxes"], found["masks"], strict=True):
@@ -256,7 +256,7 @@ class TorchvisionTransform:
         return Image.fromarray(pixels.permute(1, 2, 0).numpy()), result
 
     def _transform(
-        self, picture: Image.Image, xywh: np.ndarray, masks: np.ndarray, rng: np.random.Generator
+        self, image: Image.Image, xywh: np.ndarray, masks: np.ndarray, rng: np.random.Generator
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """-> pixels (3, h, w) uint8, and `labels` and `boxes` (XYXY) as lists and `masks` (N, h, w) bool."""
         try:
@@ -277,7 +277,7 @@ class TorchvisionTransform:
         # Only the CPU's generator: the draws are made there, and seeding CUDA's would outlive the fork.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(rng.integers(1 << 63)))
-            result = self.pipeline(tv_tensors.Image(functional.pil_to_tensor(picture)), target)
+            result = self.pipeline(tv_tensors.Image(functional.pil_to_tensor(image)), target)
         try:
             pixels, target = result
             boxes, found_masks, labels = target["boxes"], target["masks"], target["labels"].tolist()

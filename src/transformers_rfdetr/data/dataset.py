@@ -54,7 +54,7 @@ class InstanceDataset(HasLabelMap, torch.utils.data.Dataset):
 
     Args:
         coco: A COCO dict with `images`, `annotations` and `categories`.
-        pictures: The images: the folder that their file names are relative to; PIL images or paths in the order of
+        images: The images: the folder that their file names are relative to; PIL images or paths in the order of
             `images`; or a mapping to these from image id or file name.
         label_map: Names of the classes by category id; by default those of `categories`.
 
@@ -66,12 +66,12 @@ class InstanceDataset(HasLabelMap, torch.utils.data.Dataset):
     def __init__(
         self,
         coco: Mapping[str, Any],
-        pictures: str | os.PathLike[str] | Sequence[Any] | Mapping[Any, Any],
+        images: str | os.PathLike[str] | Sequence[Any] | Mapping[Any, Any],
         *,
         label_map: Mapping[int, str] | None = None,
     ) -> None:
         index = AnnotationIndex(validate_classes(label_map or coco_categories(coco)))
-        self._set_records(index, PackedRecords(index.validated(coco_records(coco)), pictures))
+        self._set_records(index, PackedRecords(index.validated(coco_records(coco)), images))
 
     @classmethod
     def from_index(cls, index: AnnotationIndex, records: PackedRecords | ArrowRows) -> "InstanceDataset":

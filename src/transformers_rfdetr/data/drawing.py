@@ -90,7 +90,7 @@ def draw_instances(
             mask = _bitmap(shown[index])
             if mask.dtype != bool or mask.shape != pixels.shape[:2]:
                 raise ValueError(
-                    f"masks of {mask.dtype} {mask.shape} are not bool of the picture's (height, width)"
+                    f"masks of {mask.dtype} {mask.shape} are not bool of the image's (height, width)"
                     f" {pixels.shape[:2]}; post-process with target_sizes=[(height, width)] and return_binary_maps=True"
                 )
             places[index] = place = _extent(mask)
@@ -149,22 +149,22 @@ def draw_grid(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str] | Non
         rows: At least one, each of as many images of any size.
         titles: A line of text for each column; none by default.
     """
-    height = max(picture.height for picture in rows[0])
+    height = max(image.height for image in rows[0])
     gap = max(4, round(height / 60))
     font = ImageFont.load_default(max(10, round(height / 20)))
     head = sum(font.getmetrics()) + gap if titles else 0
     titles = titles or [""] * len(rows[0])
     columns = zip(titles, zip(*rows, strict=True), strict=True)
     widths = [max(math.ceil(font.getlength(title)), *(one.width for one in column)) for title, column in columns]
-    heights = [max(picture.height for picture in row) for row in rows]
+    heights = [max(image.height for image in row) for row in rows]
     lefts = list(itertools.accumulate((width + gap for width in widths), initial=0))
     tops = list(itertools.accumulate((height + gap for height in heights), initial=head))
     grid = Image.new("RGB", (lefts[-1] - gap, tops[-1] - gap), "white")
     for left, title in zip(lefts, titles, strict=False):
         ImageDraw.Draw(grid).text((left, 0), title, fill=_DARK, font=font)
     for top, row in zip(tops, rows, strict=False):
-        for left, picture in zip(lefts, row, strict=False):
-            grid.paste(picture, (left, top))
+        for left, image in zip(lefts, row, strict=False):
+            grid.paste(image, (left, top))
     return grid
 
 

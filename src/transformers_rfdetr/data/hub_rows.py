@@ -19,7 +19,7 @@ from .label_maps import canonical_split_name, check_class_names, common_label_ma
 
 # The names that datasets on the Hub give to the columns of a row, and to the fields of its objects.
 _COLUMN_ALIASES = {
-    "image": ("image", "img", "picture"),
+    "image": ("image", "img", "image"),
     "image_id": ("image_id", "id", "img_id"),
     "width": ("width", "image_width"),
     "height": ("height", "image_height"),

@@ -39,8 +39,8 @@ def draw_scene(
 
     Example:
         >>> from transformers_rfdetr.data.synthetic import draw_scene
-        >>> picture, annotations = draw_scene(seed=0)
-        >>> picture.size, {annotation["category_id"] for annotation in annotations}
+        >>> image, annotations = draw_scene(seed=0)
+        >>> image.size, {annotation["category_id"] for annotation in annotations}
         ((512, 384), {1})
 
     Args:
@@ -59,7 +59,7 @@ def draw_scene(
     """
     if min(size) < 24 or min(size) * metres_per_pixel < 20:
         raise ValueError(
-            f"a picture of {size} pixels at {metres_per_pixel} metres each is too small for a building;"
+            f"an image of {size} pixels at {metres_per_pixel} metres each is too small for a building;"
             " both sides must have at least 24 pixels and 20 metres"
         )
     scene = _Scene(seed, size, 1 / metres_per_pixel)
@@ -73,12 +73,12 @@ def draw_scene(
 
 
 def draw_dataset(
-    num_pictures: int, size: tuple[int, int] = (96, 96), *, metres_per_pixel: float = 0.6, first_seed: int = 0
+    num_images: int, size: tuple[int, int] = (96, 96), *, metres_per_pixel: float = 0.6, first_seed: int = 0
 ) -> tuple[list[Image.Image], dict[str, Any]]:
-    """Draw the images of `num_pictures` consecutive seeds, with their annotations as one COCO dictionary.
+    """Draw the images of `num_images` consecutive seeds, with their annotations as one COCO dictionary.
 
     Args:
-        num_pictures: How many.
+        num_images: How many.
         size: (H, W) in pixels of each.
         metres_per_pixel: As in [`draw_scene`].
         first_seed: Seed of the first image. Sets that share no seed share no image.
@@ -86,14 +86,14 @@ def draw_dataset(
     Returns:
         The images, and `images`, `annotations` and `categories` as COCO's JSON has them, images in the same order.
     """
-    pictures, images = [], []
+    photos, images = [], []
     annotations: list[dict[str, Any]] = []
-    for seed in range(first_seed, first_seed + num_pictures):
-        picture, objects = draw_scene(seed, size, metres_per_pixel=metres_per_pixel)
-        pictures.append(picture)
+    for seed in range(first_seed, first_seed + num_images):
+        photo, objects = draw_scene(seed, size, metres_per_pixel=metres_per_pixel)
+        photos.append(photo)
         images.append({"id": seed, "file_name": f"{seed:06d}.png", "height": size[0], "width": size[1]})
         annotations += [{**item, "id": len(annotations) + i} for i, item in enumerate(objects, start=1)]
-    return pictures, {"images": images, "annotations": annotations, "categories": CATEGORIES}
+    return photos, {"images": images, "annotations": annotations, "categories": CATEGORIES}
 
 
 def save_dataset(folder: str | os.PathLike[str], num_images: int) -> Path:

@@ -208,8 +208,8 @@ def save_report(
         _Section("curves", "Precision and recall", _precision_charts(analysis)),
         _Section("confusion", "Confusion", _confusion_table(analysis)),
         _Section("training", "Training", _charts(charts) if charts else ""),
-        _Section("worst", "Worst pictures", _gallery(worst, dataset)),
-        _Section("best", "Best pictures", _gallery(best, dataset)),
+        _Section("worst", "Worst images", _gallery(worst, dataset)),
+        _Section("best", "Best images", _gallery(best, dataset)),
         _Section("how", "How this is counted", _explanation(analysis)),
     ]
     path = Path(folder) / "report.html"
@@ -375,8 +375,8 @@ def _numbers(analysis: Analysis) -> str:
     tiles = [(f"{of_what} {name}", _number(metrics[f"{first}_{name}"])) for name in ("AP", "AP50", "AP75")]
     if "mean_iou" in metrics:
         tiles.append(("mean IoU", _number(metrics["mean_iou"])))
-    tiles.append(("picture quality", _number(float(np.mean([image.quality for image in images])) if images else -1.0)))
-    tiles += [("pictures", str(len(images))), ("objects", str(sum(_num_objects(image) for image in images)))]
+    tiles.append(("image quality", _number(float(np.mean([image.quality for image in images])) if images else -1.0)))
+    tiles += [("images", str(len(images))), ("objects", str(sum(_num_objects(image) for image in images)))]
     shown = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in tiles)
     names = [name.removeprefix(f"{first}_") for name in metrics if name.startswith(f"{first}_")]
     rows = [[name, *(_number(metrics[f"{kind}_{one}"]) for one in names)] for kind, name in kinds.items()]
@@ -476,8 +476,8 @@ def _gallery(images: Sequence[ImageQuality], dataset: Any) -> str:
     return f'<div class="gallery">{cards}</div>' if cards else ""
 
 
-def _card(image: ImageQuality, picture: Image.Image) -> str:
-    shown = picture.convert("RGB")
+def _card(image: ImageQuality, photo: Image.Image) -> str:
+    shown = photo.convert("RGB")
     shown.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
     width, height = shown.size
     truth, found = image.truth_outcomes, image.found_outcomes
@@ -512,11 +512,11 @@ def _layer(
     return f'<g class="{name}">{"".join(paths)}</g>'
 
 
-def _as_jpeg(picture: Image.Image) -> str:
+def _as_jpeg(photo: Image.Image) -> str:
     """An image as a data URI, of a quality at which it is not too large."""
     for quality in _QUALITIES:
         stream = io.BytesIO()
-        picture.save(stream, "JPEG", quality=quality, optimize=True)
+        photo.save(stream, "JPEG", quality=quality, optimize=True)
         if stream.tell() <= _MOST_JPEG_BYTES:
             break
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
@@ -609,7 +609,7 @@ def simplify_ring(ring: np.ndarray, tolerance: float) -> np.ndarray:
 
 # -- what is the same on every page ------------------------------------------------------------------------------------
 
-_TOOLBAR = """<div class="toolbar" role="group" aria-label="layers of the pictures">
+_TOOLBAR = """<div class="toolbar" role="group" aria-label="layers of the images">
 <label><input type="checkbox" id="show-truth" checked> ground truth <kbd>t</kbd></label>
 <span class="key truth"><i class="found"></i>found <i class="missed"></i>missed</span>
 <label><input type="checkbox" id="show-prediction" checked> predictions <kbd>p</kbd></label>
@@ -620,13 +620,13 @@ _TOOLBAR = """<div class="toolbar" role="group" aria-label="layers of the pictur
 
 _EXPLANATION = """<p>AP and AR are COCO's, {}, averaged over IoU thresholds from 0.5 to 0.95; AP50 and
 AP75 at one of them; small, medium and large are objects of less than 32², less than 96² and more pixels; AR 1, 10 and
-100 allow that many detections of a class in a picture. “–” stands where there is no object.</p>
-<p>Mean IoU unites the masks of a class that score above 0.5, and sums intersection and union over all pictures.</p>
-<p>In the columns found, missed and false, in the confusion matrix and on the pictures only detections that score above
+100 allow that many detections of a class in an image. “–” stands where there is no object.</p>
+<p>Mean IoU unites the masks of a class that score above 0.5, and sums intersection and union over all images.</p>
+<p>In the columns found, missed and false, in the confusion matrix and on the images only detections that score above
 {} count. The best first, each takes the free object of its class with the highest IoU, if that is at least 0.5; what is
 left is compared with objects of other classes. Crowds are neither found nor missed.</p>
-<p>A picture's quality is its panoptic quality: the IoUs of the right detections, summed, over their number + half the
-number of all other detections and objects; 1 where there is nothing and nothing was found. Pictures of which that is
+<p>An image's quality is its panoptic quality: the IoUs of the right detections, summed, over their number + half the
+number of all other detections and objects; 1 where there is nothing and nothing was found. Images of which that is
 true are not shown.</p>"""
 
 _STYLE = """

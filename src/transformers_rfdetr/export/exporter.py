@@ -62,7 +62,7 @@ def export(
     top_k: int | None = None,
     dtype: str = "float32",
     batch_size: int | None = None,
-    pictures: Sequence[Any] | None = None,
+    images: Sequence[Any] | None = None,
     processor: RfDetrImageProcessor | None = None,
     tolerance: Mapping[str, float] | None = None,
 ) -> Export:
@@ -99,7 +99,7 @@ def export(
             them, references and their sine embedding, sampling points and the sampled values stay float32, and layer
             norms add up in float32.
         batch_size: B; None leaves it open.
-        pictures: What the file is checked on, in any form that the processor takes; drawn scenes by default.
+        images: What the file is checked on, in any form that the processor takes; drawn scenes by default.
         processor: The model's processor, for the images and the metadata; by default one from its configuration.
         tolerance: Largest differences of `boxes`, `logits` and `masks`, instead of those in `TOLERANCES`.
 
@@ -122,7 +122,7 @@ def export(
     reference = copy.deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(False)
     reference.config._attn_implementation = "sdpa"
     processor = processor or RfDetrImageProcessor.from_config(model.config)
-    pixels = _prepare(pictures, processor, (height, width))
+    pixels = _prepare(images, processor, (height, width))
     expected = _Outputs(reference, post_process, top_k).eval()
     exported = _Outputs(_prepared(reference, (height, width), dtype), post_process, top_k).eval()
     batches = _batches(pixels, batch_size)
@@ -208,10 +208,10 @@ def _import_packages(format: str) -> None:
 # The images
 
 
-def _prepare(pictures: Sequence[Any] | None, processor: RfDetrImageProcessor, size: tuple[int, int]) -> Tensor:
+def _prepare(images: Sequence[Any] | None, processor: RfDetrImageProcessor, size: tuple[int, int]) -> Tensor:
     """Images -> (N, 3, height, width), at least two: of a single one, it and its mirror image."""
-    pictures = [draw_scene(seed)[0] for seed in (0, 1)] if pictures is None else pictures
-    inputs = processor(pictures, do_resize=True, size={"height": size[0], "width": size[1]}, do_pad=False)
+    images = [draw_scene(seed)[0] for seed in (0, 1)] if images is None else images
+    inputs = processor(images, do_resize=True, size={"height": size[0], "width": size[1]}, do_pad=False)
     pixels = inputs["pixel_values"]
     return pixels if len(pixels) > 1 else torch.cat([pixels, pixels.flip(-1)])
 

@@ -18,7 +18,7 @@ from ..data.synthetic import draw_scene
 from .compiled import compile_for_inference
 from .predict import predict
 
-_PICTURE_SIZE = (480, 640)
+_IMAGE_SIZE = (480, 640)
 _WARM_UP = 3
 
 
@@ -34,7 +34,7 @@ def measure(model: Any, processor: Any, *, batch_size: int, compiled: bool, runs
 
     Returns:
         `forward`, the model alone with all masks multiplied out, and `predict`, from drawn images of 480 x 640 to
-        instances, each with `median_seconds` and `p90_seconds` of a batch and `pictures_per_second` at the median;
+        instances, each with `median_seconds` and `p90_seconds` of a batch and `images_per_second` at the median;
         `flops` of one image, two for each multiplication of matrix products, convolutions and attention;
         `parameters`; `active`, what a compiled copy runs with, else None; `peak_bytes` of the first prediction: all
         that torch allocates on a GPU, weights included; on a CPU what the process grew by, None where the system does
@@ -43,7 +43,7 @@ def measure(model: Any, processor: Any, *, batch_size: int, compiled: bool, runs
     model.requires_grad_(False)  # the counter asks views of trainable parameters for gradient functions
     size = (processor.size["height"], processor.size["width"])
     pixels = torch.randn(batch_size, 3, *size, generator=torch.Generator().manual_seed(0)).to(model.device)
-    pictures = [draw_scene(0, _PICTURE_SIZE)[0]] * batch_size
+    images = [draw_scene(0, _IMAGE_SIZE)[0]] * batch_size
     numbers = {"parameters": sum(parameter.numel() for parameter in model.parameters()), "active": None}
     run = model
     if compiled:
@@ -51,7 +51,7 @@ def measure(model: Any, processor: Any, *, batch_size: int, compiled: bool, runs
         numbers["active"] = run.active
     calls: dict[str, Callable[[], Any]] = {
         "forward": lambda: run(pixels),
-        "predict": lambda: predict(run, processor, pictures, batch_size=batch_size),
+        "predict": lambda: predict(run, processor, images, batch_size=batch_size),
     }
     numbers["peak_bytes"] = _peak_bytes(calls["predict"], model.device)
     with torch.no_grad():
@@ -63,7 +63,7 @@ def measure(model: Any, processor: Any, *, batch_size: int, compiled: bool, runs
             median = float(np.median(seconds))
             p90 = float(np.percentile(seconds, 90))
             rate = batch_size / median
-            numbers[name] = {"median_seconds": median, "p90_seconds": p90, "pictures_per_second": rate}
+            numbers[name] = {"median_seconds": median, "p90_seconds": p90, "images_per_second": rate}
     return numbers
 
 

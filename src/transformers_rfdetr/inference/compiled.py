@@ -88,7 +88,7 @@ class InferenceModel:
         """
         if tuple(pixel_values.shape[-2:]) != self.size or (pixel_mask is not None and not pixel_mask.all()):
             raise ValueError(
-                f"this model is compiled for whole pictures of {self.size}, these are {tuple(pixel_values.shape[-2:])}"
+                f"this model is compiled for whole images of {self.size}, these are {tuple(pixel_values.shape[-2:])}"
                 " or padded; compile one for their size, or use the model that it was made from"
             )
         parts = []
@@ -145,19 +145,19 @@ def compile_for_inference(
     if dtype not in _TOLERANCES:
         raise ValueError(f"dtype {dtype} is none of {', '.join(map(str, _TOLERANCES))}")
     fast = InferenceModel(model, size, batch_size, dtype)
-    picture = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).mul(4).sub(2).to(model.device)
+    image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).mul(4).sub(2).to(model.device)
     if compiled:
         on_gpu = model.device.type == "cuda"
         options = {"mode": "reduce-overhead"} if on_gpu else {"options": {"freezing": True}}
         fast._run = torch.compile(fast._tensors, fullgraph=True, dynamic=False, **options)
         try:
-            fast.predict_stage(picture)
+            fast.predict_stage(image)
             fast.active += ["torch.compile", "CUDA graphs"] if on_gpu else ["torch.compile", "constant weights"]
         except Exception as error:  # a missing C++ compiler, an old driver: torch raises what it finds
             fast._run = fast._tensors
             fast.active.append("not compiled")
             logger.warning(f"torch.compile failed, so the model runs as it is: {type(error).__name__}: {error}")
-    _check(fast, model, picture)
+    _check(fast, model, image)
     logger.info(f"compiled for inference: {', '.join(fast.active)}")
     return fast
 
@@ -213,12 +213,12 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 @torch.no_grad()
-def _check(fast: InferenceModel, model: RfDetrForObjectDetection, picture: Tensor) -> None:
+def _check(fast: InferenceModel, model: RfDetrForObjectDetection, image: Tensor) -> None:
     """Compare with the plain model in float32, which takes the tokens that the fast one chose."""
     tolerance = _TOLERANCES[fast.dtype]
-    chosen, *found = (tensor[:1].clone() for tensor in fast._run(picture.expand(fast.batch_size, -1, -1, -1)))
+    chosen, *found = (tensor[:1].clone() for tensor in fast._run(image.expand(fast.batch_size, -1, -1, -1)))
     with ForcedTopK([chosen]) as choices:
-        expected = copy.deepcopy(model).eval().float().predict_stage(picture.float())
+        expected = copy.deepcopy(model).eval().float().predict_stage(image.float())
     pairs = {"logits": (found[0], expected.logits), "boxes": (found[1], expected.boxes)}
     if expected.masks is not None:
         masks = MaskFactors(found[2].float(), found[3].float(), lambda vectors: (vectors, found[4].float()))

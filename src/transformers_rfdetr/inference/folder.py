@@ -2,7 +2,7 @@
 
     output/
       settings.json, parts/, predictions.jsonl, predictions.coco.json      see prediction_files
-      pictures/, crops/                                                    drawn images and cut-outs, if asked for
+      images/, crops/                                                    drawn images and cut-outs, if asked for
 
 An image's line is written after its other files, and a process reads all lines when it starts, so that it can be killed
 at any time. Processes do not communicate: image i is predicted by process i modulo their number, and each process that
@@ -81,7 +81,7 @@ class FolderOptions:
             "classes": None if self.classes is None else sorted(self.classes),
             "tile": list(self.tile) if isinstance(self.tile, tuple) else self.tile,
             "overlap": None if self.tile is None else self.overlap,
-            "pictures": self.draw,
+            "images": self.draw,
             "crops": self.crops,
         }
 
@@ -232,7 +232,7 @@ class _ShardWriter:
         try:
             if self._options.draw:
                 drawn = instances.draw(pixels, color_by=self._options.color_by)
-                _save_image(drawn, self._folder / "pictures" / self._drawn_names[name])
+                _save_image(drawn, self._folder / "images" / self._drawn_names[name])
             if self._options.crops:
                 _save_crops(instances, pixels, self._folder / "crops" / name)
         except OSError as error:

@@ -37,7 +37,7 @@ def list_images(sources: Sequence[str], exclude: str | os.PathLike[str] | None =
     for source in sources:
         path = Path(source).expanduser()
         if source.startswith(("http://", "https://")):
-            found[source] = Path(urlsplit(source).path).name or "picture"
+            found[source] = Path(urlsplit(source).path).name or "image"
         elif source and path.is_dir():
             names = _files_in(path, excluded)
             if not names:

@@ -166,8 +166,8 @@ class Instances:
     def _check_size(self, image: PIL.Image.Image) -> None:
         if image.size[::-1] != self.image_size:
             raise ValueError(
-                f"the picture is {image.size[::-1]}, its instances are in one of {self.image_size} (height, width);"
-                " pass the picture that they were found in, upright (PIL.ImageOps.exif_transpose)"
+                f"the image is {image.size[::-1]}, its instances are in one of {self.image_size} (height, width);"
+                " pass the image that they were found in, upright (PIL.ImageOps.exif_transpose)"
             )
 
 

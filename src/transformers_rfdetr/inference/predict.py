@@ -65,14 +65,14 @@ def predict(
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size} must be at least 1")
     wanted = None if classes is None else labels_of(model.config, classes)
-    pictures = images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
+    sequence = images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
     was_training = model.training
     model.eval()
     try:
         return [
             instances
-            for start in range(0, len(pictures), batch_size)
-            for instances in _predict_batch(model, processor, pictures, start, batch_size, threshold, wanted, top_k)
+            for start in range(0, len(sequence), batch_size)
+            for instances in _predict_batch(model, processor, sequence, start, batch_size, threshold, wanted, top_k)
         ]
     finally:
         model.train(was_training)
@@ -100,7 +100,7 @@ def labels_of(config: RfDetrConfig, names: str | Sequence[str]) -> Tensor:
 def _predict_batch(
     model: Any,
     processor: RfDetrImageProcessor,
-    pictures: Sequence[Any],
+    sequence: Sequence[Any],
     start: int,
     batch_size: int,
     threshold: float,
@@ -108,9 +108,9 @@ def _predict_batch(
     top_k: int | None,
 ) -> Iterator[Instances]:
     tensors = []
-    for index in range(start, min(start + batch_size, len(pictures))):
-        with error_context(f"picture {index}"):
-            tensors.append(processor.read(pictures[index]))
+    for index in range(start, min(start + batch_size, len(sequence))):
+        with error_context(f"image {index}"):
+            tensors.append(processor.read(sequence[index]))
     inputs = processor(tensors, input_data_format="channels_first").to(model.device)
     pixel_mask = inputs.get("pixel_mask")
     stage = model.predict_stage(inputs["pixel_values"], pixel_mask)

@@ -152,11 +152,11 @@ def _pixels(processor: RfDetrImageProcessor, image: Any) -> Tensor:
 def _crop(processor: RfDetrImageProcessor, pixels: Tensor, tile: Tile, size: tuple[int, int]) -> Tensor:
     """A tile of (1 or 3, H, W) -> (3, *size) float32, scaled; the mean colour where the image has ended."""
     inside = pixels[:, tile.top : tile.top + tile.height, tile.left : tile.left + tile.width]
-    picture = read_image(inside, processor.do_rescale, processor.rescale_factor, "channels_first")
-    if picture.shape[1:] == size:
-        return picture
-    filled = picture.new_tensor(processor.image_mean)[:, None, None].repeat(1, *size)
-    filled[:, : tile.height, : tile.width] = picture
+    image = read_image(inside, processor.do_rescale, processor.rescale_factor, "channels_first")
+    if image.shape[1:] == size:
+        return image
+    filled = image.new_tensor(processor.image_mean)[:, None, None].repeat(1, *size)
+    filled[:, : tile.height, : tile.width] = image
     return filled
 
 

@@ -85,7 +85,7 @@ def _read_bitmap(segmentation: Any, image_size: tuple[int, int]) -> np.ndarray |
         raise ValueError(f"a bitmap holds 0 and 1 (or 0 and 255), here up to {highest}; pass `array == object_id`")
     if not fits and (must_be or (binary and (highest in (1, 255) or values.dtype.kind == "b"))):
         raise ValueError(
-            f"a bitmap of {size[0]}x{size[1]} is not of the picture's size {image_size[0]}x{image_size[1]}"
+            f"a bitmap of {size[0]}x{size[1]} is not of the image's size {image_size[0]}x{image_size[1]}"
             " (height x width); draw it at that size"
         )
     return None
@@ -127,7 +127,7 @@ def _check_outline(polygons: Sequence[np.ndarray]) -> None:
     if length > MAX_OUTLINE_PIXELS:
         raise ValueError(
             f"the outline of the polygons is {length:.3g} pixels long, more than {MAX_OUTLINE_PIXELS:g}; give"
-            " coordinates in pixels of the picture, or raise transformers_rfdetr.model.masks.MAX_OUTLINE_PIXELS"
+            " coordinates in pixels of the image, or raise transformers_rfdetr.model.masks.MAX_OUTLINE_PIXELS"
         )
 
 
@@ -138,8 +138,8 @@ def _read_rle(rle: Mapping[str, Any], image_size: tuple[int, int]) -> dict[str, 
     height, width = image_size
     if size != [height, width]:
         raise ValueError(
-            f"the RLE's size {size} is not the picture's [{height}, {width}] (height, width);"
-            " encode the mask at the picture's size"
+            f"the RLE's size {size} is not the image's [{height}, {width}] (height, width);"
+            " encode the mask at the image's size"
         )
     if isinstance(counts, str):
         counts = counts.encode("ascii", "replace")

@@ -138,7 +138,7 @@ class UploadingTrainer(ResumableTrainer):
         license: str | None = None,
         language: str | None = None,
         with_code: bool = False,
-        num_pictures: int = 4,
+        num_images: int = 4,
     ) -> None:
         """Write README.md, curves, images with predictions and the training arguments to the output folder.
 
@@ -151,7 +151,7 @@ class UploadingTrainer(ResumableTrainer):
             license: A license identifier of the Hub.
             language: A language identifier of the Hub.
             with_code: Whether the code is uploaded too.
-            num_pictures: Number of evaluation images that are shown with ground truth and predictions; 0 shows none.
+            num_images: Number of evaluation images that are shown with ground truth and predictions; 0 shows none.
         """
         if not self.is_world_process_zero():
             return
@@ -160,7 +160,7 @@ class UploadingTrainer(ResumableTrainer):
         run = self._describe_run()
         run.base_model = finetuned_from or run.base_model
         run.datasets = list(dict.fromkeys([*_as_list(dataset), *_as_list(dataset_tags)]))
-        run.images = self._draw_run(folder, num_pictures)
+        run.images = self._draw_run(folder, num_images)
         settings = {name: value for name, value in self.args.to_dict().items() if name not in _LOCAL_ARGUMENTS}
         settings = {name: value for name, value in settings.items() if not name.startswith(("hub_", "push_to_hub"))}
         write_text(folder / RECIPE, f"{json.dumps(settings, indent=2, sort_keys=True)}\n")

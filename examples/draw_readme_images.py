@@ -1,6 +1,6 @@
-"""The pictures of the README, from drawn data and the model of `make demo`:
+"""The images of the README, from drawn data and the model of `make demo`:
 
-make demo && python examples/draw_readme_pictures.py demo/model docs
+make demo && python examples/draw_readme_images.py demo/model docs
 """
 
 import sys
@@ -13,9 +13,9 @@ from transformers_rfdetr.data.synthetic import draw_scene
 from transformers_rfdetr.inference.video.predict_video import predict_video
 from transformers_rfdetr.inference.video.writer import VideoWriter
 
-_SEED = 2_000_000  # of pictures that the model was not trained on
+_SEED = 2_000_000  # of images that the model was not trained on
 _THRESHOLD = 0.35
-_SIDE = 288  # of a picture of 48 metres, as the model knows them
+_SIDE = 288  # of an image of 48 metres, as the model knows them
 
 
 def main(model_folder: str, output: str) -> None:
@@ -24,12 +24,12 @@ def main(model_folder: str, output: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model, processor = load(model_folder)
 
-    picture, annotations = draw_scene(_SEED, (_SIDE, _SIDE), metres_per_pixel=48 / _SIDE)
-    [found] = predict(model, processor, picture, threshold=_THRESHOLD)
-    found.draw(picture).save(folder / "picture.png")
+    image, annotations = draw_scene(_SEED, (_SIDE, _SIDE), metres_per_pixel=48 / _SIDE)
+    [found] = predict(model, processor, image, threshold=_THRESHOLD)
+    found.draw(image).save(folder / "image.png")
     labelled = [{**annotation, "category_id": 0} for annotation in annotations]
-    truth = draw_annotations(picture, labelled, model.config.id2label)
-    draw_grid([[truth, found.draw(picture)]], ["truth", "found"]).save(folder / "comparison.png")
+    truth = draw_annotations(image, labelled, model.config.id2label)
+    draw_grid([[truth, found.draw(image)]], ["truth", "found"]).save(folder / "comparison.png")
 
     town, _ = draw_scene(_SEED + 1, (384, 512), metres_per_pixel=0.5)
     predict_tiled(model, processor, town, threshold=_THRESHOLD).draw(town, color_by="instance").save(
