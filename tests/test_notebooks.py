@@ -1,4 +1,4 @@
-"""The notebooks run on what they draw, without network; are stored without outputs, and say what to change."""
+"""The notebooks run offline on drawn images, are stored without outputs, and mark the values to change."""
 
 import ast
 import itertools
@@ -21,7 +21,7 @@ from transformers_rfdetr import RfDetrTrainingArguments, resolve_variant
 from transformers_rfdetr.model.masks import read_segmentation, to_rle
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-MARK = '# CHANGE THIS: what stands after "real:" takes a real checkpoint and your own images.'
+MARK = '# CHANGE THIS: for a real checkpoint and your own images, use the values after "real:".'
 CHANGES = re.compile(r"^(\w+) = (.+)  # real: (.+)$", flags=re.MULTILINE)
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
@@ -38,10 +38,10 @@ def source(cell: dict[str, Any]) -> str:
 
 @pytest.fixture
 def run(tmp_path, monkeypatch) -> Callable[[str], tuple[dict[str, Any], list[Any]]]:
-    """Runs a notebook's cells in order -> its names, and the values of last lines, which Jupyter would show."""
+    """Return a function that runs a notebook -> its names, and the values of last lines, which Jupyter would show."""
 
     def refuse(*_: Any) -> None:
-        raise AssertionError("a notebook went to the network")
+        raise AssertionError("a notebook opened a connection")
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -64,7 +64,7 @@ def run(tmp_path, monkeypatch) -> Callable[[str], tuple[dict[str, Any], list[Any
     return run_cells
 
 
-def test_the_five_notebooks_are_there():
+def test_there_are_five_notebooks():
     assert [path.stem[:3] for path in NOTEBOOKS] == ["01_", "02_", "03_", "04_", "05_"]
 
 
@@ -88,7 +88,7 @@ def test_a_notebook_is_stored_in_format_4_5_and_without_outputs(path):
 
 
 @every_notebook
-def test_a_text_stands_before_every_code_cell(path):
+def test_every_code_cell_follows_a_text(path):
     kinds = [cell["cell_type"] for cell in cells(path)]
     assert kinds[0] == "markdown"
     assert source(cells(path)[0]).startswith(f"# {int(path.stem[:2])}. ")
@@ -96,13 +96,13 @@ def test_a_text_stands_before_every_code_cell(path):
 
 
 @every_notebook
-def test_a_notebook_defines_no_classes_and_asks_nothing_of_ipython(path):
+def test_a_notebook_defines_no_classes_and_needs_no_ipython_syntax(path):
     for cell in cells(path, "code"):
         assert not any(isinstance(node, ast.ClassDef) for node in ast.walk(ast.parse(source(cell))))
 
 
 @every_notebook
-def test_one_marked_cell_has_the_lines_to_change_and_values_that_can_be_taken(path):
+def test_one_marked_cell_has_the_values_to_change_and_valid_replacements(path):
     marked = [index for index, cell in enumerate(cells(path)) if MARK in source(cell).splitlines()]
     assert len(marked) == 1
     assert "**Your turn" in source(cells(path)[marked[0] - 1])
@@ -115,17 +115,17 @@ def test_one_marked_cell_has_the_lines_to_change_and_values_that_can_be_taken(pa
     assert checkpoint.startswith("runs/buildings/") or resolve_variant(checkpoint)
     assert changes.get("photo", "photo.jpg") == "photo.jpg"
     assert changes.get("source", "merve/satellite-building-segmentation") == "merve/satellite-building-segmentation"
-    RfDetrTrainingArguments(changes.get("output", "runs"), **changes.get("recipe", {}))
+    RfDetrTrainingArguments(changes.get("output", "runs"), **changes.get("settings", {}))
     assert 0 <= changes.get("min_score", 0.5) <= 1
 
 
 def test_01_finds_the_buildings_that_it_learned(run):
     names, shown = run("01_predict")
     objects = names["coco"]["annotations"]
-    truth = [to_rle(read_segmentation(one["segmentation"], (360, 480)), (360, 480)) for one in objects]
-    best = coco_mask.iou(names["found"].masks, truth, [0] * len(truth)).max(0)
-    # So short a training may miss one where the processor rounds otherwise.
-    assert len(truth) == 3
+    ground_truth = [to_rle(read_segmentation(one["segmentation"], (360, 480)), (360, 480)) for one in objects]
+    best = coco_mask.iou(names["found"].masks, ground_truth, [0] * len(ground_truth)).max(0)
+    # After so short a training, a processor that rounds differently may miss one.
+    assert len(ground_truth) == 3
     assert (best > 0.7).sum() >= 2
     drawn, overlay, crop = shown
     assert drawn.size == overlay.size == (480, 360)
@@ -133,7 +133,7 @@ def test_01_finds_the_buildings_that_it_learned(run):
     assert crop.mode == "RGBA"
 
 
-def test_05_arrives_at_what_the_model_gives(run, capsys):
+def test_05_computes_the_outputs_of_the_model_step_by_step(run, capsys):
     names, shown = run("05_inside_the_model")
     # rf-detr-seg-small: 384 pixels in patches of 12 in 2 x 2 windows, 100 queries of width 256, masks at a quarter.
     printed = capsys.readouterr().out
@@ -155,7 +155,7 @@ def test_02_trains_a_model_that_finds_buildings(run, capsys):
 
 
 @pytest.mark.long
-def test_03_shows_right_and_wrong(run):
+def test_03_shows_correct_and_wrong_detections(run):
     names, shown = run("03_evaluate")
     analysis = names["analysis"]
     assert analysis.metrics["segm_AP50"] > 0.15
