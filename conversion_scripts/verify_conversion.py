@@ -25,12 +25,14 @@ from torch import Tensor, nn
 import transformers_rfdetr
 from transformers_rfdetr import RfDetrConfig, RfDetrImageProcessor, resolve_variant
 from transformers_rfdetr.cli.errors import one_line_errors
+from transformers_rfdetr.cli.options import VariantOption
 from transformers_rfdetr.conversion.architecture import rfdetr_class
 from transformers_rfdetr.conversion.convert import convert_to_transformers
 from transformers_rfdetr.data.synthetic import draw_scene
 from transformers_rfdetr.model.checkpoint_layouts import to_original_layout
 from transformers_rfdetr.model.image_io import read_rgb
 from transformers_rfdetr.model.variants_rf_detr import BACKGROUND, PARENT
+from transformers_rfdetr.text_table import format_table
 
 TOLERANCE = 1e-3  # of a stage's largest magnitude, or of 1 where that is smaller
 _NUM_SHOWN = 3  # detections of each implementation, if none scores above the threshold
@@ -98,13 +100,11 @@ class Comparison(NamedTuple):
 
 @one_line_errors
 def verify_conversion(
-    checkpoint: Annotated[Path, typer.Argument(help="a checkpoint file of rfdetr: .pth, .pt or .ckpt")],
-    folder: Annotated[Path | None, typer.Option(help="its conversion; a temporary one by default")] = None,
-    image: Annotated[str | None, typer.Option(help="an image, path or URL; a drawn one by default")] = None,
-    threshold: Annotated[float, typer.Option(help="minimum score of a detection, 0 to 1")] = 0.5,
-    variant: Annotated[
-        str | None, typer.Option(help="the published variant of the model, if the file does not determine it")
-    ] = None,
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint file of rfdetr: .pth, .pt or .ckpt.")],
+    folder: Annotated[Path | None, typer.Option(help="Its conversion. Default: a temporary one.")] = None,
+    image: Annotated[str | None, typer.Option(help="Path or URL of an image. Default: a drawn scene.")] = None,
+    threshold: Annotated[float, typer.Option(help="Minimum score of a detection, from 0 to 1.")] = 0.5,
+    variant: VariantOption = None,
 ) -> None:
     """Compare what rfdetr, transformers' port and this package compute from one checkpoint, stage by stage."""
     comparison = compare(checkpoint, folder, image=image, threshold=threshold, variant=variant)
@@ -339,19 +339,16 @@ def _difference(expected: Tensor | None, found: Tensor | None) -> float | None:
 def describe(comparison: Comparison) -> str:
     """Return the comparison as text."""
     head = ["largest in the original", "ours - original", "port - original"]
-    stages = [["stage", *head, ""]]
-    stages += [[row.name, *map(_number, row[1:]), "" if row.agrees else "<-"] for row in comparison.stages]
-    parameters = [["parameters that differ", *head]]
-    parameters += [[row.name, *map(_number, row[1:])] for row in comparison.parameters]
+    stages = [[row.name, *map(_number, row[1:]), "" if row.agrees else "<-"] for row in comparison.stages]
+    parameters = [[row.name, *map(_number, row[1:])] for row in comparison.parameters]
     ranks = zip_longest(*comparison.detections.values())
-    detections = [["", *comparison.detections]]
-    detections += [[str(rank), *map(_object, found)] for rank, found in enumerate(ranks, start=1)]
+    detections = [[rank, *map(_object, found)] for rank, found in enumerate(ranks, start=1)]
     verdict = "agrees with" if comparison.agrees else "DIFFERS from"
     parts = [
         "\n".join(comparison.notes),
-        _table(stages),
-        _table(parameters) if comparison.parameters else "No parameter differs.",
-        _table(detections),
+        format_table(["stage", *head, ""], stages),
+        format_table(["parameters that differ", *head], parameters) if parameters else "No parameter differs.",
+        format_table(["", *comparison.detections], detections, left=range(1 + len(comparison.detections))),
         f"Ours {verdict} the original (tolerance: {TOLERANCE:g} of the largest magnitude in a stage, of at least 1).",
     ]
     return "\n\n".join(filter(None, parts))
@@ -363,11 +360,6 @@ def _number(value: float | None) -> str:
 
 def _object(found: Detection | None) -> str:
     return f"{found[0]} {found[1]:.3f} {' '.join(f'{side:.1f}' for side in found[2])}" if found else ""
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ PACKAGE = Path(transformers_rfdetr.__file__).parent
 ORDER = [
     "model",
     "atomic_files",
+    "text_table",
     "data",
     "inference",
     "evaluation",

@@ -266,20 +266,23 @@ GIVEN = ["train", "data", "--model", "m", "--output", "o"]
         ([*GIVEN, "--set", "ema"], "--set must be NAME=VALUE, such as layer_decay=0.9, got ema"),
         ([*GIVEN, "--set", "ema=[1"], "--set ema=[1 must be YAML: while parsing"),
         ([*GIVEN, "--set", "layer_decay=2"], "`layer_decay` must be in (0, 1]"),
-        ([*GIVEN, "--resolution", "100x"], "--resolution 100x is no number of pixels"),
+        (
+            [*GIVEN, "--resolution", "100x"],
+            "--resolution must be a side in pixels such as 432, or HxW such as 432x576, got 100x",
+        ),
         ([*GIVEN, "--device", "cuda:1"], "`device` must be one of auto, cpu"),
         ([*GIVEN, "--config", "none.yaml"], "No such file or directory: 'none.yaml'"),
-        ([*GIVEN, "--class-names", "none.txt"], "--class-names none.txt is no file"),
+        (
+            [*GIVEN, "--class-names", "none.txt"],
+            "--class-names must be a file with one name per line, or 'cat,dog,...', got none.txt",
+        ),
         (["train", "no/such/data", *GIVEN[2:], "--device", "cpu"], "got 'no/such/data'"),
-        (["evaluate", "m", "data", "--batch-size", "0"], "--batch-size 0 must be at least 1"),
         (["evaluate", "m", "data", "--threshold", "1"], "--threshold 1.0 is outside [0, 1)"),
         (["evaluate", "m", "data", "--output", "."], "evaluate: . is a folder; give the name of a file"),
-        (["benchmark", "m", "--runs", "0"], "--runs 0 must be at least 1"),
         (["benchmark", "m", "--json", "."], ". is a folder; give the name of a file"),
         (["train", "data", *GIVEN[2:], "--config", "no.yaml"], "no.yaml cannot be read"),
         ([*GIVEN, "--epochs", "nan"], "--epochs must be above 0, got nan"),
         ([*GIVEN, "--set", "gradient_accumulation_steps=0"], "`gradient_accumulation_steps` must be at least 1"),
-        (["benchmark", "m", "--dtype", "int8"], "--dtype int8 is none of float32"),
     ],
 )
 def test_a_command_prints_an_error_in_one_line(arguments, message, tmp_path, monkeypatch):
@@ -287,6 +290,20 @@ def test_a_command_prints_an_error_in_one_line(arguments, message, tmp_path, mon
     line = refusal(*arguments)
     assert line.startswith(f"{arguments[0]}: ")
     assert message in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", "m", "data", "--batch-size", "0"],
+        ["benchmark", "m", "--runs", "0"],
+        ["benchmark", "m", "--dtype", "int8"],
+    ],
+)
+def test_an_option_outside_its_range_is_named(arguments):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert arguments[-2] in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -355,6 +372,9 @@ def test_a_table_has_a_line_each_for_masks_and_boxes_and_a_dash_for_what_is_not_
         "a barn       12   0.500",
         "b             0       -",
     ]
+    long_name = 300 * "[b]"
+    table = evaluate.format_classes({long_name: {"num_objects": 12, "bbox_AP": 0.5}})
+    assert table.splitlines()[1].split() == [long_name, "12", "0.500"]
 
 
 # benchmark

@@ -329,7 +329,10 @@ def test_the_command_exports_and_ends_with_what_was_measured(chosen):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["new.onnx", "--resolution", "100x"], "--resolution 100x is no number of pixels"),
+        (
+            ["new.onnx", "--resolution", "100x"],
+            "--resolution must be a side in pixels such as 432, or HxW such as 432x576, got 100x",
+        ),
         (["new.onnx", "--resolution", "50"], "`resolution` must be a multiple of 24"),
         (["new.onnx", "--format", "openvino"], "new.onnx does not end in .xml"),
         (["model.onnx"], "is there already"),

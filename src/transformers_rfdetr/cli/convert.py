@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..text_table import format_table
 from .errors import one_line_errors
-from .options import read_names
+from .options import ClassNamesOption, PrivateOption, PushToHubOption, VariantOption, read_names
 
 if TYPE_CHECKING:
     from ..conversion.convert import Conversion
@@ -22,23 +23,16 @@ TO_RFDETR_EXAMPLE = "example: transformers-rfdetr convert-back my-model my-model
 
 @one_line_errors
 def convert(
-    source: Annotated[str, typer.Argument(help="a checkpoint file of rfdetr, or the name of a published one")],
-    output: Annotated[Path, typer.Argument(help="the new folder")],
-    variant: Annotated[
-        str | None, typer.Option(help="the published variant of the model, if the file does not determine it")
-    ] = None,
-    class_names: Annotated[
-        str | None,
-        typer.Option(help="'cat,dog,...' or a text file with one name per line, instead of the stored names"),
-    ] = None,
-    ema: Annotated[bool, typer.Option("--ema", help="take the EMA weights of the file")] = False,
+    source: Annotated[str, typer.Argument(help="A checkpoint file of rfdetr, or the name of a published one.")],
+    output: Annotated[Path, typer.Argument(help="The new folder.")],
+    variant: VariantOption = None,
+    class_names: ClassNamesOption = None,
+    ema: Annotated[bool, typer.Option("--ema", help="Take the EMA weights of the file.")] = False,
     trust_checkpoint: Annotated[
-        bool, typer.Option("--trust-checkpoint", help="run code from the file, with your permissions")
+        bool, typer.Option("--trust-checkpoint", help="Run code from the file, with your permissions.")
     ] = False,
-    push_to_hub: Annotated[
-        str | None, typer.Option(metavar="USER/NAME", help="upload the folder to this Hub repository")
-    ] = None,
-    private: Annotated[bool, typer.Option("--private", help="create a private repository")] = False,
+    push_to_hub: PushToHubOption = None,
+    private: PrivateOption = False,
 ) -> None:
     """Convert a checkpoint of rfdetr (.pth, .pt, .ckpt) to a folder that from_pretrained loads."""
     from ..conversion.convert import convert_to_transformers
@@ -60,8 +54,8 @@ def convert(
 
 @one_line_errors
 def convert_back(
-    source: Annotated[str, typer.Argument(help="a folder or Hub id, of this package or of transformers' port")],
-    output: Annotated[Path, typer.Argument(help="the new file, such as model.pth")],
+    source: Annotated[str, typer.Argument(help="A folder or Hub id, of this package or of transformers' port.")],
+    output: Annotated[Path, typer.Argument(help="The new file, such as model.pth.")],
 ) -> None:
     """Convert a folder of transformers to a checkpoint file that rfdetr loads."""
     from ..conversion.convert import convert_to_rfdetr
@@ -72,7 +66,6 @@ def convert_back(
 
 
 def _report(conversion: "Conversion") -> None:
-    from ..conversion.convert import format_changes
     from ..model.variants_rf_detr import is_background_label
 
     config = conversion.config
@@ -83,4 +76,7 @@ def _report(conversion: "Conversion") -> None:
         f"{kind} at {config.resolution} x {config.resolution}, {config.num_queries} queries,"
         f" {len(names)} classes ({shown}): {conversion.output}"
     )
-    typer.echo(format_changes(conversion.changes) if conversion.changes else "Nothing was changed.")
+    header = ["what", "in the source", "in the result"]
+    typer.echo(
+        format_table(header, conversion.changes, left=(0, 1, 2)) if conversion.changes else "Nothing was changed."
+    )

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from ..atomic_files import check_writable, make_directory, write_text
+from ..text_table import format_table
 from .errors import one_line_errors
-from .options import read_dtype
+from .options import BatchSizeOption, DeviceOption, Dtype, DtypeOption, ImageFolderOption, ModelArgument
 
 EXAMPLE = """examples:
 
@@ -24,32 +25,30 @@ _OF_A_CLASS = {"segm_AP": "mask AP", "segm_AP50": "mask AP50", "iou": "mask IoU"
 
 @one_line_errors
 def evaluate(
-    model: Annotated[str, typer.Argument(help="a folder, a Hub id, or a published name such as rf-detr-seg-medium")],
+    model: ModelArgument,
     data: Annotated[str, typer.Argument(help="a folder, a COCO JSON, a data.yaml of YOLO, or a dataset on the Hub")],
     split: Annotated[str, typer.Option(help="of the data; a single JSON is the split train")] = "validation",
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="write all numbers there, as JSON")] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="print a line for each class too")] = False,
-    batch_size: Annotated[int, typer.Option(help="images at a time; no number depends on it")] = 8,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
+    batch_size: BatchSizeOption = 8,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = Dtype.FLOAT32,
     threshold: Annotated[
         float | None, typer.Option(help="score that a detection must exceed; COCO's numbers have none")
     ] = None,
-    image_folder: Annotated[
-        str | None, typer.Option(help="where the images are, if not beside the JSON or data.yaml")
-    ] = None,
+    image_folder: ImageFolderOption = None,
     report: Annotated[
         Path | None, typer.Option(metavar="DIR", help="write a page of curves, tables and the worst images there")
     ] = None,
 ) -> None:
     """Evaluate a model as COCO does: AP and AR of masks and boxes, and mean IoU."""
+    import torch
+
     from ..data.load import load_instance_dataset
     from ..evaluation.evaluation_loop import evaluate_instance_segmentation
     from ..evaluation.report import analyse, save_report
     from ..hub.load import load
 
-    if batch_size < 1:
-        raise ValueError(f"--batch-size {batch_size} must be at least 1")
     if threshold is not None and not 0 <= threshold < 1:
         raise ValueError(f"--threshold {threshold} is outside [0, 1); give a score such as 0.5, or leave it out")
     if output is not None:  # what forbids to write is better known now
@@ -61,7 +60,7 @@ def evaluate(
     if split not in splits:
         raise ValueError(f"--split {split} is not in {data}, which has {', '.join(splits)}; give one of these")
     dataset = splits[split]
-    loaded, processor = load(model, device=device, dtype=read_dtype(dtype))
+    loaded, processor = load(model, device=device, dtype=getattr(torch, dtype))
     settings: dict[str, Any] = {"batch_size": batch_size, "score_threshold": threshold}
     if report is None:
         numbers = evaluate_instance_segmentation(loaded, processor, dataset, **settings)
@@ -97,28 +96,21 @@ def format_numbers(numbers: Mapping[str, Any]) -> str:
     """
     kinds = [kind for kind in _KINDS if f"{kind}_AP" in numbers]
     rows = [[_KINDS[kind], *(_show(numbers[f"{kind}_{name}"]) for name in _NUMBERS)] for kind in kinds]
-    lines = _table([["", *_NUMBERS], *rows])
+    text = format_table(["", *_NUMBERS], rows)
     if "mean_iou" in numbers:
-        lines.append(f"mean IoU (score > 0.5): {_show(numbers['mean_iou'])}")
-    return "\n".join(lines)
+        text += f"\nmean IoU (score > 0.5): {_show(numbers['mean_iou'])}"
+    return text
 
 
 def format_classes(per_class: Mapping[str, Mapping[str, Any]]) -> str:
     """The numbers of each class, as a table for people."""
     columns = [name for name in _OF_A_CLASS if any(name in of_class for of_class in per_class.values())]
-    rows = [["class", "objects", *(_OF_A_CLASS[name] for name in columns)]]
-    for label, of_class in per_class.items():
-        rows.append([label, str(of_class["num_objects"]), *(_show(of_class.get(name, -1.0)) for name in columns)])
-    return "\n".join(_table(rows))
+    rows = [
+        [label, of_class["num_objects"], *(_show(of_class.get(name, -1.0)) for name in columns)]
+        for label, of_class in per_class.items()
+    ]
+    return format_table(["class", "objects", *(_OF_A_CLASS[name] for name in columns)], rows)
 
 
 def _show(value: float) -> str:
     return "-" if value < 0 else f"{value:.3f}"
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(cells)).rstrip()
-        for cells in (list(zip(row, widths, strict=True)) for row in rows)
-    ]

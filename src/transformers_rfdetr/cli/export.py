@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .errors import one_line_errors
-from .options import DTYPES, read_size
+from .options import ModelArgument, ResolutionOption, read_size
 
 EXAMPLE = """examples:
 
@@ -18,26 +18,24 @@ transformers-rfdetr export Roboflow/rf-detr-seg-nano seg-nano.onnx --resolution 
 
 @one_line_errors
 def export(
-    model: Annotated[str, typer.Argument(help="a folder, a Hub id or a published name")],
-    output: Annotated[Path, typer.Argument(help="the new file: .onnx, or .xml for OpenVINO")],
-    format: Annotated[str | None, typer.Option(help="onnx or openvino; by the ending of the file by default")] = None,
-    resolution: Annotated[
-        str | None, typer.Option(metavar="N|HxW", help="input size in pixels; the model's own by default")
-    ] = None,
+    model: ModelArgument,
+    output: Annotated[Path, typer.Argument(help="The new file: .onnx, or .xml for OpenVINO.")],
+    format: Annotated[str | None, typer.Option(help="onnx or openvino. Default: by the suffix of OUTPUT.")] = None,
+    resolution: ResolutionOption = None,
     post_process: Annotated[
         bool,
         typer.Option(
-            "--post-process", help="output the scores, labels and boxes of the best detections instead of all logits"
+            "--post-process", help="Output the scores, labels and boxes of the best detections instead of all logits."
         ),
     ] = False,
     top_k: Annotated[
-        int | None, typer.Option(help="number of detections with --post-process; the number of queries by default")
+        int | None, typer.Option(help="Number of detections with --post-process. Default: the number of queries.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help=" or ".join(DTYPES[:2]))] = "float32",
-    batch_size: Annotated[int | None, typer.Option(help="fixed batch size; any batch size by default")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
+    batch_size: Annotated[int | None, typer.Option(help="Fixed batch size. Default: any batch size.")] = None,
     image: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATH_OR_URL", help="image for the comparison with PyTorch; may be repeated"),
+        typer.Option(metavar="PATH_OR_URL", help="Image for the comparison with PyTorch. May be repeated."),
     ] = None,
 ) -> None:
     """Export a model to ONNX or OpenVINO; the file is kept only if its outputs agree with PyTorch."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..atomic_files import escape_unprintable
+from ..text_table import format_table
 from .errors import one_line_errors
 
 EXAMPLE = """examples:
@@ -23,9 +23,9 @@ _MAX_SHOWN = 8  # classes and differences
 @one_line_errors
 def info(
     model: Annotated[
-        str, typer.Argument(help="a folder, a Hub id, a published name, or a file of rfdetr (.pth, .pt, .ckpt)")
+        str, typer.Argument(help="A folder, a Hub id, a published name, or a file of rfdetr (.pth, .pt, .ckpt).")
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON, with all classes")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, with all classes.")] = False,
 ) -> None:
     """Describe a model: variant, task, classes, sizes, parameters, file. A published name is not downloaded."""
     from ..conversion.describe import describe
@@ -35,7 +35,7 @@ def info(
 
 
 def _as_text(facts: Mapping[str, Any]) -> str:
-    names = list(map(escape_unprintable, facts["classes"].values()))
+    names = list(facts["classes"].values())
     backbone, decoder, preprocessing = facts["backbone"], facts["decoder"], facts["preprocessing"]
     windows = f"patch {backbone['patch_size']} x {backbone['num_windows']} windows"
     rows = {
@@ -59,7 +59,7 @@ def _as_text(facts: Mapping[str, Any]) -> str:
     if facts["file_size"]:
         layout = f", key layout: {facts['key_layout']}" if facts["key_layout"] else ""
         rows["weights"] = f"{facts['file_size'] / 1e6:.1f} MB{layout}"
-    return "\n".join(f"{name:<15}{text}" for name, text in rows.items())
+    return format_table([], rows.items())
 
 
 def _variant_text(variant: str, differences: Mapping[str, Sequence[Any]]) -> str:

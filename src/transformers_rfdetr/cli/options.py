@@ -1,62 +1,80 @@
-"""What several commands read from their arguments."""
+"""Arguments and options that several commands share, and how their values are read."""
 
 import os
 import re
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated
 
-if TYPE_CHECKING:
-    import torch
+import typer
 
-DTYPES = ("float32", "float16", "bfloat16")
+from ..data.text_files import read_text
 
 
-def read_dtype(name: str) -> "torch.dtype":
-    """ "float32", "float16" or "bfloat16".
+class Dtype(StrEnum):
+    """The data types that a model can run in, by the names that torch gives them."""
 
-    Raises:
-        ValueError: it is none of them.
-    """
-    import torch
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
 
-    if name not in DTYPES:
-        raise ValueError(f"--dtype {name} is none of {', '.join(DTYPES)}")
-    return getattr(torch, name)
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="A folder, a Hub id, or a published name such as rf-detr-seg-medium.")
+]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto, which takes a GPU if there is one.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Data type of the weights and the computation.")]
+BatchSizeOption = Annotated[int, typer.Option(help="Number of images in a batch.", min=1)]
+ResolutionOption = Annotated[
+    str | None, typer.Option(metavar="N|HxW", help="Size of the model's input in pixels. Default: the model's own.")
+]
+VariantOption = Annotated[
+    str | None, typer.Option(help="The published variant of the model, if the file does not determine it.")
+]
+ClassNamesOption = Annotated[
+    str | None, typer.Option(help="'cat,dog,...' or a text file with one name per line, instead of the stored names.")
+]
+ImageFolderOption = Annotated[
+    str | None, typer.Option(help="Folder of the images, if it is not that of the JSON file or data.yaml.")
+]
+PushToHubOption = Annotated[
+    str | None, typer.Option(metavar="USER/NAME", help="Upload the model to this repository on the Hub.")
+]
+PrivateOption = Annotated[bool, typer.Option("--private", help="Create that repository as a private one.")]
 
 
 def read_size(option: str, text: str) -> int | tuple[int, int]:
-    """ "432" -> 432; "432x576" -> (432, 576), height and width.
+    """Return 432 for "432", and (height, width) for "432x576".
 
     Raises:
-        ValueError: it is neither.
+        ValueError: The text is neither.
     """
     if not re.fullmatch(r"\d+(x\d+)?", text):
-        raise ValueError(f"{option} {text} is no number of pixels; give a side such as 432, or HxW such as 432x576")
+        raise ValueError(f"{option} must be a side in pixels such as 432, or HxW such as 432x576, got {text}")
     height, _, width = text.partition("x")
     return (int(height), int(width)) if width else int(height)
 
 
 def absolute(name: str) -> str:
-    """The same from every working directory, where it is a path that is there; otherwise the name as it is."""
-    return str(Path(name).expanduser().absolute()) if os.path.exists(os.path.expanduser(name)) else name
+    """Return the absolute path of a file or folder that exists, and any other name unchanged."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if os.path.exists(path) else name
 
 
 def read_names(option: str, given: str) -> list[str]:
-    """Names as "cat,dog" or in a text file with one a line -> the names.
+    """Return the names in "cat,dog", or in a text file with one name per line.
 
     Raises:
-        ValueError: there is no such file, it is no text, or a name is empty.
+        ValueError: The file does not exist or is not text, or a name is empty.
     """
     path = Path(given)
     if path.is_file():
-        try:
-            names = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{option} {path} is no text in UTF-8: {error}") from error
+        names = read_text(path).rstrip().splitlines()
     elif path.suffix == ".txt" or path.name != given:
-        raise ValueError(f"{option} {given} is no file; give one with a name a line, or 'cat,dog,...'")
+        raise ValueError(f"{option} must be a file with one name per line, or 'cat,dog,...', got {given}")
     else:
         names = given.split(",")
-    if "" in (stripped := [name.strip() for name in names]) or not stripped:
-        raise ValueError(f"{option} {given} has a name that is empty, at label {[*stripped, ''].index('')}")
-    return stripped
+    names = [name.strip() for name in names]
+    if "" in names or not names:
+        raise ValueError(f"{option} must not have an empty name, got one at label {[*names, ''].index('')} in {given}")
+    return names

@@ -15,7 +15,7 @@ import typer
 
 from ..atomic_files import escape_unprintable
 from .errors import one_line_errors, terminated_as_interrupted
-from .options import absolute, read_dtype, read_names, read_size
+from .options import DeviceOption, Dtype, DtypeOption, ModelArgument, absolute, read_names, read_size
 
 if TYPE_CHECKING:
     from ..inference.folder import Summary
@@ -45,7 +45,7 @@ _NUM_NAMED = 20
 @one_line_errors
 @terminated_as_interrupted()
 def predict(
-    model: Annotated[str, typer.Argument(help="a folder, a Hub id, or a published name such as rf-detr-seg-medium")],
+    model: ModelArgument,
     sources: Annotated[
         list[str] | None,
         typer.Argument(help="files, folders, patterns, URLs; videos; a camera's number; rtsp:// and other streams"),
@@ -56,8 +56,8 @@ def predict(
     threshold: Annotated[float, typer.Option(help="least score of an instance")] = 0.5,
     classes: Annotated[str | None, typer.Option(metavar="NAME,NAME", help="look for these only")] = None,
     batch_size: Annotated[int, typer.Option(help="images, frames or tiles at a time")] = 8,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = Dtype.FLOAT32,
     tile: Annotated[
         str | None, typer.Option(metavar="auto|N|HxW", help="cut images of any size into tiles of this many pixels")
     ] = None,
@@ -107,7 +107,7 @@ def predict(
     show_image = _open_window() if show else None
     if device == "auto" and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    loaded, processor = load(model, device=device, dtype=read_dtype(dtype))
+    loaded, processor = load(model, device=device, dtype=getattr(torch, dtype))
     is_a_class = classes in loaded.config.id2label.values()
     shared: dict[str, Any] = {
         "threshold": threshold,
@@ -118,7 +118,7 @@ def predict(
     origin = {
         "model": absolute(model),
         "sources": [f"{dataset} {split}"] if dataset else sorted({redact_url(absolute(s)) for s in sources or []}),
-        "dtype": dtype,
+        "dtype": dtype.value,
         "track": track,
         "max_frames": max_frames,
     }

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from .errors import one_line_errors
-from .options import read_names
+from .options import ImageFolderOption, PrivateOption, ResolutionOption, read_names
 
 EXAMPLE = """examples:
 
@@ -31,10 +31,6 @@ _BatchSize = Annotated[
     int | None, typer.Option(help="Images in a micro-batch; an optimizer step takes 4 micro-batches. Default: 4.")
 ]
 _LearningRate = Annotated[float | None, typer.Option(help="Learning rate of the decoder and the heads. Default: 1e-4.")]
-_Resolution = Annotated[
-    str | None,
-    typer.Option(metavar="N|HxW", help="Size of the model's input in pixels. Default: the checkpoint's."),
-]
 _Seed = Annotated[int | None, typer.Option(help="Seed of new heads, data order and augmentation. Default: 42.")]
 _Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, mps or auto, which takes a GPU if there is one. Default: auto.")
@@ -51,14 +47,10 @@ _Resume = Annotated[
     bool,
     typer.Option(help="Resume from the newest checkpoint in OUTPUT, or move an earlier run aside and start anew."),
 ]
-_ImageFolder = Annotated[
-    str | None, typer.Option(help="Folder of the images, if it is not that of the JSON file or data.yaml.")
-]
 _PushToHub = Annotated[
     str | None,
     typer.Option(metavar="USER/NAME", help="Upload the model there in the end. Its card shows validation images."),
 ]
-_Private = Annotated[bool, typer.Option("--private", help="Create that repository as a private one.")]
 
 
 @one_line_errors
@@ -70,15 +62,15 @@ def train(
     epochs: _Epochs = None,
     batch_size: _BatchSize = None,
     lr: _LearningRate = None,
-    resolution: _Resolution = None,
+    resolution: ResolutionOption = None,
     seed: _Seed = None,
     device: _Device = None,
     class_names: _ClassNames = None,
     settings: _Settings = None,
     resume: _Resume = True,
-    image_folder: _ImageFolder = None,
+    image_folder: ImageFolderOption = None,
     push_to_hub: _PushToHub = None,
-    private: _Private = False,
+    private: PrivateOption = False,
 ) -> None:
     """Fine-tune a model, evaluate it on the validation split, and save it as OUTPUT/model.
 

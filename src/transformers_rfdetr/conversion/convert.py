@@ -186,13 +186,6 @@ def convert_to_rfdetr(source: str | os.PathLike[str], output: str | os.PathLike[
     return Conversion(output, config, changes)
 
 
-def format_changes(changes: Sequence[Change]) -> str:
-    """Return the changes as a text table, one line for each."""
-    rows = [("what", "in the source", "in the result"), *changes]
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    return "\n".join(f"{what:<{widths[0]}}  {stored:<{widths[1]}}  {result}" for what, stored, result in rows)
-
-
 def _refuse_keypoints() -> None:
     raise ValueError(
         "the model must detect objects or segment instances, got an RF-DETR keypoint model. Use Roboflow's rfdetr"

@@ -11,9 +11,9 @@ import numpy as np
 import torch.utils.data
 from transformers.utils import logging
 
-from ..atomic_files import escape_unprintable
 from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from ..model.validation import error_context
+from ..text_table import format_table
 from .annotation_records import AnnotationIndex, PackedRecords, complete_record, describe_image, read_sample
 from .coco import coco_categories, coco_records
 from .hub_rows import ArrowRows
@@ -196,20 +196,14 @@ class InstanceDatasets(dict[str, Any], HasLabelMap):
     def __str__(self) -> str:
         counted = {name: split for name, split in self.items() if isinstance(split, InstanceDataset)}
         header = ["label", "name", "category id"]
-        rows = [
-            [str(label), escape_unprintable(self.id2label[label]), str(category)]
-            for label, category in enumerate(self.category_ids)
+        rows: list[list[object]] = [
+            [label, self.id2label[label], category] for label, category in enumerate(self.category_ids)
         ]
         for name, split in counted.items():
             header += [f"{name} objects", "crowds", "images"]
             for row, count in zip(rows, split.counts().values(), strict=True):
-                row += map(str, count)
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+                row += count
         lines = [
-            "  ".join(cell.ljust(width) if i == 1 else cell.rjust(width) for i, (cell, width) in enumerate(cells))
-            for cells in (list(zip(row, widths, strict=True)) for row in [header, *rows])
-        ]
-        lines += [
             f"{name}: {split.summary() if name in counted else 'streamed, not counted'}" for name, split in self.items()
         ]
-        return "\n".join(lines)
+        return "\n".join([format_table(header, rows, left=(1,)), *lines])
