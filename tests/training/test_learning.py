@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from typer.testing import CliRunner
 
 from transformers_rfdetr import RfDetrForInstanceSegmentation
 from transformers_rfdetr.cli import demo
+from transformers_rfdetr.cli.evaluate import format_numbers
 from transformers_rfdetr.data.dataset import InstanceDataset
 from transformers_rfdetr.data.synthetic import draw_dataset
 from transformers_rfdetr.evaluation.evaluation_loop import evaluate_instance_segmentation
@@ -106,29 +108,26 @@ def evaluate_of_one_rank(folder: str) -> dict[str, Any]:
     return trainer_of(folder).evaluate()
 
 
-def test_the_demo_trains_saves_loads_back_and_draws(tmp_path, capsys):
+def test_the_demo_trains_saves_loads_and_draws(tmp_path):
     options = ["--output", str(tmp_path), "--steps", "2", "--train", "16", "--validation", "8"]
-    assert demo.main(options) == 0
-    printed = capsys.readouterr().out
-    assert "building" in printed
-    numbers = json.loads((tmp_path / "metrics.json").read_text())
-    assert f"{numbers['segm_AP50']:10.3f}" in printed
-    assert "mean IoU" in printed
+    result = CliRunner().invoke(demo.app, options)
+    assert result.exit_code == 0, result.output
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert format_numbers(metrics) in result.stdout
     assert (tmp_path / "model" / "model.safetensors").is_file()
     sheet = np.asarray(Image.open(tmp_path / "predictions.png"))
     gap = 5  # a sixtieth of a row of 3 x 96 pixels
     assert sheet.shape[0] > 6 * 3 * 96 + 5 * gap
-    assert sheet.shape[1] == 3 * 3 * 96 + 2 * gap
-    ground_truth = sheet[-3 * 96 :, 3 * 96 + gap : 2 * 3 * 96 + gap]
-    assert not np.array_equal(ground_truth, sheet[-3 * 96 :, : 3 * 96])  # the ground truth is drawn over the image
+    assert sheet.shape[1] == 2 * 3 * 96 + gap
+    ground_truth, predictions = sheet[-3 * 96 :, : 3 * 96], sheet[-3 * 96 :, -3 * 96 :]
+    assert not np.array_equal(ground_truth, predictions)
     files = {path.name for path in (tmp_path / "data" / "valid").iterdir()}
     assert len(files) == 9
     assert "_annotations.coco.json" in files
 
 
 @pytest.mark.parametrize("option", ["--steps", "--train", "--validation"])
-def test_the_demo_refuses_a_run_without_steps_or_images(option, capsys):
-    with pytest.raises(SystemExit) as ended:
-        demo.main([option, "0"])
-    assert ended.value.code == 2
-    assert f"{option} 0 must be at least" in capsys.readouterr().err
+def test_the_demo_refuses_a_run_without_steps_or_images(option):
+    result = CliRunner().invoke(demo.app, [option, "0"])
+    assert result.exit_code == 2
+    assert option in result.stderr

@@ -1,29 +1,13 @@
-"""The drawn images, and the drawing of instances."""
-
-import json
+"""Instances and annotations drawn over an image."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageChops
-from pycocotools.coco import COCO
 
-from transformers_rfdetr import RfDetrImageProcessor
 from transformers_rfdetr.data.drawing import color_of, draw_instances
-from transformers_rfdetr.data.synthetic import draw_dataset, draw_scene
 
-SMALL = {"size": (96, 128), "metres_per_pixel": 0.5}
 GREY = Image.new("RGB", (160, 120), (90, 90, 90))
-
-
-@pytest.fixture(scope="module")
-def dataset() -> tuple[list[Image.Image], COCO]:
-    """Thirty images read by pycocotools from their JSON."""
-    images, dictionary = draw_dataset(30)
-    coco = COCO()
-    coco.dataset = json.loads(json.dumps(dictionary))
-    coco.createIndex()
-    return images, coco
 
 
 def square(*corners: tuple[int, int], side: int = 40) -> np.ndarray:
@@ -32,95 +16,6 @@ def square(*corners: tuple[int, int], side: int = 40) -> np.ndarray:
     for mask, (y, x) in zip(masks, corners, strict=True):
         mask[y : y + side, x : x + side] = True
     return masks
-
-
-# The drawn images
-
-
-def test_a_seed_always_draws_the_same_scene():
-    (first, objects), (second, same_objects) = draw_scene(4, **SMALL), draw_scene(4, **SMALL)
-    assert first.tobytes() == second.tobytes()
-    assert objects == same_objects
-
-
-def test_seeds_draw_different_scenes():
-    assert len({draw_scene(seed, **SMALL)[0].tobytes() for seed in range(8)}) == 8
-
-
-def test_drawing_leaves_the_global_random_state_alone():
-    before = np.random.get_state()[1].copy()
-    draw_scene(0, **SMALL)
-    assert (np.random.get_state()[1] == before).all()
-
-
-def test_a_scene_has_the_size_asked_for():
-    image, _ = draw_scene(1, size=(80, 200), metres_per_pixel=0.4)
-    assert (image.mode, image.size) == ("RGB", (200, 80))
-
-
-@pytest.mark.parametrize(("size", "metres"), [((16, 96), 2.0), ((96, 96), 0.1)])
-def test_a_scene_too_small_for_a_building_is_refused(size: tuple[int, int], metres: float):
-    with pytest.raises(ValueError, match="24 pixels and 20 metres"):
-        draw_scene(0, size, metres_per_pixel=metres)
-
-
-def test_box_and_area_are_those_that_pycocotools_reads_from_the_mask(dataset: tuple[list[Image.Image], COCO]):
-    _, coco = dataset
-    for annotation in coco.loadAnns(coco.getAnnIds()):
-        mask = coco.annToMask(annotation)
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        x, y, width, height = annotation["bbox"]
-        assert annotation["area"] == mask.sum() > 0
-        assert (x, y, x + width, y + height) == (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-
-
-def test_masks_of_a_scene_are_disjoint(dataset: tuple[list[Image.Image], COCO]):
-    _, coco = dataset
-    for image_id in coco.getImgIds():
-        masks = [coco.annToMask(annotation) for annotation in coco.imgToAnns[image_id]]
-        assert np.sum(masks, axis=0).max(initial=0) <= 1
-
-
-def test_the_scenes_hold_polygons_rle_several_wings_crowds_and_empty_images(
-    dataset: tuple[list[Image.Image], COCO],
-):
-    _, coco = dataset
-    annotations = coco.loadAnns(coco.getAnnIds())
-    houses = [annotation for annotation in annotations if not annotation["iscrowd"]]
-    polygons = [house["segmentation"] for house in houses if isinstance(house["segmentation"], list)]
-    assert {type(house["segmentation"]) for house in houses} == {list, dict}
-    assert {len(wings) for wings in polygons} == {1, 2, 4}
-    assert [annotation["image_id"] for annotation in annotations if annotation["iscrowd"]] == [6, 16, 26]
-    assert [image_id for image_id in coco.getImgIds() if not coco.imgToAnns[image_id]] == [3, 13, 23]
-
-
-def test_a_house_around_a_courtyard_has_a_hole(dataset: tuple[list[Image.Image], COCO]):
-    _, coco = dataset
-    annotations = coco.loadAnns(coco.getAnnIds())
-    courtyards = [item for item in annotations if not item["iscrowd"] and len(item["segmentation"]) == 4]
-    assert courtyards
-    for courtyard in courtyards:
-        x, y, width, height = map(int, courtyard["bbox"])
-        assert coco.annToMask(courtyard)[y + height // 2, x + width // 2] == 0
-
-
-def test_roofs_differ_from_the_ground_around_them(dataset: tuple[list[Image.Image], COCO]):
-    images, coco = dataset
-    pixels = np.asarray(images[4], dtype=float)
-    mask = np.sum([coco.annToMask(annotation) for annotation in coco.imgToAnns[4]], axis=0, dtype=bool)
-    assert np.abs(pixels[mask].mean(0) - pixels[~mask].mean(0)).max() > 10
-
-
-def test_the_image_processor_reads_every_annotation_but_crowds(dataset: tuple[list[Image.Image], COCO]):
-    images, coco = dataset
-    targets = [{"image_id": i, "annotations": coco.imgToAnns[i]} for i in coco.getImgIds()]
-    inputs = RfDetrImageProcessor(size=96)(images, targets, return_segmentation_masks=True)
-    for labels, target in zip(inputs["labels"], targets, strict=True):
-        houses = [annotation for annotation in target["annotations"] if not annotation["iscrowd"]]
-        assert labels["masks"].sum((1, 2)).tolist() == [house["area"] for house in houses]
-
-
-# Drawing instances
 
 
 def test_only_pixels_of_the_masks_change():
@@ -147,7 +42,7 @@ def test_the_outline_stands_out_from_any_ground(ground: int):
     assert max(np.abs(edge - ground).max(), np.abs(line - ground).max()) > 100
 
 
-def test_of_overlapping_instances_the_earlier_lies_on_top():
+def test_the_earlier_of_two_overlapping_instances_is_on_top():
     masks = square((10, 20), (30, 40))
     drawn = np.asarray(draw_instances(GREY, masks))
     alone = np.asarray(draw_instances(GREY, masks[:1]))
@@ -174,7 +69,7 @@ def test_plates_stay_inside_the_image_and_off_each_other():
         assert plate.sum() > 100
 
 
-def test_in_a_crowd_plates_that_would_hide_something_are_left_out():
+def test_many_instances_have_no_plates_that_would_hide_others():
     image = Image.new("RGB", (640, 480), (90, 90, 90))
     small = [[20 + 60 * (n % 10), 100 + 60 * (n // 10), 30 + 60 * (n % 10), 110 + 60 * (n // 10)] for n in range(20)]
     boxes = [*small, [300, 300, 600, 460]]
@@ -256,6 +151,6 @@ def test_an_empty_mask_has_no_plate():
         ({"boxes": [[1, 2, 3]]}, r"shape \(1, 3\)"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(parts: dict, message: str):
+def test_arguments_that_do_not_fit_together_are_refused(parts: dict, message: str):
     with pytest.raises(ValueError, match=message):
         draw_instances(GREY, **parts)

@@ -1,0 +1,106 @@
+"""Drawn aerial images and their annotations."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+
+from transformers_rfdetr import RfDetrImageProcessor
+from transformers_rfdetr.data.synthetic import draw_dataset, draw_scene
+
+SMALL = {"size": (96, 128), "metres_per_pixel": 0.5}
+
+
+@pytest.fixture(scope="module")
+def dataset() -> tuple[list[Image.Image], COCO]:
+    """Thirty images read by pycocotools from their JSON."""
+    images, dictionary = draw_dataset(30)
+    coco = COCO()
+    coco.dataset = json.loads(json.dumps(dictionary))
+    coco.createIndex()
+    return images, coco
+
+
+def test_a_seed_always_draws_the_same_scene():
+    (first, objects), (second, same_objects) = draw_scene(4, **SMALL), draw_scene(4, **SMALL)
+    assert first.tobytes() == second.tobytes()
+    assert objects == same_objects
+
+
+def test_seeds_draw_different_scenes():
+    assert len({draw_scene(seed, **SMALL)[0].tobytes() for seed in range(8)}) == 8
+
+
+def test_drawing_leaves_the_global_random_state_alone():
+    before = np.random.get_state()[1].copy()
+    draw_scene(0, **SMALL)
+    assert (np.random.get_state()[1] == before).all()
+
+
+def test_a_scene_has_the_size_asked_for():
+    image, _ = draw_scene(1, size=(80, 200), metres_per_pixel=0.4)
+    assert (image.mode, image.size) == ("RGB", (200, 80))
+
+
+@pytest.mark.parametrize(("size", "metres"), [((16, 96), 2.0), ((96, 96), 0.1)])
+def test_a_scene_too_small_for_a_building_is_refused(size: tuple[int, int], metres: float):
+    with pytest.raises(ValueError, match="24 pixels and 20 metres"):
+        draw_scene(0, size, metres_per_pixel=metres)
+
+
+def test_box_and_area_are_those_that_pycocotools_reads_from_the_mask(dataset: tuple[list[Image.Image], COCO]):
+    _, coco = dataset
+    for annotation in coco.loadAnns(coco.getAnnIds()):
+        mask = coco.annToMask(annotation)
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        x, y, width, height = annotation["bbox"]
+        assert annotation["area"] == mask.sum() > 0
+        assert (x, y, x + width, y + height) == (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+
+
+def test_masks_of_a_scene_are_disjoint(dataset: tuple[list[Image.Image], COCO]):
+    _, coco = dataset
+    for image_id in coco.getImgIds():
+        masks = [coco.annToMask(annotation) for annotation in coco.imgToAnns[image_id]]
+        assert np.sum(masks, axis=0).max(initial=0) <= 1
+
+
+def test_the_scenes_hold_polygons_rle_several_wings_crowds_and_empty_images(
+    dataset: tuple[list[Image.Image], COCO],
+):
+    _, coco = dataset
+    annotations = coco.loadAnns(coco.getAnnIds())
+    houses = [annotation for annotation in annotations if not annotation["iscrowd"]]
+    polygons = [house["segmentation"] for house in houses if isinstance(house["segmentation"], list)]
+    assert {type(house["segmentation"]) for house in houses} == {list, dict}
+    assert {len(wings) for wings in polygons} == {1, 2, 4}
+    assert [annotation["image_id"] for annotation in annotations if annotation["iscrowd"]] == [6, 16, 26]
+    assert [image_id for image_id in coco.getImgIds() if not coco.imgToAnns[image_id]] == [3, 13, 23]
+
+
+def test_a_house_around_a_courtyard_has_a_hole(dataset: tuple[list[Image.Image], COCO]):
+    _, coco = dataset
+    annotations = coco.loadAnns(coco.getAnnIds())
+    courtyards = [item for item in annotations if not item["iscrowd"] and len(item["segmentation"]) == 4]
+    assert courtyards
+    for courtyard in courtyards:
+        x, y, width, height = map(int, courtyard["bbox"])
+        assert coco.annToMask(courtyard)[y + height // 2, x + width // 2] == 0
+
+
+def test_roofs_differ_from_the_ground_around_them(dataset: tuple[list[Image.Image], COCO]):
+    images, coco = dataset
+    pixels = np.asarray(images[4], dtype=float)
+    mask = np.sum([coco.annToMask(annotation) for annotation in coco.imgToAnns[4]], axis=0, dtype=bool)
+    assert np.abs(pixels[mask].mean(0) - pixels[~mask].mean(0)).max() > 10
+
+
+def test_the_image_processor_reads_every_annotation_but_crowds(dataset: tuple[list[Image.Image], COCO]):
+    images, coco = dataset
+    targets = [{"image_id": i, "annotations": coco.imgToAnns[i]} for i in coco.getImgIds()]
+    inputs = RfDetrImageProcessor(size=96)(images, targets, return_segmentation_masks=True)
+    for labels, target in zip(inputs["labels"], targets, strict=True):
+        houses = [annotation for annotation in target["annotations"] if not annotation["iscrowd"]]
+        assert labels["masks"].sum((1, 2)).tolist() == [house["area"] for house in houses]
