@@ -145,10 +145,10 @@ def test_an_empty_mask_has_no_plate():
     ("parts", "message"),
     [
         ({"masks": square((0, 0)), "scores": [0.5, 0.4]}, "'masks': 1, 'scores': 2"),
-        ({"labels": ["building"]}, "neither masks nor boxes"),
-        ({"masks": square((0, 0))[:, :60]}, r"\(60, 160\) are not .* \(120, 160\)"),
-        ({"masks": square((0, 0)).astype(float)}, "masks of float64"),
-        ({"boxes": [[1, 2, 3]]}, r"shape \(1, 3\)"),
+        ({"labels": ["building"]}, "masks.*boxes.*1 instances"),
+        ({"masks": square((0, 0))[:, :60]}, r"masks.*120, 160.*\(60, 160\)"),
+        ({"masks": square((0, 0)).astype(float)}, "masks.*float64"),
+        ({"boxes": [[1, 2, 3]]}, r"boxes.*\(N, 4\).*\[\[1, 2, 3\]\]"),
     ],
 )
 def test_arguments_that_do_not_fit_together_are_refused(parts: dict, message: str):

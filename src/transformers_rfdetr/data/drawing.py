@@ -1,4 +1,4 @@
-"""Draws instances on an image. N instances; H W pixels of the image; boxes_xyxy in its pixels."""
+"""Draw instances on an image. N instances; H W pixels of the image; boxes_xyxy in its pixels."""
 
 import colorsys
 import itertools
@@ -13,18 +13,19 @@ from pycocotools import mask as coco_mask
 
 from ..model.image_io import read_rgb
 from ..model.masks import read_segmentation, to_rle
+from ..model.validation import require
 
 _OPACITY = 0.45  # of a mask
 _DARK = (20, 20, 20)
-_CROWD = 20  # instances; of more, plates that would hide something are left out
+_MAX_UNCROWDED = 20  # instances; with more, a label that would cover something is not drawn
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 
-# x0, y0, x1, y1 in pixels, the latter two exclusive.
-Place = tuple[int, int, int, int]
+Color = tuple[int, int, int]  # red, green, blue
+Extent = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, the latter two exclusive
 
 
-def color_of(index: int) -> tuple[int, int, int]:
-    """The colour (red, green, blue) of instance or class number `index`: bright, and unlike that of its neighbours."""
+def color_of(index: int) -> Color:
+    """Return a bright color for an instance or a class; neighboring indices have clearly different colors."""
     hue, value = (0.55 + index * _GOLDEN_RATIO) % 1, (1.0, 0.85)[index % 2]
     red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.8, value))
     return red, green, blue
@@ -39,12 +40,12 @@ def draw_instances(
     *,
     color_indices: Sequence[int] | None = None,
 ) -> Image.Image:
-    """Draw masks, boxes, and plates with label and score, whatever of these is given, over an image.
+    """Draw masks, boxes, labels and scores on a copy of an image.
 
-    A mask is a translucent colour with an outline of that colour and a dark edge, so that it shows on dark and on
-    light ground; nothing is drawn outside of it but boxes and plates. Lines and letters grow with the image. Among
-    more than 20 instances, plates that would hide other plates, or more than they name, are left out. Of two
-    instances that overlap the earlier one lies on top: the better one where they are sorted by score.
+    A mask is tinted, and outlined in its color with a dark edge, which is visible on light and on dark images. Line
+    width and text size grow with the image. With more than 20 instances, a label is drawn only if it covers no other
+    label and is not larger than its instance. Where instances overlap, the earlier one is on top. An instance with an
+    empty mask and no box is not drawn.
 
     Example:
         >>> import numpy as np
@@ -56,79 +57,56 @@ def draw_instances(
         (160, 120)
 
     Args:
-        image: The image in any mode, with the scale that the image processor gives it; it stays as it is. (H, W) is
-            its size with the EXIF rotation applied.
-        masks: (N, H, W) bool, or N COCO RLEs of that size, of which one at a time is decoded.
+        image: An image of any mode, scaled to 8 bits as by the image processor. Its EXIF rotation is applied first.
+        masks: (N, H, W) bool, or a list of N COCO RLEs, which are decoded one at a time.
         boxes: (N, 4) boxes_xyxy.
-        labels: N texts.
-        scores: N numbers, written with two digits.
-        color_indices: N numbers of colours, such as class ids, for a colour a class; 0 to N-1 by default.
+        labels: N strings.
+        scores: N numbers, drawn with two decimals.
+        color_indices: N arguments of [`color_of`], such as class ids; 0 to N - 1 by default.
 
     Returns:
         A new RGB image, (H, W).
 
     Raises:
-        ValueError: lengths that differ; masks or boxes of another shape; texts without masks or boxes to put them at.
+        ValueError: the arguments have different lengths, masks or boxes have a wrong shape, or both are missing.
     """
     parts = {"masks": masks, "boxes": boxes, "labels": labels, "scores": scores, "color_indices": color_indices}
     lengths = {name: len(part) for name, part in parts.items() if part is not None}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"different numbers of {lengths}; pass one of each for every instance")
+        raise ValueError(f"masks, boxes, labels, scores and color_indices must have the same length, got {lengths}")
     count = max(lengths.values(), default=0)
     if not count:
         return read_rgb(image)
     if masks is None and boxes is None:
-        raise ValueError(f"{count} instances have neither masks nor boxes; pass one of the two")
+        raise ValueError(f"`masks` or `boxes` is required, got neither for {count} instances")
 
     colors = [color_of(int(index)) for index in (range(count) if color_indices is None else color_indices)]
     pixels = np.array(read_rgb(image))
-    line = max(1, round(min(pixels.shape[:2]) / 250))
-    places: list[Place | None] = [None] * count
+    line_width = max(1, round(min(pixels.shape[:2]) / 250))
+    extents: Sequence[Extent | None] = []
     if masks is not None:
-        shown = masks if isinstance(masks, list) else _to_array(masks)
-        for index in reversed(range(count)):
-            mask = _bitmap(shown[index])
-            if mask.dtype != bool or mask.shape != pixels.shape[:2]:
-                raise ValueError(
-                    f"masks of {mask.dtype} {mask.shape} are not bool of the image's (height, width)"
-                    f" {pixels.shape[:2]}; post-process with target_sizes=[(height, width)] and return_binary_maps=True"
-                )
-            places[index] = place = _extent(mask)
-            if place is not None:
-                region = np.s_[place[1] : place[3], place[0] : place[2]]
-                pixels[region] = _paint(pixels[region], mask[region], colors[index], line)
+        extents = _draw_masks(pixels, masks if isinstance(masks, list) else _to_array(masks), colors, line_width)
     drawn = Image.fromarray(pixels)
     pen = ImageDraw.Draw(drawn)
     if boxes is not None:
-        corners = _to_array(boxes)
-        if corners.shape[1:] != (4,):
-            raise ValueError(f"boxes have shape {corners.shape}; pass (N, 4): x0, y0, x1, y1 in pixels")
-        frames = [(int(x0), int(y0), int(x1), int(y1)) for x0, y0, x1, y1 in corners.round()]
-        places = list(frames)
-        for (x0, y0, x1, y1), color in reversed(list(zip(frames, colors, strict=True))):
-            pen.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=_DARK, width=line + 2)
-            pen.rectangle((x0 + 1, y0 + 1, max(x0 + 1, x1 - 2), max(y0 + 1, y1 - 2)), outline=color, width=line)
-    plates: list[Place] = []
-    for index, place in enumerate(places):
-        words = [] if labels is None else [str(labels[index])]
-        words += [] if scores is None else [f"{float(scores[index]):.2f}"]
-        if words and place is not None:
-            text = " ".join(" ".join(words).split())
-            plate = _write(pen, text, place, colors[index], plates, is_crowded=count > _CROWD)
-            plates += [] if plate is None else [plate]
+        extents = _draw_boxes(pen, _to_array(boxes), colors, line_width)
+    texts = [""] * count if labels is None else [str(label) for label in labels]
+    if scores is not None:
+        texts = [f"{text} {float(score):.2f}" for text, score in zip(texts, scores, strict=True)]
+    _draw_texts(pen, [" ".join(text.split()) for text in texts], extents, colors)  # on one line
     return drawn
 
 
 def draw_annotations(
     image: Image.Image, annotations: Sequence[Mapping[str, Any]], id2label: Mapping[int, str], **style: Any
 ) -> Image.Image:
-    """Draw the ground truth of an image: COCO annotations, crowds too, in a colour a class.
+    """Draw the ground truth of an image, crowds included, with a color for each class.
 
     Args:
         image: The image, upright.
-        annotations: Each with `category_id` as label, and `segmentation` or `bbox`: x, y, width, height in pixels.
+        annotations: COCO annotations, with labels as `category_id`, and `segmentation` or `bbox` in pixels.
         id2label: Label -> name.
-        **style: Of [`draw_instances`]: `color_indices`.
+        **style: Arguments of [`draw_instances`] that replace those chosen here.
     """
     size = (image.height, image.width)
     shapes = [read_segmentation(one.get("segmentation"), size) for one in annotations]
@@ -141,13 +119,13 @@ def draw_annotations(
 
 
 def draw_grid(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str] | None = None) -> Image.Image:
-    """Images in rows, such as an image, its ground truth and what was found, under the titles of the columns.
+    """Arrange images in rows and columns, such as an image, its ground truth and its predictions.
 
-    Gaps and letters grow with the images.
+    Gaps and text size grow with the images.
 
     Args:
-        rows: At least one, each of as many images of any size.
-        titles: A line of text for each column; none by default.
+        rows: At least one row; all rows have the same number of images, which may differ in size.
+        titles: One line of text above each column; none by default.
     """
     height = max(image.height for image in rows[0])
     gap = max(4, round(height / 60))
@@ -174,65 +152,90 @@ def _to_array(values: Any) -> np.ndarray:
     return np.asarray(values)
 
 
-def _bitmap(mask: Any) -> np.ndarray:
-    return coco_mask.decode(mask).astype(bool) if isinstance(mask, dict) else np.asarray(mask)
+def _draw_masks(
+    pixels: np.ndarray, masks: np.ndarray | list[dict[str, Any]], colors: Sequence[Color], line_width: int
+) -> list[Extent | None]:
+    """Draw masks on pixels (H, W, 3) in place; return the extent of each mask, None of an empty one."""
+    extents: list[Extent | None] = [None] * len(masks)
+    for index in reversed(range(len(masks))):
+        mask = masks[index]
+        mask = coco_mask.decode(mask).view(bool) if isinstance(mask, dict) else np.asarray(mask)
+        if mask.dtype != bool or mask.shape != pixels.shape[:2]:
+            raise ValueError(
+                f"`masks` must be bool (N, {pixels.shape[0]}, {pixels.shape[1]}), as the image, got {mask.dtype}"
+                f" {mask.shape}. Post-process with target_sizes=[(height, width)] and return_binary_maps=True."
+            )
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        if rows.size:
+            x0, y0, x1, y1 = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+            pixels[y0:y1, x0:x1] = _paint(pixels[y0:y1, x0:x1], mask[y0:y1, x0:x1], colors[index], line_width)
+            extents[index] = (x0, y0, x1, y1)
+    return extents
 
 
-def _extent(mask: np.ndarray) -> Place | None:
-    """Where a mask (H, W) is, or None where it is nowhere."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1) if rows.size else None
-
-
-def _paint(pixels: np.ndarray, mask: np.ndarray, color: tuple[int, int, int], line: int) -> np.ndarray:
-    """Pixels (h, w, 3) under a mask (h, w): tinted inside, the colour along its outline, dark on the very edge."""
+def _paint(pixels: np.ndarray, mask: np.ndarray, color: Color, line_width: int) -> np.ndarray:
+    """Return pixels (h, w, 3) with a mask (h, w) in three layers: a dark edge, an outline, and the tinted inside."""
     edge = _erode(mask, 1)
-    inside = _erode(edge, line + 1)
+    inside = _erode(edge, line_width + 1)
     tinted = (1 - _OPACITY) * pixels + _OPACITY * np.array(color)
     painted = np.where(inside[..., None], tinted, np.where(edge[..., None], color, _DARK))
     return np.where(mask[..., None], painted, pixels).astype(np.uint8)
 
 
 def _erode(mask: np.ndarray, steps: int) -> np.ndarray:
-    """Mask (h, w) without its outermost `steps` pixels; outside of the array there is no mask."""
+    """Remove the outermost `steps` pixels of a mask (h, w); pixels outside of the array are not in the mask."""
     for _ in range(steps):
         wide = np.pad(mask, 1)
         mask = mask & wide[:-2, 1:-1] & wide[2:, 1:-1] & wide[1:-1, :-2] & wide[1:-1, 2:]
     return mask
 
 
-def _write(
-    pen: ImageDraw.ImageDraw,
-    text: str,
-    place: Place,
-    color: tuple[int, int, int],
-    taken: Sequence[Place],
-    is_crowded: bool,
-) -> Place | None:
-    """Write on a plate at `place`, inside the image and off the `taken` plates if there is room -> the plate.
+def _draw_boxes(
+    pen: ImageDraw.ImageDraw, boxes: np.ndarray, colors: Sequence[Color], line_width: int
+) -> list[Extent | None]:
+    require(boxes.shape[1:] == (4,), "boxes", boxes, "an array of shape (N, 4), x0, y0, x1, y1 in pixels")
+    extents = [(int(x0), int(y0), int(x1), int(y1)) for x0, y0, x1, y1 in boxes.round()]
+    for (x0, y0, x1, y1), color in reversed(list(zip(extents, colors, strict=True))):
+        pen.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=_DARK, width=line_width + 2)
+        pen.rectangle((x0 + 1, y0 + 1, max(x0 + 1, x1 - 2), max(y0 + 1, y1 - 2)), outline=color, width=line_width)
+    return list(extents)
 
-    In a crowd a plate that hides others, or is larger than what it names, is left out: None.
+
+def _draw_texts(
+    pen: ImageDraw.ImageDraw, texts: Sequence[str], extents: Sequence[Extent | None], colors: Sequence[Color]
+) -> None:
+    """Draw the text of each instance that has an extent, on a plate in its color."""
+    font = ImageFont.load_default(max(10, round(min(pen.im.size) / 30)))
+    margin = max(1, int(font.size) // 5)
+    plates: list[Extent] = []
+    for text, extent, color in zip(texts, extents, colors, strict=True):
+        if not text or extent is None:
+            continue
+        size = round(pen.textlength(text, font)) + 2 * margin, sum(font.getmetrics()) + margin
+        plate = _place_plate(size, extent, plates, pen.im.size, is_crowded=len(texts) > _MAX_UNCROWDED)
+        if plate is None:
+            continue
+        plates.append(plate)
+        x0, y0, x1, y1 = plate
+        pen.rectangle((x0, y0, x1 - 1, y1 - 1), fill=color)
+        is_light = np.dot(color, (0.299, 0.587, 0.114)) > 120
+        pen.text((x0 + margin, y0 + margin // 2), text, fill=_DARK if is_light else (255, 255, 255), font=font)
+
+
+def _place_plate(
+    size: tuple[int, int], extent: Extent, taken: Sequence[Extent], image_size: tuple[int, int], *, is_crowded: bool
+) -> Extent | None:
+    """Return where a plate is drawn: inside the image, and beside the plates that are `taken` if there is room.
+
+    In a crowd, return None if there is no room, or if the plate is larger than its instance. Sizes are (width, height).
     """
-    width, height = pen.im.size
-    left, top, right, bottom = place
-    size = max(10, round(min(width, height) / 30))
-    font = ImageFont.load_default(size)
-    margin = max(1, size // 5)
-    plate_width = round(pen.textlength(text, font)) + 2 * margin
-    plate_height = sum(font.getmetrics()) + margin
-    if is_crowded and plate_width * plate_height > (right - left) * (bottom - top):
+    (width, height), (left, top, right, bottom) = size, extent
+    if is_crowded and width * height > (right - left) * (bottom - top):
         return None
-    above, inside = top - plate_height, bottom - plate_height
     plates = []
-    for x, y in ((left, above), (left, top), (left, bottom), (right - plate_width, above), (left, inside)):
-        x, y = max(0, min(x, width - plate_width)), max(0, min(y, height - plate_height))
-        plates.append((x, y, x + plate_width, y + plate_height))
+    above, inside = top - height, bottom - height
+    for x, y in ((left, above), (left, top), (left, bottom), (right - width, above), (left, inside)):
+        x, y = max(0, min(x, image_size[0] - width)), max(0, min(y, image_size[1] - height))
+        plates.append((x, y, x + width, y + height))
     free = (p for p in plates if not any(p[0] < t[2] and t[0] < p[2] and p[1] < t[3] and t[1] < p[3] for t in taken))
-    plate = next(free, None if is_crowded else plates[0])
-    if plate is None:
-        return None
-    pen.rectangle((plate[0], plate[1], plate[2] - 1, plate[3] - 1), fill=color)
-    is_light = np.dot(color, (0.299, 0.587, 0.114)) > 120
-    ink = _DARK if is_light else (255, 255, 255)
-    pen.text((plate[0] + margin, plate[1] + margin // 2), text, fill=ink, font=font)
-    return plate
+    return next(free, None if is_crowded else plates[0])
