@@ -1,4 +1,4 @@
-"""The recipe of `transformers-rfdetr train`, which is its settings, and the run that follows it."""
+"""The settings of `transformers-rfdetr train`, called its recipe, and the training run that they describe."""
 
 import dataclasses
 import difflib
@@ -7,6 +7,7 @@ import shutil
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from .options import absolute, read_size
 
 RECIPE_NAME = "train.yaml"
 _MODEL_NAME = "model"
-# Settings of the command besides the fields of RfDetrTrainingArguments, and what YAML may hold for them.
+# Settings of the command besides the fields of RfDetrTrainingArguments, and the types of their values in YAML.
 _OPTIONS: dict[str, set[Any]] = {
     "model": {str},
     "data": {str, dict},
@@ -45,7 +46,7 @@ _ALIASES = {
     "lr": "learning_rate",
     "output_dir": "output",
 }
-# Settings that the trained model does not depend on; a run resumes though they differ.
+# Settings that do not change the trained model: a run may be resumed with other values.
 _FREE = {
     *("output", "device", "use_cpu", "push_to_hub", "versions", "report_to", "run_name", "project", "disable_tqdm"),
     *("private", "log_level", "save_total_limit", "per_device_eval_batch_size", "dataloader_num_workers"),
@@ -62,11 +63,18 @@ _TYPE_NAMES = {
 }
 
 
-# Settings
+# -- the recipe ------------------------------------------------------------------------------------------------------
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads YAML as people write it: 1e-4 is a number, and `no`, for eval_strategy, is a string."""
+    """Read 1e-4 as a number and `no`, a value of eval_strategy, as a string, unlike YAML 1.1."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quote the strings that _Loader would read as numbers."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True  # which read_yaml refuses
 
 
 _BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
@@ -75,11 +83,12 @@ _Loader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(_BOOL, re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver(_FLOAT, re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(_FLOAT, re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 
 
 def read_recipe(path: Path | None, given: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the settings of a YAML file, overridden by those given beside it.
+    """Return the settings of a YAML file, overridden by those of the command line.
 
     Args:
         path: The file, if there is one.
@@ -90,24 +99,25 @@ def read_recipe(path: Path | None, given: Iterable[tuple[str, Any]]) -> dict[str
         `RfDetrTrainingArguments`. Paths that exist are absolute.
 
     Raises:
-        ValueError: the file is not valid YAML; a name is unknown (the message has the nearest one) or given twice; a
-            value has the wrong type; model, data or output is missing.
+        ValueError: the file is not valid YAML; a name is unknown (the message suggests the nearest one) or given twice;
+            a value has the wrong type; model, data or output is missing.
     """
-    kinds, defaults = _fields()
-    file = {} if path is None else _read_yaml(path)
+    types_of, defaults = _fields()
+    file = {} if path is None else _read_file(path)
     file.pop("versions", None)
-    recipe = _checked(f"--config {path}", file.items(), kinds) | _checked("the options", given, kinds)
+    recipe = _validate(f"--config {path}", file.items(), types_of) | _validate("the options", given, types_of)
     for name, remedy in (("model", "--model rf-detr-seg-medium"), ("data", "DATA"), ("output", "--output runs/mine")):
         if not recipe.get(name):
             raise ValueError(f"`{name}` is required. Pass {remedy}, or set `{name}:` in the file of --config.")
     if isinstance(recipe.get("resolution"), str):
-        recipe["resolution"] = read_size("--resolution", recipe["resolution"])
+        size = read_size("--resolution", recipe["resolution"])
+        recipe["resolution"] = list(size) if isinstance(size, tuple) else size
     if not recipe.get("num_train_epochs", 1) > 0 and recipe.get("max_steps", 0) <= 0:
         raise ValueError(f"--epochs must be above 0, got {recipe['num_train_epochs']:g}.")
     recipe |= {name: _absolute(recipe[name]) for name in ("model", "data", "image_folder") if name in recipe}
     recipe["output"] = str(Path(recipe["output"]).expanduser().absolute())
-    kept = {name: value for name, value in recipe.items() if name in _OPTIONS or value != defaults[name]}
-    return _plain({name: kept[name] for name in sorted(kept, key=lambda name: (name not in _OPTIONS, name))})
+    kept = [name for name in recipe if name in _OPTIONS or recipe[name] != defaults[name]]
+    return {name: recipe[name] for name in sorted(kept, key=lambda name: (name not in _OPTIONS, name))}
 
 
 def _fields() -> tuple[dict[str, set[Any]], dict[str, Any]]:
@@ -115,50 +125,44 @@ def _fields() -> tuple[dict[str, set[Any]], dict[str, Any]]:
     from ..training.arguments import RfDetrTrainingArguments
 
     hints = typing.get_type_hints(RfDetrTrainingArguments)
-    # Tokens do not belong in files, and `push_to_hub` of the command says what is uploaded where.
+    # A token must not be written to a file, and the command has its own `push_to_hub` and `output`.
     excluded = ("hub_", "push_to_hub", "output_dir", "resume_from_checkpoint", "local_rank", "_")
-    fields = [
-        field
-        for field in dataclasses.fields(RfDetrTrainingArguments)
-        if field.init and not field.name.startswith(excluded)
-    ]
-    kinds = {field.name: _kinds(hints[field.name]) | {type(field.default)} & {types.NoneType} for field in fields}
-    defaults = {
-        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        for field in fields
-    }
-    return kinds | _OPTIONS, defaults
+    types_of, defaults = dict(_OPTIONS), {}
+    for field in dataclasses.fields(RfDetrTrainingArguments):
+        if field.init and not field.name.startswith(excluded):
+            is_optional = field.default is None
+            types_of[field.name] = _split_union(hints[field.name]) | ({types.NoneType} if is_optional else set())
+            has_factory = field.default_factory is not dataclasses.MISSING
+            defaults[field.name] = field.default_factory() if has_factory else field.default
+    return types_of, defaults
 
 
-def _kinds(hint: Any) -> set[Any]:
+def _split_union(hint: Any) -> set[Any]:
     """Return the types of an annotation: `dict[str, Any] | None` -> {dict, NoneType}."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return set().union(*map(_kinds, typing.get_args(hint)))
+        return set().union(*map(_split_union, typing.get_args(hint)))
     return {typing.get_origin(hint) or hint}
 
 
-def _checked(source: str, given: Iterable[tuple[str, Any]], kinds: Mapping[str, set[Any]]) -> dict[str, Any]:
-    """Return settings under their canonical names, with values of the right types."""
-    checked: dict[str, Any] = {}
+def _validate(source: str, given: Iterable[tuple[str, Any]], types_of: Mapping[str, set[Any]]) -> dict[str, Any]:
+    """Return settings under their full names; raise ValueError for unknown names and for values of wrong types."""
+    settings: dict[str, Any] = {}
     for spelled, value in given:
         name = str(spelled).replace("-", "_")
         name = _ALIASES.get(name, name)
-        if name not in kinds:
-            [near] = difflib.get_close_matches(name, [*kinds, *_ALIASES], n=1, cutoff=0.0)
+        if name not in types_of:
+            [near] = difflib.get_close_matches(name, [*types_of, *_ALIASES], n=1, cutoff=0.0)
             raise ValueError(f"{source}: unknown setting {str(spelled)!r}. Did you mean {near!r}?")
-        if name in checked:
+        if name in settings:
             raise ValueError(f"{source}: `{name}` is given twice, the second time as {spelled!r}. Remove one.")
-        checked[name] = _fitted(f"{source}: {spelled}", value, kinds[name])
-    return checked
-
-
-def _fitted(where: str, value: Any, kinds: set[Any]) -> Any:
-    if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
-        return float(value)
-    if type(value) not in kinds and Any not in kinds:
-        rule = " or ".join(text for kind, text in _TYPE_NAMES.items() if kind in kinds)
-        raise ValueError(f"{where} must be {rule}, got {value!r:.60}.")
-    return value
+        allowed = types_of[name]
+        if type(value) is int and float in allowed and int not in allowed:
+            value = float(value)
+        if type(value) not in allowed and Any not in allowed:
+            rule = " or ".join(text for kind, text in _TYPE_NAMES.items() if kind in allowed)
+            raise ValueError(f"{source}: {spelled} must be {rule}, got {value!r:.60}.")
+        settings[name] = value
+    return settings
 
 
 def read_setting(text: str) -> tuple[str, Any]:
@@ -169,7 +173,7 @@ def read_setting(text: str) -> tuple[str, Any]:
     return name.strip(), read_yaml(value, _Loader, f"--set {text:.200}")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_file(path: Path) -> dict[str, Any]:
     content = read_yaml(read_text(path), _Loader, str(path))
     if not isinstance(content, dict):
         raise ValueError(
@@ -187,18 +191,14 @@ def _absolute(place: Any) -> Any:
     return absolute(place)
 
 
-def _plain(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the recipe as it is read back from YAML, for comparison with one that was written."""
-    return yaml.load(yaml.safe_dump(_without_tuples(recipe), sort_keys=False, allow_unicode=True), _Loader)
+def _to_yaml(recipe: Mapping[str, Any]) -> str:
+    text = yaml.dump(recipe, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return (
+        f"# `transformers-rfdetr train --config {RECIPE_NAME}` resumes this run; with --output it repeats it.\n{text}"
+    )
 
 
-def _without_tuples(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _without_tuples(part) for name, part in value.items()}
-    return [*map(_without_tuples, value)] if isinstance(value, list | tuple) else value
-
-
-# The run
+# -- the run ---------------------------------------------------------------------------------------------------------
 
 
 def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
@@ -206,17 +206,18 @@ def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
 
     Args:
         recipe: The settings, from [`read_recipe`].
-        resume: Whether a run in the output folder is resumed; otherwise its files are moved to a folder beside it.
+        resume: Whether to resume a run in the output folder; otherwise its files are moved to a folder beside it.
 
     Raises:
-        ValueError: the output folder has a run with other settings; or model, data or trainer refuse theirs.
+        ValueError: the output folder has a run with other settings; or data, model or trainer refuse a setting.
     """
     try:
-        from accelerate.utils import broadcast_object_list
+        from ..training.distributed import run_on_first_process
+        from ..training.trainer import RfDetrTrainer
     except ImportError as error:
-        raise ImportError('Training requires accelerate. Run: pip install "transformers-rfdetr[train]"') from error
-    from ..training.checkpoints import restore_best_models
-    from ..training.trainer import RfDetrTrainer
+        raise ImportError(
+            f'Training failed to import ({error}). Run: pip install "transformers-rfdetr[train]"'
+        ) from error
 
     arguments = _training_arguments(recipe)
     is_first, output = arguments.process_index == 0, Path(recipe["output"])
@@ -229,31 +230,30 @@ def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
         )
     names = dict(zip(data.category_ids, data.id2label.values(), strict=True))
     recipe = {**recipe, "class_names": names, "versions": _versions()}
-    if is_first:
-        restore_best_models(output)
-    # Only the first process reads and changes the folder, so that all of them decide the same.
-    [checkpoint] = broadcast_object_list([find_checkpoint(output, recipe) if resume and is_first else None])
+    checkpoint = None
+    if resume:  # all processes must decide the same
+        checkpoint = run_on_first_process(lambda: find_checkpoint(output, recipe), arguments.process_index)
     set_seed(arguments.seed)  # for the heads of new classes
     model, processor = _load_model(recipe, data)
-    if is_first:
-        _prepare_folder(output, recipe, resume)
-        typer.echo(f"Resuming from {checkpoint}" if checkpoint else f"Starting a new run in {output}")
     trainer = RfDetrTrainer(
         model,
         arguments,
         train_dataset=data["train"],
         eval_dataset=data.get("validation"),
         processing_class=processor,
-        callbacks=[_KeepRecipe(_as_yaml(recipe))],
+        callbacks=[_RecipeWriter(_to_yaml(recipe))],
     )
+    if is_first:
+        _prepare_folder(output, recipe, resume)
+        typer.echo(f"Resuming from {checkpoint}" if checkpoint else f"Starting a new run in {output}")
     trainer.train(resume_from_checkpoint=checkpoint)
     saved = output / _MODEL_NAME
     trainer.write_model(str(saved))
-    numbers = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     if is_first:
-        write_text(saved / RECIPE_NAME, _as_yaml(recipe))
-        if numbers:
-            typer.echo(format_numbers({name.removeprefix("eval_"): value for name, value in numbers.items()}))
+        write_text(saved / RECIPE_NAME, _to_yaml(recipe))
+        if metrics:
+            typer.echo(format_numbers({name.removeprefix("eval_"): value for name, value in metrics.items()}))
         typer.echo(f"The model is in {saved}")
     if "push_to_hub" in recipe:
         trainer.push_to_hub(private=recipe.get("private"))
@@ -264,12 +264,11 @@ def _training_arguments(recipe: Mapping[str, Any]) -> Any:
 
     fields = {name: value for name, value in recipe.items() if name not in _OPTIONS}
     device = recipe.get("device", "auto")
-    is_here = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not is_here.get(device):
-        usable = [name for name, is_available in is_here.items() if is_available]
+    available = ["auto", "cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    if device not in available:
         raise ValueError(
-            f"`device` must be one of {', '.join(usable)} on this machine, got {device}. To choose one of several GPUs,"
-            " set CUDA_VISIBLE_DEVICES."
+            f"`device` must be one of {', '.join(available)} on this machine, got {device}. To choose one of several"
+            " GPUs, set CUDA_VISIBLE_DEVICES."
         )
     if device == "cpu":
         fields["use_cpu"] = True
@@ -292,41 +291,43 @@ def _load_model(recipe: Mapping[str, Any], data: Any) -> tuple[Any, Any]:
 
 
 def find_checkpoint(output: Path, recipe: Mapping[str, Any]) -> str | None:
-    """Return the newest complete checkpoint of a run in a folder, or None if it has none yet.
+    """Return the newest complete checkpoint of a run in a folder, or None if there is none yet.
 
     Raises:
-        ValueError: the folder has a run with other settings, or files that may be of one.
+        ValueError: the folder has a run with other settings, or a run without its recipe.
     """
     from ..training.checkpoints import newest_checkpoint
 
     remedy = "Pass another --output, or --no-resume to move that run aside and start anew."
     files = _run_files(output)
-    if all(path.name == RECIPE_NAME for path in files):  # nothing, or a run that was stopped before a checkpoint
+    if all(path.name == RECIPE_NAME for path in files):
         return None
     if not (output / RECIPE_NAME).is_file():
         raise ValueError(f"{output} must have a {RECIPE_NAME} beside {files[0].name} to be resumed. {remedy}")
-    earlier = _read_yaml(output / RECIPE_NAME)
-    wanted = _plain(recipe)
+    earlier = _read_file(output / RECIPE_NAME)
     different = [
-        f"{name} {earlier.get(name, 'unset')!r:.60} there, {wanted.get(name, 'unset')!r:.60} here"
-        for name in sorted({*earlier, *wanted} - _FREE)
-        if earlier.get(name) != wanted.get(name)
+        f"{name} {earlier.get(name, 'unset')!r:.60} there, {recipe.get(name, 'unset')!r:.60} here"
+        for name in sorted({*earlier, *recipe} - _FREE)
+        if earlier.get(name) != recipe.get(name)
     ]
     if different:
         raise ValueError(f"{output} has a run with other settings ({'; '.join(different)}). {remedy}")
-    try:
-        return newest_checkpoint(str(output))
-    except ValueError:  # it was stopped before the first one
-        return None
+    with suppress(ValueError):  # it was stopped before its first checkpoint
+        return newest_checkpoint(output)
+    return None
 
 
 def _run_files(output: Path) -> list[Path]:
-    """Return what a run writes to its folder, as far as it exists."""
+    """Return the files and folders of a run that exist in a folder."""
     patterns = (RECIPE_NAME, "checkpoint-*", "best_*", _MODEL_NAME)
     return [path for pattern in patterns for path in sorted(output.glob(pattern))]
 
 
 def _prepare_folder(output: Path, recipe: Mapping[str, Any], resume: bool) -> None:
+    """Write the recipe to the output folder; move the files of an earlier run aside unless it is resumed."""
+    from ..training.checkpoints import restore_best_models
+
+    restore_best_models(output)
     if not resume and (files := _run_files(output)):
         number = 1
         while (aside := output.with_name(f"{output.name}.{number}")).exists():
@@ -336,12 +337,7 @@ def _prepare_folder(output: Path, recipe: Mapping[str, Any], resume: bool) -> No
             shutil.move(path, aside / path.name)
         typer.echo(f"Moved the earlier run from {output} to {aside}")
     make_directory(output)
-    write_text(output / RECIPE_NAME, _as_yaml(recipe))
-
-
-def _as_yaml(recipe: Mapping[str, Any]) -> str:
-    text = yaml.safe_dump(_without_tuples(recipe), sort_keys=False, allow_unicode=True)
-    return f"# transformers-rfdetr train --config {RECIPE_NAME} resumes this run; with --output it repeats it\n{text}"
+    write_text(output / RECIPE_NAME, _to_yaml(recipe))
 
 
 def _versions() -> dict[str, str]:
@@ -349,8 +345,8 @@ def _versions() -> dict[str, str]:
     return versions | {"torch": str(torch.__version__)}
 
 
-class _KeepRecipe(TrainerCallback):
-    """Writes the recipe beside every model of the run."""
+class _RecipeWriter(TrainerCallback):
+    """Write the recipe beside every model of the run."""
 
     def __init__(self, text: str) -> None:
         self.text = text
