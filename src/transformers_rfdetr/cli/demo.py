@@ -67,7 +67,7 @@ def demo(
         _arguments(output / "run", steps, seed, train),
         train_dataset=data["train"],
         eval_dataset=data["validation"],
-        augmentation=FlipAndCrop(crop=0.0, turn=0.75),  # aerial images have no upright direction
+        augmentation=FlipAndCrop(crop=0.0, rotate=0.75),  # aerial images have no upright direction
     )
     trainer.train()
     trainer.save_model(str(output / "model"))

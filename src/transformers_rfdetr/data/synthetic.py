@@ -1,7 +1,7 @@
-"""The images that the package draws: aerial photographs of buildings, for the demo, the tests and the notebooks.
+"""Draw synthetic aerial images of buildings with annotations, for the demo, the tests and the notebooks.
 
-Everything follows from a seed, and nothing is downloaded. Lengths are metres on the ground, with x to the right and y
-down from the middle of what is drawn; places are pixels of the image, which has H x W of them.
+An image depends only on its seed, and nothing is downloaded. Lengths are in metres on the ground, in frames whose
+origin is the middle of an object, with x to the right and y down. Positions are in pixels of the image (H, W).
 """
 
 import json
@@ -16,7 +16,7 @@ from ..model.masks import box_and_area, rasterize, region_to_rle
 
 CATEGORIES = [{"id": 1, "name": "building"}]
 
-# A wing is an upright rectangle in the frame of its building: centre x, y and half extents.
+# A wing is an axis-aligned rectangle in the frame of its building: center x, y and half extents.
 Wing = tuple[float, float, float, float]
 
 _GROUNDS = np.array([[104, 122, 74], [122, 134, 82], [92, 110, 72], [160, 148, 104], [134, 116, 90], [116, 128, 92]])
@@ -24,18 +24,18 @@ _ROOFS = np.array(
     [[162, 98, 78], [142, 86, 70], [128, 98, 82], [98, 106, 118], [142, 144, 146], [188, 184, 176], [84, 84, 90]]
 )
 _ASPHALT, _PAINT, _CROWN = np.array([128, 127, 124]), np.array([214, 214, 220]), np.array([70, 94, 52])
-_SHADE = np.array([0.42, 0.46, 0.56])  # what the sky leaves of red, green and blue where the sun is hidden
+_SHADE = np.array([0.42, 0.46, 0.56])  # brightness of red, green and blue in a shadow
 _CORNERS = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
 
 
 def draw_scene(
     seed: int, size: tuple[int, int] = (384, 512), *, metres_per_pixel: float = 0.2
 ) -> tuple[Image.Image, list[dict[str, Any]]]:
-    """Draw one aerial image of buildings, and say where they are.
+    """Draw one aerial image of buildings, and return it with their annotations.
 
-    Roofs are rectangles, L, T or enclose a courtyard, and are hipped, gabled or flat. They throw shadows, and parts of
-    them are hidden by taller neighbours and trees, or cut off by the border. Of ten consecutive seeds one gives a
-    image without buildings (it ends in 3) and one a crowd of garden sheds among the houses (it ends in 6).
+    Roofs are rectangles, L, T or enclose a courtyard, and are hipped, gabled or flat. Buildings cast shadows, and are
+    partly hidden by taller neighbours and trees, or cut off by the border. An image whose seed ends in 3 has no
+    buildings; one whose seed ends in 6 has a crowd of garden sheds among the houses.
 
     Example:
         >>> from transformers_rfdetr.data.synthetic import draw_scene
@@ -44,56 +44,55 @@ def draw_scene(
         ((512, 384), {1})
 
     Args:
-        seed: 0 or more; it becomes the `image_id`.
-        size: (H, W) in pixels.
-        metres_per_pixel: Houses are 7 to 25 metres long: with more pixels the image shows more of them.
+        seed: An integer >= 0, also used as `image_id`.
+        size: (H, W) of the image in pixels, at least 24 pixels and 20 metres each.
+        metres_per_pixel: The ground resolution. Houses are 7 to 25 metres long.
 
     Returns:
-        The RGB image, and one COCO object for each building in the order they were built: `id` from 1, `image_id`,
-        `category_id`, `bbox` [x, y, width, height] and `area` in pixels, `iscrowd`, `segmentation`. Only visible
-        pixels count, so that masks are disjoint. Whole buildings are polygons (one for each wing), the others and
-        crowds RLE.
+        The RGB image, and a COCO annotation for each visible building: `id` from 1, `image_id`, `category_id`, `bbox`
+        [x, y, width, height] and `area` in pixels, `iscrowd`, `segmentation`. Masks contain only visible pixels, so
+        that they do not overlap. Fully visible buildings are polygons, one for each wing; others and crowds are RLE.
 
     Raises:
-        ValueError: the image would be smaller than 24 pixels or 20 metres.
+        ValueError: `size` is too small.
     """
     if min(size) < 24 or min(size) * metres_per_pixel < 20:
         raise ValueError(
-            f"an image of {size} pixels at {metres_per_pixel} metres each is too small for a building;"
-            " both sides must have at least 24 pixels and 20 metres"
+            f"`size` must be at least 24 pixels and 20 metres on both sides, got {size} pixels of {metres_per_pixel}"
+            " metres. Increase one of them."
         )
     scene = _Scene(seed, size, 1 / metres_per_pixel)
-    scene.lay_ground()
+    scene.draw_ground()
     if seed % 10 == 6:
         scene.build_sheds()
     if seed % 10 != 3:
         scene.build_houses()
     scene.plant_trees()
-    return scene.photograph(), scene.annotations(seed)
+    return scene.render(), scene.annotations(seed)
 
 
 def draw_dataset(
     num_images: int, size: tuple[int, int] = (96, 96), *, metres_per_pixel: float = 0.6, first_seed: int = 0
 ) -> tuple[list[Image.Image], dict[str, Any]]:
-    """Draw the images of `num_images` consecutive seeds, with their annotations as one COCO dictionary.
+    """Draw the images of `num_images` consecutive seeds, with their annotations as one COCO dict.
 
     Args:
-        num_images: How many.
-        size: (H, W) in pixels of each.
-        metres_per_pixel: As in [`draw_scene`].
-        first_seed: Seed of the first image. Sets that share no seed share no image.
+        num_images: Number of images.
+        size: (H, W) of each image in pixels.
+        metres_per_pixel: The ground resolution.
+        first_seed: Seed of the first image. Datasets without a common seed have no image in common.
 
     Returns:
-        The images, and `images`, `annotations` and `categories` as COCO's JSON has them, images in the same order.
+        The images, and a dict of `images` in the same order, `annotations` and `categories`.
     """
-    photos, images = [], []
+    images, entries = [], []
     annotations: list[dict[str, Any]] = []
     for seed in range(first_seed, first_seed + num_images):
-        photo, objects = draw_scene(seed, size, metres_per_pixel=metres_per_pixel)
-        photos.append(photo)
-        images.append({"id": seed, "file_name": f"{seed:06d}.png", "height": size[0], "width": size[1]})
+        image, objects = draw_scene(seed, size, metres_per_pixel=metres_per_pixel)
+        images.append(image)
+        entries.append({"id": seed, "file_name": f"{seed:06d}.png", "height": size[0], "width": size[1]})
         annotations += [{**item, "id": len(annotations) + i} for i, item in enumerate(objects, start=1)]
-    return photos, {"images": images, "annotations": annotations, "categories": CATEGORIES}
+    return images, {"images": entries, "annotations": annotations, "categories": CATEGORIES}
 
 
 def save_dataset(folder: str | os.PathLike[str], num_images: int) -> Path:
@@ -111,7 +110,7 @@ def save_dataset(folder: str | os.PathLike[str], num_images: int) -> Path:
 
 
 class _Scene:
-    """An image in the making, and which building each of its pixels shows."""
+    """An image that is being drawn, and the building that each of its pixels shows."""
 
     def __init__(self, seed: int, size: tuple[int, int], pixels_per_metre: float) -> None:
         self.rng = np.random.default_rng(seed)
@@ -121,25 +120,23 @@ class _Scene:
         self.road_angle, sun_angle = self.rng.uniform(0, 2 * np.pi, 2)
         self.to_sun = _axes(sun_angle)[0]
         self.road: np.ndarray = np.zeros(size, bool)
-        self.owner: np.ndarray = np.zeros(
-            size, np.int64
-        )  # the number of the building that a pixel shows; 0 is the ground
-        # Of each number: its polygons in pixels (None for the ground and a crowd), and its pixels when it was built.
+        self.owner: np.ndarray = np.zeros(size, np.int64)  # number of the building at each pixel; 0 is the ground
+        # By number: the polygons in pixels (None for the ground and a crowd), and the area in pixels when built.
         self.polygons: list[list[list[float]] | None] = [None]
         self.areas = [0]
 
     def noise(self, cell: float) -> np.ndarray:
-        """Smooth noise (H, W) of standard deviation about 1 whose blobs are `cell` metres wide."""
+        """Return smooth noise (H, W) with a standard deviation of about 1 and spots that are `cell` metres wide."""
         cells = [max(2, round(side / self.scale / cell)) for side in self.size]
         grid = Image.fromarray(self.rng.normal(0, 1.3, cells).astype(np.float32))
         return np.asarray(grid.resize(self.size[::-1], Image.Resampling.BICUBIC))
 
-    def somewhere(self) -> np.ndarray:
-        """A random point (x, y) of the image in pixels."""
+    def random_point(self) -> np.ndarray:
+        """Return a random point (x, y) of the image in pixels."""
         return self.rng.random(2) * self.size[::-1]
 
     def window(self, center: np.ndarray, reach: float, angle: float = 0.0) -> tuple[Any, np.ndarray, np.ndarray]:
-        """The pixels within `reach` metres of `center` -> their slices, and x and y in a frame turned by `angle`."""
+        """Return slices of the pixels within `reach` metres of `center`, and their x and y in a frame at `angle`."""
         low = np.clip(np.floor(center - reach * self.scale), 0, self.size[::-1]).astype(int)
         high = np.clip(np.ceil(center + reach * self.scale), 0, self.size[::-1]).astype(int)
         where = np.s_[low[1] : high[1], low[0] : high[0]]
@@ -147,16 +144,19 @@ class _Scene:
         points = np.stack([x - center[0], y - center[1]], axis=-1) / self.scale @ _axes(angle).T
         return where, points[..., 0], points[..., 1]
 
-    def lay(
+    def paint(
         self, where: Any, color: np.ndarray, depth: np.ndarray, softness: float = 0.0, opacity: float = 1.0
     ) -> None:
-        """Lay `color` where `depth`, metres inside an outline, is positive; the edge is a pixel or `softness` wide."""
+        """Paint `color` where `depth`, the metres inside an outline, is positive.
+
+        The edge is `softness` metres wide, at least a pixel.
+        """
         coverage = opacity * np.clip(depth / max(softness, 1 / self.scale) + 0.5, 0, 1)
         self.colors[where] += coverage[..., None] * (color - self.colors[where])
 
-    def lay_ground(self) -> None:
-        """Parcels along a road, some of them ploughed, and cars."""
-        start = self.somewhere()
+    def draw_ground(self) -> None:
+        """Draw parcels along a road, some of them ploughed, and cars."""
+        start = self.random_point()
         where, x, y = self.window(start, 2 * max(self.size) / self.scale, self.road_angle)
         widths = self.rng.uniform(18, 40, 2)
         columns, rows = (x // widths[0]).astype(int), (y // widths[1]).astype(int)
@@ -165,30 +165,30 @@ class _Scene:
         ploughed = self.rng.random(parcels.max() + 1) < 0.25
         tone = 1 + self.grain + 0.06 * ploughed[parcels] * np.sin(2 * np.pi * y / 1.6)
         self.colors[:] = colors[parcels] * tone[..., None]
-        self.lay(where, _ASPHALT * (1 + 0.4 * self.grain[..., None]), 3.2 - np.abs(y))
-        self.lay(where, _PAINT, np.where(x % 6 < 3, 0.15, -1) - np.abs(y), opacity=0.7)
+        self.paint(where, _ASPHALT * (1 + 0.4 * self.grain[..., None]), 3.2 - np.abs(y))
+        self.paint(where, _PAINT, np.where(x % 6 < 3, 0.15, -1) - np.abs(y), opacity=0.7)
         self.road[:] = np.abs(y) < 4.2
         for along in np.arange(x.min(), x.max(), 14):
             place = [along + self.rng.uniform(0, 9), self.rng.choice([-1.6, 1.6])]
             parked, u, v = self.window(start + place @ _axes(self.road_angle) * self.scale, 3, self.road_angle)
             body = _depths([(0, 0, 2.1, 0.9)], u, v).min(1)[0]
             color = _PAINT * self.rng.uniform(0.3, 1.1) * self.rng.uniform(0.8, 1.1, 3)
-            self.lay(parked, color, body, opacity=float(self.rng.integers(2)))
+            self.paint(parked, color, body, opacity=float(self.rng.integers(2)))
 
     def build_houses(self) -> None:
-        """Houses where there is room; a third of them may hide a part of others."""
+        """Draw houses where there is space; every third attempt may hide a part of other houses."""
         most = max(2, round(self.size[0] * self.size[1] / self.scale**2 / 420))
         wanted = self.rng.integers(1, most + 1)
         for attempt in range(30 * wanted):
             angle = self.road_angle + self.rng.integers(4) * np.pi / 2 + self.rng.normal(0, 0.12)
             height = self.rng.uniform(2.5, 5)
-            wanted -= self.build(_draw_wings(self.rng), self.somewhere(), angle, height, 0.2 * (attempt % 3 == 0))
+            wanted -= self.build(_draw_wings(self.rng), self.random_point(), angle, height, 0.2 * (attempt % 3 == 0))
             if wanted == 0:
                 break
 
     def build_sheds(self) -> None:
-        """A crowd: rows of garden sheds, too small and too many to be told apart."""
-        first, center = len(self.areas), (self.somewhere() + np.array(self.size[::-1]) / 2) / 2
+        """Draw a crowd: rows of garden sheds, too small and too many to be annotated one by one."""
+        first, center = len(self.areas), (self.random_point() + np.array(self.size[::-1]) / 2) / 2
         for cell in np.ndindex(6, 4):
             place = (np.array(cell) - [2.5, 1.5]) * 4.4 + self.rng.uniform(-0.6, 0.6, 2)
             wings = [(0.0, 0.0, self.rng.uniform(1.2, 1.7), self.rng.uniform(0.9, 1.2))]
@@ -198,7 +198,10 @@ class _Scene:
         self.areas[first:] = [sum(self.areas[first:])]
 
     def build(self, wings: list[Wing], center: np.ndarray, angle: float, height: float, may_hide: float = 0.0) -> bool:
-        """Build a house with a shadow as long as its height, unless it would hide too much of others or of the road."""
+        """Draw a building of `height` metres and its shadow, and return True if there is space for it.
+
+        There is none if it would cover the road, or more than a fraction `may_hide` of another building.
+        """
         corners = np.array([wing[:2] + _CORNERS * wing[2:] for wing in wings])
         outlines = np.round(center + corners @ _axes(angle) * self.scale, 2).reshape(len(wings), -1)
         where, x, y = self.window(center, np.abs(corners).sum(-1).max() + height + 1, angle)
@@ -214,23 +217,23 @@ class _Scene:
         self.areas.append(int(mask.sum()))
         sun = _axes(angle) @ self.to_sun
         shadows = [_depths(wings, x + t * sun[0], y + t * sun[1]).min(1).max(0) for t in np.linspace(0, height, 8)]
-        self.lay(where, self.colors[where] * _SHADE, np.max(shadows, axis=0), softness=0.8)
+        self.paint(where, self.colors[where] * _SHADE, np.max(shadows, axis=0), softness=0.8)
         depths = _depths(wings, x, y)
-        slopes = np.concatenate([sun, -sun])  # how far each face looks into the sun
+        slopes = np.concatenate([sun, -sun])  # how much each face is turned to the sun
         outline = depths.min(1).max(0)
         roof = self.rng.choice(["hip", "gable", "flat"], p=[0.45, 0.3, 0.25])
         if roof == "gable" and len(wings) == 1:
-            depths[:, [0, 2]] = np.inf  # no face looks to the short sides
+            depths[:, [0, 2]] = np.inf  # no face slopes to the short sides
         face = np.take_along_axis(depths.argmin(1), depths.min(1).argmax(0)[None], axis=0)[0]
         tone = np.where(outline < 0.5, 1.1, 0.97) if roof == "flat" else 1 + 0.25 * slopes[face]
         color = self.rng.choice(_ROOFS) * self.rng.uniform(0.9, 1.1)
-        self.lay(where, color * (tone + 0.5 * self.grain[where])[..., None], outline)
+        self.paint(where, color * (tone + 0.5 * self.grain[where])[..., None], outline)
         return True
 
     def plant_trees(self) -> None:
-        """Trees beside houses and road, whose crowns hide what they hang over."""
+        """Draw trees beside houses and road; their crowns hide what is below."""
         for _ in range(self.rng.integers(round(self.size[0] * self.size[1] / self.scale**2 / 160) + 1)):
-            center, radius = self.somewhere(), self.rng.uniform(1.3, 3.6)
+            center, radius = self.random_point(), self.rng.uniform(1.3, 3.6)
             trunk, _, _ = self.window(center, self.rng.choice([0.5, 3.0], p=[0.3, 0.7]))
             if self.owner[trunk].any() or self.road[trunk].any():
                 continue
@@ -239,27 +242,27 @@ class _Scene:
             lobes = 1 + 0.1 * np.sin(self.rng.integers(3, 8) * around + 3 * radius) + 0.06 * np.sin(9 * around)
             crown = radius * lobes - np.hypot(x, y)
             shift = 0.9 * radius * self.to_sun
-            self.lay(where, self.colors[where] * _SHADE, radius - np.hypot(x + shift[0], y + shift[1]), softness=0.8)
+            self.paint(where, self.colors[where] * _SHADE, radius - np.hypot(x + shift[0], y + shift[1]), softness=0.8)
             tone = 1 + 0.35 * (x * self.to_sun[0] + y * self.to_sun[1]) / radius + 2 * self.grain[where]
-            self.lay(where, _CROWN * self.rng.uniform(0.8, 1.2) * tone[..., None], crown)
+            self.paint(where, _CROWN * self.rng.uniform(0.8, 1.2) * tone[..., None], crown)
             self.owner[where][crown > 0] = 0
 
-    def photograph(self) -> Image.Image:
-        """The image, with the softness and the grain of a camera."""
+    def render(self) -> Image.Image:
+        """Return the image with blur and noise, as a camera takes it."""
         colors = self.colors + self.rng.normal(0, 3, (*self.size, 1))
         return Image.fromarray(colors.clip(0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.5))
 
     def annotations(self, image_id: int) -> list[dict[str, Any]]:
-        """One COCO object for each building of which a pixel is visible."""
+        """Return a COCO annotation for each building with a visible pixel."""
         found: list[dict[str, Any]] = []
         for number, polygons in enumerate(self.polygons[1:], start=1):
             mask = self.owner == number
             if not mask.any():
                 continue
             corners = np.array(polygons or [[-1.0, -1.0]]).reshape(-1, 2)
-            inside = (corners >= 0).all() and (corners <= self.size[::-1]).all()
-            whole = inside and mask.sum() == self.areas[number]
-            segmentation = polygons if whole else region_to_rle(mask, 0, 0, self.size)
+            is_inside = (corners >= 0).all() and (corners <= self.size[::-1]).all()
+            is_whole = is_inside and mask.sum() == self.areas[number]
+            segmentation = polygons if is_whole else region_to_rle(mask, 0, 0, self.size)
             bbox, area = box_and_area(segmentation, self.size)
             found.append(
                 {
@@ -276,18 +279,18 @@ class _Scene:
 
 
 def _axes(angle: float) -> np.ndarray:
-    """The axes of a frame turned by `angle`, as rows (2, 2)."""
+    """Return the axes of a frame at `angle` radians, as rows (2, 2)."""
     return np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
 
 
 def _depths(wings: list[Wing], x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Metres (wings, 4, h, w) inwards from the right, lower, left and upper side of each wing."""
+    """Return the metres (wings, 4, h, w) inside the right, lower, left and upper side of each wing."""
     return np.array([[hx - x + cx, hy - y + cy, hx + x - cx, hy + y - cy] for cx, cy, hx, hy in wings])
 
 
 def _draw_wings(rng: np.random.Generator) -> list[Wing]:
-    """The wings of a rectangular, L-shaped or T-shaped house, or of one around a courtyard."""
-    half, depth, reach = rng.uniform(5, 9), rng.uniform(3.5, 5), rng.uniform(4, 7)  # half lengths of the first wing
+    """Return the wings of a house: rectangular, L-shaped, T-shaped or around a courtyard."""
+    half, depth, reach = rng.uniform(5, 9), rng.uniform(3.5, 5), rng.uniform(4, 7)
     shape = rng.choice(["rectangle", "L", "T", "courtyard"], p=[0.4, 0.25, 0.2, 0.15])
     if shape == "courtyard":
         side, depth = half + 3, 0.7 * depth
