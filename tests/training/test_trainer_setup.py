@@ -114,7 +114,7 @@ def test_compute_metrics_and_plain_arguments_are_refused(tmp_path):
 
 def test_other_classes_than_the_models_are_refused_and_classes_without_names_are_named(tmp_path):
     args = RfDetrTrainingArguments(str(tmp_path), **QUICK)
-    with pytest.raises(ValueError, match=r"model.* 1 classes \{0: building\}.*2 classes .*car"):
+    with pytest.raises(ValueError, match=r"model.* 1 classes .*building.* 2 classes .*car"):
         RfDetrTrainer(
             small_model(id2label={0: "car", 1: "bus"}, num_labels=2),
             args,

@@ -1,8 +1,8 @@
 """Load annotated images in any of the supported formats.
 
 To add a format, write a module with a function that recognises a source, like `coco.find_coco_files`, and a function
-that reads what was found into one `AnnotatedSplit` per split, like `coco.read_coco_splits`; then add the pair to
-`_FILE_FORMATS`.
+that reads what was found into one `AnnotatedSplit` per split, like `coco.read_coco_splits`; then add them to
+`_FILE_FORMATS`, and a reader for the dataset check to `checks.readers`.
 """
 
 import os
@@ -18,10 +18,24 @@ from .hub_rows import SUPPORTED_SOURCES, ArrowRows, is_hub_source, is_streamed, 
 from .streams import InstanceStream
 from .yolo import find_yolo_file, read_yolo_splits
 
-_FILE_FORMATS: tuple[tuple[Any, Any], ...] = (
-    (find_coco_files, read_coco_splits),
-    (find_yolo_file, read_yolo_splits),
-)
+_FILE_FORMATS: dict[str, tuple[Any, Any]] = {
+    "coco": (find_coco_files, read_coco_splits),
+    "yolo": (find_yolo_file, read_yolo_splits),
+}
+
+
+def recognise_format(source: Any) -> tuple[str | None, Any]:
+    """Return the key of `_FILE_FORMATS` and the files that were found; (None, None) if `datasets` must read the source.
+
+    Raises:
+        ValueError: the source has a type that cannot be read.
+    """
+    if is_hub_source(source):
+        return None, None
+    if not isinstance(source, str | os.PathLike | Mapping) or not source:
+        raise ValueError(f"`source` must be {SUPPORTED_SOURCES}, got {source!r:.200}. Give one of these.")
+    found = ((name, find(source)) for name, (find, _) in _FILE_FORMATS.items())
+    return next(((name, files) for name, files in found if files), (None, None))
 
 
 def load_instance_dataset(
@@ -62,24 +76,21 @@ def load_instance_dataset(
             differ.
         ImportError: the `datasets` library is needed and not installed.
     """
-    if is_hub_source(source):
-        return _load_hub_rows(source, class_names)
-    if not isinstance(source, str | os.PathLike | Mapping) or not source:
-        raise ValueError(f"`source` must be {SUPPORTED_SOURCES}, got {source!r:.200}. Give one of these.")
-    for find, read_splits in _FILE_FORMATS:
-        if not (found := find(source)):
-            continue
-        if streaming or load_dataset_arguments:
-            given = [*(["streaming"] if streaming else []), *load_dataset_arguments]
-            raise ValueError(f"{given} require a source for `datasets.load_dataset`, got {source!s}. Remove them.")
-        splits = {}
-        for name, split in read_splits(found, image_folder, class_names).items():
-            index = AnnotationIndex(split.classes)
-            with error_context(split.source):
-                records = PackedRecords(index.validated(split.records), split.image_folder)
-            splits[name] = InstanceDataset.from_index(index, records)
-        return InstanceDatasets(splits)
-    return _load_hub_rows(load_rows(source, streaming, load_dataset_arguments), class_names)
+    name, files = recognise_format(source)
+    if name is None:
+        rows = source if is_hub_source(source) else load_rows(source, streaming, load_dataset_arguments)
+        return _load_hub_rows(rows, class_names)
+    if streaming or load_dataset_arguments:
+        given = [*(["streaming"] if streaming else []), *load_dataset_arguments]
+        raise ValueError(f"{given} require a source for `datasets.load_dataset`, got {source!s}. Remove them.")
+    _, read_splits = _FILE_FORMATS[name]
+    splits = {}
+    for split_name, split in read_splits(files, image_folder, class_names).items():
+        index = AnnotationIndex(split.classes)
+        with error_context(split.source):
+            records = PackedRecords(index.validated(split.records), split.image_folder)
+        splits[split_name] = InstanceDataset.from_index(index, records)
+    return InstanceDatasets(splits)
 
 
 def _load_hub_rows(source: Any, class_names: Any) -> InstanceDatasets:

@@ -1,11 +1,11 @@
 """What the trainer does with its datasets before the first step: it checks them, matches classes and describes them."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from transformers.utils import logging
 
 from ..data.dataset import InstanceDataset, InstanceDatasets
+from ..data.label_maps import describe_classes
 from ..data.prepared import PreparedDataset
 from ..data.streams import InstanceStream, PreparedStream
 from ..model.configuration_rf_detr import RfDetrConfig
@@ -68,17 +68,12 @@ def match_classes(
     # The heads of rfdetr's fine-tuned checkpoints have one row more.
     if {label: name for label, name in names.items() if not is_background_label(name)} != wanted:
         raise ValueError(
-            f"`model` must have the dataset's {len(wanted)} classes {_shorten(wanted)}, got {len(names)} classes"
-            f" {_shorten(names)}. Load it with from_pretrained(..., id2label=data.id2label,"
+            f"`model` must have the dataset's {len(wanted)} classes {describe_classes(wanted)}, got {len(names)}"
+            f" classes {describe_classes(names)}. Load it with from_pretrained(..., id2label=data.id2label,"
             " ignore_mismatched_sizes=True)."
         )
     if keep_category_ids:
         config.category_ids = list(dataset.category_ids)
-
-
-def _shorten(names: Mapping[int, str]) -> str:
-    text = ", ".join(f"{label}: {name}" for label, name in list(names.items())[:4])
-    return f"{{{text}{', ...' if len(names) > 4 else ''}}}"
 
 
 def describe_data(train_dataset: Any, eval_dataset: Any, num_queries: int) -> None:

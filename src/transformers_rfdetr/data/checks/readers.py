@@ -10,31 +10,26 @@ from transformers.utils import logging
 
 from ...model.validation import is_index
 from ..annotation_records import with_box_and_area
-from ..coco import find_coco_files
 from ..hub_rows import ArrowRows, is_hub_source, is_hub_split, is_streamed, load_rows, read_hub_rows
 from ..image_files import is_outside, upright_size
 from ..label_maps import canonical_split_name
+from ..load import recognise_format
 from ..text_files import read_json_object, read_text
-from ..yolo import find_yolo_file, list_yolo_images, parse_yolo_line, read_data_yaml, yolo_label_path
+from ..yolo import list_yolo_images, parse_yolo_line, read_data_yaml, yolo_label_path
 from .findings import DROPPED, Problem
 from .raw_split import RawSplit, build_split
 
 
 def read_source(source: Any, image_folder: Any) -> list[RawSplit]:
     """Read what `load_instance_dataset` reads, except streams."""
-    is_mapping = isinstance(source, Mapping) and source
-    if is_hub_source(source):
-        return _read_rows(source)
-    if not is_mapping and not isinstance(source, str | os.PathLike):
-        raise ValueError(f"`source` must be a folder, a COCO JSON, a data.yaml or rows, got {source!r:.200}.")
-    path = None if is_mapping else Path(source).expanduser()
-    if files := find_coco_files(source if path is None else path):
-        return [_read_coco(name, *found, image_folder) for name, found in files.items()]
-    if yaml_file := find_yolo_file(path):
-        return _read_yolo(yaml_file, image_folder)
+    name, files = recognise_format(source)
+    if name == "coco":
+        return [_read_coco(split, *found, image_folder) for split, found in files.items()]
+    if name == "yolo":
+        return _read_yolo(files, image_folder)
     if image_folder is not None:
-        raise ValueError(f"`image_folder` requires COCO or YOLO files, got {path}. Remove `image_folder`.")
-    return _read_rows(load_rows(source, False, {}))
+        raise ValueError(f"`image_folder` requires COCO or YOLO files, got {source!s:.200}. Remove `image_folder`.")
+    return _read_rows(source if is_hub_source(source) else load_rows(source, False, {}))
 
 
 # COCO
