@@ -1,10 +1,10 @@
-"""The forward pass of one image: its FLOPs, and its time in every form that a user can run.
+"""Measure the forward pass of one image: FLOPs, and the time of every form that a user can run.
 
     python benchmarks/forward.py
     python benchmarks/forward.py --device cuda --variant rf-detr-seg-nano rf-detr-seg-medium --repeats 100
 
-"ours compiled" is `compile_for_inference`; "rfdetr optimised" is its `inference()`: the exported form, traced. The
-FLOPs of that are counted before it is traced.
+"ours compiled" is `compile_for_inference`; "rfdetr optimised" is rfdetr's `inference()`, which traces the exported
+form. Its FLOPs are counted before tracing.
 """
 
 import argparse
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(variant: str, arguments: argparse.Namespace) -> list[Measurement]:
-    """FLOPs, then seconds."""
+    """Return FLOPs, then seconds."""
     device, config = arguments.device, peers.read_config(variant, arguments.quick)
     models = peers.build(config, variant, device, "ours", "port", "rfdetr")
     for model in (models["ours"], models["port"], models["rfdetr"].model.model):

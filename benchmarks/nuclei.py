@@ -1,7 +1,7 @@
-"""Fine-tuning from scratch on microscopy images of nuclei, on the CPU: `python benchmarks/nuclei.py FOLDER`.
+"""Train from scratch on microscopy images of nuclei, on the CPU: `python benchmarks/nuclei.py FOLDER`.
 
-FOLDER holds `train.json`, `val.json` (COCO) and `images/` of 92 and 28 images of the 2018 Data Science Bowl's stage 1
-(https://bbbc.broadinstitute.org/BBBC038). The numbers in the README are those that this prints.
+FOLDER contains `train.json` (92 images) and `val.json` (28 images) in COCO format, and `images/`, all from stage 1 of
+the 2018 Data Science Bowl (https://bbbc.broadinstitute.org/BBBC038). `MORE_RESULTS.md` has the result.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from transformers_rfdetr.cli.demo import FROM_SCRATCH, small_config
 
 
 def main() -> None:
-    """Train, and print the numbers of the held-out images."""
+    """Train, and print the metrics on the held-out images."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--output", default="runs/nuclei")
@@ -41,7 +41,7 @@ def main() -> None:
         },
         num_queries=100,
         group_detr=3,
-        # Objects are small: of few points hardly one would lie on them, and empty masks would be good enough.
+        # With fewer points, hardly any would lie on the small objects, and empty masks would have a low loss.
         mask_point_sample_ratio=2,
         mask_class_loss_coefficient=20.0,
         mask_dice_loss_coefficient=20.0,

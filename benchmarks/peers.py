@@ -1,8 +1,9 @@
-"""What the benchmarks share: one model in three implementations, clocks, memory, FLOPs, tables.
+"""Build one model in three implementations, measure time, memory and FLOPs, and print tables; for all benchmarks.
 
-The three are ours, transformers' own port and rfdetr, with the same random weights. Seconds are medians of runs that
-take turns (A B C A B C ...), so that a slow minute of the machine is shared by all. Bytes are counted in a process of
-its own for each number. `import rfdetr` lets float32 matrix products use TF32 where the device has it; so do all here.
+The implementations are ours, transformers' port and rfdetr, with the same random weights. Seconds are medians of runs
+in turns (A B C A B C ...), so that a slow minute of the machine affects all of them. Bytes are measured in a fresh
+process for each number. `import rfdetr` enables TF32 for float32 matrix products, so all three use it where the
+device has it.
 """
 
 import argparse
@@ -32,24 +33,24 @@ from transformers.utils.logging import disable_progress_bar
 
 from transformers_rfdetr import RfDetrConfig, RfDetrForInstanceSegmentation, compile_for_inference
 
-# What --quick runs: the branches of rf-detr-seg-nano, few patches and queries.
+# For --quick: the branches of rf-detr-seg-nano, with few patches and queries.
 QUICK_VARIANT = "rf-detr-seg-nano"
 QUICK_FIELDS = {"resolution": 48, "num_queries": 16, "group_detr": 2, "decoder_layers": 2}
 PEERS = ("port", "rfdetr")
-# Imported once for all processes that measure bytes on the CPU. CUDA does not survive their way of starting.
+# Imported once for all processes that measure bytes on the CPU. CUDA does not work in forked processes.
 _PRELOADED = ["transformers_rfdetr", "rfdetr", PortModel.__module__, PortProcessor.__module__]
 
 disable_progress_bar()
-logging.getLogger("rf-detr").setLevel(logging.ERROR)  # it warns that models without weights have none
+logging.getLogger("rf-detr").setLevel(logging.ERROR)  # it warns about models without pretrained weights
 
 
 class Measurement(NamedTuple):
-    """One number."""
+    """One measured number."""
 
     area: str
     variant: str
     case: str
-    implementation: str  # "ours", "port", "rfdetr", or one of these and how it was run
+    implementation: str  # "ours", "port" or "rfdetr", with the form that was run if it is not the plain one
     value: float
     unit: str  # "s", "B", "FLOP" or "images/s"
     device: str
@@ -59,19 +60,20 @@ class Measurement(NamedTuple):
 
 
 def read_config(variant: str, quick: bool) -> RfDetrConfig:
-    """The configuration of a published variant, small for --quick."""
+    """Return the configuration of a published variant, small for --quick."""
     return RfDetrConfig.from_variant(variant, **(QUICK_FIELDS if quick else {}))
 
 
 def build(config: RfDetrConfig, variant: str, device: str, *names: str) -> dict[str, Any]:
-    """Those of "ours", "port" and "rfdetr" that are named, with the same weights, in evaluation mode.
+    """Return the named ones of "ours", "port" and "rfdetr", with the same weights, in evaluation mode.
 
-    "rfdetr" is the class that its users call; the module is its `.model.model`.
+    "rfdetr" is the class that users call; its module is `.model.model`.
     """
     torch.manual_seed(0)
     ours = RfDetrForInstanceSegmentation(config).eval()
     with torch.no_grad():
-        for parameter in ours.parameters():  # some start at zero, which makes boxes and masks of all queries the same
+        # Some parameters are initialized to zero, so all queries would have the same boxes and masks.
+        for parameter in ours.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     models: dict[str, Any] = {}
     if "port" in names:
@@ -93,7 +95,9 @@ def build(config: RfDetrConfig, variant: str, device: str, *names: str) -> dict[
         module = models["rfdetr"].model.model
         missing, unexpected = module.load_state_dict(ours.state_dict(), strict=False)
         if missing != ["_kp_active_mask"] or unexpected:
-            raise ValueError(f"rfdetr's model lacks {unexpected} and has {missing} besides; it is another model")
+            raise ValueError(
+                f"rfdetr's model has another architecture: it lacks {unexpected} and has {missing} in addition"
+            )
         module.to(device).eval()
     if "ours" in names:
         models["ours"] = ours.to(device)
@@ -101,18 +105,18 @@ def build(config: RfDetrConfig, variant: str, device: str, *names: str) -> dict[
 
 
 class Form(NamedTuple):
-    """A model as it is run: pixels (B, 3, H, W) float32 -> its outputs."""
+    """A model and its call: pixels (B, 3, H, W) float32 -> outputs."""
 
     model: Any
     run: Callable[[Tensor], Any]
 
 
 def build_forms(models: dict[str, Any], device: str, *, compiled: bool, batch: int = 1) -> dict[str, Form]:
-    """Every way to run the three; the first word of a name is the implementation.
+    """Return every form of the three implementations; the first word of a name is the implementation.
 
     Ours and the port in float32 and in half precision (bf16 on a CPU, fp16 on a GPU); "ours compiled" is
-    `compile_for_inference`, "rfdetr optimised" its `inference()`, which traces the exported form; both in float32, and
-    on a GPU in half precision too.
+    `compile_for_inference`, and "rfdetr optimised" is rfdetr's `inference()`, which traces the exported form; both in
+    float32, and on a GPU in half precision too.
     """
     half = ("fp16", torch.float16) if device == "cuda" else ("bf16", torch.bfloat16)
     precisions = {"": torch.float32, f" {half[0]}": half[1]}
@@ -136,10 +140,10 @@ def _as_form(model: Any, dtype: torch.dtype) -> Form:
 
 
 def optimise_rfdetr(peer: Any, **settings: Any) -> Any:
-    """A copy after its `inference(**settings)`; the module is its `.model.inference_model`."""
+    """Return a copy of rfdetr's model after `inference(**settings)`; its module is `.model.inference_model`."""
     optimised = copy.deepcopy(peer)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the tracer
+        warnings.simplefilter("ignore")  # from the tracer
         optimised.inference(**settings)
     return optimised
 
@@ -148,13 +152,13 @@ def optimise_rfdetr(peer: Any, **settings: Any) -> Any:
 
 
 def draw_boxes(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
-    """(count, 4) `boxes_cxcywh` inside [0, 1], their sides between `low` and `high`."""
+    """Return random `boxes_cxcywh` (count, 4) inside [0, 1], with sides between `low` and `high`."""
     extent = low + (high - low) * torch.rand(count, 2, generator=generator)
     return torch.cat([extent / 2 + (1 - extent) * torch.rand(count, 2, generator=generator), extent], dim=1)
 
 
 def ellipses(boxes_cxcywh: Tensor, height: int, width: int) -> Tensor:
-    """(N, 4) -> (N, height, width): 1 at the centre of the ellipse in each box, 0 on its edge, negative outside."""
+    """Return maps (N, height, width): 1 at the center of the ellipse in each box, 0 on its edge, negative outside."""
     x, y = (torch.arange(width) + 0.5) / width, (torch.arange(height) + 0.5) / height
     center_x, center_y, extent_x, extent_y = boxes_cxcywh[:, :, None].unbind(1)
     dx, dy = (x - center_x) * 2 / extent_x, (y - center_y) * 2 / extent_y
@@ -165,7 +169,7 @@ def ellipses(boxes_cxcywh: Tensor, height: int, width: int) -> Tensor:
 
 
 def time_in_turns(functions: dict[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> dict[str, float]:
-    """Median seconds of each, after one run of each that is not counted."""
+    """Return the median seconds of each function, after one run of each that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(repeats + 1):
         for name, function in functions.items():
@@ -179,16 +183,16 @@ def time_in_turns(functions: dict[str, Callable[[], Any]], repeats: int, device:
 
 
 def synchronize(device: str) -> None:
-    """Wait for a GPU."""
+    """Wait until the GPU is idle."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def count_flops(function: Callable[[], Any]) -> int:
-    """What torch's counter counts: two for each multiplication of matrix products, convolutions and attention.
+    """Return the FLOPs that torch counts: two for each multiplication in matrix products, convolutions and attention.
 
-    Models must be frozen: of a view of a parameter that needs gradients the counter asks for a gradient function, which
-    it has not under no_grad.
+    Models must be frozen: the counter reads the gradient function of views of parameters that require gradients, and
+    there is none under no_grad.
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         function()
@@ -196,14 +200,14 @@ def count_flops(function: Callable[[], Any]) -> int:
 
 
 def peak_bytes(device: str, prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> int:
-    """Bytes that `prepare(*arguments)()` adds at most to a fresh process which has run `prepare(*arguments)`.
+    """Return the peak bytes that `prepare(*arguments)()` adds to a fresh process that has run `prepare(*arguments)`.
 
-    On the CPU they are resident memory, on a GPU what torch allocates.
+    On the CPU this is resident memory, on a GPU memory that torch allocates.
     """
     context = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
     if device == "cpu":
         context.set_forkserver_preload(_PRELOADED)
-    # An executor, not a Pool, which would wait forever for a process that was killed for its memory.
+    # An executor, because a Pool waits forever for a process that the system killed for its memory.
     with ProcessPoolExecutor(1, mp_context=context) as executor:
         return executor.submit(_peak_here, device, prepare, arguments).result()
 
@@ -218,8 +222,8 @@ def _peak_here(device: str, prepare: Callable[..., Callable[[], Any]], arguments
         run()
         synchronize(device)
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)  # what preparing has freed would else be used before the process grows
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system, or the run would reuse it
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = resident("VmRSS")
     run()
     return resident("VmHWM") - before
@@ -237,13 +241,23 @@ def run(
     variants: Sequence[str] = ("rf-detr-seg-medium",),
     **options: dict[str, Any],
 ) -> None:
-    """A script: read the command line, `measure` each variant, print a table, append to the file of --json."""
+    """Read the command line, `measure` each variant, print a table, and append the numbers to the file of --json."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--variant", nargs="+", default=variants, metavar="NAME", help="published segmentation models")
-    parser.add_argument("--repeats", type=int, default=repeats, help="runs of each that are timed")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append the numbers, one JSON object a line")
-    parser.add_argument("--quick", action="store_true", help="small models and inputs, to see that it runs")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--variant",
+        nargs="+",
+        default=variants,
+        metavar="NAME",
+        help="published segmentation models (default: %(default)s)",
+    )
+    parser.add_argument("--repeats", type=int, default=repeats, help="timed runs of each form (default: %(default)s)")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="append the numbers to FILE, one JSON object per line (default: none)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="check that the script runs, with small models and inputs (default: off)"
+    )
     for name, settings in options.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **settings)
     arguments = parser.parse_args(argv)
@@ -257,7 +271,7 @@ def run(
 
 
 def table(measurements: list[Measurement]) -> str:
-    """Markdown, with the ratios to both peers where they did the same."""
+    """Return a Markdown table, with the ratios to both peers where they have the same case."""
     values = {m[:4]: m.value for m in measurements}
     lines = ["| area | model | what | who | measured | x port | x rfdetr |", "|---|---|---|---|---:|---:|---:|"]
     for m in measurements:
@@ -269,7 +283,7 @@ def table(measurements: list[Measurement]) -> str:
 
 
 def show(value: float, unit: str) -> str:
-    """A number with its unit, in about three digits."""
+    """Return a number with its unit, in about three digits."""
     if unit == "s":
         return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.3g} ms"
     if unit == "B":

@@ -1,9 +1,9 @@
-"""Outputs to instances at the size of the original image: time, and memory above what was there before.
+"""Measure post-processing, from outputs to instances at the original image size: time and additional memory.
 
     python benchmarks/post_processing.py
 
-Scores, boxes and mask logits are those of ellipses with sides of 5 to 35 % of the image, all above the threshold.
-"Label map" is one map of ids, "masks" one bool mask for each instance, "RLE" COCO's form of these (the port has none).
+The outputs are ellipses with sides of 5 to 35 % of the image, all with scores above the threshold. "Label map" is one
+map of ids, "masks" is one bool mask for each instance, and "RLE" is their COCO run-length encoding (not in the port).
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(variant: str, arguments: argparse.Namespace) -> list[Measurement]:
-    """Seconds and bytes of each number of instances, size and form."""
+    """Return seconds and bytes for each number of instances, size and form."""
     device, numbers = arguments.device, []
     for count, size in [(8, (600, 800))] if arguments.quick else CASES:
         for form, names in FORMS.items():
@@ -45,7 +45,7 @@ def measure(variant: str, arguments: argparse.Namespace) -> list[Measurement]:
 def prepare(
     name: str, form: str, count: int, size: tuple[int, int], variant: str, quick: bool, device: str
 ) -> Callable[[], Any]:
-    """The post-processing of one implementation to one form."""
+    """Return a function that runs the post-processing of one implementation to one form."""
     config = peers.read_config(variant, quick)
     outputs = draw_outputs(config, count, device)
     if name == "rfdetr":
@@ -58,7 +58,7 @@ def prepare(
 
 
 def draw_outputs(config: RfDetrConfig, count: int, device: str) -> SimpleNamespace:
-    """A model's outputs for one image in which `count` queries find something."""
+    """Return a model's outputs for one image with `count` detections."""
     generator = torch.Generator().manual_seed(0)
     side = config.resolution // config.mask_downsample_ratio
     boxes = peers.draw_boxes(config.num_queries, 0.05, 0.35, generator)

@@ -1,11 +1,11 @@
-"""From an image to boxes, labels and masks, one at a time, as users run it; and where our time goes.
+"""Measure prediction, from one image to boxes, labels and masks, and the time of each of our steps.
 
     python benchmarks/prediction.py
     python benchmarks/prediction.py --device cuda --repeats 100
 
-The image is 480 x 640 pixels in memory, and ten detections are kept: the threshold lies below the tenth score. Masks
-are bool arrays of the image's size; "predict" is `transformers_rfdetr.predict`, which returns them as RLE. With
-random weights they are noise over the whole image, the worst case of post-processing.
+The image has 480 x 640 pixels and is in memory. The threshold is just below the tenth score, so ten detections are
+kept. Masks are bool arrays of the image's size; "predict" is `transformers_rfdetr.predict`, which returns RLE. With
+random weights the masks are noise over the whole image, which is the worst case for post-processing.
 """
 
 import argparse
@@ -25,7 +25,7 @@ DETECTIONS = 10
 
 
 class Way(NamedTuple):
-    """The three steps of transformers' classes, ours or the port's."""
+    """Prediction in three steps with transformers' classes, ours or the port's."""
 
     processor: Any
     form: Form
@@ -34,21 +34,21 @@ class Way(NamedTuple):
     threshold: float = 0.0
 
     def pixels(self) -> torch.Tensor:
-        """What the model takes."""
+        """Return the input of the model."""
         return self.processor(images=self.image, return_tensors="pt")["pixel_values"].to(self.device)
 
     def instances(self, outputs: Any) -> Any:
-        """What the user gets."""
+        """Return the detections."""
         return self.processor.post_process_instance_segmentation(
             outputs, threshold=self.threshold, target_sizes=[SIZE], return_binary_maps=True
         )
 
     def __call__(self) -> Any:
-        """All three steps."""
+        """Run all three steps."""
         return self.instances(self.form.run(self.pixels()))
 
     def steps(self) -> dict[str, Callable[[], Any]]:
-        """Each by itself."""
+        """Return a function for each step alone."""
         pixels = self.pixels()
         outputs = self.form.run(pixels)
         model, after = (lambda: self.form.run(pixels)), (lambda: self.instances(outputs))
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
 
 @torch.no_grad()
 def measure(variant: str, arguments: argparse.Namespace) -> list[Measurement]:
-    """Seconds of all ways, then of the steps of ours in fp32."""
+    """Return seconds of each way, then of our steps in float32."""
     device = arguments.device
     ways = build_ways(variant, arguments.quick, device)
     whole = peers.time_in_turns(ways, arguments.repeats, device)
@@ -73,7 +73,7 @@ def measure(variant: str, arguments: argparse.Namespace) -> list[Measurement]:
 
 
 def build_ways(variant: str, quick: bool, device: str) -> dict[str, Any]:
-    """All ways from the image to its instances."""
+    """Return a function for each way from the image to its instances."""
     config = peers.read_config(variant, quick)
     models = peers.build(config, variant, device, "ours", "port", "rfdetr")
     image = Image.fromarray(np.random.default_rng(0).integers(256, size=(*SIZE, 3), dtype=np.uint8))

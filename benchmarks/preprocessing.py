@@ -1,10 +1,10 @@
-"""Image processors: 32 images with their masks to tensors and labels, and the same without masks.
+"""Measure preprocessing: 32 images to tensors and labels, with and without masks.
 
     python benchmarks/preprocessing.py
     python benchmarks/preprocessing.py --folder FOLDER
 
-FOLDER holds `train.json` (COCO, with polygons) and `images/`; its first 32 images are taken. Without it images are
-drawn that have the sizes and the objects of the 2018 Data Science Bowl's nuclei: 37 polygons of 26 corners each.
+FOLDER contains `train.json` (COCO, with polygons) and `images/`; its first 32 images are used. Without `--folder`,
+images are drawn with the sizes and objects of nuclei in the 2018 Data Science Bowl: 37 polygons of 26 corners each.
 """
 
 import argparse
@@ -26,12 +26,12 @@ OBJECTS, CORNERS = 37, 26
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
-    folder = {"type": Path, "help": "a dataset instead of drawn images"}
+    folder = {"type": Path, "help": "a dataset (default: drawn images)"}
     peers.run(__doc__, argv, measure, repeats=5, folder=folder)
 
 
 def measure(variant: str, arguments: argparse.Namespace) -> list[Measurement]:
-    """Seconds with masks, then without."""
+    """Return seconds with masks, then without."""
     count = 2 if arguments.quick else len(SIZES)
     read = read_images(arguments.folder, count) if arguments.folder else draw_images(SIZES[:count])
     photos, annotations = read
@@ -52,7 +52,7 @@ def measure(variant: str, arguments: argparse.Namespace) -> list[Measurement]:
 
 
 def draw_images(sizes: list[tuple[int, int]]) -> tuple[list[Image.Image], list[dict[str, Any]]]:
-    """Images of noise and the COCO annotations of ellipses, as polygons, of about 19 pixels across."""
+    """Return images of noise, and COCO annotations of ellipses as polygons, about 19 pixels across."""
     rng = np.random.default_rng(0)
     angles = np.linspace(0, 2 * np.pi, CORNERS, endpoint=False)
     circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
@@ -76,7 +76,7 @@ def draw_images(sizes: list[tuple[int, int]]) -> tuple[list[Image.Image], list[d
 
 
 def read_images(folder: Path, count: int) -> tuple[list[Image.Image], list[dict[str, Any]]]:
-    """The first `count` images of a COCO file, decoded, and their annotations."""
+    """Return the first `count` images of a COCO file, decoded, and their annotations."""
     coco = json.loads((folder / "train.json").read_text())
     objects = defaultdict(list)
     for annotation in coco["annotations"]:

@@ -1,12 +1,12 @@
-"""All benchmarks, and the table that compares them with what was aimed at: `make bench`, or
+"""Run all benchmarks and compare them with their targets: `make bench`, or
 
     python benchmarks/run_all.py                      # CPU -> benchmarks/RESULTS.md
     python benchmarks/run_all.py --device cuda        # GPU -> benchmarks/RESULTS_GPU.md
     python benchmarks/run_all.py --nuclei FOLDER      # real images for preprocessing, see preprocessing.py
-    python benchmarks/run_all.py --quick              # small models, nothing is written: does everything run?
+    python benchmarks/run_all.py --quick              # check that everything runs, write nothing
 
-Each script also runs alone; `--help` says with what. On a GPU they are forward.py, prediction.py (latency of one
-image in fp32, in fp16, and compiled with CUDA graphs), training_step.py (images a second, memory) and
+Each script also runs alone; `--help` lists its options. On a GPU the scripts are forward.py, prediction.py (latency of
+one image in fp32, in fp16, and compiled with CUDA graphs), training_step.py (images per second, memory) and
 post_processing.py. The CPU run needs Linux, and 14 GiB of free memory for the port's training step.
 """
 
@@ -42,14 +42,14 @@ SCRIPTS = {
 
 
 class Target(NamedTuple):
-    """What one of our numbers may be at most: `limit` x that of `against`, or `limit` itself."""
+    """An upper limit for one of our numbers: `limit` x the number of `against`, or `limit` itself."""
 
     area: str
     case: str
     ours: str
     limit: float
     against: str = ""
-    against_case: str = ""  # where it is another one
+    against_case: str = ""  # if it differs from `case`
     variant: str = MEDIUM
 
 
@@ -69,7 +69,7 @@ TARGETS = {
         Target("post-processing", "100 at 3000x4000, RLE, memory", "ours", 2.0**30),
         Target("post-processing", "30 at 480x640, label map", "ours", 0.4, "port"),
         Target("post-processing", "30 at 480x640, masks", "ours", 0.4, "port"),
-        Target("evaluation", "host memory kept of an image", "ours", 1e5),
+        Target("evaluation", "host memory kept per image", "ours", 1e5),
     ],
     "cuda": [
         Target("prediction", "whole", "ours compiled fp16", 0.2, "port", variant=NANO),
@@ -78,7 +78,7 @@ TARGETS = {
         Target("training step", "peak memory, B=16, bf16", "ours", 0.7, "rfdetr", variant=NANO),
     ],
 }
-# What is to be said of a target that is missed, by (area, case, ours).
+# Explanations of missed targets, by (area, case, ours).
 NOTES: dict[tuple[str, str, str], str] = {
     ("forward", "time, B=1", "ours"): (
         "0.997 and 1.04 in two runs: both forms compute nearly the same (86.7 and 88.2 GFLOP) in the same libraries"
@@ -87,31 +87,39 @@ NOTES: dict[tuple[str, str, str], str] = {
         "0.039 and 0.109 in two runs (291 and 597 ms); not profiled, RLE of the same masks took the same time in both"
     ),
     ("forward", "time, B=1", "ours compiled"): (
-        "0.95 to 1.02 in four runs: 60 % of the time is matrix products and 18 % attention, which the compiler"
-        " leaves to the same libraries, and what it fuses is a tenth"
+        "0.95 to 1.02 in four runs: 60 % of the time is matrix products and 18 % attention, for which the"
+        " compiler uses the same libraries; it can fuse only a tenth"
     ),
     ("forward", "time, B=1", "ours bf16"): (
         "this processor has no bf16 instructions: bf16 takes 7 to 9 times as long as float32 in each of the"
-        " three; the target is for one that has them"
+        " three; the target assumes a processor that has them"
     ),
     ("training step", "time, B=2", "ours"): (
-        "60 % of the step is matrix products at the processor's rate: 432 GFLOP an image, rfdetr's are 496 (the counter"
-        " says 501 and 565, as it takes the depthwise convolutions' backward for full ones); 13 % is attention. The"
-        " ratio was 0.846, 0.89 and 0.99 in three runs, and 0.847 in processor time, one thread, one image"
+        "60 % of the step is matrix products at the processor's rate: 432 GFLOP per image, against 496 in rfdetr (the"
+        " counter says 501 and 565, because it counts the backward pass of depthwise convolutions as of full ones);"
+        " 13 % is attention. The ratio was 0.846, 0.89 and 0.99 in three runs, and 0.847 in processor time, one thread,"
+        " one image"
     ),
     ("preprocessing", "with masks", "ours"): (
-        "0.27 to 0.45 in five runs: a third of the time goes into the first touch of the 245 MB of masks,"
-        " which varies with what the system has to clear; the rest is pycocotools drawing them"
+        "0.27 to 0.45 in five runs: a third of the time is the first access to the 245 MB of masks,"
+        " which varies because the system must clear the memory; the rest is pycocotools drawing them"
     ),
 }
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run everything and write the page; the exit status is 1 if a script failed."""
+    """Run all scripts and write the results; exit with status 1 if a script failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=list(SCRIPTS), default="cpu")
-    parser.add_argument("--nuclei", type=Path, metavar="FOLDER", help="for preprocessing.py --folder")
-    parser.add_argument("--quick", action="store_true", help="small models and inputs, to see that it runs")
+    parser.add_argument("--device", choices=list(SCRIPTS), default="cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--nuclei",
+        type=Path,
+        metavar="FOLDER",
+        help="real images for preprocessing.py --folder (default: drawn images)",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="check that all scripts run, with small models and inputs (default: off)"
+    )
     arguments = parser.parse_args(argv)
     failed = []
     with tempfile.TemporaryDirectory() as folder:
@@ -123,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
             options += ["--device", arguments.device, "--json", str(lines), *["--quick"] * arguments.quick]
             if name == "preprocessing" and arguments.nuclei:
                 options += ["--folder", str(arguments.nuclei)]
-            # The peers' imports warn of what they use, and so would each of their processes.
+            # Imports of the peers emit warnings, in each process.
             quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}
             if subprocess.run([sys.executable, HERE / f"{name}.py", *options], env=quiet, check=False).returncode:
                 failed.append(name)
@@ -135,27 +143,28 @@ def main(argv: list[str] | None = None) -> None:
     if not arguments.quick:
         RESULTS[arguments.device].write_text(page)
     print(f"\n{page}")
-    sys.exit(f"{', '.join(failed)} failed; what it printed above says why" if failed else 0)
+    sys.exit(f"{', '.join(failed)} failed; see the output above" if failed else 0)
 
 
 def measure_evaluation(num_images: int) -> list[Measurement]:
-    """What an evaluation keeps of an image: ours while it streams, and the stock Trainer of the port's outputs."""
+    """Measure the bytes kept per image: by our streamed evaluation, and by the stock Trainer with the port."""
     kept = {
         "ours": alone(stream, num_images, "compact", "pycocotools")["rss"] / num_images,
         "port": sum(size for _, size in alone(count_outputs_of_the_port)),
     }
-    case = "host memory kept of an image"
+    case = "host memory kept per image"
     return [Measurement("evaluation", MEDIUM, case, name, size, "B", "cpu") for name, size in kept.items()]
 
 
 def write_page(command: str, measurements: list[Measurement], targets: list[Target], failed: list[str]) -> str:
-    """The page in Markdown."""
+    """Return the results in Markdown."""
     parts = [
         "# Benchmarks",
         f"`{command}`, {datetime.date.today()}, {describe_machine()}.",
         f"Python {platform.python_version()}, {', '.join(f'{name} {version(name)}' for name in PACKAGES)}.",
-        "All three implementations have the same random weights, and take turns in the same process; bytes are counted"
-        " in a process for each number. `run_all.py` says what runs, and each script how.",
+        "All three implementations have the same random weights and run in turns in the same process; bytes are"
+        " measured in a fresh process for each number. `run_all.py` lists the scripts, and each script describes"
+        " what it measures.",
         f"Failed, and missing below: {', '.join(failed)}." if failed else "",
         "## Targets",
         targets_table(measurements, targets),
@@ -167,7 +176,7 @@ def write_page(command: str, measurements: list[Measurement], targets: list[Targ
 
 
 def targets_table(measurements: list[Measurement], targets: list[Target]) -> str:
-    """One row a target; "not measured" where a number is missing."""
+    """Return a table with one row per target; "not measured" where a number is missing."""
     found = {m[:4]: m for m in measurements}
     lines = ["| what | port | rfdetr | ours | is | at most | met |", "|---|---:|---:|---:|---:|---:|---|"]
     for target in targets:
@@ -193,7 +202,7 @@ def targets_table(measurements: list[Measurement], targets: list[Target]) -> str
 
 
 def describe_machine() -> str:
-    """Processor, cores, memory, and what decides whether bf16 is fast."""
+    """Return the processor, its cores, memory, and whether it has bf16 instructions."""
     lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
     fields = {name.strip(): value.strip() for name, value in lines}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

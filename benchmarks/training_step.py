@@ -1,10 +1,10 @@
-"""A training step: forward, loss and backward, without the optimizer. Its memory, and its time.
+"""Measure memory and time of a training step: forward, loss and backward, without the optimizer.
 
     python benchmarks/training_step.py
     python benchmarks/training_step.py --device cuda --variant rf-detr-seg-nano --batch-sizes 16 --time-batch 16 --bf16
 
-Images are noise with 8 objects each. Bytes are those above the built model, of the first step of a fresh process; the
-gradients are among them. Losses are those of each implementation's own recipe, rfdetr's with its sampled mask points.
+Images are noise with 8 objects each. Bytes are the peak of the first step in a fresh process, above the built model,
+and include the gradients. Each implementation uses its own loss; rfdetr samples random mask points.
 """
 
 import argparse
@@ -30,14 +30,19 @@ def main(argv: list[str] | None = None) -> None:
         argv,
         measure,
         repeats=3,
-        batch_sizes={"type": int, "nargs": "*", "default": [1, 2, 4], "help": "for the memory"},
-        time_batch={"type": int, "default": 2, "help": "batch size for the time; 0 leaves it out"},
-        bf16={"action": "store_true", "help": "under autocast to bf16"},
+        batch_sizes={
+            "type": int,
+            "nargs": "*",
+            "default": [1, 2, 4],
+            "help": "batch sizes for the memory (default: %(default)s)",
+        },
+        time_batch={"type": int, "default": 2, "help": "batch size for the time; 0 skips it (default: %(default)s)"},
+        bf16={"action": "store_true", "help": "run under autocast to bf16 (default: off)"},
     )
 
 
 def measure(variant: str, arguments: argparse.Namespace) -> list[Measurement]:
-    """Bytes at each batch size, then seconds and images a second at one."""
+    """Return bytes for each batch size, then seconds and images per second for one."""
     device, settings = arguments.device, (variant, arguments.quick, arguments.device, arguments.bf16)
     numbers = []
     for batch in arguments.batch_sizes[:1] if arguments.quick else arguments.batch_sizes:
@@ -57,7 +62,7 @@ def measure(variant: str, arguments: argparse.Namespace) -> list[Measurement]:
 
 
 def prepare(name: str, batch: int, variant: str, quick: bool, device: str, bf16: bool) -> Callable[[], None]:
-    """A step of one implementation, its model built."""
+    """Build the model of one implementation, and return a function that runs a step."""
     config = peers.read_config(variant, quick)
     [model] = peers.build(config, variant, device, name.split()[0]).values()
     generator = torch.Generator().manual_seed(1)
@@ -89,10 +94,10 @@ def prepare(name: str, batch: int, variant: str, quick: bool, device: str, bf16:
 
 
 def _rfdetr_loss(peer: Any, pixels: Tensor, labels: list[dict[str, Tensor]]) -> Callable[[], Tensor]:
-    """The weighted sum that rfdetr's training module makes."""
+    """Return a function that computes the loss as rfdetr's training module does."""
     model = peer.model.model.train()
-    recipe = SegmentationTrainConfig(dataset_dir=".", output_dir=".")
-    criterion = build_criterion_from_config(peer.model_config, recipe)[0].to(pixels.device).train()
+    settings = SegmentationTrainConfig(dataset_dir=".", output_dir=".")
+    criterion = build_criterion_from_config(peer.model_config, settings)[0].to(pixels.device).train()
     targets = [{"labels": label["class_labels"], **label} for label in labels]
     samples = NestedTensor(pixels, torch.zeros_like(pixels[:, 0], dtype=torch.bool))
 

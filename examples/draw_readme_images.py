@@ -1,4 +1,4 @@
-"""The images of the README, from drawn data and the model of `make demo`:
+"""Draw the images of the README from synthetic data, with the model of `make demo`:
 
 make demo && python examples/draw_readme_images.py demo/model docs
 """
@@ -13,13 +13,13 @@ from transformers_rfdetr.data.synthetic import draw_scene
 from transformers_rfdetr.inference.video.predict_video import predict_video
 from transformers_rfdetr.inference.video.writer import VideoWriter
 
-_SEED = 2_000_000  # of images that the model was not trained on
+_SEED = 2_000_000  # an image that the model was not trained on
 _THRESHOLD = 0.35
-_SIDE = 288  # of an image of 48 metres, as the model knows them
+_SIDE = 288  # pixels for 48 metres, as in the training images
 
 
 def main(model_folder: str, output: str) -> None:
-    """Draw them into a folder."""
+    """Draw the images into the folder `output`."""
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     model, processor = load(model_folder)
@@ -28,8 +28,8 @@ def main(model_folder: str, output: str) -> None:
     [found] = predict(model, processor, image, threshold=_THRESHOLD)
     found.draw(image).save(folder / "image.png")
     labelled = [{**annotation, "category_id": 0} for annotation in annotations]
-    truth = draw_annotations(image, labelled, model.config.id2label)
-    draw_grid([[truth, found.draw(image)]], ["truth", "found"]).save(folder / "comparison.png")
+    ground_truth = draw_annotations(image, labelled, model.config.id2label)
+    draw_grid([[ground_truth, found.draw(image)]], ["ground truth", "predicted"]).save(folder / "comparison.png")
 
     town, _ = draw_scene(_SEED + 1, (384, 512), metres_per_pixel=0.5)
     predict_tiled(model, processor, town, threshold=_THRESHOLD).draw(town, color_by="instance").save(
