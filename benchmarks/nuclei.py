@@ -12,12 +12,13 @@ import torch
 
 from transformers_rfdetr import (
     FlipAndCrop,
+    RfDetrConfig,
     RfDetrForInstanceSegmentation,
     RfDetrTrainer,
     RfDetrTrainingArguments,
     load_instance_dataset,
 )
-from transformers_rfdetr.cli.demo import FROM_SCRATCH, small_config
+from transformers_rfdetr.cli.demo import FROM_SCRATCH
 
 
 def main() -> None:
@@ -31,14 +32,21 @@ def main() -> None:
     started = time.perf_counter()
     files = {"train": options.folder / "train.json", "validation": options.folder / "val.json"}
     data = load_instance_dataset(files, image_folder=options.folder / "images")
-    config = small_config(
-        {
+    config = RfDetrConfig(
+        backbone_config={
+            "hidden_size": 128,
+            "num_hidden_layers": 6,
             "num_attention_heads": 4,
             "image_size": 192,
             "patch_size": 8,
             "num_windows": 2,
             "out_indices": [2, 3, 5, 6],
         },
+        d_model=128,
+        decoder_layers=2,
+        decoder_ffn_dim=256,
+        decoder_self_attention_heads=4,
+        decoder_cross_attention_heads=8,
         num_queries=100,
         group_detr=3,
         # With fewer points, hardly any would lie on the small objects, and empty masks would have a low loss.
