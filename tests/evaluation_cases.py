@@ -3,13 +3,19 @@
 import copy
 import io
 import json
+import math
 from contextlib import redirect_stdout
+from types import SimpleNamespace
 
 import numpy as np
+import torch
+from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from transformers_rfdetr import RfDetrImageProcessor
+from transformers_rfdetr.data.dataset import InstanceDataset
 from transformers_rfdetr.evaluation.coco_evaluator import InstanceSegmentationEvaluator
 
 from small_models import shared_folder
@@ -24,18 +30,22 @@ def read(name):
 
 
 def coco_updates(kind):
-    """Of each image of the sample the arguments of `update`."""
+    """The arguments of `update` for each image of the sample."""
+    return updates_of(read(f"instances_val2014_fake{kind}100_results.json"))
+
+
+def updates_of(results):
+    """The arguments of `update` for each image: masks, or boxes for results without masks."""
     grouped = {}
-    for result in read(f"instances_val2014_fake{kind}100_results.json"):
+    for result in results:
         grouped.setdefault(result["image_id"], []).append(result)
     updates = {}
-    for image_id, results in grouped.items():
-        found = {"scores": [r["score"] for r in results], "labels": [r["category_id"] for r in results]}
-        if kind == "segm":
-            found["masks"] = [r["segmentation"] for r in results]
+    for image_id, rows in grouped.items():
+        updates[image_id] = {"scores": [r["score"] for r in rows], "labels": [r["category_id"] for r in rows]}
+        if "segmentation" in rows[0]:
+            updates[image_id]["masks"] = [r["segmentation"] for r in rows]
         else:
-            found["boxes"] = [[x, y, x + w, y + h] for x, y, w, h in (r["bbox"] for r in results)]
-        updates[image_id] = found
+            updates[image_id]["boxes"] = [[x, y, x + w, y + h] for x, y, w, h in (r["bbox"] for r in rows)]
     return updates
 
 
@@ -107,7 +117,7 @@ def random_case(seed):
 
 
 def plain_cocoeval(truth, results, kind):
-    """The twelve numbers of pycocotools on the whole dataset at once."""
+    """Return pycocotools' COCOeval of the whole dataset at once; `stats` are the twelve metrics."""
     unused = "bbox" if kind == "segm" else "segmentation"
     with redirect_stdout(io.StringIO()):
         coco = COCO()
@@ -118,4 +128,82 @@ def plain_cocoeval(truth, results, kind):
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return evaluation.stats
+    return evaluation
+
+
+HOUSE, POOL = 0, 1
+SCENE = (40, 40)  # size of the images
+
+
+class ScriptedModel(torch.nn.Module):
+    """A model that finds the given (label, score, mask) in each image, one image after the other."""
+
+    def __init__(self, found, names, masks=True):
+        super().__init__()
+        self.config = SimpleNamespace(id2label=dict(enumerate(names)))
+        self.device, self.found, self.has_masks = torch.device("cpu"), iter(found), masks
+
+    def forward(self, pixel_values, pixel_mask=None):
+        of_images = [next(self.found) for _ in pixel_values]
+        num_queries = max([1, *map(len, of_images)])
+        height, width = next((found[0][2].shape for found in of_images if found), SCENE)
+        logits = torch.full((len(of_images), num_queries, len(self.config.id2label)), -20.0)
+        boxes = torch.full((len(of_images), num_queries, 4), 0.5)
+        masks = torch.full((len(of_images), num_queries, height, width), -5.0)
+        for image, found in enumerate(of_images):
+            for query, (label, score, mask) in enumerate(found):
+                logits[image, query, label] = math.log(score / (1 - score))
+                masks[image, query][torch.from_numpy(mask)] = 5.0
+                x, y, w, h = coco_mask.toBbox(rle(mask))
+                boxes[image, query] = torch.tensor(
+                    [(x + w / 2) / width, (y + h / 2) / height, w / width, h / height], dtype=torch.float32
+                )
+        return SimpleNamespace(logits=logits, pred_boxes=boxes, pred_masks=masks if self.has_masks else None)
+
+
+# For each image its objects (label, crowd, mask) and what is found (label, score, mask).
+IMAGES = {
+    "many.png": (
+        [
+            (HOUSE, 0, rectangle((0, 20), (0, 20), SCENE)),
+            (POOL, 0, rectangle((25, 35), (25, 35), SCENE)),
+            (POOL, 1, rectangle((0, 10), (30, 40), SCENE)),
+        ],
+        [
+            (HOUSE, 0.9, rectangle((0, 20), (0, 16), SCENE)),  # 320 of the house's 400 pixels
+            (HOUSE, 0.8, rectangle((0, 20), (0, 20), SCENE)),  # the same once more
+            (HOUSE, 0.7, rectangle((25, 35), (25, 35), SCENE)),  # the pool
+            (POOL, 0.6, rectangle((2, 6), (32, 36), SCENE)),  # in the crowd
+            (POOL, 0.4, rectangle((25, 35), (25, 35), SCENE)),
+        ],
+    ),
+    "right.png": (
+        [(HOUSE, 0, rectangle((10, 30), (10, 30), SCENE))],
+        [(HOUSE, 0.9, rectangle((10, 30), (10, 30), SCENE))],
+    ),
+    "empty.png": ([], []),
+    "missed.png": ([(POOL, 0, rectangle((0, 20), (0, 20), SCENE))], []),
+}
+
+
+def scene(names=("house", "pool"), files=tuple(IMAGES)):
+    """The images above as a dataset, with category ids 3 and 7."""
+    images, annotations = [], []
+    for index, (objects, _) in enumerate(IMAGES.values()):
+        images.append({"id": index, "file_name": files[index], "height": SCENE[0], "width": SCENE[1]})
+        annotations += [
+            {"image_id": index, "category_id": (3, 7)[label], "iscrowd": crowd, "segmentation": rle(mask)}
+            for label, crowd, mask in objects
+        ]
+    categories = [{"id": (3, 7)[label], "name": name} for label, name in enumerate(names)]
+    pixels = np.random.default_rng(0).integers(0, 256, (len(images), *SCENE, 3), np.uint8)
+    coco = {"images": images, "annotations": annotations, "categories": categories}
+    return InstanceDataset(coco, [Image.fromarray(photo) for photo in pixels])
+
+
+def scene_model(names=("house", "pool"), **settings):
+    """The model that finds what the scene says."""
+    return ScriptedModel([found for _, found in IMAGES.values()], names, **settings)
+
+
+SCENE_PROCESSOR = RfDetrImageProcessor(size=SCENE[0], do_pad=False)

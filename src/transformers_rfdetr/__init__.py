@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from .data.load import load_instance_dataset
     from .data.prepared import FollowEpoch, collate_fn
     from .evaluation.coco_evaluator import InstanceSegmentationEvaluator
+    from .evaluation.error_analysis import analyse
     from .evaluation.evaluation_loop import evaluate_instance_segmentation
-    from .evaluation.report import analyse, write_report
+    from .evaluation.report import write_report
     from .evaluation.torchmetrics_metric import InstanceSegmentationMetric
     from .hub.load import load
     from .inference.compiled import compile_for_inference
@@ -77,7 +78,7 @@ _LATER = {
     "RfDetrModel": "model.modeling_rf_detr",
     "RfDetrTrainer": "training.trainer",
     "RfDetrTrainingArguments": "training.arguments",
-    "analyse": "evaluation.report",
+    "analyse": "evaluation.error_analysis",
     "check_dataset": "data.checks.check",
     "collate_fn": "data.prepared",
     "compile_for_inference": "inference.compiled",

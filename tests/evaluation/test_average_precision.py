@@ -19,6 +19,7 @@ from evaluation_cases import (
     read,
     rectangle,
     twelve,
+    updates_of,
 )
 from transformers_rfdetr.evaluation.coco_evaluator import InstanceSegmentationEvaluator
 from transformers_rfdetr.evaluation.coco_summary import average_over_recall
@@ -61,14 +62,19 @@ class TestAgainstPycocotools:
     @pytest.mark.parametrize("seed", range(6))
     def test_random_cases_have_the_numbers_of_pycocotools(self, seed, backend):
         truth, results = random_case(seed)
-        evaluator = InstanceSegmentationEvaluator(truth, backend=backend)
-        for image_id in random.Random(seed).sample(range(8), 8):
-            of_image = [one for one in results if one["image_id"] == image_id]
-            scores, labels = ([one[key] for one in of_image] for key in ("score", "category_id"))
-            evaluator.update(image_id, scores=scores, labels=labels, masks=[one["segmentation"] for one in of_image])
-        numbers = evaluator.compute()
-        for kind in ("segm", "bbox"):
-            assert twelve(numbers, kind) == pytest.approx(plain_cocoeval(truth, results, kind), abs=1e-9)
+        truth["categories"].append({"id": 9, "name": "without objects"})
+        updates = updates_of(results)
+        shuffled = {
+            image_id: updates[image_id] for image_id in random.Random(seed).sample(sorted(updates), len(updates))
+        }
+        evaluator = evaluated(truth, shuffled, backend=backend)
+        metrics, curves = evaluator.compute(), evaluator.precision_curves()
+        oracles = {kind: plain_cocoeval(truth, results, kind) for kind in ("segm", "bbox")}
+        for kind, oracle in oracles.items():
+            assert twelve(metrics, kind) == pytest.approx(oracle.stats, abs=1e-9)
+        assert list(curves) == ["1", "2", "3"]
+        for index, curve in enumerate(curves.values()):
+            np.testing.assert_allclose(curve, oracles["segm"].eval["precision"][:, :, index, 0, -1], atol=1e-12)
 
     def test_order_and_division_among_processes_do_not_matter(self, truth):
         updates = coco_updates("segm")
@@ -90,7 +96,7 @@ class TestAgainstPycocotools:
     def test_predictions_are_coco_results(self, truth, expected):
         results = json.loads(json.dumps(list(evaluated(truth, coco_updates("segm")).predictions())))
         assert len(results) == 734
-        assert plain_cocoeval(truth, results, "segm") == pytest.approx(expected["segm"]["stats"], abs=1e-9)
+        assert plain_cocoeval(truth, results, "segm").stats == pytest.approx(expected["segm"]["stats"], abs=1e-9)
 
     def test_the_ground_truth_stays_as_it_is(self, truth):
         before = copy.deepcopy(truth)

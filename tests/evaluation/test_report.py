@@ -1,124 +1,73 @@
-"""Right and wrong by hand arithmetic, curves by pycocotools, the page by an HTML parser and by Chromium."""
+"""The report: outlines by the even-odd rule, the page by an HTML parser and by Chromium."""
 
 import base64
-import copy
 import hashlib
-import io
 import json
 import math
 import re
 import shutil
 import subprocess
-from contextlib import redirect_stdout
 from html.parser import HTMLParser
-from types import SimpleNamespace
 
+import matplotlib.path
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
+from evaluation_cases import SCENE, SCENE_PROCESSOR, ScriptedModel, rectangle, rle, scene, scene_model
 from transformers_rfdetr import RfDetrImageProcessor
 from transformers_rfdetr.data.dataset import InstanceDataset
-from transformers_rfdetr.evaluation import report
-from transformers_rfdetr.evaluation.coco_evaluator import InstanceSegmentationEvaluator
-from transformers_rfdetr.evaluation.evaluation_loop import evaluate_instance_segmentation
-from transformers_rfdetr.evaluation.report import analyse, save_report, simplify_ring, trace_rings, write_report
+from transformers_rfdetr.evaluation.error_analysis import analyse
+from transformers_rfdetr.evaluation.report import save_report, write_report
+from transformers_rfdetr.evaluation.report.outlines import outline, simplify_ring, trace_rings
+from transformers_rfdetr.inference.instances import Instances
 
-from small_models import small_model
-from training_run import drawn
-
-HOUSE, POOL = 0, 1
-SIDE = 40
 CHROMIUM = shutil.which("chromium")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt-get install chromium")
 
 
-def rectangle(top, bottom, left, right, size=(SIDE, SIDE)):
-    mask = np.zeros(size, bool)
-    mask[top:bottom, left:right] = True
-    return mask
+class TestOutlines:
+    def filled(self, rings, size):
+        """The pixels whose centers are inside, by the even-odd rule."""
+        rows, columns = np.mgrid[: size[0], : size[1]]
+        centers = np.stack([columns.ravel() + 0.5, rows.ravel() + 0.5], axis=1)
+        inside = [matplotlib.path.Path([*ring, ring[0]], closed=True).contains_points(centers) for ring in rings]
+        return np.logical_xor.reduce(inside).reshape(size)
 
+    @pytest.mark.parametrize("density", [0.05, 0.5, 0.95, 1.0])
+    def test_rings_filled_give_the_mask(self, density):
+        mask = np.random.default_rng(0).random((23, 31)) < density
+        assert (self.filled(trace_rings(mask), mask.shape) == mask).all()
 
-def rle(mask):
-    return coco_mask.encode(np.asfortranarray(mask, np.uint8))
+    def test_a_mask_with_a_hole_has_two_rings_and_an_empty_mask_none(self):
+        mask = rectangle((5, 30), (5, 30)) & ~rectangle((10, 20), (12, 18))
+        assert len(trace_rings(mask)) == 2
+        assert trace_rings(np.zeros((4, 4), bool)) == []
 
+    def test_a_simple_outline_has_few_points_and_the_same_shape(self):
+        rows, columns = np.mgrid[:200, :200]
+        disc = np.hypot(rows - 100, columns - 90) < 70
+        (ring,) = trace_rings(disc)
+        simple = simplify_ring(ring, 0.75)
+        assert 20 < len(simple) < len(ring) / 4
+        drawn_again = coco_mask.frPyObjects([simple.ravel().tolist()], 200, 200)
+        assert coco_mask.iou(drawn_again, [rle(disc)], [0])[0, 0] > 0.98
 
-class Shows(torch.nn.Module):
-    """A model that finds in each image, in their order, given (label, score, mask)."""
+    def test_corners_stay_within_the_tolerance_and_what_is_small_does_not_vanish(self):
+        (ring,) = trace_rings(rectangle((5, 25), (10, 18)))
+        simple = simplify_ring(ring, 0.75)
+        assert len(simple) < 8
+        for corner in ((10, 5), (18, 5), (18, 25), (10, 25)):
+            assert np.hypot(*(simple - corner).T).min() <= 0.75
+        (pixel,) = trace_rings(rectangle((5, 6), (7, 8)))
+        assert len(simplify_ring(pixel, 6.0)) == 4
 
-    def __init__(self, found, names, masks=True):
-        super().__init__()
-        self.config = SimpleNamespace(id2label=dict(enumerate(names)))
-        self.device, self.found, self.has_masks = torch.device("cpu"), iter(found), masks
-
-    def forward(self, pixel_values, pixel_mask=None):
-        of_images = [next(self.found) for _ in pixel_values]
-        num_queries = max([1, *map(len, of_images)])
-        height, width = next((found[0][2].shape for found in of_images if found), (SIDE, SIDE))
-        logits = torch.full((len(of_images), num_queries, len(self.config.id2label)), -20.0)
-        boxes = torch.full((len(of_images), num_queries, 4), 0.5)
-        masks = torch.full((len(of_images), num_queries, height, width), -5.0)
-        for image, found in enumerate(of_images):
-            for query, (label, score, mask) in enumerate(found):
-                logits[image, query, label] = math.log(score / (1 - score))
-                masks[image, query][torch.from_numpy(mask)] = 5.0
-                x, y, w, h = coco_mask.toBbox(rle(mask))
-                boxes[image, query] = torch.tensor(
-                    [(x + w / 2) / width, (y + h / 2) / height, w / width, h / height], dtype=torch.float32
-                )
-        return SimpleNamespace(logits=logits, pred_boxes=boxes, pred_masks=masks if self.has_masks else None)
-
-
-# Of each image the objects (label, crowd, mask) and what is found (label, score, mask).
-IMAGES = {
-    "many.png": (
-        [
-            (HOUSE, 0, rectangle(0, 20, 0, 20)),
-            (POOL, 0, rectangle(25, 35, 25, 35)),
-            (POOL, 1, rectangle(0, 10, 30, 40)),
-        ],
-        [
-            (HOUSE, 0.9, rectangle(0, 20, 0, 16)),  # 320 of the house's 400 pixels
-            (HOUSE, 0.8, rectangle(0, 20, 0, 20)),  # the same once more
-            (HOUSE, 0.7, rectangle(25, 35, 25, 35)),  # the pool
-            (POOL, 0.6, rectangle(2, 6, 32, 36)),  # in the crowd
-            (POOL, 0.4, rectangle(25, 35, 25, 35)),
-        ],
-    ),
-    "right.png": ([(HOUSE, 0, rectangle(10, 30, 10, 30))], [(HOUSE, 0.9, rectangle(10, 30, 10, 30))]),
-    "empty.png": ([], []),
-    "missed.png": ([(POOL, 0, rectangle(0, 20, 0, 20))], []),
-}
-
-
-def scene(names=("house", "pool"), files=tuple(IMAGES)):
-    """The images above as a dataset, with category ids 3 and 7."""
-    images, annotations = [], []
-    for index, (objects, _) in enumerate(IMAGES.values()):
-        images.append({"id": index, "file_name": files[index], "height": SIDE, "width": SIDE})
-        annotations += [
-            {"image_id": index, "category_id": (3, 7)[label], "iscrowd": crowd, "segmentation": rle(mask)}
-            for label, crowd, mask in objects
-        ]
-    categories = [{"id": (3, 7)[label], "name": name} for label, name in enumerate(names)]
-    pixels = np.random.default_rng(0).integers(0, 256, (len(images), SIDE, SIDE, 3), np.uint8)
-    coco = {"images": images, "annotations": annotations, "categories": categories}
-    return InstanceDataset(coco, [Image.fromarray(photo) for photo in pixels])
-
-
-def shown(names=("house", "pool"), **settings):
-    return Shows([found for _, found in IMAGES.values()], names, **settings)
-
-
-PROCESSOR = RfDetrImageProcessor(size=SIDE, do_pad=False)
-
-
-def analysed(masks=True, **settings):
-    return analyse(shown(masks=masks), PROCESSOR, scene(), batch_size=3, progress=False, **settings)
+    def test_a_mask_that_vanishes_at_the_size_of_the_page_is_drawn_as_its_box(self):
+        mask = rle(rectangle((100, 101), (200, 202), (400, 400)))
+        boxes, scores = np.array([[200, 100, 202, 101]], np.float32), np.ones(1, np.float32)
+        instances = Instances(boxes, scores, np.zeros(1, np.int64), ["house"], [mask], (400, 400))
+        assert outline(instances, 0, (40, 40)) == "M20 10 20.2 10 20.2 10.1 20 10.1Z"
 
 
 class Page(HTMLParser):
@@ -126,7 +75,8 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.elements, self.words, self.script, self.open = [], [], "", []
+        self.text = text
+        self.elements, self.words, self.script, self.style, self.open = [], [], "", "", []
         self.feed(text)
         self.close()
         assert not self.open
@@ -145,160 +95,13 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if self.open[-1:] == ["script"]:
             self.script += data
-        elif self.open[-1:] != ["style"]:
+        elif self.open[-1:] == ["style"]:
+            self.style += data
+        else:
             self.words.append(data)
 
     def of(self, tag):
         return [attrs for name, attrs in self.elements if name == tag]
-
-
-class TestRightAndWrong:
-    @pytest.mark.parametrize("masks", [True, False], ids=["masks", "boxes"])
-    def test_detections_take_objects_of_their_class_and_then_of_others(self, masks):
-        analysis = analysed(masks)
-        assert [image.name for image in analysis.images] == ["missed.png", "many.png", "right.png", "empty.png"]
-        assert [image.index for image in analysis.images] == [3, 0, 1, 2]
-        # 1 right with an IoU of 0.8; wrong are 2 detections and 1 object.
-        assert [image.quality for image in analysis.images] == pytest.approx([0, 0.8 / 2.5, 1, 1])
-        assert [image.num_errors for image in analysis.images] == [1, 3, 0, 0]
-        many = analysis.images[1]
-        assert many.truth_outcomes == ["found", "other class", "crowd"]
-        assert many.found_outcomes == ["right", "false", "other class", "in a crowd"]
-        assert many.ious == pytest.approx([0.8, 0, 1, 0])
-        assert many.truth.names == ["house", "pool", "pool"]
-        assert many.found.names == ["house", "house", "house", "pool"]
-        assert analysis.class_names == ["house", "pool"]
-        assert analysis.confusion.tolist() == [[2, 0, 0], [1, 0, 1], [1, 0, 0]]
-        assert ("segm_AP" in analysis.metrics) is masks
-
-    def test_a_lower_score_lets_more_detections_count(self):
-        many = next(image for image in analysed(min_score=0.3).images if image.name == "many.png")
-        assert many.found_outcomes == ["right", "false", "false", "in a crowd", "right"]
-        assert many.quality == pytest.approx((0.8 + 1) / (2 + 2 / 2))
-        with pytest.raises(ValueError, match=r"min_score 50 is no score in \[0, 1\]"):
-            analysed(min_score=50)
-
-    def test_an_iou_of_one_half_is_enough(self):
-        ious = np.array([[0.5, 0.5 - 1e-9]])
-        for one, expected in ((0, 0), (1, -1)):
-            object_of, _ = report._match(ious[:, one : one + 1], np.ones((1, 1), bool), np.zeros(1, bool))
-            assert object_of.tolist() == [expected]
-
-    def test_what_is_found_can_be_drawn(self):
-        many = analysed().images[1]
-        photo = scene()[many.index]["image"]
-        drawn_there = np.asarray(many.truth.draw(photo)) != np.asarray(photo)
-        assert drawn_there[:, :, 0][rectangle(25, 35, 25, 35)].any()
-
-    def test_an_object_with_a_box_only_is_its_box_and_one_without_a_shape_is_none(self):
-        annotations = [
-            {"bbox": [4, 5, 10, 20], "segmentation": []},
-            {"bbox": [4, 5, 0, 20], "segmentation": None},
-            {"segmentation": [[0, 0, 10, 0, 10, 30, 0, 30]]},
-        ]
-        truth, is_crowd = report._read_truth(annotations, [0, 1, 0], (SIDE, SIDE), True)
-        assert truth.boxes.tolist() == [[4, 5, 14, 25], [0, 0, 10, 30]]
-        assert truth.dense_masks().tolist() == [
-            rectangle(5, 25, 4, 14).tolist(),
-            rectangle(0, 30, 0, 10).tolist(),
-        ]
-        assert is_crowd.tolist() == [False, False]
-
-    def test_the_numbers_are_those_of_the_evaluation(self):
-        dataset, model = drawn(3), small_model(num_labels=1)
-        processor = RfDetrImageProcessor.from_config(model.config)
-        expected = evaluate_instance_segmentation(model, processor, dataset, progress=False)
-        analysis = analyse(model, processor, dataset, progress=False)
-        assert analysis.metrics == expected
-        assert len(analysis.images) == 3
-        assert analysis.curves["building"].mean() == pytest.approx(expected["segm_AP"])
-
-
-@pytest.mark.parametrize("backend", ["pycocotools", "faster-coco-eval"])
-def test_the_curves_are_those_of_pycocotools(backend):
-    if backend == "faster-coco-eval":
-        pytest.importorskip("faster_coco_eval")
-    rng = np.random.default_rng(1)
-    images = [{"id": image, "height": SIDE, "width": SIDE} for image in range(6)]
-    annotations, results = [], []
-    for image in range(6):
-        for number in range(4):
-            top, left = rng.integers(0, 25, 2)
-            mask = rectangle(top, top + 12, left, left + 12)
-            fields = {"image_id": image, "category_id": int(rng.integers(1, 3)), "iscrowd": int(number == 3)}
-            box, area = coco_mask.toBbox(rle(mask)).tolist(), 144.0
-            annotations.append(
-                fields | {"id": len(annotations) + 1, "segmentation": rle(mask), "bbox": box, "area": area}
-            )
-            for _ in range(2):
-                near = rle(np.roll(mask, rng.integers(-3, 4, 2), (0, 1)))
-                results.append(
-                    {**fields, "segmentation": near, "score": float(rng.random()), "bbox": coco_mask.toBbox(near)}
-                )
-    truth = {"images": images, "annotations": annotations, "categories": [{"id": i, "name": f"{i}"} for i in (1, 2, 9)]}
-    evaluator = InstanceSegmentationEvaluator(truth, backend=backend)
-    for image in range(6):
-        of_image = [one for one in results if one["image_id"] == image]
-        scores, labels, masks = ([one[k] for one in of_image] for k in ("score", "category_id", "segmentation"))
-        evaluator.update(image, scores=scores, labels=labels, masks=masks)
-    with redirect_stdout(io.StringIO()):
-        coco = COCO()
-        coco.dataset = copy.deepcopy(truth)
-        coco.createIndex()
-        oracle = COCOeval(
-            coco, coco.loadRes([{k: v for k, v in one.items() if k != "bbox"} for one in results]), "segm"
-        )
-        oracle.evaluate()
-        oracle.accumulate()
-    curves = evaluator.precision_curves()
-    assert list(curves) == ["1", "2"]  # of the third class there is no object
-    for place, curve in enumerate(curves.values()):
-        assert curve.shape == (10, 101)
-        np.testing.assert_allclose(curve, oracle.eval["precision"][:, :, place, 0, -1], atol=1e-12)
-    assert 0.1 < curves["1"].mean() < 0.95
-    assert evaluator.compute()["per_class"]["1"]["segm_AP"] == pytest.approx(curves["1"].mean())
-
-
-class TestOutlines:
-    def filled(self, rings, size):
-        """By the even-odd rule: pixels that an odd number of upright edges lie to the left of."""
-        edges = np.zeros((size[0], size[1] + 1), int)
-        for ring in rings:
-            for (x0, y0), (x1, y1) in zip(ring, np.roll(ring, -1, axis=0), strict=True):
-                assert abs(x1 - x0) + abs(y1 - y0) == 1
-                if x0 == x1:
-                    edges[min(y0, y1), x0] += 1
-        return edges.cumsum(1)[:, :-1] % 2 == 1
-
-    @pytest.mark.parametrize("density", [0.05, 0.5, 0.95, 1.0])
-    def test_rings_filled_give_the_mask(self, density):
-        mask = np.random.default_rng(0).random((23, 31)) < density
-        assert (self.filled(trace_rings(mask), mask.shape) == mask).all()
-
-    def test_a_courtyard_has_two_rings(self):
-        mask = rectangle(5, 30, 5, 30) & ~rectangle(10, 20, 12, 18)
-        assert sorted(len(ring) for ring in trace_rings(mask)) == [2 * (10 + 6), 4 * 25]
-        assert trace_rings(np.zeros((4, 4), bool)) == []
-
-    def test_a_simple_outline_has_few_points_and_the_same_shape(self):
-        rows, columns = np.mgrid[:200, :200]
-        disc = np.hypot(rows - 100, columns - 90) < 70
-        (ring,) = trace_rings(disc)
-        simple = simplify_ring(ring, 0.75)
-        assert 20 < len(simple) < len(ring) / 4
-        drawn_again = coco_mask.frPyObjects([simple.ravel().tolist()], 200, 200)
-        assert coco_mask.iou(drawn_again, [rle(disc)], [0])[0, 0] > 0.985
-
-    def test_corners_stay_and_what_is_small_does_not_vanish(self):
-        (ring,) = trace_rings(rectangle(5, 25, 10, 18))
-        assert set(map(tuple, simplify_ring(ring, 0.75))) == {(10, 5), (18, 5), (18, 25), (10, 25)}
-        (pixel,) = trace_rings(rectangle(5, 6, 7, 8))
-        assert len(simplify_ring(pixel, 6.0)) == 4
-
-    def test_a_mask_that_is_gone_at_the_size_of_the_page_is_its_box(self):
-        mask = rectangle(100, 101, 200, 202, (400, 400))
-        truth, _ = report._read_truth([{"bbox": [200, 100, 2, 1], "segmentation": rle(mask)}], [0], (400, 400), True)
-        assert report._outline(truth, 0, (40, 40)) == "M20 10 20.2 10 20.2 10.1 20 10.1Z"
 
 
 NASTY = ['<script>alert("a")</script>', '"><img src=x onerror=alert(1)>', "a & b's {0} %s \udcff"]
@@ -311,7 +114,7 @@ def folder(tmp_path_factory):
     (folder / "trainer_state.json").write_text(json.dumps(state))
     settings = {"training": folder, "title": NASTY[1], "progress": False}
     names, files = NASTY[:2], (NASTY[2], NASTY[0], NASTY[1], "</b></figure>.png")
-    write_report(folder / "new", shown(names), PROCESSOR, scene(names, files), **settings)
+    write_report(folder / "new", scene_model(names), SCENE_PROCESSOR, scene(names, files), **settings)
     return folder
 
 
@@ -336,8 +139,8 @@ class TestPage:
                 if name in ("href", "src", "xlink:href", "action", "srcset", "poster"):
                     assert value.startswith(("#", "data:image/jpeg;base64,")), value
                 assert name != "style" or "url(" not in value
-        assert "url(" not in report._STYLE
-        assert "@import" not in report._STYLE
+        assert "url(" not in page.style
+        assert "@import" not in page.style
         assert {link["href"][1:] for link in page.of("a")} == {one["id"] for one in page.of("section")}
 
     def test_its_policy_allows_its_script_alone(self, page):
@@ -353,10 +156,21 @@ class TestPage:
     def test_the_worst_and_the_best_are_shown_once_and_those_that_show_nothing_are_not(self, page):
         assert len(page.of("image")) == 3
         names = [one["aria-label"] for one in page.of("svg") if one["aria-label"] in {"</b></figure>.png", *NASTY[:1]}]
-        assert names == ["</b></figure>.png", NASTY[0]]  # the missed one is the worst, the right one the best
+        assert names == ["</b></figure>.png", NASTY[0]]  # the missed one is the worst, the correct one the best
         outcomes = [one["class"] for one in page.of("path") if "class" in one]
         assert sorted(outcomes) == sorted(
-            ["missed", "found", "other-class", "crowd", "right", "false", "other-class", "in-a-crowd", "found", "right"]
+            [
+                "missed",
+                "found",
+                "other-class",
+                "crowd",
+                "correct",
+                "false",
+                "other-class",
+                "in-a-crowd",
+                "found",
+                "correct",
+            ]
         )
 
     def test_the_training_curve_leaves_out_what_is_no_number(self, page):
@@ -370,24 +184,24 @@ class TestPage:
         assert bottom - points[0][1] == pytest.approx(2 * (bottom - points[1][1]), abs=0.3)
 
     def test_the_number_of_images_is_bounded(self, tmp_path):
-        analysis = analysed()
+        analysis = analyse(scene_model(), SCENE_PROCESSOR, scene(), progress=False)
         for wanted, expected in ((0, 0), (1, 2), (2, 3), (50, 3)):
             path = save_report(tmp_path, analysis, scene(), num_images=wanted)
             assert len(Page(path.read_text()).of("image")) == expected
-        with pytest.raises(ValueError, match="num_images -1 must be at least 0"):
+        with pytest.raises(ValueError, match=r"`num_images` must be .* got -1"):
             save_report(tmp_path, analysis, scene(), num_images=-1)
 
     def test_it_stays_small_whatever_the_images_hold(self, tmp_path):
         rng = np.random.default_rng(0)
         size = (500, 700)
-        masks = [rng.random(size) < share for share in rng.random(5)]
+        masks = [rng.random(size) < share for share in rng.random(3)]
         coco = {
             "images": [{"id": 0, "height": size[0], "width": size[1]}],
             "annotations": [{"image_id": 0, "category_id": 1, "segmentation": rle(mask)} for mask in masks],
             "categories": [{"id": 1, "name": "noise"}],
         }
         dataset = InstanceDataset(coco, [Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8))])
-        model = Shows([[(0, 0.9, mask) for mask in masks]], ["noise"])
+        model = ScriptedModel([[(0, 0.9, mask) for mask in masks]], ["noise"])
         path = write_report(tmp_path, model, RfDetrImageProcessor(size=500), dataset, progress=False)
         assert path.stat().st_size < 5_000_000 / 24
 
@@ -396,29 +210,37 @@ class TestPage:
             (tmp_path / f"checkpoint-{step}").mkdir()
             state = {"log_history": [{"step": step, "loss": 1.0}]}
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
-        assert report._read_history(tmp_path) == [{"step": 10, "loss": 1.0}]
+        analysis = analyse(scene_model(), SCENE_PROCESSOR, scene(), progress=False)
+        settings = {"num_images": 0, "training": tmp_path}
+        page = Page(save_report(tmp_path, analysis, scene(), **settings).read_text())
+        [section] = re.findall(r'<section id="training">.*?</section>', page.text, re.DOTALL)
+        assert ">10<" in section  # where its one point is
         (tmp_path / "trainer_state.json").write_text('{"log_history": 5}')
-        with pytest.raises(ValueError, match=r"is no log of a Trainer .*; give another training run"):
-            report._read_history(tmp_path)
-        with pytest.raises(ValueError, match=r"has no trainer_state\.json.*; give the output folder"):
-            report._read_history(tmp_path / "nowhere")
+        with pytest.raises(ValueError, match=r"trainer_state\.json must be the log of a Trainer"):
+            save_report(tmp_path, analysis, scene(), **settings)
+        with pytest.raises(ValueError, match=r"`training` must be the output folder of a training run, got .*nowhere"):
+            save_report(tmp_path, analysis, scene(), training=tmp_path / "nowhere")
 
     def test_many_classes_are_told_apart_in_numbers_and_cut_in_the_matrix(self, tmp_path):
         names = [f"class {number}" for number in range(30)]
         coco = {
-            "images": [{"id": 0, "height": SIDE, "width": SIDE, "file_name": "all.png"}],
+            "images": [{"id": 0, "height": SCENE[0], "width": SCENE[1], "file_name": "all.png"}],
             "annotations": [
-                {"image_id": 0, "category_id": number, "segmentation": rle(rectangle(number, number + 3, 0, 30))}
+                {
+                    "image_id": 0,
+                    "category_id": number,
+                    "segmentation": rle(rectangle((number, number + 3), (0, 30), SCENE)),
+                }
                 for number in range(30)
             ],
             "categories": [{"id": number, "name": name} for number, name in enumerate(names)],
         }
-        dataset = InstanceDataset(coco, [Image.new("RGB", (SIDE, SIDE))])
-        found = [(number, 0.9, rectangle(number, number + 3, 0, 30)) for number in range(9, 30)]
-        path = write_report(tmp_path, Shows([found], names), PROCESSOR, dataset, progress=False)
+        dataset = InstanceDataset(coco, [Image.new("RGB", SCENE)])
+        found = [(number, 0.9, rectangle((number, number + 3), (0, 30), SCENE)) for number in range(9, 30)]
+        path = write_report(tmp_path, ScriptedModel([found], names), SCENE_PROCESSOR, dataset, progress=False)
         page = Page(path.read_text())
         words = " ".join(page.words)
-        assert "Shown are the 20 classes with the most errors; 10 are left out." in words
+        assert "The 20 classes with the most errors are shown; 10 are left out." in words
         assert [words.count(f"mean of classes {ap:.3f}") for ap in (21 / 30,)] == [4]  # keys and lines of two charts
 
 
@@ -467,13 +289,15 @@ def in_the_browser(folder, screenshots=False):
 @needs_chromium
 def test_in_a_browser_layers_and_instances_come_and_go(tmp_path):
     files = ("many.png", NASTY[0], NASTY[1], "missed.png")
-    write_report(tmp_path, shown(NASTY[:2]), PROCESSOR, scene(NASTY[:2], files), title=NASTY[0], progress=False)
+    write_report(
+        tmp_path, scene_model(NASTY[:2]), SCENE_PROCESSOR, scene(NASTY[:2], files), title=NASTY[0], progress=False
+    )
     in_the_browser(tmp_path)
 
 
 @needs_chromium
 def test_a_script_that_is_not_the_pages_own_does_not_run_and_is_heard_on_the_console(tmp_path):
-    page = write_report(tmp_path, shown(), PROCESSOR, scene(), progress=False)
+    page = write_report(tmp_path, scene_model(), SCENE_PROCESSOR, scene(), progress=False)
     stranger = "<script>document.title = 'taken over'</script>"
     page.write_text(page.read_text(encoding="utf-8").replace("</main>", f"{stranger}</main>"), encoding="utf-8")
     document, console = browse(page, profile=tmp_path / "profile")
@@ -485,7 +309,7 @@ def test_a_script_that_is_not_the_pages_own_does_not_run_and_is_heard_on_the_con
 @pytest.mark.long
 def test_in_a_browser_masks_are_seen_and_hidden(tmp_path):
     assert CHROMIUM, "needs a browser: apt-get install chromium"
-    write_report(tmp_path, shown(), PROCESSOR, scene(), progress=False)
+    write_report(tmp_path, scene_model(), SCENE_PROCESSOR, scene(), progress=False)
     in_the_browser(tmp_path, screenshots=True)
 
     def count(color, address):
@@ -494,6 +318,6 @@ def test_in_a_browser_masks_are_seen_and_hidden(tmp_path):
         pixels = np.asarray(Image.open(tmp_path / "seen.png").convert("RGB")).astype(int)
         return int((np.abs(pixels - color).max(-1) < 12).sum())
 
-    missed, right = (250, 204, 21), (59, 157, 255)  # in the legend too
+    missed, correct = (250, 204, 21), (59, 157, 255)  # in the legend too
     assert count(missed, "") > 5 * count(missed, "#hide=truth")
-    assert count(right, "") > 5 * count(right, "#hide=prediction")
+    assert count(correct, "") > 5 * count(correct, "#hide=prediction")

@@ -45,8 +45,9 @@ def evaluate(
     import torch
 
     from ..data.load import load_instance_dataset
+    from ..evaluation.error_analysis import analyse
     from ..evaluation.evaluation_loop import evaluate_instance_segmentation
-    from ..evaluation.report import analyse, save_report
+    from ..evaluation.report import save_report
     from ..hub.load import load
 
     if threshold is not None and not 0 <= threshold < 1:

@@ -75,10 +75,7 @@ class InstanceSegmentationEvaluator:
         require(0 <= iou_score_threshold <= 1, "iou_score_threshold", iou_score_threshold, "in [0, 1]")
         self.iou_score_threshold = iou_score_threshold
         self._backend = load_backend(backend)
-        ground_truth = GroundTruth.from_coco(coco)
-        self.category_names = ground_truth.category_names
-        self.ground_truth_has_masks = ground_truth.has_masks
-        self._sizes, self._objects = ground_truth.sizes, ground_truth.objects
+        self.ground_truth = GroundTruth.from_coco(coco)
         self._has_warned = False
         self.reset()
 
@@ -115,7 +112,7 @@ class InstanceSegmentationEvaluator:
             self._has_warned = True
             return
         with error_context(f"image {image_id}"):
-            self._add(image_id, pack_detections(scores, labels, masks, boxes, self._sizes[image_id]))
+            self._add(image_id, pack_detections(scores, labels, masks, boxes, self.ground_truth.sizes[image_id]))
 
     def state(self) -> dict[int, Detections]:
         """Return the detections by image id: small, and picklable for `merge` in another process."""
@@ -171,20 +168,22 @@ class InstanceSegmentationEvaluator:
     def average_precision(self) -> dict[str, Any]:
         """Return the part of [`compute`] that COCOeval computes, category by category."""
         image_ids = self._image_ids_by_category()
-        per_class: dict[str, dict[str, Any]] = {name: {} for name in self.category_names.values()}
+        per_class: dict[str, dict[str, Any]] = {name: {} for name in self.ground_truth.category_names.values()}
         metrics: dict[str, Any] = {}
         for kind in ("segm", "bbox") if self._has_masks() else ("bbox",):
             results = [
                 average_over_recall(self._run_cocoeval(category, image_ids[category], kind))
-                for category in self.category_names
+                for category in self.ground_truth.category_names
             ]
             metrics |= {f"{kind}_{name}": value for name, value in summarize(results).items()}
             for class_metrics, (precision, _) in zip(per_class.values(), results, strict=True):
                 class_metrics |= summarize_class(precision, kind)
         counts = Counter(
-            label for objects in self._objects.values() for label in objects.labels[~objects.is_crowd].tolist()
+            label
+            for objects in self.ground_truth.objects.values()
+            for label in objects.labels[~objects.is_crowd].tolist()
         )
-        for category, name in self.category_names.items():
+        for category, name in self.ground_truth.category_names.items():
             per_class[name]["num_objects"] = counts[category]
         return {**metrics, "per_class": per_class}
 
@@ -196,7 +195,7 @@ class InstanceSegmentationEvaluator:
             at least recall 0, 0.01, ..., 1 is reached, and 0 where it is not. The mean of all is the class's AP.
         """
         kind, image_ids, curves = "segm" if self._has_masks() else "bbox", self._image_ids_by_category(), {}
-        for category, name in self.category_names.items():
+        for category, name in self.ground_truth.category_names.items():
             result = self._run_cocoeval(category, image_ids[category], kind)
             if result is not None:
                 curves[name] = result["precision"][:, :, 0, 0, -1].copy()
@@ -222,10 +221,10 @@ class InstanceSegmentationEvaluator:
         if not self._has_masks():
             raise ValueError("`mean_iou` requires masks in the ground truth and in `update`, got boxes only")
         pixels: dict[int | None, np.ndarray] = {
-            category: np.zeros(3, np.int64) for category in (*self.category_names, None)
+            category: np.zeros(3, np.int64) for category in (*self.ground_truth.category_names, None)
         }
-        for image_id, size in self._sizes.items():
-            objects, detections = self._objects.get(image_id), self._detections.get(image_id)
+        for image_id, size in self.ground_truth.sizes.items():
+            objects, detections = self.ground_truth.objects.get(image_id), self._detections.get(image_id)
             for category, counts in count_pixels(size, objects, detections, self.iou_score_threshold):
                 pixels[category] += counts
         ious = {
@@ -236,19 +235,19 @@ class InstanceSegmentationEvaluator:
         return {
             "mean_iou": mean_of_present(np.array(list(ious.values()))),
             "mean_iou_class_blind": class_blind,
-            "per_class": {name: {"iou": ious[category]} for category, name in self.category_names.items()},
+            "per_class": {name: {"iou": ious[category]} for category, name in self.ground_truth.category_names.items()},
         }
 
     def _check_image_id(self, image_id: Any) -> int:
         image_id = to_builtin(image_id)
-        rule = f"one of the {len(self._sizes)} image ids of the ground truth"
-        require(image_id in self._sizes, "image_id", image_id, rule)
+        rule = f"one of the {len(self.ground_truth.sizes)} image ids of the ground truth"
+        require(image_id in self.ground_truth.sizes, "image_id", image_id, rule)
         return image_id
 
     def _add(self, image_id: int, detections: Detections) -> None:
-        if unknown := set(detections.labels.tolist()) - set(self.category_names):
+        if unknown := set(detections.labels.tolist()) - set(self.ground_truth.category_names):
             raise ValueError(
-                f"`labels` must be category ids of the ground truth, {list(self.category_names)}, got"
+                f"`labels` must be category ids of the ground truth, {list(self.ground_truth.category_names)}, got"
                 f" {sorted(unknown)[:_MAX_IDS_SHOWN]}. Map the model's labels to category ids"
             )
         has_masks = detections.masks is not None
@@ -258,17 +257,17 @@ class InstanceSegmentationEvaluator:
                 raise ValueError(f"all images must have masks or all boxes only, got {here} after {elsewhere}")
             self._detections_have_masks = has_masks
         if detections.masks is not None:
-            self._sizes[image_id] = detections.masks.size
+            self.ground_truth.sizes[image_id] = detections.masks.size
         self._detections[image_id] = detections
 
     def _has_masks(self) -> bool:
-        return self.ground_truth_has_masks and self._detections_have_masks is not False
+        return self.ground_truth.has_masks and self._detections_have_masks is not False
 
     def _image_ids_by_category(self) -> dict[int, list[int]]:
         """Return category id -> sorted ids of the images with its objects or detections; others do not matter to it."""
-        image_ids: dict[int, list[int]] = {category: [] for category in self.category_names}
-        for image_id in sorted(self._sizes):
-            records = (self._objects.get(image_id), self._detections.get(image_id))
+        image_ids: dict[int, list[int]] = {category: [] for category in self.ground_truth.category_names}
+        for image_id in sorted(self.ground_truth.sizes):
+            records = (self.ground_truth.objects.get(image_id), self._detections.get(image_id))
             labels = [record.labels for record in records if record is not None]
             for category in np.unique(np.concatenate(labels)).tolist() if labels else ():
                 image_ids[category].append(image_id)
@@ -280,9 +279,9 @@ class InstanceSegmentationEvaluator:
         objects: list[dict[str, Any]] = []
         detections: list[dict[str, Any]] = []
         for number, image_id in enumerate(image_ids, 1):
-            height, width = self._sizes[image_id] or (0, 0)
+            height, width = self.ground_truth.sizes[image_id] or (0, 0)
             images.append({"id": number, "height": height, "width": width})
-            for annotations, records in ((objects, self._objects), (detections, self._detections)):
+            for annotations, records in ((objects, self.ground_truth.objects), (detections, self._detections)):
                 if (record := records.get(image_id)) is not None:
                     annotations += [{**one, "image_id": number} for one in record.to_coco(category, kind)]
         return run_cocoeval(self._backend, images, objects, detections, kind)

@@ -37,6 +37,11 @@ class GroundTruth:
         """Return whether any object has a mask."""
         return any(objects.masks is not None for objects in self.objects.values())
 
+    def objects_of(self, image_id: int) -> Objects:
+        """Return the objects of an image, which may have none."""
+        none = Objects(np.empty(0, np.int64), np.empty(0, bool), np.empty(0), np.empty((0, 4)), None)
+        return self.objects.get(image_id, none)
+
     @classmethod
     def from_coco(cls, coco: Mapping[str, Any]) -> "GroundTruth":
         """Read the content of a COCO JSON; see `InstanceSegmentationEvaluator` for its fields and the errors."""

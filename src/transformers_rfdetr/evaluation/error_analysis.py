@@ -1,0 +1,257 @@
+"""Match the detections of a model with the ground truth of each image: outcomes, image quality, confusion matrix.
+
+Axis letters: C classes of the dataset, T IoU thresholds, R recalls, N objects and K detections of an image.
+"""
+
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from ..inference.instances import Instances
+from ..model.validation import require
+from .coco_evaluator import InstanceSegmentationEvaluator
+from .evaluation_loop import detect_in_dataset
+from .mask_records import Objects
+
+_MIN_IOU = 0.5  # of a detection and the object that it is matched with
+
+
+@dataclass
+class ImageQuality:
+    """The objects and the detections of one image, and how they match.
+
+    A detection with a score above `min_score` is matched, the best first, with the free object of its class with the
+    highest IoU, if that is at least 0.5. Detections that remain and are not inside a crowd region of their class are
+    then matched with the remaining objects of other classes.
+
+    Attributes:
+        index: Index of the image in the dataset.
+        name: File name, or the image id if there is none.
+        objects: N objects and crowd regions with score 1. An object without a mask, among others with masks, has the
+            mask of its box.
+        detections: K detections.
+        object_outcomes: N times "found", "other class", "missed" or "crowd".
+        detection_outcomes: K times "correct", "other class", "false" or "in a crowd".
+        matches: (K,) int64, index of the object that each detection is matched with, or -1.
+        ious: (K,) float64, IoU of each detection with that object, or 0.
+    """
+
+    index: int
+    name: str
+    objects: Instances
+    detections: Instances
+    object_outcomes: list[str]
+    detection_outcomes: list[str]
+    matches: np.ndarray
+    ious: np.ndarray
+
+    @property
+    def num_errors(self) -> int:
+        """Return the number of objects that were not found and of detections that are not correct."""
+        return sum(outcome in ("other class", "missed") for outcome in self.object_outcomes) + sum(
+            outcome in ("other class", "false") for outcome in self.detection_outcomes
+        )
+
+    @property
+    def quality(self) -> float:
+        """Return the panoptic quality in [0, 1].
+
+        It is the sum of the IoUs of the correct detections, divided by their number plus half the number of all errors;
+        1 if there is nothing to find and nothing was found.
+        """
+        is_correct = np.array([outcome == "correct" for outcome in self.detection_outcomes], bool)
+        weight = is_correct.sum() + self.num_errors / 2
+        return float(self.ious[is_correct].sum() / weight) if weight else 1.0
+
+
+@dataclass
+class Analysis:
+    """The results of [`analyse`].
+
+    Attributes:
+        metrics: The metrics of [`evaluate_instance_segmentation`].
+        class_names: C names.
+        curves: Class -> precision (T, R), from [`InstanceSegmentationEvaluator.precision_curves`].
+        confusion: (C + 1, C + 1) int64: number of objects of the row's class that were detected as the column's. The
+            last column counts missed objects, the last row false detections.
+        images: All images, the worst first.
+        min_score: Score that a detection must exceed to count in `confusion` and `images`.
+        highest_score: Highest score of all detections, or None if there are none.
+        score_threshold: Score that a detection must exceed to count in `metrics` and `curves`; None for all, as in
+            COCO.
+    """
+
+    metrics: dict[str, Any]
+    class_names: list[str]
+    curves: dict[str, np.ndarray]
+    confusion: np.ndarray
+    images: list[ImageQuality]
+    min_score: float
+    highest_score: float | None
+    score_threshold: float | None = None
+
+
+def analyse(
+    model: Any,
+    processor: Any,
+    dataset: Any,
+    *,
+    batch_size: int = 8,
+    min_score: float = 0.5,
+    score_threshold: float | None = None,
+    progress: bool = True,
+) -> Analysis:
+    """Evaluate a model on a dataset, and match its detections with the ground truth of each image.
+
+    Args:
+        model: A model for instance segmentation, or for object detection, whose boxes are matched.
+        processor: Its image processor.
+        dataset: An `InstanceDataset`.
+        batch_size: Images per batch.
+        min_score: Score in [0, 1] that a detection must exceed to be matched with the objects of its image.
+        score_threshold: Score that a detection must exceed to count in `metrics` and `curves`; by default all count, as
+            in COCO.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: the model does not know a category of the dataset, or `min_score` is outside [0, 1].
+    """
+    require(0 <= min_score <= 1, "min_score", min_score, "in [0, 1]")
+    evaluator = InstanceSegmentationEvaluator(dataset.coco())
+    ground_truth = evaluator.ground_truth
+    names = list(ground_truth.category_names.values())
+    label_of = {category: label for label, category in enumerate(ground_truth.category_names)}
+    has_true_masks = ground_truth.has_masks
+    images: list[ImageQuality] = []
+    highest_scores = []
+    samples = detect_in_dataset(
+        model, processor, dataset, batch_size=batch_size, score_threshold=score_threshold, progress=progress
+    )
+    with closing(samples):
+        for sample, found in samples:
+            evaluator.update(sample["image_id"], **found)
+            highest_scores += found["scores"][:1].tolist()
+            size = (sample["image"].height, sample["image"].width)
+            has_masks = has_true_masks and found["masks"] is not None
+            record = ground_truth.objects_of(sample["image_id"])
+            objects = _to_instances(record, label_of, names, size, has_masks)
+            detections = _select_detections(found, min_score, label_of, names, size, has_masks)
+            name = str(sample.get("file_name") or f"image {sample['image_id']}")
+            images.append(match_image(len(images), name, objects, record.is_crowd, detections))
+    images.sort(key=lambda image: (image.quality, -image.num_errors))
+    return Analysis(
+        evaluator.compute(),
+        names,
+        evaluator.precision_curves(),
+        confusion_matrix(images, len(names)),
+        images,
+        min_score,
+        max(highest_scores, default=None),
+        score_threshold,
+    )
+
+
+def _to_instances(
+    record: Objects, label_of: Mapping[int, int], names: list[str], size: tuple[int, int], has_masks: bool
+) -> Instances:
+    """Return the ground truth of an image of `size` (height, width)."""
+    labels = np.array([label_of[category] for category in record.labels.tolist()], np.int64)
+    masks = []
+    if has_masks:
+        of_boxes = coco_mask.frPyObjects(record.boxes.reshape(-1, 4), *size) if len(labels) else []
+        of_objects = [] if record.masks is None else record.masks.rles(range(len(labels)))
+        masks = [mask if mask["counts"] else box for mask, box in zip(of_objects or of_boxes, of_boxes, strict=True)]
+    return Instances(
+        np.concatenate([record.boxes[:, :2], record.boxes[:, :2] + record.boxes[:, 2:]], axis=1).astype(np.float32),
+        np.ones(len(labels), np.float32),
+        labels,
+        [names[label] for label in labels],
+        [{"size": list(size), "counts": mask["counts"].decode()} for mask in masks] if has_masks else None,
+        size,
+    )
+
+
+def _select_detections(
+    found: Mapping[str, Any],
+    min_score: float,
+    label_of: Mapping[int, int],
+    names: list[str],
+    size: tuple[int, int],
+    has_masks: bool,
+) -> Instances:
+    """Return the detections of `detect_in_dataset` with a score above `min_score`."""
+    selected = np.flatnonzero(found["scores"] > min_score)
+    labels = np.array([label_of[found["labels"][index]] for index in selected], np.int64)
+    return Instances(
+        found["boxes"][selected],
+        found["scores"][selected],
+        labels,
+        [names[label] for label in labels],
+        [found["masks"][index] for index in selected] if has_masks else None,
+        size,
+    )
+
+
+def match_image(index: int, name: str, objects: Instances, is_crowd: np.ndarray, detections: Instances) -> ImageQuality:
+    """Match the detections of an image, the best first, with its N objects; `is_crowd` is (N,) bool."""
+    ious = _pairwise_ious(detections, objects, is_crowd)
+    same_class = detections.labels[:, None] == objects.labels
+    matches, in_crowd = _match(ious, same_class, is_crowd)
+    object_outcomes = ["crowd" if crowd else "missed" for crowd in is_crowd]
+    detection_outcomes = ["in a crowd" if crowd else "false" for crowd in in_crowd]
+    matched_ious = np.zeros(len(detections))
+    for detection in np.flatnonzero(matches >= 0):
+        matched = matches[detection]
+        is_correct = same_class[detection, matched]
+        object_outcomes[matched] = "found" if is_correct else "other class"
+        detection_outcomes[detection] = "correct" if is_correct else "other class"
+        matched_ious[detection] = ious[detection, matched]
+    return ImageQuality(index, name, objects, detections, object_outcomes, detection_outcomes, matches, matched_ious)
+
+
+def _pairwise_ious(detections: Instances, objects: Instances, is_crowd: np.ndarray) -> np.ndarray:
+    """Return IoUs (K, N) float64 of masks, or of boxes without masks; with a crowd region, the share inside it."""
+    if not len(detections) or not len(objects):
+        return np.zeros((len(detections), len(objects)))
+    if detections.masks is not None and objects.masks is not None:
+        return coco_mask.iou(detections.masks, objects.masks, is_crowd.tolist())
+    boxes = [one.boxes.astype(np.float64) for one in (detections, objects)]
+    boxes_xywh = [np.concatenate([xyxy[:, :2], xyxy[:, 2:] - xyxy[:, :2]], axis=1) for xyxy in boxes]
+    return coco_mask.iou(*boxes_xywh, is_crowd.tolist())
+
+
+def _match(ious: np.ndarray, same_class: np.ndarray, is_crowd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Match K detections with N objects.
+
+    ious (K, N)   same_class (K, N)   is_crowd (N,)   ->   index of the matched object or -1 (K,), in a crowd (K,)
+    """
+    matches: np.ndarray = np.full(len(ious), -1)
+    in_crowd = (ious * (same_class & is_crowd)).max(1, initial=0) >= _MIN_IOU
+    is_free = ~is_crowd
+    for allowed in (same_class, ~in_crowd[:, None] & ~same_class):
+        for detection in np.flatnonzero(matches < 0):
+            free_ious = ious[detection] * (allowed[detection] & is_free)
+            if free_ious.max(initial=0) >= _MIN_IOU:
+                matches[detection] = best = free_ious.argmax()
+                is_free[best] = False
+    return matches, in_crowd & (matches < 0)
+
+
+def confusion_matrix(images: Iterable[ImageQuality], num_classes: int) -> np.ndarray:
+    """Return (C + 1, C + 1) int64, described at [`Analysis`]."""
+    counts: np.ndarray = np.zeros((num_classes + 1, num_classes + 1), np.int64)
+    for image in images:
+        for label, outcome in zip(image.objects.labels, image.object_outcomes, strict=True):
+            counts[label, -1] += outcome == "missed"
+        for label, outcome, matched in zip(
+            image.detections.labels, image.detection_outcomes, image.matches, strict=True
+        ):
+            if matched >= 0:
+                counts[image.objects.labels[matched], label] += 1
+            else:
+                counts[-1, label] += outcome == "false"
+    return counts

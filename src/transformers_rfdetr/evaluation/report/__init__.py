@@ -1,0 +1,256 @@
+"""Write one HTML page about a model on a dataset: metrics, curves, confusion matrix, worst and best images.
+
+The page is one file that loads nothing: its images are inside, its policy allows only its own script, and Jinja2
+escapes every text that comes from data or from a checkpoint.
+"""
+
+import base64
+import hashlib
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import PIL.Image
+from markupsafe import Markup
+
+from ...atomic_files import write_text
+from ...inference.instances import Instances
+from ...model.validation import require
+from ..curves import Chart, draw_svg, precision_recall_charts, training_charts
+from ..error_analysis import Analysis, ImageQuality, analyse
+from .outlines import outline
+
+_TEMPLATES = Path(__file__).with_name("templates")
+_LONGEST_SIDE = 640  # of an image on the page, in pixels
+_MAX_JPEG_BYTES, _JPEG_QUALITIES = 100_000, (85, 70, 50, 30, 15)
+_MAX_CONFUSION_CLASSES = 20
+_INDEX_50, _INDEX_75 = 0, 5  # of IoU 0.5 and 0.75 among COCO's thresholds
+_KINDS = {"segm": "mask", "bbox": "box"}
+
+
+def write_report(
+    folder: str | Path,
+    model: Any,
+    processor: Any,
+    dataset: Any,
+    *,
+    batch_size: int = 8,
+    min_score: float = 0.5,
+    num_images: int = 12,
+    training: str | Path | None = None,
+    title: str = "Evaluation",
+    progress: bool = True,
+) -> Path:
+    """Evaluate a model on a dataset and write `report.html` about it: [`analyse`], then [`save_report`]."""
+    analysis = analyse(model, processor, dataset, batch_size=batch_size, min_score=min_score, progress=progress)
+    return save_report(folder, analysis, dataset, num_images=num_images, training=training, title=title)
+
+
+def save_report(
+    folder: str | Path,
+    analysis: Analysis,
+    dataset: Any,
+    *,
+    num_images: int = 12,
+    training: str | Path | None = None,
+    title: str = "Evaluation",
+) -> Path:
+    """Write an analysis as one HTML page, and return the file. It takes about 0.1 MB per image.
+
+    Args:
+        folder: Folder of `report.html`; it is created if it does not exist.
+        analysis: The analysis of the dataset.
+        dataset: The dataset that was analysed; its images are read again.
+        num_images: Maximum number of the worst images, and of the best ones.
+        training: Output folder of a training run, whose curves are shown too.
+        title: Title of the page.
+
+    Raises:
+        ValueError: `training` has no log of a training run, or `num_images` is negative.
+    """
+    require(num_images >= 0, "num_images", num_images, "at least 0")
+    script = (_TEMPLATES / "page.js").read_text(encoding="utf-8")
+    worst, best = _worst_and_best(analysis.images, num_images)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["metric"] = _format_metric
+    page = environment.get_template("page.html.jinja").render(
+        title=title,
+        analysis=analysis,
+        threshold=max(analysis.min_score, analysis.score_threshold or 0.0),
+        tiles=_tiles(analysis),
+        metric_table=_metric_table(analysis),
+        class_rows=_class_rows(analysis),
+        has_iou="mean_iou" in analysis.metrics,
+        curves=_draw(precision_recall_charts(analysis.curves)),
+        confusion=_confusion(analysis),
+        training=_draw([] if training is None else training_charts(_read_log(Path(training)))),
+        worst=[_card(image, dataset) for image in worst],
+        best=[_card(image, dataset) for image in best],
+        style=Markup((_TEMPLATES / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+    path = Path(folder) / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, page, errors="replace")  # file names may contain characters that are not valid in UTF-8
+    return path
+
+
+def _worst_and_best(images: Sequence[ImageQuality], num_images: int) -> tuple[list[ImageQuality], list[ImageQuality]]:
+    """Select images to show from all images, the worst first. No image is selected twice.
+
+    Images that contain nothing and in which nothing was found are left out. The best images have a correct detection.
+    """
+    shown = [image for image in images if len(image.objects) or len(image.detections)]
+    has_correct = ["correct" in image.detection_outcomes for image in shown]
+    middle = max(math.ceil(len(shown) / 2), has_correct.count(False))  # quality is 0 without a correct detection
+    return shown[: min(num_images, middle)], shown[middle:][::-1][:num_images]
+
+
+def _format_metric(value: float) -> str:
+    return "–" if value < 0 else f"{value:.3f}"
+
+
+def _kinds(analysis: Analysis) -> dict[str, str]:
+    """Return the prefixes of the metrics and their names, masks first."""
+    return {kind: name for kind, name in _KINDS.items() if f"{kind}_AP" in analysis.metrics}
+
+
+def _tiles(analysis: Analysis) -> list[tuple[str, str]]:
+    """Return the names and values of the most important numbers."""
+    metrics, images = analysis.metrics, analysis.images
+    kind, name = next(iter(_kinds(analysis).items()))
+    tiles = [(f"{name} {key}", _format_metric(metrics[f"{kind}_{key}"])) for key in ("AP", "AP50", "AP75")]
+    if "mean_iou" in metrics:
+        tiles.append(("mean IoU", _format_metric(metrics["mean_iou"])))
+    quality = float(np.mean([image.quality for image in images])) if images else -1.0
+    num_objects = sum(_num_objects(image) for image in images)
+    return [
+        *tiles,
+        ("image quality", _format_metric(quality)),
+        ("images", str(len(images))),
+        ("objects", str(num_objects)),
+    ]
+
+
+def _metric_table(analysis: Analysis) -> dict[str, Any]:
+    """Return the names of COCO's metrics, and their values for masks and for boxes."""
+    kinds = _kinds(analysis)
+    prefix = f"{next(iter(kinds))}_"
+    keys = [key.removeprefix(prefix) for key in analysis.metrics if key.startswith(prefix)]
+    rows = [(name, [analysis.metrics[f"{kind}_{key}"] for key in keys]) for kind, name in kinds.items()]
+    return {"columns": [key.replace("_", " ") for key in keys], "rows": rows}
+
+
+def _class_rows(analysis: Analysis) -> list[dict[str, Any]]:
+    """Return the numbers of each class, the worst AP first, classes without objects last."""
+    rows = []
+    for label, name in enumerate(analysis.class_names):
+        curve, metrics = analysis.curves.get(name), analysis.metrics["per_class"][name]
+        aps = [-1.0] * 3 if curve is None else [curve.mean(), curve[_INDEX_50].mean(), curve[_INDEX_75].mean()]
+        found = analysis.confusion[label, label]
+        rows.append(
+            {
+                "name": name,
+                "num_objects": metrics["num_objects"],
+                "metrics": [*aps, metrics["iou"]] if "iou" in metrics else aps,
+                "found": found,
+                "missed": analysis.confusion[label].sum() - found,
+                "false": analysis.confusion[:, label].sum() - found,
+            }
+        )
+    return sorted(rows, key=lambda row: math.inf if row["metrics"][0] < 0 else row["metrics"][0])
+
+
+def _confusion(analysis: Analysis) -> dict[str, Any]:
+    """Return the rows and columns of the confusion matrix that are shown: the classes with the most errors."""
+    counts = analysis.confusion
+    errors = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
+    shown = np.sort(np.argsort(-errors[:-1], kind="stable")[:_MAX_CONFUSION_CLASSES])
+    counts = counts[np.append(shown, -1)]
+    shares = counts / counts.sum(1, keepdims=True).clip(1)
+    columns = np.append(shown, -1)
+    return {
+        "names": [analysis.class_names[label] for label in shown],
+        "counts": counts[:, columns].tolist(),
+        "shares": shares[:, columns].tolist(),
+        "num_omitted": len(analysis.class_names) - len(shown),
+    }
+
+
+def _draw(charts: Sequence[Chart]) -> list[tuple[Chart, Markup]]:
+    return [(chart, Markup(draw_svg(chart))) for chart in charts]
+
+
+def _read_log(folder: Path) -> list[dict[str, Any]]:
+    """Return the log of a training run, from its output folder or from its last checkpoint."""
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
+    folders = [*sorted(checkpoints, key=lambda path: int(path.name[11:])), folder]
+    logs = [path / "trainer_state.json" for path in folders if (path / "trainer_state.json").is_file()]
+    if not logs:
+        raise ValueError(f"`training` must be the output folder of a training run, got {folder}, without a log")
+    try:
+        history = json.loads(logs[-1].read_text(encoding="utf-8"))["log_history"]
+        return [dict(entry) for entry in history]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{logs[-1]} must be the log of a Trainer, got {error!r:.80}. Give another run.") from error
+
+
+def _num_objects(image: ImageQuality) -> int:
+    return len(image.objects) - image.object_outcomes.count("crowd")
+
+
+def _card(image: ImageQuality, dataset: Any) -> dict[str, Any]:
+    """Return what the page shows of an image: the photo, and the outlines of objects and detections."""
+    photo = dataset[image.index]["image"].convert("RGB")
+    photo.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
+    size = (photo.height, photo.width)
+    objects, detections = image.objects, image.detections
+    object_words, detection_words = list(image.object_outcomes), list(image.detection_outcomes)
+    for index, matched in enumerate(image.matches):
+        if image.detection_outcomes[index] == "other class":
+            object_words[matched] = f"found as {detections.names[index]}"
+            detection_words[index] = f"annotated as {objects.names[matched]}"
+        if matched >= 0:
+            detection_words[index] += f", IoU {image.ious[index]:.2f}"
+    detection_words = [
+        f"score {score:.2f}, {words}" for score, words in zip(detections.scores, detection_words, strict=True)
+    ]
+    return {
+        "image": image,
+        "num_objects": _num_objects(image),
+        "width": photo.width,
+        "height": photo.height,
+        "photo": _to_data_uri(photo),
+        "layers": {
+            "truth": _layer(objects, image.object_outcomes, object_words, size),
+            "prediction": _layer(detections, image.detection_outcomes, detection_words, size),
+        },
+    }
+
+
+def _layer(
+    instances: Instances, outcomes: Sequence[str], words: Sequence[str], size: tuple[int, int]
+) -> list[tuple[str, str, str]]:
+    """Return outcome, path and title of each instance; the first, which is the best, comes last and is on top."""
+    return [
+        (outcomes[index], outline(instances, index, size), f"{instances.names[index]}, {words[index]}")
+        for index in reversed(range(len(instances)))
+    ]
+
+
+def _to_data_uri(photo: PIL.Image.Image) -> str:
+    """Return an image as JPEG in a data URI, in the first quality that is small enough."""
+    for quality in _JPEG_QUALITIES:
+        stream = io.BytesIO()
+        photo.save(stream, "JPEG", quality=quality, optimize=True)
+        if stream.tell() <= _MAX_JPEG_BYTES:
+            break
+    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
