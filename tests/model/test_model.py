@@ -512,7 +512,7 @@ def test_the_matcher_looks_at_as_many_points_whatever_the_batch():
     for batch in (1, 4):
         stages = model.stages(model.forward_features(pixels(batch)), (48, 48))
         labels = targets(*[2] * batch)
-        match([stages[""]], labels, num_groups=1, weights=LossWeights(), points=points, mask_point_sample_ratio=16)
+        match({"": stages[""]}, labels, num_groups=1, weights=LossWeights(), points=points, mask_point_sample_ratio=16)
     assert asked == [(1, 9), (1, 9)]  # 12 x 12 mask pixels / 16
 
 

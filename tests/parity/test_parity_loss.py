@@ -66,15 +66,15 @@ def compare(
         groups = config.group_detr if training else 1
         for suffix, stage in peer_stages(expected_outputs).items():
             pairs = criterion.matcher(stage, theirs, group_detr=groups)
-            [mine] = match(
-                [stages[suffix]],
+            mine = match(
+                {suffix: stages[suffix]},
                 targets,
                 num_groups=groups,
                 weights=LossWeights(),
                 points=table_points,
                 mask_point_sample_ratio=16,
             )
-            for (queries, objects), (peer_queries, peer_objects) in zip(mine, pairs, strict=True):
+            for (queries, objects), (peer_queries, peer_objects) in zip(mine[suffix], pairs, strict=True):
                 assert set(zip(queries.tolist(), objects.tolist(), strict=True)) == set(
                     zip(peer_queries.tolist(), peer_objects.tolist(), strict=True)
                 ), f"stage {suffix!r} is matched otherwise"

@@ -57,31 +57,30 @@ def rf_detr_loss(
         ValueError: labels that cannot be trained on; see [`read_targets`].
     """
     last = stages[""]
-    targets = read_targets(labels, len(last.logits), last.logits.shape[-1], last.masks is not None)
     device = last.logits.device
+    targets = read_targets(labels, len(last.logits), last.logits.shape[-1], last.masks is not None)
+    settings: dict[str, Any] = {
+        "weights": weights,
+        "points": points,
+        "mask_point_sample_ratio": mask_point_sample_ratio,
+    }
     with torch.autocast(device.type, enabled=False):
         if num_boxes is None:
             num_boxes = count_boxes(targets, num_groups, device, across_ranks)
-        float_stages = [_in_float32(stage) for stage in stages.values()]
-        settings: dict[str, Any] = {
-            "weights": weights,
-            "points": points,
-            "mask_point_sample_ratio": mask_point_sample_ratio,
-        }
-        all_pairs = match(float_stages, targets, num_groups=num_groups, **settings)
+        float_stages = {suffix: _in_float32(stage) for suffix, stage in stages.items()}
+        pairs = match(float_stages, targets, num_groups=num_groups, **settings)
         total = torch.zeros((), device=device)
         loss_dict: dict[str, Tensor] = {}
-        for suffix, stage, pairs in zip(stages, float_stages, all_pairs, strict=True):
-            losses = stage_losses(stage, targets, pairs, num_boxes=num_boxes, **settings)
+        for suffix, stage in float_stages.items():
+            losses = stage_losses(stage, targets, pairs[suffix], num_boxes=num_boxes, **settings)
             total = total + sum(getattr(weights, name) * loss for name, loss in losses.items())
-            total = total + _zero_of_all_predictions(stage, has_pairs=any(len(queries) for queries, _ in pairs))
+            total = total + _zero_of_all_predictions(stage, has_pairs=any(len(queries) for queries, _ in pairs[suffix]))
             loss_dict |= {name + suffix: loss.detach() for name, loss in losses.items()}
         with torch.no_grad():
-            index = list(stages).index("")
-            loss_dict |= _matching_errors(float_stages[index], targets, all_pairs[index])
+            loss_dict |= _matching_errors(float_stages[""], targets, pairs[""])
             num_broken = sum(_count_non_finite(stage) for stage in stages.values())
             loss_dict["non_finite_predictions"] = num_broken
-    # An unmatched broken prediction is in no loss; the trainer's guard looks at the sum.
+    # A broken prediction that is not matched is in no loss, but the trainer must see it: it looks at the sum.
     return total.masked_fill(num_broken > 0, float("nan")), loss_dict
 
 

@@ -110,27 +110,27 @@ def assign(cost: Tensor, num_groups: int) -> Pairs:
 
 @torch.no_grad()
 def match(
-    stages: Sequence[StagePrediction],
+    stages: Mapping[str, StagePrediction],
     targets: Sequence[Mapping],
     *,
     num_groups: int,
     weights: LossWeights,
     points: PointSource,
     mask_point_sample_ratio: int,
-) -> list[list[Pairs]]:
-    """Return the pairs of each stage and image.
+) -> dict[str, list[Pairs]]:
+    """Return the pairs of each image, for each stage.
 
     All masks of a stage are compared at one new set of points. The costs are moved to the CPU together, once.
     """
     costs = []
-    for stage in stages:
+    for stage in stages.values():
         stage_points = None
         if stage.masks is not None:
             height, width = stage.masks.pixels.shape[-2:]
             stage_points = points(1, max(1, height * width // mask_point_sample_ratio), stage.logits.device)
         costs.extend(matching_costs(stage, targets, weights, stage_points))
     on_cpu = torch.cat([cost.flatten() for cost in costs]).cpu().split([cost.numel() for cost in costs])
-    device = stages[0].logits.device
+    device = costs[0].device
     pairs = [assign(flat.view(cost.shape), num_groups) for flat, cost in zip(on_cpu, costs, strict=True)]
     pairs = [(queries.to(device), objects.to(device)) for queries, objects in pairs]
-    return [pairs[start : start + len(targets)] for start in range(0, len(pairs), len(targets))]
+    return {suffix: pairs[index * len(targets) :][: len(targets)] for index, suffix in enumerate(stages)}
