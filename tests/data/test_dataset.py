@@ -147,7 +147,7 @@ def test_broken_images_and_shapes_are_named(tmp_path):
     content = make_coco()
     content["annotations"][0] = {"id": 11, "image_id": 100, "category_id": 3, "segmentation": [[1, 2, 3, 4, 5]]}
     dataset = InstanceDataset(content, save_images(tmp_path))
-    with pytest.raises(ValueError, match=r"image 0 \('0.png', 100\): annotation 0 \(id 11\): polygon 0 has 5 numbers"):
+    with pytest.raises(ValueError, match=r"image 0 \('0.png', 100\): annotation 0 \(id 11\): polygon 0.* 5 "):
         dataset[0]
     (tmp_path / "1.png").write_bytes(BROKEN)
     with pytest.raises(ValueError, match=r"image 1 \('1.png', 101\): .*cannot be opened"):

@@ -159,14 +159,14 @@ class TestAnotherSizeThanTheImage:
         ],
     )
     def test_makes_a_bitmap_or_a_label_map_an_error(self, bitmap, size):
-        with pytest.raises(ValueError, match=f"{size} is not of the image's size 10x12"):
+        with pytest.raises(ValueError, match=f"image's size 10x12.*got {size}"):
             read_segmentation(bitmap, SIZE)
 
     def test_such_as_turned_by_a_quarter_makes_a_photograph_s_bitmap_an_error(self):
         mask = np.zeros((640, 480), np.uint8)
         mask[100:200, 50:70] = 255
         for bitmap in (mask, torch.from_numpy(mask), mask.tolist(), mask // 255, (mask // 255).tolist(), mask > 0):
-            with pytest.raises(ValueError, match="640x480 is not of the image's size 480x640"):
+            with pytest.raises(ValueError, match=r"image's size 480x640.*got 640x480"):
                 read_segmentation(bitmap, (480, 640))
 
 
@@ -204,36 +204,36 @@ class TestWhatCannotBeRead:
     @pytest.mark.parametrize(
         ("segmentation", "message"),
         [
-            ([[1, 2, 3, 4, 5]], "5 numbers; it takes pairs"),
-            ([[1, 2, 3, 4, 5, 6, 7]], "7 numbers"),
-            ([SQUARE, [1, 2, 3]], "polygon 1 has 3 numbers"),
-            ([[1, 2, 3, 4, 5, float("nan")]], "finite pixels"),
-            ([[1, 2, 3, 4, 5, float("inf")]], "finite pixels"),
+            ([[1, 2, 3, 4, 5]], "polygon 0.* 5 coordinates"),
+            ([[1, 2, 3, 4, 5, 6, 7]], "7 coordinates"),
+            ([SQUARE, [1, 2, 3]], "polygon 1.* 3 coordinates"),
+            ([[1, 2, 3, 4, 5, float("nan")]], "finite coordinates"),
+            ([[1, 2, 3, 4, 5, float("inf")]], "finite coordinates"),
             ([[1, 2, 3, 4, 5, 1e9]], "below 1e6"),
             ([["1", "2", "3", "4", "5", "6"]], "flat list of numbers"),
             ([[1, 2, 3, 4, 5, None]], "flat list of numbers"),
             ([[[1, 2], [3, 4], [5, 6]]], "flat list of numbers"),
             ([[1, [2], 3, 4, 5, 6]], "flat list of numbers"),
             ([[True, False, True, True, False, True]], "flat list of numbers"),
-            ([[1, 2], [3, 2], [3, 4]], "flatten them"),
-            ("square", "is no shape"),
-            (7, "is no shape"),
-            (np.array(7), "is no shape"),
+            ([[1, 2], [3, 2], [3, 4]], "3 pairs"),
+            ("square", "a segmentation must be polygons"),
+            (7, "a segmentation must be polygons"),
+            (np.array(7), "a segmentation must be polygons"),
             ({}, "'size' and 'counts'"),
-            ({"counts": [120]}, "add what is missing"),
-            ({"size": [12, 10], "counts": [120]}, r"size \[12, 10\] is not the image's \[10, 12\]"),
-            ({"size": SIZE, "counts": [100]}, "add up to 10 x 12 = 120"),
-            ({"size": SIZE, "counts": []}, "add up to"),
-            ({"size": SIZE, "counts": [5, -5, 120]}, "no runs"),
-            ({"size": SIZE, "counts": [60.5, 59.5]}, "no runs"),
-            ({"size": SIZE, "counts": [2**62] * 4 + [120]}, "no runs"),  # 120 after 64 bits have wrapped around
-            ({"size": SIZE, "counts": [[60, 60]]}, "no runs"),
-            ({"size": SIZE, "counts": None}, "no runs"),
-            ({"size": SIZE, "counts": ""}, "no runs"),
-            ({"size": SIZE, "counts": "zz"}, "no runs"),
-            ({"size": SIZE, "counts": "\xff\xfe"}, "no runs"),
-            ({"size": SIZE, "counts": "o" * 40}, "no runs"),
-            ({"size": SIZE, "counts": encode(square_mask())["counts"][:3]}, "encode the mask again"),
+            ({"counts": [120]}, r"\[\'counts\'\]"),
+            ({"size": [12, 10], "counts": [120]}, r"size must be \[10, 12\].*got \[12, 10\]"),
+            ({"size": SIZE, "counts": [100]}, "the sum 10 x 12 = 120"),
+            ({"size": SIZE, "counts": []}, "the sum"),
+            ({"size": SIZE, "counts": [5, -5, 120]}, "must be runs"),
+            ({"size": SIZE, "counts": [60.5, 59.5]}, "must be runs"),
+            ({"size": SIZE, "counts": [2**62] * 4 + [120]}, "must be runs"),  # 120 after 64 bits have wrapped around
+            ({"size": SIZE, "counts": [[60, 60]]}, "must be runs"),
+            ({"size": SIZE, "counts": None}, "must be runs"),
+            ({"size": SIZE, "counts": ""}, "must be runs"),
+            ({"size": SIZE, "counts": "zz"}, "must be runs"),
+            ({"size": SIZE, "counts": "\xff\xfe"}, "must be runs"),
+            ({"size": SIZE, "counts": "o" * 40}, "must be runs"),
+            ({"size": SIZE, "counts": encode(square_mask())["counts"][:3]}, "Encode the mask again"),
             (np.arange(120).reshape(SIZE), "0 and 1"),
             (np.full(SIZE, 0.5), "0 and 1"),
             (square_mask() * 2, "0 and 1"),

@@ -1,4 +1,4 @@
-"""Polygons, run-length encodings (RLE), bitmaps and mask logits: every conversion, once.
+"""Convert polygons, run-length encodings (RLE), bitmaps and mask logits.
 
 Axis letters: N objects, H W pixels of the image, h w pixels of the output or cells of the mask head, R C rows and
 columns of a region of the image. Sizes are (height, width). RLE is COCO's: column-major runs, background first.
@@ -12,35 +12,36 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
-# What `read_segmentation` returns: polygons, each (2P,) float64 pixels x0, y0, x1, y1, ..., or one compressed RLE.
+# The result of `read_segmentation`: polygons, each (2P,) float64 pixels x0, y0, x1, y1, ..., or one compressed RLE.
 Segmentation = list[Any] | dict[str, Any]
 
 _MAX_COORDINATE = 1e6
-# The longest outline of an object: pycocotools walks along it in fifths of a pixel and keeps 40 bytes of each pixel.
+# Limits for one object. pycocotools walks along the outline in fifths of a pixel, and takes 40 bytes for each pixel.
 MAX_OUTLINE_PIXELS = 1e7
-MAX_POLYGONS = 10_000  # of an object
-# Output pixels that are interpolated at a time: the intermediate floats stay in the cache.
+MAX_POLYGONS = 10_000
+# Number of output pixels that are interpolated at a time; their floats fit into the cache.
 _CHUNK_PIXELS = 1 << 17
 
 
 def read_segmentation(segmentation: Any, image_size: tuple[int, int]) -> Segmentation | None:
-    """Checks a COCO `segmentation` and brings it into one of two forms: polygons, or a compressed RLE.
+    """Check a COCO `segmentation` and convert it to polygons or to a compressed RLE.
 
     Args:
         segmentation: One of
-            * polygons `[[x0, y0, x1, y1, ...], ...]` in pixels of the image, or one flat polygon. They are united,
-              holes included, as COCO does; a polygon of fewer than three points encloses nothing and is left out;
+            * polygons `[[x0, y0, x1, y1, ...], ...]` in pixels of the image, or one flat polygon. Their union is the
+              mask, as in COCO. Polygons of fewer than three points are dropped;
             * an RLE `{"size": [H, W], "counts": str | bytes | list}`;
             * a bitmap of the image's size, nested lists or an array (H, W), of 0 and 1 (or 0 and 255). Rows of the
               image's size that hold nothing else are a bitmap, not polygons; so is every 2-D array of 8 bits or bool.
         image_size: (H, W) of the image.
 
     Returns:
-        The shape, or None where nothing is enclosed: None, `[]`, `[[]]`, polygons of one or two points, an RLE or a
-        bitmap without a pixel. (Polygons that enclose no pixel show when they are rasterised.)
+        The segmentation; None for None, `[]`, `[[]]`, polygons of one or two points, and an RLE or bitmap without a
+        pixel. (Whether polygons cover a pixel is only known after [`rasterize`].)
 
     Raises:
-        ValueError: what cannot be read: odd counts, NaN, text, a size other than the image's, corrupt RLE.
+        ValueError: The segmentation cannot be read: an odd number of coordinates, NaN, text, another size than the
+            image's, a corrupt RLE.
     """
     if segmentation is None:
         return None
@@ -50,7 +51,9 @@ def read_segmentation(segmentation: Any, image_size: tuple[int, int]) -> Segment
         return _read_rle(segmentation, image_size)
     if not _is_row(segmentation):
         kind = type(segmentation).__name__
-        raise ValueError(f"{kind} {segmentation!r:.40} is no shape; pass polygons, an RLE dict or a bitmap (H, W)")
+        raise ValueError(
+            f"a segmentation must be polygons, an RLE dict or a bitmap (H, W), got {kind} {segmentation!r:.40}"
+        )
     bitmap = _read_bitmap(segmentation, image_size)
     if bitmap is None:
         return _read_polygons(segmentation)
@@ -62,13 +65,13 @@ def _is_row(value: Any) -> bool:
 
 
 def _read_bitmap(segmentation: Any, image_size: tuple[int, int]) -> np.ndarray | None:
-    """rows -> (H, W) uint8, or None where the rows are polygons."""
+    """Return (H, W) uint8, or None if the rows are polygons."""
     lengths = {len(row) if _is_row(row) else 0 for row in segmentation}
     size = (len(segmentation), max(lengths, default=0))
     fits = size == tuple(image_size)
-    # Nobody stores coordinates in 8 bits.
+    # Coordinates are not stored in 8 bits.
     must_be = isinstance(segmentation, np.ndarray) and segmentation.dtype.itemsize == 1
-    # One or two rows of another length than the image's are polygons; so are rows of unequal lengths.
+    # Rows of unequal lengths are polygons, and so are one or two rows of another size than the image's.
     if len(lengths) != 1 or 0 in lengths or (size[0] <= 2 and not fits and not must_be):
         return None
     try:
@@ -82,11 +85,11 @@ def _read_bitmap(segmentation: Any, image_size: tuple[int, int]) -> np.ndarray |
     if fits and binary:
         return (values != 0).astype(np.uint8)
     if fits and (must_be or size[0] > 2):
-        raise ValueError(f"a bitmap holds 0 and 1 (or 0 and 255), here up to {highest}; pass `array == object_id`")
+        raise ValueError(f"a bitmap must hold 0 and 1 (or 0 and 255), got up to {highest}. Pass `array == object_id`.")
     if not fits and (must_be or (binary and (highest in (1, 255) or values.dtype.kind == "b"))):
         raise ValueError(
-            f"a bitmap of {size[0]}x{size[1]} is not of the image's size {image_size[0]}x{image_size[1]}"
-            " (height x width); draw it at that size"
+            f"a bitmap must have the image's size {image_size[0]}x{image_size[1]} (height x width), got"
+            f" {size[0]}x{size[1]}"
         )
     return None
 
@@ -102,59 +105,61 @@ def _read_polygons(segmentation: Any) -> list[np.ndarray] | None:
         except ValueError:  # rows of unequal lengths inside one polygon
             polygon = np.asarray(None)
         if polygon.size and (polygon.ndim != 1 or polygon.dtype.kind not in "iuf"):
-            raise ValueError(f"polygon {index} is {row!r:.60}, not a flat list of numbers x0, y0, x1, y1, ...")
+            raise ValueError(f"polygon {index} must be a flat list of numbers x0, y0, x1, y1, ..., got {row!r:.60}")
         if polygon.size % 2:
-            raise ValueError(f"polygon {index} has {polygon.size} numbers; it takes pairs x, y: add or drop one")
+            raise ValueError(f"polygon {index} must hold pairs x, y, got an odd number of {polygon.size} coordinates")
         if not (np.abs(polygon, dtype=np.float64, casting="unsafe") <= _MAX_COORDINATE).all():
-            raise ValueError(f"polygon {index} holds {row!r:.60}; coordinates are finite pixels below 1e6")
+            raise ValueError(f"polygon {index} must hold finite coordinates below 1e6, got {row!r:.60}")
         if polygon.size >= 6:
             polygons.append(polygon.astype(np.float64))
     if not polygons and len(rows) > 2 and all(len(row) == 2 for row in rows):
-        raise ValueError(f"{len(rows)} pairs are points of one polygon; flatten them to [[x0, y0, x1, y1, ...]]")
+        raise ValueError(
+            f"a polygon must be a flat list of numbers, got {len(rows)} pairs. Pass [[x0, y0, x1, y1, ...]]."
+        )
     _check_outline(polygons)
     return polygons or None
 
 
 def _check_outline(polygons: Sequence[np.ndarray]) -> None:
-    """Raises ValueError where pycocotools would draw for minutes: many polygons, or a long way along their edges."""
+    """Raise ValueError for polygons that pycocotools would draw for minutes: too many, or with too long an outline."""
     if len(polygons) > MAX_POLYGONS:
         raise ValueError(
-            f"{len(polygons)} polygons are more than the {MAX_POLYGONS} of one object; encode the mask as RLE, or raise"
-            " transformers_rfdetr.model.masks.MAX_POLYGONS"
+            f"one object must have at most {MAX_POLYGONS} polygons, got {len(polygons)}. Encode its mask as RLE, or"
+            " raise transformers_rfdetr.model.masks.MAX_POLYGONS."
         )
     points = [polygon.reshape(-1, 2) for polygon in polygons]
     length = sum(np.abs(np.diff(ring, axis=0, prepend=0, append=ring[:1])).max(1).sum() for ring in points)
     if length > MAX_OUTLINE_PIXELS:
         raise ValueError(
-            f"the outline of the polygons is {length:.3g} pixels long, more than {MAX_OUTLINE_PIXELS:g}; give"
-            " coordinates in pixels of the image, or raise transformers_rfdetr.model.masks.MAX_OUTLINE_PIXELS"
+            f"the outline of the polygons must have at most {MAX_OUTLINE_PIXELS:g} pixels, got {length:.3g}. Pass"
+            " coordinates in pixels of the image, or raise transformers_rfdetr.model.masks.MAX_OUTLINE_PIXELS."
         )
 
 
 def _read_rle(rle: Mapping[str, Any], image_size: tuple[int, int]) -> dict[str, Any] | None:
     if "size" not in rle or "counts" not in rle:
-        raise ValueError(f"an RLE has the keys 'size' and 'counts', here {sorted(map(str, rle))}; add what is missing")
+        raise ValueError(f"an RLE must have the keys 'size' and 'counts', got {sorted(map(str, rle))}")
     size, counts = np.asarray(rle["size"]).tolist(), rle["counts"]
     height, width = image_size
     if size != [height, width]:
         raise ValueError(
-            f"the RLE's size {size} is not the image's [{height}, {width}] (height, width);"
-            " encode the mask at the image's size"
+            f"the RLE's size must be [{height}, {width}], the image's (height, width), got {size}. Encode the mask at"
+            " that size."
         )
     if isinstance(counts, str):
         counts = counts.encode("ascii", "replace")
     runs = _decompress(counts) if isinstance(counts, bytes) else np.asarray(counts)
-    # pycocotools reads unset memory where the runs do not fill the image.
+    # pycocotools reads uninitialized memory if the runs do not fill the image.
     if (
         runs is None
         or runs.ndim != 1
         or runs.dtype.kind not in "iu"
-        or ((runs < 0) | (runs > height * width)).any()  # a sum of larger ones may wrap around
+        or ((runs < 0) | (runs > height * width)).any()  # the sum of larger ones may overflow
         or runs.sum() != height * width
     ):
         raise ValueError(
-            f"the RLE's counts {counts!r:.40} are no runs that add up to {height} x {width} = {height * width};"
-            " encode the mask again with pycocotools"
+            f"the RLE's counts must be runs with the sum {height} x {width} = {height * width}, got {counts!r:.40}."
+            " Encode the mask again with pycocotools."
         )
     if not runs[1::2].any():
         return None
@@ -164,10 +169,10 @@ def _read_rle(rle: Mapping[str, Any], image_size: tuple[int, int]) -> dict[str, 
 
 
 def _decompress(counts: bytes) -> np.ndarray | None:
-    """COCO's compressed counts -> runs (int64), or None for a string that is none.
+    """Convert COCO's compressed counts to runs (int64); return None for a string that is not such counts.
 
-    Five bits a character from '0' on, low bits first, the sixth bit says that more follow; from the third run on it
-    is the difference from the run two before (maskApi.c, rleToString).
+    Each character, minus "0", holds five bits of a number, low bits first; a sixth bit is set if more characters of the
+    number follow. From the third run on, the number is the difference to the run two before (maskApi.c, rleToString).
     """
     letters = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
     more = (letters & 32) > 0
@@ -183,43 +188,48 @@ def _decompress(counts: bytes) -> np.ndarray | None:
     return runs
 
 
-def to_rle(shape: Segmentation, image_size: tuple[int, int]) -> dict[str, Any]:
-    """A shape in an image of `image_size` -> one compressed RLE, polygons united, by pycocotools."""
-    return shape if isinstance(shape, dict) else coco_mask.merge(coco_mask.frPyObjects(shape, *image_size))
+def to_rle(segmentation: Segmentation, image_size: tuple[int, int]) -> dict[str, Any]:
+    """Convert a segmentation of an image of `image_size` to one compressed RLE, the union of polygons."""
+    if isinstance(segmentation, dict):
+        return segmentation
+    return coco_mask.merge(coco_mask.frPyObjects(segmentation, *image_size))
 
 
 def mask_areas(rles: Sequence[dict[str, Any]]) -> np.ndarray:
-    """Pixels of each RLE, (N,) float64. One at a time: pycocotools refuses more than 255 of them on numpy 2."""
+    """Return the pixels of each RLE, (N,) float64; one at a time, as pycocotools refuses more than 255 on numpy 2."""
     return np.array([coco_mask.area(rle) for rle in rles], np.float64)
 
 
-def box_and_area(shape: Segmentation, image_size: tuple[int, int]) -> tuple[list[float], float]:
-    """Box [x, y, width, height] and area of a shape, both in pixels of the image, by pycocotools."""
-    rle = to_rle(shape, image_size)
+def box_and_area(segmentation: Segmentation, image_size: tuple[int, int]) -> tuple[list[float], float]:
+    """Return box [x, y, width, height] and area of a segmentation in pixels of the image, as pycocotools does."""
+    rle = to_rle(segmentation, image_size)
     return coco_mask.toBbox(rle).tolist(), float(coco_mask.area(rle))
 
 
-def rasterize(shapes: Sequence[Segmentation], image_size: tuple[int, int], output_size: tuple[int, int]) -> np.ndarray:
-    """Shapes in an image of `image_size` -> masks (N, h, w) bool of `output_size`.
+def rasterize(
+    segmentations: Sequence[Segmentation], image_size: tuple[int, int], output_size: tuple[int, int]
+) -> np.ndarray:
+    """Draw segmentations of an image of `image_size` as masks (N, h, w) bool of `output_size`.
 
-    Polygons are scaled and drawn straight at the output size, by pycocotools. RLE is decoded and resized by nearest
-    neighbour around pixel centres, as torch's "nearest-exact" and PIL do: output pixel i takes input pixel
-    floor((i + 0.5) * H / h). So both lie where the image's own bilinear resize puts the object. (The "nearest" of
-    rfdetr's and the port's mask transforms lies up to half an output pixel beside it: on COCO photographs at 432 x 432
-    its median IoU with the drawn polygon is 0.957, that of this rule 0.989.)
+    Polygons are scaled and drawn at the output size by pycocotools. RLE is decoded and resized by nearest neighbor
+    around pixel centers, as by torch's "nearest-exact" and PIL: output pixel i takes input pixel
+    floor((i + 0.5) * H / h). Both are aligned with the bilinear resize of the image. (The "nearest" of the mask
+    transforms of rfdetr and of the port is shifted by up to half an output pixel. On COCO images at 432 x 432 its
+    median IoU with the drawn polygon is 0.957, that of "nearest-exact" 0.989.)
 
     Raises:
-        ValueError: polygons that reach far out of a small image are too long to draw at a large output size.
+        ValueError: The scaled outline of polygons is longer than `MAX_OUTLINE_PIXELS`.
     """
     (height, width), (out_height, out_width) = image_size, output_size
     every_row, every_column = np.arange(out_height), np.arange(out_width)
     nearest_row, nearest_column = _nearest(height, out_height), _nearest(width, out_width)
-    masks: np.ndarray = np.zeros((len(shapes), out_height, out_width), bool)
-    for mask, shape in zip(masks, shapes, strict=True):
-        if isinstance(shape, dict):
-            rle, row_of, column_of = shape, nearest_row, nearest_column
+    scale = (out_width / width, out_height / height)
+    masks: np.ndarray = np.zeros((len(segmentations), out_height, out_width), bool)
+    for mask, segmentation in zip(masks, segmentations, strict=True):
+        if isinstance(segmentation, dict):
+            rle, row_of, column_of = segmentation, nearest_row, nearest_column
         else:
-            scaled = [(polygon.reshape(-1, 2) * (out_width / width, out_height / height)).ravel() for polygon in shape]
+            scaled = [(polygon.reshape(-1, 2) * scale).ravel() for polygon in segmentation]
             _check_outline(scaled)
             rle = coco_mask.merge(coco_mask.frPyObjects(scaled, out_height, out_width))
             row_of, column_of = every_row, every_column
@@ -232,24 +242,24 @@ def rasterize(shapes: Sequence[Segmentation], image_size: tuple[int, int], outpu
 
 
 def _nearest(source: int, target: int) -> np.ndarray:
-    """Input index of each output index; in float32, so that the rounding is torch's."""
+    """Return the input index of each output index, computed in float32 to round as torch does."""
     index = (np.arange(target, dtype=np.float32) + np.float32(0.5)) * (np.float32(source) / np.float32(target))
     return np.minimum(index.astype(np.int64), source - 1)
 
 
 def region_to_rle(region: np.ndarray, top: int, left: int, image_size: tuple[int, int]) -> dict[str, Any]:
-    """A region (R, C) bool at (top, left) of an empty image -> COCO RLE of the image, counts as str for JSON.
+    """Convert a region (R, C) bool at (top, left) of an empty image to COCO RLE of the image, counts as str for JSON.
 
-    Neither the image's mask nor its empty columns are ever visited.
+    Only the region is read; the mask of the whole image is never created.
     """
     height, width = image_size
     num_rows = region.shape[0]
     columns = np.zeros((region.shape[1], num_rows + 2), bool)
     columns[:, 1:-1] = region.T
-    # Where a column changes: alternately the first pixel of a run and the first pixel after it.
+    # Positions at which a column changes: alternately the first pixel of a run and the first pixel after it.
     column, row = np.divmod(np.flatnonzero(columns[:, 1:] != columns[:, :-1]), num_rows + 1)
     change = (left + column) * height + top + row
-    # A run down to the bottom edge goes on at the top of the next column: two changes in one place are none.
+    # A run down to the bottom edge continues at the top of the next column: two changes at one position cancel.
     touching: np.ndarray = np.flatnonzero(change[1:-1:2] == change[2::2]) * 2 + 1
     change = np.delete(change, np.concatenate([touching, touching + 1]))
     counts = np.diff(change, prepend=0, append=height * width)
@@ -265,20 +275,20 @@ def upsample_masks(
     threshold: float,
     valid_size: tuple[float, float] | None = None,
 ) -> Iterator[tuple[np.ndarray, int, int]]:
-    """Mask logits (N, h, w) -> per object the region of the image that holds its mask: (R, C) bool, top, left.
+    """Upsample mask logits; yield the region of the image that holds the mask of each object: (R, C) bool, top, left.
 
-    Equal to `F.interpolate(mask_logits, output_size, mode="bilinear", align_corners=False) > threshold`, which it
-    never computes outside the region that the cells above `threshold` can reach. A NaN logit is background. It runs on
-    the CPU, in one thread: where cores are shared, so many small parallel steps took 20 times as long.
+    Equal to `F.interpolate(mask_logits, output_size, mode="bilinear", align_corners=False) > threshold`, but computed
+    only where a cell above `threshold` has an influence. NaN is background. It runs on the CPU in one thread: so many
+    small parallel steps took 20 times as long where cores are shared.
 
     Args:
         mask_logits: (N, h, w), any floating type; computed in float32.
         output_size: (H, W) of the image.
-        threshold: A logit; a pixel belongs to the object above it.
-        valid_size: Rows and columns of (h, w), not necessarily whole, that the image covers from the top left on;
-            the rest is padding. All by default.
+        threshold: Pixels with a logit above it belong to the object.
+        valid_size: Number of rows and columns of (h, w), not necessarily whole, that the image covers from the top
+            left; the rest is padding. All by default.
     """
-    # Bounds that no product overflows and no zero weight turns into NaN.
+    # Finite bounds: inf times a weight of 0 would be NaN.
     logits = mask_logits.float().nan_to_num(nan=-1e30, posinf=1e30, neginf=-1e30).numpy(force=True)
     valid_height, valid_width = valid_size or logits.shape[1:]
     above, below, down = _bilinear_taps(logits.shape[1], output_size[0], valid_height)
@@ -302,7 +312,7 @@ def upsample_masks(
 
 
 def _bilinear_taps(source: int, target: int, valid: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per output index: lower and upper input index and the upper one's weight, (target,) each, in torch's float32."""
+    """Return lower and upper input index and the weight of the upper one, (target,) each, in float32 as torch does."""
     scale = np.float32(valid) / np.float32(target)
     position = ((np.arange(target, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)).clip(min=0)
     last = min(source, math.ceil(valid)) - 1
@@ -311,7 +321,7 @@ def _bilinear_taps(source: int, target: int, valid: float) -> tuple[np.ndarray, 
 
 
 def _reached(positive: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> tuple[list[int], list[int]]:
-    """Cells with a positive value (N, source) -> first and one past the last output index that reads any of them."""
+    """Return the range [first, last) of the output indices that read any positive cell of (N, source)."""
     touched = positive[:, lower] | positive[:, upper]
     some = touched.any(1)
     first = touched.argmax(1) * some
