@@ -271,7 +271,7 @@ def test_rows_that_do_not_fall_into_groups_are_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     state = load_file(path)
     save_file(state | {"query_feat.weight": state["query_feat.weight"][:17].clone()}, path, {"format": "pt"})
-    with pytest.raises(ValueError, match="17 rows, no whole number for each of 3 first-stage heads"):
+    with pytest.raises(ValueError, match=r"query_feat\.weight.* 3 groups.* 17 rows"):
         load(tmp_path)
 
 
@@ -348,9 +348,9 @@ def test_a_state_dict_in_any_layout_can_be_given(tmp_path):
     state = {"model." + name: tensor for name, tensor in model.state_dict().items()}
     loaded = RfDetrForInstanceSegmentation.from_pretrained(None, config=small_config(), state_dict=state)
     assert_same_weights(loaded, model)
-    with pytest.raises(ValueError, match="twice"):
+    with pytest.raises(ValueError, match="once"):
         to_original_layout(state | {"class_embed.bias": state["model.class_embed.bias"]})
-    with pytest.raises(ValueError, match="needs q, k and v"):
+    with pytest.raises(ValueError, match="must hold q, k and v"):
         to_original_layout({"model.model.decoder.layers.0.self_attn.q_proj.weight": torch.zeros(2, 2)})
 
 

@@ -18,7 +18,8 @@ from transformers.utils import cached_file
 from ..atomic_files import atomic_directory, write_text
 from ..hub.model_card import model_card
 from ..hub.push import create_repository, upload
-from ..model.checkpoint_layouts import FLOATS, Change, fit_tables, read_tensors, to_original_layout, weight_files
+from ..model.checkpoint_files import FLOATS, read_tensors, weight_files
+from ..model.checkpoint_layouts import Change, fit_tables, to_original_layout
 from ..model.configuration_rf_detr import RfDetrConfig
 from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from ..model.modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection

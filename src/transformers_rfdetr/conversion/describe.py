@@ -10,7 +10,8 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
 from ..hub.load import check_model_type
-from ..model.checkpoint_layouts import FLOATS, is_original_layout, weight_files
+from ..model.checkpoint_files import FLOATS, weight_files
+from ..model.checkpoint_layouts import is_original_layout
 from ..model.configuration_rf_detr import RfDetrConfig
 from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from ..model.modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection

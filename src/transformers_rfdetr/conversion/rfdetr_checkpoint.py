@@ -26,7 +26,8 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..atomic_files import atomic_file
-from ..model.checkpoint_layouts import FLOATS, Change
+from ..model.checkpoint_files import FLOATS
+from ..model.checkpoint_layouts import Change
 
 logger = logging.get_logger(__name__)
 

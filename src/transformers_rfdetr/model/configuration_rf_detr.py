@@ -341,7 +341,6 @@ class RfDetrConfig(PreTrainedConfig):
         self._check()
         self.resolution = self._default_resolution() if resolution is None else resolution
         kwargs = _check_common_fields(type(self), kwargs)
-        check_limit("parameters", self._num_parameters(len(kwargs.get("id2label", ())) or kwargs.get("num_labels", 2)))
         with config_errors_as_value_errors("the configuration"):
             super().__init__(**kwargs)
 
@@ -383,26 +382,6 @@ class RfDetrConfig(PreTrainedConfig):
             require(self.d_model % num_heads == 0, "d_model", self.d_model, f"a multiple of {heads} ({num_heads})")
         # The embedding of a box has four parts of equal width.
         require(self.d_model % 4 == 0, "d_model", self.d_model, "a multiple of 4")
-
-    def _num_parameters(self, num_labels: int) -> int:
-        """Estimate the parameters of the segmentation model from its matrices; vectors are not counted."""
-        backbone, width, groups = self.backbone_config, self.d_model, self.group_detr
-        height_patches, width_patches = backbone.position_grid
-        tokens = height_patches * width_patches + backbone.num_register_tokens + 3 * backbone.patch_size**2
-        hidden, taps = backbone.hidden_size, len(backbone.out_indices)
-        levels, resampling = len(self.projector_scale), {"P3": 2, "P4": 0, "P5": 9}
-        points = self.decoder_cross_attention_heads * levels * self.decoder_n_points
-        layer = 7 * width**2 + 3 * width * points + 2 * width * self.decoder_ffn_dim
-        return (
-            12 * hidden**2 * backbone.num_hidden_layers
-            + hidden * tokens
-            + taps * hidden**2 * sum(resampling[level] for level in self.projector_scale)
-            + levels * (taps * hidden * width + 16 * width**2)
-            + self.decoder_layers * layer
-            + groups * self.num_queries * (width + 4)
-            + (groups + 1) * width * (3 * width + num_labels)
-            + 13 * width**2
-        )
 
     def _default_resolution(self) -> tuple[int, int]:
         block = self.backbone_config.patch_size * self.backbone_config.num_windows

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .boxes_rf_detr import refine_boxes
-from .checkpoint_layouts import RfDetrCheckpoint
+from .checkpoint_files import RfDetrCheckpoint
 from .configuration_rf_detr import RfDetrConfig
 from .decoder_rf_detr import RfDetrDecoder, sine_embedding
 from .layers_rf_detr import ClassHead, XavierLinear, ZeroEmbedding, box_head
@@ -29,6 +29,7 @@ from .matcher_rf_detr import LossWeights
 from .modeling_rf_detr_dinov2 import RfDetrDinov2Backbone
 from .predictions_rf_detr import StagePrediction
 from .projector_rf_detr import RfDetrProjector
+from .validation import check_limit
 from .variants_rf_detr import is_background_label
 
 # Score 0 after the sigmoid, and finite in half precision.
@@ -263,6 +264,7 @@ class RfDetrModel(RfDetrPreTrainedModel):
         self.refpoint_embed = ZeroEmbedding(num_rows, 4)
         self.query_feat = nn.Embedding(num_rows, config.d_model)
         self._add_heads(config)
+        check_limit("parameters", self.num_parameters())
         self.post_init()
 
     def _add_heads(self, config: RfDetrConfig) -> None:

@@ -262,7 +262,7 @@ class RfDetrDinov2Backbone(nn.Module):
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=1e-6)
         self.set_drop_path(config.drop_path_rate)
-        self.freeze_unread()
+        self.freeze_unused()
 
     def set_drop_path(self, rate: float) -> None:
         """Set the stochastic depth: from 0 at the first block, evenly, to `rate` at the last."""
@@ -275,9 +275,9 @@ class RfDetrDinov2Backbone(nn.Module):
         for parameter in self.parameters():
             if parameter.is_floating_point():  # quantised ones have none
                 parameter.requires_grad_(trainable)
-        self.freeze_unread()
+        self.freeze_unused()
 
-    def freeze_unread(self) -> None:
+    def freeze_unused(self) -> None:
         """Freeze the mask token and the blocks after the last tap: without gradients they would stop plain DDP."""
         unread = [self.embeddings.mask_token]
         unread += self.encoder["layer"][self.config.num_used_layers :].parameters()

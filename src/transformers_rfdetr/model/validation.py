@@ -13,7 +13,12 @@ import torch
 # The largest values that a configuration may have, far above any published model. A configuration may come from an
 # untrusted file, and one number in it can ask for more memory than there is. To go further, raise an entry.
 LIMITS = {
-    "parameters": 2_000_000_000,  # of a model
+    "parameters": 2_000_000_000,  # counted when a model is built, which from_pretrained does without memory
+    "hidden_size": 16_384,
+    "d_model": 16_384,
+    "decoder_ffn_dim": 1_000_000,
+    "decoder_n_points": 1_000,
+    "num_register_tokens": 1_000,
     "num_hidden_layers": 1_000,
     "decoder_layers": 1_000,
     "group_detr": 1_000,
