@@ -1,4 +1,4 @@
-"""`transformers-rfdetr`: one sub-command a file."""
+"""The command `transformers-rfdetr`; each sub-command is in a file of its own."""
 
 import typer
 

@@ -1,4 +1,4 @@
-"""What a command says when its input is wrong."""
+"""How a command ends after an error or a signal."""
 
 import functools
 import io
@@ -15,7 +15,7 @@ from ..atomic_files import escape_unprintable
 
 @contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
-    """Inside, SIGTERM, which schedulers and containers send, ends a run as Ctrl-C does."""
+    """Handle SIGTERM, which schedulers and containers send, like Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -27,16 +27,16 @@ def terminated_as_interrupted() -> Iterator[None]:
 
 
 def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Let a command end with exit code 2 and the message of an error that its user can mend, without a traceback."""
+    """Let a command print the message of an error that its user can correct, and end with code 2, no traceback."""
 
     @functools.wraps(command)
     def run(*args: object, **kwargs: object) -> None:
         from ..registration import register
 
-        for stream in (sys.stdout, sys.stderr):  # names of files may hold what a terminal cannot show
+        for stream in (sys.stdout, sys.stderr):  # names of files may have characters that the terminal cannot show
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
-        register()  # which importing the package leaves to the commands; see `transformers_rfdetr`
+        register()  # for commands, importing the package does not register; see `transformers_rfdetr`
         try:
             command(*args, **kwargs)
         except (OSError, ValueError, ImportError, FloatingPointError) as error:

@@ -1,4 +1,4 @@
-"""Time, FLOPs and memory of a model on this machine."""
+"""Measure time, FLOPs and memory of a model on this machine."""
 
 import ctypes
 import gc
@@ -23,22 +23,22 @@ _WARM_UP = 3
 
 
 def measure(model: Any, processor: Any, *, batch_size: int, compiled: bool, runs: int) -> dict[str, Any]:
-    """Time, FLOPs and memory of a model.
+    """Return time, FLOPs and memory of a model.
 
     Args:
-        model: In evaluation mode, on the device that it is measured on.
-        processor: Its image processor, of one exact size.
-        batch_size: Images at a time.
-        compiled: Whether the times are those of [`compile_for_inference`]'s copy. The FLOPs are the plain model's.
-        runs: How many are timed.
+        model: In evaluation mode, on the device to measure.
+        processor: Its image processor, with a fixed height and width.
+        batch_size: Number of images in a batch.
+        compiled: Whether to time a copy by [`compile_for_inference`]. The FLOPs are always those of the plain model.
+        runs: Number of runs that are timed.
 
     Returns:
-        `forward`, the model alone with all masks multiplied out, and `predict`, from drawn images of 480 x 640 to
-        instances, each with `median_seconds` and `p90_seconds` of a batch and `images_per_second` at the median;
-        `flops` of one image, two for each multiplication of matrix products, convolutions and attention;
-        `parameters`; `active`, what a compiled copy runs with, else None; `peak_bytes` of the first prediction: all
-        that torch allocates on a GPU, weights included; on a CPU what the process grew by, None where the system does
-        not tell (it has to be Linux).
+        * `forward`, the model alone with dense mask logits of all queries, and `predict`, from drawn images of
+          480 x 640 to instances: `median_seconds` and `p90_seconds` of a batch, and `images_per_second` at the median;
+        * `flops` of one image, two for each multiplication in matrix products, convolutions and attention;
+        * `parameters`, their number; `active`, what a compiled copy runs with, or None;
+        * `peak_bytes` of the first prediction: on a GPU all that torch allocates, weights included; on a CPU the growth
+          of the process, or None on other systems than Linux.
     """
     model.requires_grad_(False)  # the counter asks views of trainable parameters for gradient functions
     size = (processor.size["height"], processor.size["width"])
@@ -68,7 +68,7 @@ def measure(model: Any, processor: Any, *, batch_size: int, compiled: bool, runs
 
 
 def _time(call: Callable[[], Any], runs: int, device: torch.device, title: str) -> list[float]:
-    """Seconds of each run, after the warm-up."""
+    """Return the seconds of each run after the warm-up."""
     seconds = []
     for index in logging.tqdm(range(_WARM_UP + runs), desc=title):
         _synchronize(device)
@@ -88,7 +88,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Memory of one call; see [`measure`]."""
+    """Return the memory that one call needs; see [`measure`]."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -97,15 +97,15 @@ def _peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device)
     before = None
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what loading has freed would else be used before the process grows
-        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+        ctypes.CDLL(None).malloc_trim(0)  # so that the call does not use memory that loading has freed
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         before = _resident("VmRSS")
     call()
     return None if before is None or device.type != "cpu" else _resident("VmHWM") - before
 
 
 def _resident(name: str) -> int:
-    """A line of Linux's account of this process, in bytes."""
+    """Return a line of /proc/self/status in bytes."""
     found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     return int(found[1]) * 1024
 

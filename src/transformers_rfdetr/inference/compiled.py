@@ -1,6 +1,6 @@
-"""Models compiled for inference on images of one size.
+"""Compile a model for inference on images of one size, and compare two ways to compute one model.
 
-[`compile_for_inference`] makes an [`InferenceModel`] and compares it with the plain model, which is its definition.
+The plain model is the definition: [`compile_for_inference`] compares its copy with it.
 """
 
 import copy
@@ -17,25 +17,25 @@ from ..model.configuration_rf_detr import RfDetrConfig
 from ..model.modeling_rf_detr import RfDetrForObjectDetection, RfDetrOutput
 from ..model.modeling_rf_detr_dinov2 import resize_position_table
 from ..model.predictions_rf_detr import MaskFactors, StagePrediction
-from ..model.validation import as_pair, check_resolution, read_size
+from ..model.validation import as_pair, check_resolution, read_size, require
 
 logger = logging.get_logger(__name__)
 
-# Greatest difference of logits and boxes from the plain model in float32, relative to the largest of each (and to 1).
-# bfloat16 has 8 bits of mantissa, float16 11; a dozen and a half layers add up.
+# Largest allowed difference of an output from the plain model in float32, relative to its largest magnitude or to 1 if
+# that is smaller. float16 has 11 bits of mantissa and bfloat16 8, and the errors of about 18 layers add up.
 _TOLERANCES = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1.5e-1}
 
 
 class InferenceModel:
-    """A copy of a model made fast for images of one size; made by [`compile_for_inference`].
+    """A copy of a model that runs on batches of one size; created by [`compile_for_inference`].
 
     Attributes:
-        active: What it runs with, for people: dtype, memory format, compiler, CUDA graphs.
-        differences: Of logits, boxes, masks and the scores of the chosen tokens the greatest difference from the plain
-            model in float32 on a noise image, relative to the greatest of them all and to 1 at least.
+        active: What it runs with, as text: dtype, shape of a batch, compiler, CUDA graphs.
+        differences: The largest difference of logits, boxes, masks and the scores of the selected tokens from the plain
+            model in float32 on a noise image, relative to the largest magnitude of each, or to 1 if that is smaller.
     """
 
-    training = False  # whatever `train` is called with, as of every predictor
+    training = False
 
     def __init__(self, model: RfDetrForObjectDetection, size: tuple[int, int], batch_size: int, dtype: torch.dtype):
         self.size, self.batch_size = size, batch_size
@@ -53,22 +53,22 @@ class InferenceModel:
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The device on which it runs."""
         return self._model.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it runs in."""
+        """The data type of its weights."""
         return self._model.dtype
 
     def eval(self) -> "InferenceModel":
-        """Itself: it has no other mode."""
+        """Return the model itself, which is always in evaluation mode."""
         return self
 
     def train(self, mode: bool = False) -> "InferenceModel":
-        """Itself; ValueError if it is to be trained."""
+        """Return the model itself; raise ValueError if `mode` is True."""
         if mode:
-            raise ValueError("a model compiled for inference cannot be trained; train the one that it was made from")
+            raise ValueError("a model compiled for inference cannot be trained. Train the model that it was made from.")
         return self
 
     def _tensors(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
@@ -81,20 +81,20 @@ class InferenceModel:
 
     @torch.no_grad()
     def predict_stage(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> StagePrediction:
-        """As the model's own, for any number of images of its size: they run `batch_size` at a time.
+        """Predict as the model itself does, for any number of images, in batches of `batch_size`.
 
         Raises:
-            ValueError: images of another size, or padded ones.
+            ValueError: The images have another size, or are padded.
         """
         if tuple(pixel_values.shape[-2:]) != self.size or (pixel_mask is not None and not pixel_mask.all()):
             raise ValueError(
-                f"this model is compiled for whole images of {self.size}, these are {tuple(pixel_values.shape[-2:])}"
-                " or padded; compile one for their size, or use the model that it was made from"
+                f"`pixel_values` must be images of {self.size} without padding, for which this model is compiled, got"
+                f" {tuple(pixel_values.shape[-2:])}. Compile the model for that size, or use the plain model."
             )
         parts = []
         for some in pixel_values.to(self.device).split(self.batch_size):
             filling = some.new_zeros(self.batch_size - len(some), *some.shape[1:])
-            # A copy: the next run of a CUDA graph writes where this one did.
+            # Cloned, because the next run of a CUDA graph writes to the same memory.
             parts.append([tensor[: len(some)].clone() for tensor in self._run(torch.cat([some, filling]))])
         _, logits, boxes, *masks = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         if not masks:
@@ -104,7 +104,7 @@ class InferenceModel:
         return StagePrediction(logits, boxes, MaskFactors(pixels, projected, lambda q: (q[..., :-1], q[..., -1:])))
 
     def __call__(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> RfDetrOutput:
-        """The outputs that a result is made of: logits, boxes, and masks of all queries."""
+        """Return logits, boxes and mask logits of all queries."""
         stage = self.predict_stage(pixel_values, pixel_mask)
         masks = None if stage.masks is None else stage.masks.logits()
         return RfDetrOutput(logits=stage.logits, pred_boxes=stage.boxes, pred_masks=masks)
@@ -118,32 +118,31 @@ def compile_for_inference(
     dtype: torch.dtype | None = None,
     compiled: bool = True,
 ) -> InferenceModel:
-    """A copy of `model` made fast for images of one size, checked against `model` itself.
+    """Return a fast copy of a model for images of one size, compared with the model itself.
 
-    The position table is resampled once, and torch.compile makes one graph of static shapes, with weights as constants
-    on the CPU and with CUDA graphs on a GPU. What cannot be had is said in a warning, and the plain path is taken.
+    The position table is resampled once, and torch.compile builds one graph of static shapes, with constant weights on
+    the CPU and with CUDA graphs on a GPU. If compilation fails, a warning has the reason, and the copy runs without it.
 
     Args:
-        model: On the device that the copy is to run on. It is not changed.
-        size: Images' size for the model, one side or (height, width), each a multiple of patch size x windows; the
-            configuration's resolution by default.
-        batch_size: Images in one run. Others are filled up or split.
-        dtype: float32, float16 or bfloat16; the model's by default.
-        compiled: Whether to compile.
+        model: The model, on the device on which the copy will run. It is not changed.
+        size: Size of the input in pixels, a side or (height, width), multiples of patch size x windows; the resolution
+            of the configuration by default.
+        batch_size: Number of images in one run. Larger batches are split, and smaller ones are padded with zeros.
+        dtype: float32, float16 or bfloat16; that of the model by default.
+        compiled: Whether to use torch.compile.
 
     Returns:
-        What `predict` takes as model, and what is called as the model is.
+        A model that [`predict`] takes, and that is called like the plain one.
 
     Raises:
-        ValueError: an illegal size; a dtype that is none of these; or outputs further from the model's than rounding
-            in `dtype` explains.
+        ValueError: The size or the dtype is invalid, or the outputs differ from the model's by more than rounding in
+            `dtype` explains.
     """
     size = as_pair(read_size(model.config.resolution if size is None else size, "size"))
     backbone = model.config.backbone_config
     check_resolution(size, backbone.patch_size, backbone.num_windows, "size")
     dtype = dtype or model.dtype
-    if dtype not in _TOLERANCES:
-        raise ValueError(f"dtype {dtype} is none of {', '.join(map(str, _TOLERANCES))}")
+    require(dtype in _TOLERANCES, "dtype", dtype, f"one of {', '.join(map(str, _TOLERANCES))}")
     fast = InferenceModel(model, size, batch_size, dtype)
     image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).mul(4).sub(2).to(model.device)
     if compiled:
@@ -153,17 +152,17 @@ def compile_for_inference(
         try:
             fast.predict_stage(image)
             fast.active += ["torch.compile", "CUDA graphs"] if on_gpu else ["torch.compile", "constant weights"]
-        except Exception as error:  # a missing C++ compiler, an old driver: torch raises what it finds
+        except Exception as error:  # of many types: the C++ compiler is missing, the driver is old, ...
             fast._run = fast._tensors
             fast.active.append("not compiled")
-            logger.warning(f"torch.compile failed, so the model runs as it is: {type(error).__name__}: {error}")
+            logger.warning(f"torch.compile failed, so the model runs without it: {type(error).__name__}: {error}")
     _check(fast, model, image)
     logger.info(f"compiled for inference: {', '.join(fast.active)}")
     return fast
 
 
 def bake_position_embeddings(model: RfDetrForObjectDetection, size: tuple[int, int]) -> None:
-    """Resample the position table to images of (height, width), for good."""
+    """Replace the position table of a model by the one for images of (height, width)."""
     config = model.config.backbone_config
     grid = (size[0] // config.patch_size, size[1] // config.patch_size)
     embeddings = model.backbone[0].encoder["encoder"].embeddings
@@ -172,14 +171,14 @@ def bake_position_embeddings(model: RfDetrForObjectDetection, size: tuple[int, i
     config.image_size = size
 
 
-# -- comparing two ways to compute one model -------------------------------------------------------------------------
+# Comparing two ways to compute one model
 
 
 class ForcedTopK(TorchFunctionMode):
-    """Notes the indices that each `torch.topk` chooses, or makes it take `given` ones and notes how much is lost.
+    """Record the indices that each `torch.topk` selects, or replace them by `given` ones and record the difference.
 
-    The first stage orders tokens by their logits. Rounding may change the order of two that are as good as tied, after
-    which other queries get them and many numbers differ; so two ways are compared with the choice of one of them.
+    The first stage orders tokens by their logits. Rounding may swap two tokens with nearly equal logits; other queries
+    get them then, and many numbers differ. So two ways are compared with the selection of one of them.
     """
 
     def __init__(self, given: Sequence[Tensor] | None = None) -> None:
@@ -201,9 +200,9 @@ class ForcedTopK(TorchFunctionMode):
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """The largest difference of two tensors' numbers, absolute up to 1 and relative above.
+    """Return the largest difference of two tensors' numbers, absolute up to 1 and relative above.
 
-    It is infinite for tensors of two shapes, and where one number is NaN, or is infinite and the other is another.
+    It is infinite if the shapes differ, a number is NaN, or an infinite number differs from the other one.
     """
     if found.shape != expected.shape:
         return math.inf
@@ -214,7 +213,11 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 @torch.no_grad()
 def _check(fast: InferenceModel, model: RfDetrForObjectDetection, image: Tensor) -> None:
-    """Compare with the plain model in float32, which takes the tokens that the fast one chose."""
+    """Compare with the plain model in float32, which takes the tokens that the fast one selected.
+
+    Raises:
+        ValueError: A difference is larger than the tolerance.
+    """
     tolerance = _TOLERANCES[fast.dtype]
     chosen, *found = (tensor[:1].clone() for tensor in fast._run(image.expand(fast.batch_size, -1, -1, -1)))
     with ForcedTopK([chosen]) as choices:
@@ -223,13 +226,13 @@ def _check(fast: InferenceModel, model: RfDetrForObjectDetection, image: Tensor)
     if expected.masks is not None:
         masks = MaskFactors(found[2].float(), found[3].float(), lambda vectors: (vectors, found[4].float()))
         pairs["masks"] = (masks.logits(), expected.masks.logits())
-    fast.differences["choice of tokens"] = max(choices.losses)
+    fast.differences["selected tokens"] = max(choices.losses)
     for name, (one, other) in pairs.items():
-        scale = other[other > -1e3].abs().max().clamp(min=1)  # of rows that are classes
+        scale = other[other > -1e3].abs().max().clamp(min=1)  # without rows that are not classes
         fast.differences[name] = difference(one / scale, other / scale)
     for name, value in fast.differences.items():
         if not value <= tolerance:
             raise ValueError(
-                f"the {name} of the model made for inference ({', '.join(fast.active)}) differ from the plain ones by"
-                f" {value:.3g} of the largest, more than {tolerance}; use dtype=torch.float32 or compiled=False"
+                f"the {name} of the compiled model ({', '.join(fast.active)}) must agree with the plain model within"
+                f" {tolerance}, got a difference of {value:.3g}. Use dtype=torch.float32 or compiled=False."
             )
