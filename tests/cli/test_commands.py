@@ -24,7 +24,7 @@ from transformers_rfdetr import (
     load_instance_dataset,
 )
 from transformers_rfdetr.cli import benchmark, evaluate, info, train, training_run
-from transformers_rfdetr.conversion import architecture, describe
+from transformers_rfdetr.conversion import architecture
 from transformers_rfdetr.data.synthetic import draw_dataset
 from transformers_rfdetr.inference import benchmark as measurement
 
@@ -468,7 +468,7 @@ def test_a_folder_is_named_after_the_nearest_variant(overrides, text, tmp_path):
 
 def test_the_variant_is_found_by_its_architecture():
     for name in ("rf-detr-large", "rf-detr-seg-large", "rf-detr-seg-2xlarge", "rf-detr-base"):
-        assert describe.nearest_variant(RfDetrConfig.from_variant(name), "-seg-" in name) == (name, {})
+        assert architecture.nearest_variant(RfDetrConfig.from_variant(name), "-seg-" in name) == (name, {})
 
 
 def test_a_folder_says_its_classes_weights_and_preprocessing(checkpoint):

@@ -64,7 +64,7 @@ def _as_text(facts: Mapping[str, Any]) -> str:
 
 def _variant_text(variant: str, differences: Mapping[str, Sequence[Any]]) -> str:
     """Return "rf-detr-seg-medium", "rf-detr-seg-medium, at 504 x 504 px", or the nearest variant and what differs."""
-    from ..conversion.describe import SIZES
+    from ..conversion.architecture import SIZES
 
     if not differences:
         return variant

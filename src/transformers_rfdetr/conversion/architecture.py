@@ -41,8 +41,18 @@ _INTEGERS = (
 )
 _LISTS = {"out_feature_indexes": int, "projector_scale": str}
 _SCALARS = {*_FIXED, "encoder", "segmentation_head", "use_grouppose_keypoints"}
+# Fields of the configuration that make up the architecture.
+BACKBONE_FIELDS = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_windows", "num_register_tokens"),
+    "out_indices",
+)
+DECODER_FIELDS = (
+    *("d_model", "decoder_layers", "decoder_ffn_dim", "decoder_self_attention_heads", "decoder_cross_attention_heads"),
+    *("decoder_n_points", "projector_scale", "mask_downsample_ratio"),
+)
 _MAX_GRID = 512  # patches along a side of the position table: images of 6,000 pixels and more
-# Sizes in which a model may differ from its variant.
+# Sizes in which a model may differ from its variant, as fields of the configuration and as arguments of rfdetr.
+SIZES = ("position_grid", "num_queries", "resolution")
 _FREE = {"resolution", "positional_encoding_size", "num_queries"}
 # Arguments that no shape determines.
 _NOT_IN_SHAPES = {
@@ -320,16 +330,33 @@ def _variant_arguments(variant: str) -> dict[str, Any]:
     }
 
 
-def nearest_variant(arguments: Mapping[str, Any]) -> str:
-    """Return the published variant that needs the fewest other arguments; rfdetr builds the model by its class."""
+def nearest_variant(config: RfDetrConfig, has_masks: bool) -> tuple[str, dict[str, list[Any]]]:
+    """Return the published variant nearest to a configuration, and the differences: field -> [here, there]."""
+    ours = _architecture(config)
+    differences = {}
+    for variant in VARIANTS:
+        if ("-seg-" in variant) == has_masks:
+            theirs = _architecture(RfDetrConfig.from_variant(variant))
+            differences[variant] = {name: [ours[name], theirs[name]] for name in ours if ours[name] != theirs[name]}
 
-    def distance(variant: str) -> tuple[int, int]:
-        known = _variant_arguments(variant)
-        different = [name for name in set(known) - _FREE if known[name] != arguments[name]]
-        return len(different), abs(known["resolution"] - arguments["resolution"])
+    def distance(variant: str) -> tuple[int, bool, int, int]:
+        changed = differences[variant]
+        difference = abs(max(ours["resolution"]) - VARIANTS[variant].resolution)
+        return len(changed.keys() - {*SIZES}), "position_grid" in changed, len(changed), difference
 
-    same_task = [name for name in VARIANTS if ("-seg-" in name) == arguments["segmentation_head"]]
-    return min(same_task, key=distance)
+    nearest = min(differences, key=distance)
+    return nearest, differences[nearest]
+
+
+def _architecture(config: RfDetrConfig) -> dict[str, Any]:
+    backbone = config.backbone_config
+    return {
+        **{name: getattr(backbone, name) for name in BACKBONE_FIELDS},
+        **{name: getattr(config, name) for name in DECODER_FIELDS},
+        "position_grid": list(backbone.position_grid),
+        "num_queries": config.num_queries,
+        "resolution": list(as_pair(config.resolution)),
+    }
 
 
 def rfdetr_class(variant: str) -> str:

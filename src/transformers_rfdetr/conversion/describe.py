@@ -16,20 +16,9 @@ from ..model.configuration_rf_detr import RfDetrConfig
 from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from ..model.modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection
 from ..model.validation import as_pair
-from ..model.variants_rf_detr import COCO_ID2LABEL, COCO_NAMES, VARIANTS, is_background_label, resolve_variant
-from .architecture import has_segmentation_head
+from ..model.variants_rf_detr import COCO_ID2LABEL, COCO_NAMES, is_background_label, resolve_variant
+from .architecture import BACKBONE_FIELDS, DECODER_FIELDS, has_segmentation_head, nearest_variant
 from .convert import read_rfdetr_model
-
-_BACKBONE = (
-    *("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_windows", "num_register_tokens"),
-    "out_indices",
-)
-_DECODER = (
-    *("d_model", "decoder_layers", "decoder_ffn_dim", "decoder_self_attention_heads", "decoder_cross_attention_heads"),
-    *("decoder_n_points", "projector_scale", "mask_downsample_ratio"),
-)
-# Fields in which a model may differ from its variant.
-SIZES = ("position_grid", "num_queries", "resolution")
 
 
 class _Checkpoint(NamedTuple):
@@ -92,38 +81,9 @@ def describe(name: str) -> dict[str, Any]:
         "dtype": checkpoint.dtype,
         "key_layout": checkpoint.key_layout,
         "file_size": checkpoint.file_size,
-        "backbone": {name: getattr(backbone, name) for name in _BACKBONE},
-        "decoder": {name: getattr(config, name) for name in _DECODER},
+        "backbone": {name: getattr(backbone, name) for name in BACKBONE_FIELDS},
+        "decoder": {name: getattr(config, name) for name in DECODER_FIELDS},
         "preprocessing": {name: getattr(checkpoint.processor, name) for name in ("size", "image_mean", "image_std")},
-    }
-
-
-def nearest_variant(config: RfDetrConfig, has_masks: bool) -> tuple[str, dict[str, list[Any]]]:
-    """Return the published variant nearest to a configuration, and the differences: field -> [here, there]."""
-    ours = _architecture(config)
-    differences = {}
-    for variant in VARIANTS:
-        if ("-seg-" in variant) == has_masks:
-            theirs = _architecture(RfDetrConfig.from_variant(variant))
-            differences[variant] = {name: [ours[name], theirs[name]] for name in ours if ours[name] != theirs[name]}
-
-    def distance(variant: str) -> tuple[int, bool, int, int]:
-        changed = differences[variant]
-        difference = abs(max(ours["resolution"]) - VARIANTS[variant].resolution)
-        return len(changed.keys() - {*SIZES}), "position_grid" in changed, len(changed), difference
-
-    nearest = min(differences, key=distance)
-    return nearest, differences[nearest]
-
-
-def _architecture(config: RfDetrConfig) -> dict[str, Any]:
-    backbone = config.backbone_config
-    return {
-        **{name: getattr(backbone, name) for name in _BACKBONE},
-        **{name: getattr(config, name) for name in _DECODER},
-        "position_grid": list(backbone.position_grid),
-        "num_queries": config.num_queries,
-        "resolution": list(as_pair(config.resolution)),
     }
 
 
