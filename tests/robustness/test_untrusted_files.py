@@ -157,14 +157,28 @@ def test_a_folder_called_tilde_takes_precedence_over_the_home_folder(tmp_path, m
 
 
 @pytest.fixture
-def server():
-    """Sends bytes without end to /endless, one every 20 ms to /slow, and else an image to me:s3cret."""
+def requests():
+    """Path and credentials of each request that `server` gets."""
+    return []
+
+
+@pytest.fixture
+def server(requests):
+    """Sends bytes without end to /endless, and one every 20 ms to /slow.
+
+    me:s3cret gets an image, and from /to/URL a redirect to URL.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
+            requests.append((self.path, self.headers["Authorization"]))
             is_authorized = self.headers["Authorization"] == "Basic bWU6czNjcmV0"  # me:s3cret
             is_stream = self.path in ("/endless", "/slow")
-            self.send_response(200 if is_authorized or is_stream else 401)
+            is_redirect = is_authorized and self.path.startswith("/to/")
+            self.send_response(302 if is_redirect else 200 if is_authorized or is_stream else 401)
+            if is_redirect:
+                self.send_header("Location", self.path.removeprefix("/to/"))
+            self.send_header("WWW-Authenticate", 'Basic realm="images"')
             self.end_headers()
             try:
                 while is_stream:
@@ -172,7 +186,7 @@ def server():
                     time.sleep(0.02 if self.path == "/slow" else 0)
             except OSError:  # the client has closed the connection
                 return
-            if is_authorized:
+            if is_authorized and not is_redirect:
                 draw_image(0).save(self.wfile, "PNG")
 
         def log_message(self, *arguments):
@@ -193,6 +207,30 @@ def test_credentials_in_a_url_are_sent_to_the_server_and_never_shown(server, mod
         done = run_predict(model, url, "-o", tmp_path / "out")
         written = [path.read_text() for path in (tmp_path / "out").rglob("*.json*")]
         assert not any("wr0ng" in text for text in [*written, done.output])
+
+
+@pytest.mark.parametrize("read", ["image", "video", "command"])
+def test_credentials_are_not_sent_to_the_target_of_a_redirect(server, requests, model, tmp_path, read):
+    target = f"http://{server.replace('127.0.0.1', 'localhost')}/a"  # another server, by its name
+    url = f"http://me:s3cret@{server}/to/{target}"
+    if read == "command":
+        run_predict(model, url, "-o", tmp_path / "out")
+    else:
+        with pytest.raises(ValueError, match=r"Unauthorized|cannot be opened as a video"):
+            read_rgb(url) if read == "image" else VideoReader(url)
+    assert (f"/to/{target}", "Basic bWU6czNjcmV0") in requests
+    assert {authorization for path, authorization in requests if path == "/a"} == {None}
+
+
+def test_credentials_are_sent_to_the_same_server_after_a_redirect(server):
+    assert np.array_equal(read_rgb(f"http://me:s3cret@{server}/to/http://{server}/a.png"), draw_image(0))
+
+
+@pytest.mark.parametrize("target", ["ftp://127.0.0.1:1/a.png", "file:///a.png", "data:image/png;base64,AAAA"])
+def test_a_redirect_to_another_scheme_is_refused(server, requests, target):
+    with pytest.raises(ValueError, match=target.partition(":")[0]):
+        read_rgb(f"http://me:s3cret@{server}/to/{target}")
+    assert len(requests) == 1
 
 
 def test_a_slow_response_is_aborted(server, monkeypatch):

@@ -9,7 +9,6 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
 
 import typer
 
@@ -196,7 +195,7 @@ def _is_stream(source: str, is_alone: bool) -> bool:
         return True
     if not source.startswith(("http://", "https://")):
         return False
-    from ..model.image_io import redact_url
+    from ..model.image_io import open_url, redact_url
 
     try:
         suffix = Path(urlsplit(source).path).suffix.lower()
@@ -205,8 +204,7 @@ def _is_stream(source: str, is_alone: bool) -> bool:
     if suffix or not is_alone:  # of many without an ending none is asked twice
         return suffix in VIDEO_SUFFIXES
     try:
-        request = Request(source, headers={"User-Agent": "transformers-rfdetr"})
-        with urlopen(request, timeout=30) as response:
+        with open_url(source) as response:
             return response.headers.get_content_maintype() in ("video", "multipart")
     except (OSError, ValueError, HTTPException):
         return False  # reading it as an image says what is wrong

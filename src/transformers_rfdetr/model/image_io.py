@@ -90,8 +90,28 @@ def _open_source(source: str) -> BinaryIO:
     return stream
 
 
-def _download(url: str) -> bytes:
-    """Download a URL, unless it is larger or slower than the limits allow."""
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follow redirects to http(s) only, and send credentials only to the server that the URL names."""
+
+    def redirect_request(self, request: urllib.request.Request, *response: Any) -> urllib.request.Request | None:
+        redirected = super().redirect_request(request, *response)
+        if redirected is not None:
+            here, there = (urllib.parse.urlsplit(each.full_url) for each in (request, redirected))
+            if there.scheme not in ("http", "https"):
+                raise ValueError(f"a redirect must lead to http or https, got {there.scheme}")
+            if (here.scheme, here.netloc) != (there.scheme, there.netloc):
+                redirected.remove_header("Authorization")
+        return redirected
+
+
+def open_url(url: str) -> Any:
+    """Open an http(s) URL, which may contain user and password, and return the response as a binary file object.
+
+    Raises:
+        ValueError: The URL is invalid, or redirects to another scheme.
+        OSError: The server is not available, or answers with an error.
+        http.client.HTTPException: The server does not answer in HTTP.
+    """
     parts = urllib.parse.urlsplit(url)
     headers = {"User-Agent": "transformers-rfdetr"}
     user, at, host = parts.netloc.rpartition("@")
@@ -99,8 +119,13 @@ def _download(url: str) -> bytes:
         user = urllib.parse.unquote(user if ":" in user else f"{user}:")
         headers["Authorization"] = f"Basic {base64.b64encode(user.encode()).decode()}"
     request = urllib.request.Request(parts._replace(netloc=host).geturl(), headers=headers)
+    return urllib.request.build_opener(_Redirects).open(request, timeout=_URL_TIMEOUT_SECONDS)
+
+
+def _download(url: str) -> bytes:
+    """Download a URL, unless it is larger or slower than the limits allow."""
     content, start = bytearray(), time.monotonic()
-    with urllib.request.urlopen(request, timeout=_URL_TIMEOUT_SECONDS) as response:
+    with open_url(url) as response:
         while chunk := response.read1(1 << 20):
             content += chunk
             for value, limit, unit, name in (
