@@ -347,6 +347,10 @@ def check_a_conversion_is_pushed_like_a_model(hub: Hub) -> None:
     model = model_of()
     torch.save(legacy(model), hub.folder / "checkpoint.pth")
     hub.faults({"method": "POST", "path": "/commit/", "status": 503})
+    (hub.folder / "broken.pth").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match=r"broken\.pth"):
+        convert_to_transformers(hub.folder / "broken.pth", hub.folder / "never", push_to_hub="me/never")
+    assert hub.requests("POST", "") == []
     convert_to_transformers(hub.folder / "checkpoint.pth", hub.folder / "converted", push_to_hub="me/converted")
     assert hub.pauses == [1.0]
     assert hub.requests("POST", "/commit/") == [503, 200]

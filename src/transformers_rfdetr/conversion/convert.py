@@ -124,13 +124,13 @@ def convert_to_transformers(
     with error_context(os.fspath(source)):
         if published is not None and published.variant not in VARIANTS:
             _refuse_keypoints()
-    if push_to_hub is not None:  # before the long work, so that a missing permission shows at once
-        push_to_hub = create_repository(push_to_hub, private=private, token=None, kept="nothing was converted")
     if published is not None and not path.is_file():
         path = download_weights(published)
     model = read_rfdetr_model(
         path, variant=variant, class_names=class_names, ema=ema, trust_checkpoint=trust_checkpoint
     )
+    if push_to_hub is not None:
+        push_to_hub = create_repository(push_to_hub, private=private, token=None, kept="nothing was written")
     with atomic_directory(output) as folder:
         _write_folder(folder, model, push_to_hub or output.name, path.name)
     if push_to_hub is not None:
@@ -181,9 +181,11 @@ def convert_to_rfdetr(source: str | os.PathLike[str], output: str | os.PathLike[
         state_dict = _model_tensors(to_original_layout(read_tensors(files)), config, changes)
         class_names = write_class_names(state_dict, config, changes)
         num_classes = len(state_dict["class_embed.bias"]) - 1
-        arguments = rfdetr_arguments(config, num_classes, has_masks=has_segmentation_head(state_dict))
+        has_masks = has_segmentation_head(state_dict)
+        arguments = rfdetr_arguments(config, num_classes, has_masks=has_masks)
+        model_name = rfdetr_class(nearest_variant(config, has_masks)[0])
     state_dict["_kp_active_mask"] = torch.zeros(0, 0, dtype=torch.bool)  # of keypoints; rfdetr's own files have it
-    write_rfdetr_file(output, state_dict, rfdetr_class(nearest_variant(arguments)), arguments, class_names)
+    write_rfdetr_file(output, state_dict, model_name, arguments, class_names)
     return Conversion(output, config, changes)
 
 
