@@ -205,16 +205,6 @@ def test_a_folder_with_a_model_of_unknown_origin_is_not_written_into(copied):
     assert f"{output} must have a train.yaml beside checkpoint-1" in refusal(*arguments)
 
 
-def test_heads_of_the_data_s_own_classes_are_kept(data, tmp_path):
-    names = {0: "building", 1: "__background__"}
-    folder = save(small_model(num_labels=2, id2label=names), tmp_path / "checkpoint")
-    model, _ = training_run._load_model(
-        {"model": str(folder), "resolution": [96, 48]}, load_instance_dataset(data)["train"]
-    )
-    assert_equal(model.state_dict(), weights(folder))
-    assert model.config.resolution == (96, 48)
-
-
 def test_a_name_on_the_hub_is_pushed_to_once_in_the_end(tmp_path):
     arguments = training_run._training_arguments({"output": str(tmp_path), "device": "cpu", "push_to_hub": "me/barns"})
     assert (arguments.push_to_hub, arguments.hub_model_id, arguments.hub_strategy) == (True, "me/barns", "end")

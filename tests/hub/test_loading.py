@@ -44,6 +44,19 @@ def test_another_resolution_goes_to_both(tmp_path):
     assert model.dtype == torch.bfloat16
 
 
+def test_heads_are_new_only_for_other_classes(tmp_path):
+    saved = small_model(num_labels=2, id2label={0: "building", 1: "__background__"})
+    saved.save_pretrained(tmp_path)
+    kept, _ = load(str(tmp_path), id2label={0: "building"}, resolution=[96, 48])
+    assert all(torch.equal(kept.state_dict()[name], tensor) for name, tensor in saved.state_dict().items())
+    assert kept.config.resolution == (96, 48)
+    new, _ = load(str(tmp_path), id2label={0: "barn", 1: "house", 2: "silo"})
+    assert new.config.id2label == {0: "barn", 1: "house", 2: "silo"}
+    changed = {name for name, tensor in new.state_dict().items() if tensor.shape != saved.state_dict()[name].shape}
+    assert changed
+    assert all("class_embed" in name for name in changed)
+
+
 @pytest.mark.parametrize("name", ["RFDETRSegMedium", "rfdetr-seg-medium", "rf-detr-seg-medium"])
 def test_published_names_are_looked_for_on_the_hub(name, monkeypatch):
     def asked(repository, **_):

@@ -66,10 +66,10 @@ def convert_back(
 
 
 def _report(conversion: "Conversion") -> None:
-    from ..model.variants_rf_detr import is_background_label
+    from ..model.variants_rf_detr import class_labels
 
     config = conversion.config
-    names = [name for name in config.id2label.values() if not is_background_label(name)]
+    names = list(class_labels(config.id2label).values())
     shown = f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
     kind = "Instance segmentation" if "Segmentation" in config.architectures[0] else "Detection"
     typer.echo(

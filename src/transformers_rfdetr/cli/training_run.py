@@ -22,7 +22,6 @@ from ..atomic_files import make_directory, write_text
 from ..data.load import load_instance_dataset
 from ..data.text_files import read_text, read_yaml
 from ..hub.load import load
-from ..model.variants_rf_detr import is_background_label
 from .evaluate import format_numbers
 from .options import absolute, read_size
 
@@ -234,7 +233,8 @@ def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
     if resume:  # all processes must decide the same
         checkpoint = run_on_first_process(lambda: find_checkpoint(output, recipe), arguments.process_index)
     set_seed(arguments.seed)  # for the heads of new classes
-    model, processor = _load_model(recipe, data)
+    options = {"resolution": recipe["resolution"]} if "resolution" in recipe else {}
+    model, processor = load(recipe["model"], id2label=data.id2label, **options)
     trainer = RfDetrTrainer(
         model,
         arguments,
@@ -278,16 +278,6 @@ def _training_arguments(recipe: Mapping[str, Any]) -> Any:
         return RfDetrTrainingArguments(recipe["output"], **fields)
     except (KeyError, TypeError, AttributeError, ArithmeticError) as error:  # transformers does not check all values
         raise ValueError(f"The training arguments are invalid together: {type(error).__name__}: {error}") from error
-
-
-def _load_model(recipe: Mapping[str, Any], data: Any) -> tuple[Any, Any]:
-    """Load the checkpoint, with new heads unless its classes are those of the data."""
-    options = {"resolution": recipe["resolution"]} if "resolution" in recipe else {}
-    model, processor = load(recipe["model"], **options)
-    if {label: name for label, name in model.config.id2label.items() if not is_background_label(name)} != data.id2label:
-        options |= {"id2label": data.id2label, "ignore_mismatched_sizes": True}
-        model, processor = load(recipe["model"], **options)
-    return model, processor
 
 
 def find_checkpoint(output: Path, recipe: Mapping[str, Any]) -> str | None:

@@ -30,7 +30,7 @@ from ..data.synthetic import draw_scene
 from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from ..model.modeling_rf_detr import RfDetrForObjectDetection
 from ..model.validation import as_pair, check_resolution, is_index, read_size, require
-from ..model.variants_rf_detr import is_background_label
+from ..model.variants_rf_detr import class_labels
 from .comparison import TOLERANCES, Runner, check_differences, find_differences, run_onnx, run_openvino, run_torch
 from .exported_model import ExportedModel, prepare_for_export, write_onnx, write_openvino
 
@@ -141,13 +141,8 @@ def _read_resolution(model: RfDetrForObjectDetection, resolution: int | Sequence
     return as_pair(size)
 
 
-def _class_names(model: RfDetrForObjectDetection) -> dict[int, str]:
-    """Return the names by label, without rows of the head that are not classes."""
-    return {label: name for label, name in model.config.id2label.items() if not is_background_label(name)}
-
-
 def _read_top_k(model: RfDetrForObjectDetection, top_k: int | None, post_process: bool) -> int:
-    num_pairs = model.config.num_queries * len(_class_names(model))
+    num_pairs = model.config.num_queries * len(class_labels(model.config.id2label))
     if top_k is None:
         return min(model.config.num_queries, num_pairs)
     if not post_process:
@@ -195,7 +190,7 @@ def _metadata(
         "model": type(model).__name__,
         "outputs": names,
         "box_format": "xyxy" if "scores" in names else "cxcywh",
-        "class_names": _class_names(model),
+        "class_names": class_labels(model.config.id2label),
         "resolution": size,
         "resample": "bilinear, half-pixel centers, no antialiasing",
         "rescale_factor": processor.rescale_factor if processor.do_rescale else 1.0,

@@ -1,5 +1,6 @@
 """Load a model and its image processor by one name: a folder, a repository on the Hub, or a published checkpoint."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,18 @@ from transformers.utils import logging
 from ..model.configuration_rf_detr import RfDetrConfig
 from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from ..model.modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection
-from ..model.variants_rf_detr import resolve_variant
+from ..model.variants_rf_detr import class_labels, resolve_variant
 
 logger = logging.get_logger(__name__)
 
 
 def load(
-    name: str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **kwargs: Any
+    name: str,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    id2label: Mapping[int, str] | None = None,
+    **kwargs: Any,
 ) -> tuple[RfDetrForObjectDetection, RfDetrImageProcessor]:
     """Load a model as the class that it was saved as, in evaluation mode, and its image processor.
 
@@ -29,6 +35,7 @@ def load(
         device: Device of the model: "cpu", "cuda", "cuda:1", "mps", or "auto" for the first GPU, else the CPU. The CPU
             by default.
         dtype: float32 by default.
+        id2label: Names of the classes by label. If the checkpoint has other classes, the class heads are new ones.
         **kwargs: For `from_pretrained` of the model: `revision`, `token`, `cache_dir`, `resolution`, ...
 
     Raises:
@@ -53,6 +60,8 @@ def load(
             _check_folder(folder)
         config = RfDetrConfig.from_pretrained(name, **hub)
         has_masks = any("Segmentation" in architecture for architecture in config.architectures or ["Segmentation"])
+        if id2label is not None and class_labels(config.id2label) != dict(id2label):
+            kwargs |= {"id2label": dict(id2label), "ignore_mismatched_sizes": True}
         model_class = RfDetrForInstanceSegmentation if has_masks else RfDetrForObjectDetection
         model, report = model_class.from_pretrained(
             name, dtype=dtype or torch.float32, output_loading_info=True, **kwargs

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..model.configuration_rf_detr import RfDetrConfig
 from ..model.validation import as_pair
-from ..model.variants_rf_detr import is_background_label
+from ..model.variants_rf_detr import class_labels
 
 CURVES, GRID, RECIPE = "training_curves.png", "predictions.png", "training_arguments.json"
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -164,8 +164,7 @@ def _class_table(config: RfDetrConfig, run: Run) -> tuple[list[str], list[list[A
                 break
     rows = [
         [label, name, *(column.get(name, "") for column in columns.values())]
-        for label, name in config.id2label.items()
-        if not is_background_label(name)
+        for label, name in class_labels(config.id2label).items()
     ]
     return ["label", "class", *columns], rows
 

@@ -18,7 +18,7 @@ from ..model.modeling_rf_detr import BACKGROUND_LOGIT, RfDetrForObjectDetection,
 from ..model.post_processing_rf_detr import select_detections, valid_size
 from ..model.predictions_rf_detr import MaskFactors
 from ..model.validation import error_context
-from ..model.variants_rf_detr import is_background_label
+from ..model.variants_rf_detr import class_labels
 from .compiled import InferenceModel
 from .instances import Instances
 
@@ -85,7 +85,7 @@ def labels_of(config: RfDetrConfig, names: str | Sequence[str]) -> Tensor:
         ValueError: a name is none of the model's; the message has the nearest ones.
     """
     names = [names] if isinstance(names, str) else names
-    known = [name for name in config.id2label.values() if not is_background_label(name)]
+    known = list(class_labels(config.id2label).values())
     if not names:
         raise ValueError(f"no classes to look for; name some of {', '.join(known[:10])}, or leave classes out for all")
     for name in names:

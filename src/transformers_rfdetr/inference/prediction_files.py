@@ -23,7 +23,7 @@ from pycocotools import mask as coco_mask
 from ..atomic_files import atomic_file, write_text
 from ..model.configuration_rf_detr import RfDetrConfig
 from ..model.validation import is_index
-from ..model.variants_rf_detr import is_background_label
+from ..model.variants_rf_detr import class_labels
 from .instances import Instances
 
 
@@ -108,8 +108,8 @@ def write_results(folder: Path, names: Sequence[str], config: RfDetrConfig) -> b
     wanted = set(names)
     order = [*names, *(name for name in records if name not in wanted)]  # the latter are of earlier runs
     category_ids = _category_ids(config)
-    labels = [(label, name) for label, name in config.id2label.items() if not is_background_label(name)]
-    categories = [{"id": category_ids[label], "name": name} for label, name in labels]
+    labels = class_labels(config.id2label)
+    categories = [{"id": category_ids[label], "name": name} for label, name in labels.items()]
     images: list[dict[str, Any]] = []
     num_annotations = 0
     with ExitStack() as stack:
@@ -139,7 +139,7 @@ def write_results(folder: Path, names: Sequence[str], config: RfDetrConfig) -> b
 def _category_ids(config: RfDetrConfig) -> Sequence[int]:
     """Return the COCO category id of each label: those stored in the configuration, or the labels themselves."""
     ids = getattr(config, "category_ids", None)
-    largest = max((label for label, name in config.id2label.items() if not is_background_label(name)), default=-1)
+    largest = max(class_labels(config.id2label), default=-1)
     if isinstance(ids, list) and all(map(is_index, ids)) and len(ids) > largest:
         return ids
     return range(len(config.id2label))  # none stored, or those of other classes that the checkpoint had before

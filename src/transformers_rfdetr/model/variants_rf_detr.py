@@ -1,6 +1,7 @@
 """The published variants: one row each, their names, and the classes of their heads."""
 
 import re
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -104,3 +105,8 @@ BACKGROUND, PARENT = "__background__", "__parent__"
 def is_background_label(name: str) -> bool:
     """Whether a label's name, such as `__background__`, says that it is no class."""
     return name.startswith("__") and name.endswith("__")
+
+
+def class_labels(id2label: Mapping[int, str]) -> dict[int, str]:
+    """Return the labels that stand for classes, with their names."""
+    return {label: name for label, name in id2label.items() if not is_background_label(name)}

@@ -9,7 +9,7 @@ from ..data.label_maps import describe_classes
 from ..data.prepared import PreparedDataset
 from ..data.streams import InstanceStream, PreparedStream
 from ..model.configuration_rf_detr import RfDetrConfig
-from ..model.variants_rf_detr import is_background_label
+from ..model.variants_rf_detr import class_labels
 
 logger = logging.get_logger(__name__)
 
@@ -66,7 +66,7 @@ def match_classes(
         config.id2label, config.label2id = wanted, {name: label for label, name in wanted.items()}
         names = wanted
     # The heads of rfdetr's fine-tuned checkpoints have one row more.
-    if {label: name for label, name in names.items() if not is_background_label(name)} != wanted:
+    if class_labels(names) != wanted:
         raise ValueError(
             f"`model` must have the dataset's {len(wanted)} classes {describe_classes(wanted)}, got {len(names)}"
             f" classes {describe_classes(names)}. Load it with from_pretrained(..., id2label=data.id2label,"
