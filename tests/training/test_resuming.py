@@ -84,3 +84,22 @@ def test_a_folder_without_a_complete_checkpoint_is_refused(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     with pytest.raises(ValueError, match="no complete checkpoint"):
         build_trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_restart_with_a_smaller_batch_after_a_lack_of_memory_is_reported(tmp_path, hf_log, monkeypatch):
+    settings = {"auto_find_batch_size": True, "max_steps": 3, "eval_strategy": "no", "save_strategy": "no"}
+    trainer = build_trainer(tmp_path, **settings)
+    compute_loss, calls = trainer.compute_loss, []
+
+    def run_out_of_memory(*arguments, **options):
+        calls.append(None)
+        if len(calls) == 2:
+            raise RuntimeError("CUDA out of memory.")
+        return compute_loss(*arguments, **options)
+
+    monkeypatch.setattr(trainer, "compute_loss", run_out_of_memory)
+    trainer.train()
+    assert trainer.train_batch_size == 1
+    assert trainer.state.global_step == 3
+    assert len(calls) == 2 + 3
+    assert "2 samples in a micro-batch do not fit in memory. Training starts again at optimizer step 0" in hf_log.text

@@ -130,13 +130,13 @@ def convert_to_transformers(
         path, variant=variant, class_names=class_names, ema=ema, trust_checkpoint=trust_checkpoint
     )
     if push_to_hub is not None:
-        push_to_hub = create_repository(push_to_hub, private=private, token=None, kept="nothing was written")
+        push_to_hub = create_repository(push_to_hub, private=private, token=None, kept="Nothing was written.")
     with atomic_directory(output) as folder:
         _write_folder(folder, model, push_to_hub or output.name, path.name)
     if push_to_hub is not None:
         message = f"Converted from {path.name}"
         files = [file for file in output.iterdir() if file.is_file()]
-        upload(output, files, push_to_hub, kept=f"the converted model is in {output}", commit_message=message)
+        upload(output, files, push_to_hub, kept=f"The converted model is in {output}.", commit_message=message)
     return Conversion(output, model.config, model.changes)
 
 

@@ -1,4 +1,4 @@
-"""The code of the model, copied beside a checkpoint so that both load where this package is not installed."""
+"""Copy the code of the model beside a checkpoint, which then loads where this package is not installed."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Upload to the Hub: one commit for each push, with further attempts after failures that may pass."""
+"""Upload to the Hub: one commit for each push, repeated after temporary failures."""
 
 import tempfile
 import time
@@ -36,8 +36,8 @@ def push_to_hub(
 ) -> CommitInfo:
     """Upload a model or an image processor in one commit, a model with a card unless the repository has one.
 
-    Failures that may pass (no connection, too many requests, a server error) are tried again. Large files that arrived
-    are not sent twice, even by another push.
+    The upload is repeated after temporary failures: no connection, too many requests, a server error. A large file that
+    has arrived is not sent twice, even by another push.
 
     Args:
         model_or_processor: The model or image processor.
@@ -53,11 +53,10 @@ def push_to_hub(
         tags: Tags for the model card.
 
     Raises:
-        OSError: Nothing was pushed; the message has the reason.
+        OSError: Nothing was uploaded; the message has the reason.
     """
     is_model = hasattr(model_or_processor, "state_dict")
-    kept = "nothing is lost here"
-    repo_id = create_repository(repo_id, private=private, token=token, kept=kept)
+    repo_id = create_repository(repo_id, private=private, token=token)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if is_model:
@@ -71,7 +70,6 @@ def push_to_hub(
             folder,
             [path for path in folder.rglob("*") if path.is_file()],
             repo_id,
-            kept=kept,
             token=token,
             revision=revision,
             create_pr=create_pr,
@@ -95,7 +93,7 @@ def _write_card(
         card.save(folder / "README.md")
 
 
-def create_repository(repo_id: str, *, private: bool | None, token: str | bool | None, kept: str) -> str:
+def create_repository(repo_id: str, *, private: bool | None, token: str | bool | None, kept: str = "") -> str:
     """Create a repository unless it exists, and return its id with the owner; errors are those of [`upload`]."""
     create = HfApi(token=token).create_repo
     return _retry(lambda: create(repo_id, private=private, exist_ok=True).repo_id, repo_id, kept)
@@ -106,7 +104,7 @@ def upload(
     files: Sequence[Path],
     repo_id: str,
     *,
-    kept: str,
+    kept: str = "",
     token: str | bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
@@ -119,7 +117,7 @@ def upload(
         folder: Their paths in the repository are relative to it.
         files: The files.
         repo_id: An existing repository.
-        kept: Where everything is if the upload fails, for the error.
+        kept: The end of the error, a sentence that says where the files are.
         token: See [`push_to_hub`].
         revision: See [`push_to_hub`].
         create_pr: See [`push_to_hub`].
@@ -127,7 +125,7 @@ def upload(
         **commit: `commit_message`, `commit_description`.
 
     Raises:
-        OSError: The last attempt failed, or another one cannot succeed.
+        OSError: The last attempt failed, or another attempt cannot succeed.
     """
     api = HfApi(token=token)
 
@@ -144,7 +142,7 @@ def upload(
 
 
 def _retry(action: Callable[[], _Result], repo_id: str, kept: str) -> _Result:
-    """Return the result of an action, tried again after failures that may pass; raise OSError with a remedy."""
+    """Return the result of an action, repeated after temporary failures; raise OSError with a remedy."""
     for pause in (*_PAUSES_SECONDS, None):
         try:
             return action()
@@ -152,17 +150,17 @@ def _retry(action: Callable[[], _Result], repo_id: str, kept: str) -> _Result:
             causes = [error, error.__cause__, getattr(error.__cause__, "__cause__", None)]
             response = next((r for cause in causes if (r := getattr(cause, "response", None)) is not None), None)
             status = getattr(response, "status_code", None)
-            if pause is None or not _may_pass(status, causes):
+            if pause is None or not _is_temporary(status, causes):
                 reason = one_line(error.__cause__ or error if isinstance(error, RuntimeError) else error)
-                raise OSError(f"{repo_id} was not pushed: {reason} {_remedy(status)}; {kept}") from error
+                raise OSError(f"{repo_id} was not uploaded: {reason} {_remedy(status)} {kept}".rstrip()) from error
             retry_after = str(response.headers.get("Retry-After", "")) if response is not None else ""
             pause = min(float(retry_after), _MAX_RETRY_AFTER_SECONDS) if retry_after.isdigit() else pause
-            logger.warning(f"{repo_id}: {one_line(error)}; trying again in {pause:g} s")
+            logger.warning(f"{repo_id}: {one_line(error)}; next attempt in {pause:g} s")
             time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
 
 
-def _may_pass(status: int | None, causes: Iterable[BaseException | None]) -> bool:
+def _is_temporary(status: int | None, causes: Iterable[BaseException | None]) -> bool:
     if status is not None:
         return status in (408, 409, 412, 429) or status >= 500  # 409, 412: two commits at the same time
     return any(
@@ -173,7 +171,7 @@ def _may_pass(status: int | None, causes: Iterable[BaseException | None]) -> boo
 
 def _remedy(status: int | None) -> str:
     if status in (401, 403, 404):
-        return "Log in with `hf auth login`, or pass a token that may write there"
+        return "Log in with `hf auth login`, or pass a token with write access."
     if status is None or status in (408, 429) or status >= 500:
-        return "Push again: files that have arrived are not sent twice"
-    return "Correct that and push again"
+        return "Push again: files that have arrived are not sent twice."
+    return "Correct this and push again."

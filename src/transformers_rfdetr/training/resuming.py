@@ -85,6 +85,11 @@ class ResumableTrainer(EvaluatingTrainer):
     def begin_training(self) -> None:
         """Start from the checkpoint that is resumed from, whose model file has the averaged weights, or anew."""
         self.reset_losses()
+        if self.train_batch_size < self.args.train_batch_size and not self._checkpoint:
+            logger.warning(
+                f"{self.args.train_batch_size} samples in a micro-batch do not fit in memory. Training starts again at"
+                f" optimizer step 0 with {self.train_batch_size}, from the weights that it has reached."
+            )
         state, tensors = read_training_state(self._checkpoint) if self._checkpoint else (None, {})
         self.best_models.values = dict(state["best"]) if state else {}
         if state:

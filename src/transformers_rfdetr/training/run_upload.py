@@ -76,7 +76,7 @@ class UploadingTrainer(ResumableTrainer):
         if not self.is_world_process_zero():
             return None
         folder = Path(self.args.output_dir)
-        access: dict[str, Any] = {"token": token or self.args.hub_token, "kept": f"everything is in {folder}"}
+        access: dict[str, Any] = {"token": token or self.args.hub_token, "kept": f"All files are in {folder}."}
         name = self.hub_model_id or self.args.hub_model_id or folder.absolute().name
         private = self.args.hub_private_repo if private is None else private
         self.hub_model_id = create_repository(name, private=private, **access)
@@ -111,7 +111,7 @@ class UploadingTrainer(ResumableTrainer):
             is_last_only = args.hub_strategy == HubStrategy.CHECKPOINT
             uploads.append((folder, files, "last-checkpoint" if is_last_only else folder.name))
         settings: dict[str, Any] = {
-            "kept": f"everything is in {folder}",
+            "kept": f"All files are in {folder}.",
             "token": args.hub_token,
             "revision": args.hub_revision,
             "commit_message": f"Training in progress, optimizer step {self.state.global_step}",
