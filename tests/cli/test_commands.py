@@ -346,7 +346,7 @@ def test_images_may_lie_elsewhere_than_their_json(finished, data, tmp_path):
     assert recipe["image_folder"] == str(tmp_path)
 
 
-def test_a_table_has_a_line_each_for_masks_and_boxes_and_a_dash_for_what_is_not_there():
+def test_a_table_has_a_line_for_masks_and_one_for_boxes_and_a_dash_for_missing_values():
     names = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100"]
     numbers = {f"bbox_{name}": index / 10 for index, name in enumerate(names)} | {"bbox_AP_large": -1.0}
     assert evaluate.format_numbers(numbers).splitlines() == [
@@ -388,7 +388,7 @@ def test_a_benchmark_writes_its_numbers_with_what_was_measured(checkpoint, tmp_p
     assert re.search("--size.*24.*50", refusal("benchmark", checkpoint, "--size", "50"))
 
 
-def test_time_rate_and_flops_are_those_of_hand_arithmetic(monkeypatch):
+def test_time_rate_and_flops_equal_hand_arithmetic(monkeypatch):
     model = torch.nn.Conv2d(3, 5, 1, bias=False)
     model.device = torch.device("cpu")
     ticks = [0.0] * 3 + [tick for duration in (3.0, 1.0, 2.0, 5.0, 4.0) for tick in (10.0, 10.0 + duration)]
@@ -404,7 +404,7 @@ def test_time_rate_and_flops_are_those_of_hand_arithmetic(monkeypatch):
     assert numbers["forward"] == numbers["predict"] == expected
 
 
-def test_peak_memory_is_what_a_call_needs_beyond_what_is_there():
+def test_peak_memory_is_the_growth_of_the_process_during_a_call():
     there = torch.ones(8 << 20)  # 32 MiB, kept
     peak = measurement._peak_bytes(lambda: (there[:1] + torch.ones(16 << 20)).sum(), torch.device("cpu"))
     if peak is None:
@@ -425,7 +425,7 @@ def test_a_published_name_is_described_without_its_weights(name, millions):
     assert facts["file_size"] is None
 
 
-def test_the_text_of_a_published_name():
+def test_info_prints_a_published_name_as_text():
     lines = run("info", "rf-detr-seg-medium").output.splitlines()
     found = dict(line.split(maxsplit=1) for line in lines)
     assert found["variant"] == "rf-detr-seg-medium"
@@ -448,7 +448,7 @@ def test_the_text_of_a_published_name():
         ({"decoder_n_points": 4}, "the nearest, rf-detr-seg-medium, has decoder_n_points 2 (here 4)"),
     ],
 )
-def test_a_folder_is_named_after_the_nearest_variant(overrides, text, tmp_path):
+def test_info_names_the_nearest_variant_and_the_differences(overrides, text, tmp_path):
     config = RfDetrConfig.from_variant("rf-detr-seg-medium", num_labels=2)
     for name, value in overrides.items():
         setattr(config, name, value)
@@ -461,7 +461,7 @@ def test_the_variant_is_found_by_its_architecture():
         assert architecture.nearest_variant(RfDetrConfig.from_variant(name), "-seg-" in name) == (name, {})
 
 
-def test_a_folder_says_its_classes_weights_and_preprocessing(checkpoint):
+def test_info_describes_the_classes_weights_and_preprocessing_of_a_folder(checkpoint):
     facts = json.loads(run("info", checkpoint, "--json").output)
     assert facts["classes"] == {"0": "cat", "1": "dog", "2": "cow"}
     assert facts["dtype"] == "float32"
@@ -505,7 +505,7 @@ def test_a_file_of_rfdetr_is_read_without_converting_it(tmp_path, monkeypatch):
     assert [*tmp_path.iterdir()] == [path]
 
 
-def test_what_is_no_model_of_this_kind_is_refused(tmp_path):
+def test_info_refuses_other_models_and_files(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     assert "'rf_detr', got 'bert'" in refusal("info", tmp_path)
     (tmp_path / "empty").mkdir()

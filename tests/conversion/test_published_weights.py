@@ -132,7 +132,7 @@ def test_every_spelling_names_its_file(name):
         assert published_file(spelling) is PUBLISHED[name], spelling
 
 
-def test_every_variant_has_its_file_and_every_file_was_looked_at():
+def test_every_variant_has_a_file_and_every_file_a_known_variant():
     assert PUBLISHED.keys() == SPELLINGS.keys()
     assert {file.variant for file in PUBLISHED.values()} == {*VARIANTS, "rf-detr-keypoint-preview"}
     for spelling, variant in ALIASES.items():
@@ -187,7 +187,7 @@ def test_a_file_is_downloaded_once_into_a_new_folder(store, pauses, tmp_path):
     assert pauses == []
 
 
-def test_without_a_folder_it_goes_where_rfdetr_looks(store, monkeypatch, tmp_path):
+def test_the_default_folder_is_that_of_rfdetr(store, monkeypatch, tmp_path):
     monkeypatch.setenv("RF_HOME", str(tmp_path))
     assert download_weights(weights()) == tmp_path / "rf-detr-toy.pth"
     assert folder_holds_the_file_only(tmp_path)
@@ -200,7 +200,7 @@ def test_a_download_of_unknown_length_is_complete(store, tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["ends", "stalls", "resets"])
-def test_a_connection_that_breaks_is_tried_again(store, pauses, monkeypatch, tmp_path, fault):
+def test_a_broken_connection_is_retried(store, pauses, monkeypatch, tmp_path, fault):
     monkeypatch.setattr(published_weights, "_TIMEOUT_SECONDS", 1)
     store.faults, store.cut_after = [fault, fault], 100_000
     download_weights(weights(), tmp_path)
@@ -210,7 +210,7 @@ def test_a_connection_that_breaks_is_tried_again(store, pauses, monkeypatch, tmp
 
 
 @pytest.mark.parametrize("is_shown", [True, False])
-def test_a_progress_bar_is_shown_unless_transformers_shows_none(is_shown, store, monkeypatch, tmp_path, capsys):
+def test_the_progress_bar_follows_the_setting_of_transformers(is_shown, store, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(logging, "is_progress_bar_enabled", lambda: is_shown)
     download_weights(weights(), tmp_path)
     assert ("300k/300k" in capsys.readouterr().err) == is_shown
@@ -243,7 +243,7 @@ def test_a_refusal_is_final(store, pauses, tmp_path, status):
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 503])
-def test_a_server_that_is_busy_or_fails_is_asked_again_after_growing_pauses(store, pauses, tmp_path, status):
+def test_a_busy_or_failing_server_is_retried_after_growing_pauses(store, pauses, tmp_path, status):
     store.faults = [status, status]
     download_weights(weights(), tmp_path)
     assert folder_holds_the_file_only(tmp_path)
@@ -262,7 +262,7 @@ def test_after_the_last_attempt_the_error_names_the_url_and_nothing_is_left(stor
     assert folder_holds_the_file_only(tmp_path)
 
 
-def test_a_server_that_is_not_there_is_an_error_of_the_connection(pauses, monkeypatch, tmp_path):
+def test_a_missing_server_is_a_connection_error(pauses, monkeypatch, tmp_path):
     with socket.socket() as unused:  # bound and not listening: connections are refused
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -295,7 +295,7 @@ def test_a_full_disk_is_named_at_once(store, pauses, monkeypatch, tmp_path):
     assert pauses == []
 
 
-def test_a_folder_that_cannot_be_made_is_named(store, tmp_path):
+def test_a_folder_that_cannot_be_created_is_named(store, tmp_path):
     file = tmp_path / "file"
     file.write_bytes(b"")
     with pytest.raises(OSError, match=f"{file}/models"):

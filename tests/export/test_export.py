@@ -1,4 +1,4 @@
-"""Exported files against PyTorch: their numbers, what they say of themselves, and that no wrong one is left."""
+"""Exported files compared with PyTorch: their outputs, their metadata, and that a wrong file is not kept."""
 
 import json
 import subprocess
@@ -57,7 +57,7 @@ def described(model):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """A segmentation model of 48 x 48, as a file of 72 x 48 for any batch size; it is in training when exported."""
+    """A segmentation model of 48 x 48, exported in training mode for 72 x 48 and any batch size."""
     model = small_model(**SMALL).train()
     model.config._attn_implementation = "eager"
     before = described(model)
@@ -73,7 +73,7 @@ def plain(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chosen(tmp_path_factory):
-    """A segmentation model whose file chooses the best 5 pairs of each of 2 images, made by the command."""
+    """A segmentation model exported by the command; the file selects the best 5 pairs of each of 2 images."""
     folder = tmp_path_factory.mktemp("chosen")
     model = small_model(**SMALL)
     model.save_pretrained(folder / "model")
@@ -89,7 +89,7 @@ def chosen(tmp_path_factory):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_a_file_of_another_size_gives_what_the_model_gives_for_every_batch_size(plain, batch_size):
+def test_a_file_for_another_size_agrees_with_the_model_for_every_batch_size(plain, batch_size):
     inputs = pixels(batch_size, 72, 48)
     with torch.no_grad():
         expected = plain.model(inputs)
@@ -101,20 +101,20 @@ def test_a_file_of_another_size_gives_what_the_model_gives_for_every_batch_size(
     assert found["masks"].shape == (batch_size, 6, 18, 12)
 
 
-def test_the_differences_seen_are_returned(plain):
+def test_the_largest_differences_are_returned(plain):
     assert plain.done.path == plain.path
     assert plain.done.differences.keys() == {"boxes", "logits", "masks", "ranking"}
     assert all(0 <= value < 1e-3 for value in plain.done.differences.values())
 
 
-def test_rows_that_are_no_class_never_score(plain, chosen):
+def test_rows_that_are_not_classes_score_0(plain, chosen):
     logits = run(plain.path, pixels(2, 72, 48))["logits"]
     assert (logits[..., [0, 3]].sigmoid() == 0).all()
     assert (logits[..., [1, 2]].sigmoid() > 0).all()
     assert set(run(chosen.path, pixels(2))["labels"].unique().tolist()) <= {1, 2}
 
 
-def test_the_best_pairs_are_those_of_the_processor(chosen):
+def test_the_best_pairs_are_those_of_the_image_processor(chosen):
     inputs = pixels(2)
     with torch.no_grad():
         outputs = chosen.model(inputs)
@@ -131,7 +131,7 @@ def test_the_best_pairs_are_those_of_the_processor(chosen):
     torch.testing.assert_close(found["masks"], masks, atol=1e-3, rtol=1e-3)
 
 
-def test_the_best_pairs_of_hostile_numbers_are_those_of_the_processor():
+def test_infinite_and_nan_outputs_are_ranked_as_the_image_processor_ranks_them():
     logits = torch.tensor([[[0.0, 2.0], [torch.nan, 1.0], [9.0, 9.0], [8.0, 3.0], [2.0, -1e4]]])
     boxes = torch.tensor([0.5, 0.5, 0.2, 0.2]).repeat(1, 5, 1)
     boxes[0, 2, 3] = torch.inf
@@ -161,7 +161,7 @@ def half(tmp_path_factory):
     return SimpleNamespace(model=model.float(), path=path, done=done)
 
 
-def test_tied_proposals_in_another_order_do_not_make_a_right_export_fail(half):
+def test_tied_proposals_in_another_order_are_not_differences(half):
     inputs = pixels(1)
     with torch.no_grad():
         other_order = half.model(inputs).pred_boxes
@@ -196,10 +196,10 @@ def test_differences_are_absolute_up_to_1_and_relative_above():
     assert difference(torch.zeros(1), torch.zeros(2)) == inf
 
 
-# What is in the file, and what stays outside
+# Metadata and paths
 
 
-def test_the_file_says_how_it_wants_its_images_and_what_it_returns(plain):
+def test_the_metadata_describe_preprocessing_and_outputs(plain):
     model = onnx.load(plain.path)
     metadata = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
     assert metadata.pop("versions").keys() == {"transformers-rfdetr", "transformers", "torch", "onnxscript"}
@@ -220,12 +220,12 @@ def test_the_file_says_how_it_wants_its_images_and_what_it_returns(plain):
         assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
 
 
-def test_the_file_holds_no_paths_of_the_machine_that_made_it(plain):
+def test_the_file_has_no_paths_of_the_machine_that_wrote_it(plain):
     assert str(Path(export_module.__file__).parent).encode() not in plain.data
     assert b"modeling_rf_detr" not in plain.data
 
 
-def test_the_exported_model_stays_as_it_was(plain):
+def test_the_model_is_not_changed(plain):
     (state, *before), (later_state, *after) = plain.before, plain.after
     assert before == after
     assert before[1] is True
@@ -236,7 +236,7 @@ def test_the_exported_model_stays_as_it_was(plain):
 
 
 def break_outputs(proto, name):
-    """Let 0.05 be added to the output `name`."""
+    """Add 0.05 to the output `name`."""
     for node in proto.graph.node:
         for index, output in enumerate(node.output):
             if output == name:
@@ -247,7 +247,7 @@ def break_outputs(proto, name):
 
 
 def break_ranking(proto, _):
-    """Let the worst tokens be proposed instead of the best."""
+    """Select the worst tokens instead of the best."""
     [node] = [node for node in proto.graph.node if node.op_type == "TopK"]
     kept = [attribute for attribute in node.attribute if attribute.name != "largest"]
     node.ClearField("attribute")
@@ -255,14 +255,14 @@ def break_ranking(proto, _):
 
 
 def break_numbers(proto, name):
-    """Let the output `name` be NaN."""
+    """Set the output `name` to NaN."""
     break_outputs(proto, name)
     [constant] = [tensor for tensor in proto.graph.initializer if tensor.name == "fault"]
     constant.CopyFrom(onnx.numpy_helper.from_array(np.full((), np.nan, np.float32), "fault"))
 
 
 def break_batches(proto, name):
-    """Let every image have the output `name` of the first one."""
+    """Give every image the output `name` of the first one."""
     break_outputs(proto, name)
     constant = onnx.numpy_helper.from_array(np.zeros(1, np.int64), "first")
     proto.graph.initializer.append(constant)
@@ -273,7 +273,7 @@ def break_batches(proto, name):
 
 @pytest.fixture
 def write(monkeypatch, plain):
-    """Puts the file of `plain`, with a fault in it, in the place of what torch writes."""
+    """Replace the file that torch writes by that of `plain` with a fault in it."""
 
     def replace(fault=lambda proto, name: None, name=""):
         proto = onnx.load_from_string(plain.data)
@@ -294,7 +294,7 @@ def write(monkeypatch, plain):
         (break_batches, "boxes", r"boxes by"),
     ],
 )
-def test_a_wrong_file_is_refused_and_none_is_left(plain, write, tmp_path, fault, name, message):
+def test_a_wrong_file_is_refused_and_not_kept(plain, write, tmp_path, fault, name, message):
     write(fault, name)
     settings = {"resolution": (72, 48), "processor": plain.processor}
     with pytest.raises(ValueError, match=rf"onnx in float32 .*{message}.*No file was kept"):
@@ -305,7 +305,7 @@ def test_a_wrong_file_is_refused_and_none_is_left(plain, write, tmp_path, fault,
         assert 0.001 < done.differences["logits"] <= 0.0501
 
 
-def test_a_model_that_float16_cannot_hold_is_refused_before_anything_is_written(tmp_path):
+def test_a_model_that_overflows_in_float16_is_refused_before_anything_is_written(tmp_path):
     model = small_model(**SMALL)
     with torch.no_grad():
         model.segmentation_head.bias.fill_(1e5)  # float16 ends at 65504
@@ -317,7 +317,7 @@ def test_a_model_that_float16_cannot_hold_is_refused_before_anything_is_written(
 # The command and the example
 
 
-def test_the_command_exports_and_ends_with_what_was_measured(chosen):
+def test_the_command_exports_and_prints_the_differences(chosen):
     assert chosen.result.exit_code == 0, chosen.result.output
     lines = chosen.result.stdout.strip().splitlines()
     assert lines[-2].startswith(f"{chosen.path}: ")
@@ -338,7 +338,7 @@ def test_the_command_exports_and_ends_with_what_was_measured(chosen):
         (["model.onnx"], "`output` must be new"),
     ],
 )
-def test_the_command_says_what_is_wrong_in_one_line(chosen, options, message):
+def test_the_command_prints_an_error_in_one_line(chosen, options, message):
     arguments = [str(chosen.folder / "model"), str(chosen.folder / options[0]), *options[1:]]
     result = CliRunner().invoke(chosen.app, arguments)
     assert result.exit_code == 2
@@ -363,7 +363,7 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
-def test_the_example_finds_without_torch_what_model_and_processor_find(plain, chosen, tmp_path):
+def test_the_example_without_torch_finds_the_same_as_model_and_processor(plain, chosen, tmp_path):
     [image] = scenes(2)
     image.save(tmp_path / "scene.png")
     size = image.size[::-1]
@@ -399,7 +399,7 @@ def test_the_example_finds_without_torch_what_model_and_processor_find(plain, ch
 # OpenVINO, packages and arguments
 
 
-def test_openvino_gets_the_same_file_and_is_checked_too(plain, write, tmp_path):
+def test_an_openvino_file_is_compared_too(plain, write, tmp_path):
     openvino = pytest.importorskip("openvino")
     write(break_outputs, "boxes")
     settings = {"format": "openvino", "resolution": (72, 48), "processor": plain.processor}

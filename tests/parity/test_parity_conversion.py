@@ -103,7 +103,7 @@ def assert_ours_predicts_the_same(folder, variant, peer):
 
 
 @pytest.mark.parametrize("variant", PEER_CLASSES)
-def test_a_stand_in_goes_there_and_back_bit_for_bit_and_predicts_the_same(variant, tmp_path, narrow):
+def test_a_small_model_is_converted_there_and_back_bit_for_bit_and_predicts_the_same(variant, tmp_path, narrow):
     config = stand_in_config(variant)
     model, settings = build_peer(variant, config)
     with narrow_dinov2(config):
@@ -117,7 +117,7 @@ def test_a_stand_in_goes_there_and_back_bit_for_bit_and_predicts_the_same(varian
 
 @pytest.mark.long
 @pytest.mark.parametrize("variant", FULL_SIZE)
-def test_a_full_size_model_goes_there_and_back_bit_for_bit_and_predicts_the_same(variant, tmp_path):
+def test_a_full_size_model_is_converted_there_and_back_bit_for_bit_and_predicts_the_same(variant, tmp_path):
     model, settings = build_peer(variant)
     there, peer = round_trip(variant, model, settings, tmp_path, class_names=list(COCO_NAMES.values()))
     assert there.config.id2label[18] == "dog"
@@ -155,7 +155,7 @@ def test_the_published_form_of_seg_large_keeps_the_first_200_of_300_queries_of_e
     shutil.rmtree(tmp_path)
 
 
-def test_a_fine_tuned_file_of_the_first_versions_has_its_names_where_rfdetr_trained_them(tmp_path, narrow):
+def test_class_names_of_the_first_versions_are_at_the_rows_that_rfdetr_trained(tmp_path, narrow):
     """rfdetr 1.4 trained Roboflow's data with the ids 1 to N as labels, in a head of N + 1 rows."""
     config = stand_in_config("rf-detr-seg-nano")
     model, settings = build_peer("rf-detr-seg-nano", config)
@@ -173,7 +173,7 @@ def test_a_fine_tuned_file_of_the_first_versions_has_its_names_where_rfdetr_trai
     assert names == ["__parent__", "barn", "house", "shed", "silo"]
 
 
-def test_positions_of_another_size_than_the_arguments_say_are_resized_as_rfdetr_does(tmp_path, narrow):
+def test_a_position_table_of_another_size_than_the_arguments_is_resized_as_in_rfdetr(tmp_path, narrow):
     config = stand_in_config("rf-detr-seg-nano", grid=4)
     model, settings = build_peer("rf-detr-seg-nano", config)
     content = described(model, settings, "rf-detr-seg-nano", class_names=NAMES)
@@ -215,7 +215,7 @@ def one_step_run(tmp_path_factory):
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["checkpoint_best_total.pth", "checkpoint_best_ema.pth", "last.ckpt"])
-def test_what_a_run_of_rfdetr_wrote_converts_with_its_names_and_goes_back(name, one_step_run, tmp_path):
+def test_files_of_a_training_run_of_rfdetr_are_converted_there_and_back(name, one_step_run, tmp_path):
     there = convert_to_transformers(one_step_run / name, tmp_path / "there")
     assert there.config.id2label == {0: "barn", 1: "house", 2: "shed", 3: "__background__"}
     assert there.config.resolution == 48

@@ -127,7 +127,7 @@ def test_a_parameter_that_changed_after_the_conversion_is_named(name, wrong, wri
     assert name in capsys.readouterr().out
 
 
-def test_tokens_that_score_alike_are_compared_in_the_originals_order(write_checkpoint, run, tmp_path):
+def test_tied_tokens_are_compared_in_the_order_of_the_original(write_checkpoint, run, tmp_path):
     path, name = write_checkpoint(DETECTION), "transformer.enc_out_class_embed.0.weight"
     change(path, name, lambda weight: 1e-4 * weight)
     convert_to_transformers(path, tmp_path / "converted")
@@ -137,7 +137,7 @@ def test_tokens_that_score_alike_are_compared_in_the_originals_order(write_check
     assert all(row.agrees for row in comparison.stages)
 
 
-def test_without_the_port_its_column_is_empty_and_says_why(write_checkpoint, run, monkeypatch, capsys):
+def test_without_the_port_its_column_is_empty_and_a_note_has_the_reason(write_checkpoint, run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers.models.rf_detr.modeling_rf_detr", None)
     code, comparison = run(write_checkpoint(DETECTION))
     assert code == 0
@@ -145,7 +145,7 @@ def test_without_the_port_its_column_is_empty_and_says_why(write_checkpoint, run
     assert "no column for the port in transformers" in capsys.readouterr().out
 
 
-def test_bad_input_ends_with_code_2_and_a_line(write_checkpoint, run, monkeypatch, tmp_path, capsys):
+def test_invalid_input_ends_with_code_2_and_one_line(write_checkpoint, run, monkeypatch, tmp_path, capsys):
     path = write_checkpoint(DETECTION)
     assert run(tmp_path / "missing.pth")[0] == 2
     assert "missing.pth" in capsys.readouterr().err

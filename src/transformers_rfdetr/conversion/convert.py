@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import pooch
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -34,7 +35,7 @@ from .architecture import (
     rfdetr_class,
 )
 from .class_names import read_class_names, write_class_names
-from .published_weights import PUBLISHED, download_weights, md5_of, published_file
+from .published_weights import PUBLISHED, download_weights, published_file
 from .rfdetr_checkpoint import read_rfdetr_file, shape_of, write_rfdetr_file
 
 
@@ -71,7 +72,7 @@ def read_rfdetr_model(
         if arguments.get("use_grouppose_keypoints") or any("keypoint" in name for name in state_dict):
             _refuse_keypoints()
         named_as = PUBLISHED.get(path.name)
-        original = {file.md5: file for file in PUBLISHED.values()}.get(md5_of(path))
+        original = {file.md5: file for file in PUBLISHED.values()}.get(pooch.file_hash(path, "md5"))
         if original is not None:  # rfdetr builds it by the class of its variant, whatever arguments it was trained with
             named_as, arguments = original, {}
         claimed = resolve_variant(variant) if variant else named_as.variant if named_as else None

@@ -3,7 +3,6 @@
 They are kept where rfdetr keeps them, so that neither package downloads a file that the other one has.
 """
 
-import hashlib
 import os
 import re
 from pathlib import Path
@@ -112,7 +111,7 @@ def download_weights(file: PublishedFile, folder: Path | None = None) -> Path:
     folder = weights_folder() if folder is None else Path(folder)
     path, url = folder / file.name, BASE_URL + file.remote
     if path.exists():
-        if (md5 := md5_of(path)) != file.md5:
+        if (md5 := pooch.file_hash(path, "md5")) != file.md5:
             raise ValueError(
                 f"{path} must have the md5 {file.md5} of the published file, got {md5}. Move it away to download the"
                 " published file, or pass its path to convert it as your own file."
@@ -140,9 +139,3 @@ def _download(url: str, output: str, cache: pooch.Pooch) -> None:
         if status in (408, 429) or status >= 500:
             raise
         raise OSError(f"{url} cannot be downloaded: the server answers {status} {error.response.reason}") from error
-
-
-def md5_of(path: Path) -> str:
-    """Return the md5 of a file in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
