@@ -1,4 +1,4 @@
-"""Rows of the datasets library become samples, whatever their columns are called."""
+"""Rows of the library `datasets` are read as samples, for all usual names of columns."""
 
 import sys
 from io import BytesIO
@@ -29,7 +29,7 @@ datasets = pytest.importorskip("datasets")
 
 @pytest.mark.parametrize("as_columns", [True, False], ids=["dict of lists", "list of dicts"])
 @pytest.mark.parametrize("kind", ["ClassLabel", "text", "number"])
-def test_rows_of_every_form(as_columns, kind):
+def test_rows_of_all_layouts_are_read(as_columns, kind):
     category, feature = {
         "ClassLabel": (INDEX.get, datasets.ClassLabel(names=NAMES)),
         "text": (ID_TO_NAME.get, datasets.Value("string")),
@@ -52,8 +52,8 @@ def test_rows_of_every_form(as_columns, kind):
     assert dataset.crowded(1) == [(100, 2)]
 
 
-def test_the_nested_sequences_of_older_data_sets():
-    """Sequence({...}) is what scripts wrote; it is stored as a dict of lists."""
+def test_the_nested_sequences_of_older_datasets():
+    """`Sequence({...})`, which loading scripts used, is stored as a dict of lists."""
     number, real = datasets.Value("int64"), datasets.Value("float32")
     inner = {
         **{"id": number, "category": datasets.ClassLabel(names=NAMES), "area": real, "iscrowd": number},
@@ -65,14 +65,14 @@ def test_the_nested_sequences_of_older_data_sets():
     check_samples(load_instance_dataset(table)["train"])
 
 
-def test_large_lists_of_class_labels():
+def test_large_lists_of_class_labels_are_read():
     schema = features(datasets.ClassLabel(names=NAMES), as_columns=True, sequence=datasets.LargeList)
     data = load_instance_dataset(datasets.Dataset.from_list(rows(INDEX.get, as_columns=True), features=schema))
     assert data.id2label == {0: "roof", 1: "tree"}
     check_samples(data["train"])
 
 
-def test_other_usual_names_and_missing_fields():
+def test_other_usual_names_and_missing_fields_are_read():
     renamed = [
         {
             "img": row["image"],
@@ -94,7 +94,7 @@ def test_other_usual_names_and_missing_fields():
 
 @pytest.mark.parametrize("as_columns", [True, False])
 @pytest.mark.parametrize("missing", [None, {"size": None, "counts": None}])
-def test_rle_in_rows(as_columns, missing):
+def test_rle_in_rows_is_read(as_columns, missing):
     mask = np.zeros((40, 60), np.uint8)
     mask[3:9, 7:30] = 1
     rle = coco_mask.encode(np.asfortranarray(mask))
@@ -112,7 +112,7 @@ def test_rle_in_rows(as_columns, missing):
     assert "2 objects, 1 of them without a mask" in str(InstanceDatasets({"train": dataset}))
 
 
-def test_class_names_name_numbers_and_order_texts():
+def test_class_names_name_number_categories_and_order_string_categories():
     numbers = datasets.Dataset.from_list(rows())
     data = load_instance_dataset(numbers, class_names={3: "roof", 7: "tree", 9: "road"})
     assert (data.id2label, data.category_ids) == ({0: "roof", 1: "tree", 2: "road"}, [3, 7, 9])
@@ -135,7 +135,7 @@ def test_splits_of_rows_share_one_label_map():
     check_samples(data["validation"])
 
 
-def test_class_labels_that_differ_between_splits_are_refused():
+def test_class_labels_must_be_the_same_in_all_splits():
     tables = [
         datasets.Dataset.from_list(rows(INDEX.get), features=features(datasets.ClassLabel(names=names), False))
         for names in (NAMES, ["roof", "bush"])
@@ -144,7 +144,7 @@ def test_class_labels_that_differ_between_splits_are_refused():
         load_instance_dataset({"train": tables[0], "validation": tables[1]})
 
 
-def test_a_class_label_outside_its_names_is_refused_with_its_place():
+def test_a_class_label_without_a_name_is_refused():
     schema = features(datasets.Value("int64"), as_columns=False)
     table = datasets.Dataset.from_list(rows(), features=schema)
     wrong = table.with_format("arrow")
@@ -180,20 +180,20 @@ def test_sizes_of_rows_come_from_the_headers_of_the_files():
     assert truth["images"] == [{"id": 0, "height": 40, "width": 60}]
 
 
-def test_splits_whose_categories_are_of_two_kinds_are_refused():
+def test_categories_must_have_the_same_type_in_all_splits():
     tables = [datasets.Dataset.from_list(rows(category)) for category in (ID_TO_NAME.get, lambda number: number)]
     with pytest.raises(ValueError, match=r"type .*\{'train': 'string', 'test': 'number'\}"):
         load_instance_dataset({"train": tables[0], "test": tables[1]})
 
 
-def test_rows_that_were_selected_or_formatted_read_alike():
+def test_selected_and_formatted_rows_are_read():
     table = datasets.Dataset.from_list(rows() + rows()).select([3, 1, 5]).with_format("torch")
     with pytest.raises(ValueError, match=r"category_id. .*\{0: .x.\}, got"):
         load_instance_dataset(table, class_names=["x"])
     check_samples(load_instance_dataset(table)["train"])
 
 
-def test_folders_that_the_library_reads(tmp_path):
+def test_folders_of_parquet_and_saved_datasets_are_read(tmp_path):
     table = datasets.Dataset.from_list(
         rows(INDEX.get), features=features(datasets.ClassLabel(names=NAMES), as_columns=False)
     )
@@ -223,12 +223,12 @@ def test_folders_that_the_library_reads(tmp_path):
         ([{"image": "a", "image_id": 4, "objects": [{"category": 3}]}] * 2, "image ids .*got 4 for 2 images"),
     ],
 )
-def test_rows_without_what_is_needed_are_refused(content, message):
+def test_rows_with_missing_or_invalid_columns_are_refused(content, message):
     with pytest.raises(ValueError, match=message):
         load_instance_dataset(datasets.Dataset.from_list(content))
 
 
-def test_without_the_library_the_remedy_is_named(monkeypatch, tmp_path):
+def test_without_the_library_the_error_says_how_to_install_it(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r'pip install "transformers-rfdetr\[train\]"'):
         load_instance_dataset("someone/buildings")

@@ -1,4 +1,4 @@
-"""The model's inputs and labels of a dataset, their augmentation and batches."""
+"""Datasets are prepared as inputs and labels of the model: augmentation, image processor, batches."""
 
 import itertools
 import pickle
@@ -17,7 +17,7 @@ from transformers_rfdetr.data.prepared import FollowEpoch, PreparedDataset, coll
 from transformers_rfdetr.data.synthetic import draw_dataset
 
 
-def test_prepared_samples_are_what_the_processor_makes():
+def test_prepared_samples_equal_the_output_of_the_processor():
     dataset = InstanceDataset(make_coco(), make_images())
     prepared = dataset.with_processor(processor())
     assert prepared.dataset is dataset
@@ -63,7 +63,7 @@ def test_batches_of_several_sizes_are_padded_as_the_processor_pads_them(do_pad):
     assert equal(batch["labels"], [dict(label) for label in expected["labels"]])
 
 
-def test_draws_follow_from_seed_epoch_and_index_alone():
+def test_the_augmentation_depends_only_on_seed_epoch_and_index():
     prepared = drawn_dataset().with_processor(processor(), augmentation=FlipAndCrop(), seed=5)
     before = (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())
     forwards = [prepared[index] for index in range(8)]
@@ -82,7 +82,7 @@ def test_draws_follow_from_seed_epoch_and_index_alone():
     assert before[2] == random.getstate()
 
 
-def test_each_index_has_draws_of_its_own():
+def test_each_index_is_augmented_differently():
     [image], content = draw_dataset(1)
     content["images"] = [{**content["images"][0], "id": number} for number in range(6)]
     content["annotations"] = []
@@ -91,7 +91,7 @@ def test_each_index_has_draws_of_its_own():
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_workers_and_order_change_nothing(num_workers):
+def test_the_augmentation_does_not_depend_on_workers_and_order(num_workers):
     prepared = drawn_dataset().with_processor(processor(), augmentation=FlipAndCrop(), seed=5)
     prepared.set_epoch(4)
     expected = [prepared[index] for index in range(8)]
@@ -118,7 +118,7 @@ def test_prepared_data_can_be_pickled():
     assert equal(pickle.loads(pickle.dumps(prepared))[1], prepared[1])
 
 
-def test_the_callback_tells_the_epoch_that_begins():
+def test_the_callback_sets_the_epoch_at_its_beginning():
     prepared = drawn_dataset(2).with_processor(processor(), augmentation=FlipAndCrop())
     prepared.set_epoch(2)
     expected = [prepared[0], prepared[1]]
@@ -127,10 +127,10 @@ def test_the_callback_tells_the_epoch_that_begins():
     state = TrainerState(epoch=2.0)
     FollowEpoch().on_epoch_begin(None, state, None, train_dataloader=loader(prepared))
     assert equal([prepared[0], prepared[1]], expected)
-    FollowEpoch().on_epoch_begin(None, state, None, train_dataloader=loader([1, 2]))  # of no concern to it
+    FollowEpoch().on_epoch_begin(None, state, None, train_dataloader=loader([1, 2]))  # ignores other datasets
 
 
-def test_the_stock_trainer_draws_anew_in_each_epoch(tmp_path):
+def test_the_stock_trainer_augments_differently_in_each_epoch(tmp_path):
     class Recorder(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -141,7 +141,7 @@ def test_the_stock_trainer_draws_anew_in_each_epoch(tmp_path):
             self.seen += [round(float(image.double().sum()), 3) for image in pixel_values]
             return {"loss": self.weight**2}
 
-    # Each epoch cuts other squares, and so has other sums of pixels.
+    # Each epoch crops different squares, so that the sums of the pixels differ.
     prepared = drawn_dataset(4).with_processor(processor(), augmentation=FlipAndCrop(crop=1.0, crop_sides=(100, 300)))
     expected = []
     for epoch in range(2):
@@ -172,7 +172,7 @@ def test_torchvision_pipelines_are_wrapped():
     assert mirrored[0]["labels"]["masks"].shape == plain[0]["labels"]["masks"].shape
 
 
-def test_errors_while_a_sample_is_prepared_name_it():
+def test_an_error_in_the_augmentation_names_the_image():
     def broken(image, annotations, rng):
         raise ValueError("no luck")
 

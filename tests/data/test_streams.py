@@ -35,7 +35,7 @@ def seen(prepared, num_workers: int = 0, limit: int | None = None) -> list[int]:
     return [int(batch["labels"][0]["image_id"]) for batch in itertools.islice(batches, limit)]
 
 
-def test_a_stream_gives_samples_with_labels():
+def test_a_stream_yields_samples_with_labels():
     prepared = stream(1, repeat=False)
     assert isinstance(prepared.stream, InstanceStream)
     assert prepared.stream.id2label == {0: "roof", 1: "tree"}
@@ -47,7 +47,7 @@ def test_a_stream_gives_samples_with_labels():
     assert "streamed, not counted" in str(InstanceDatasets({"train": prepared.stream}))
 
 
-# Of two workers on three shards, one has more to read than the other, so that their endless epochs end apart.
+# With two workers and three shards, one worker reads more rows, so that the epochs of the two end at different times.
 @pytest.mark.parametrize(
     ("num_shards", "num_workers", "repeat"),
     [*itertools.product((3, 4), (0, 2), (False,)), (3, 0, True), (4, 0, True), (4, 2, True)],
@@ -62,7 +62,7 @@ def test_two_processes_see_each_row_of_an_epoch_once(num_shards, num_workers, re
     assert [seen(part, num_workers, limit) for part in parts] == found
 
 
-def test_processes_are_known_from_the_environment(monkeypatch):
+def test_rank_and_world_size_are_read_from_the_environment(monkeypatch):
     prepared = stream(2, repeat=False)
     assert len(list(prepared)) == 12
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -73,7 +73,7 @@ def test_processes_are_known_from_the_environment(monkeypatch):
     assert sorted(found) == list(range(12))
 
 
-def test_an_endless_stream_is_shuffled_anew_in_each_epoch():
+def test_a_repeated_stream_is_shuffled_differently_in_each_epoch():
     prepared = stream(3, repeat=True, buffer_size=6, seed=2)
     order = seen(prepared, limit=36)
     epochs = [order[start : start + 12] for start in (0, 12, 24)]
@@ -83,7 +83,7 @@ def test_an_endless_stream_is_shuffled_anew_in_each_epoch():
     assert seen(prepared, limit=24) == epochs[1] + epochs[2]
 
 
-def test_draws_of_a_stream_follow_from_seed_epoch_and_place():
+def test_the_augmentation_of_a_stream_depends_on_seed_epoch_and_position():
     def samples(**arguments):
         prepared = stream(2, augmentation=FlipAndCrop(), repeat=False, **arguments)
         return [sample["labels"]["boxes"] for sample in prepared]
@@ -99,7 +99,7 @@ def test_draws_of_a_stream_follow_from_seed_epoch_and_place():
     assert not equal(epoch(0), epoch(1))
 
 
-def test_each_process_and_each_worker_has_draws_of_its_own():
+def test_each_process_and_each_worker_augments_differently():
     # All rows hold the same box; 2 shards of 6 rows.
     arguments = {"augmentation": FlipAndCrop(crop=1.0, crop_sides=(200, 500)), "repeat": False}
     processes = [[sample["labels"]["boxes"] for sample in stream(2, process=(rank, 2), **arguments)] for rank in (0, 1)]
@@ -114,7 +114,7 @@ def test_a_worker_without_a_shard_ends_instead_of_waiting():
     assert sorted(seen(stream(1, num_rows=3), num_workers=2, limit=6)) == [0, 0, 1, 1, 2, 2]
 
 
-def test_a_stream_without_class_names_needs_them():
+def test_a_stream_without_class_labels_requires_class_names():
     table = datasets.Dataset.from_list(rows(ID_TO_NAME.get)).to_iterable_dataset()
     with pytest.raises(ValueError, match=r"class_names. .*stream.*got"):
         load_instance_dataset(table)

@@ -1,4 +1,4 @@
-"""A data.yaml and label files become samples."""
+"""YOLO datasets, a data.yaml and label files, are read as samples."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def save_yolo(root: Path, lines: dict[str, list[str]], yaml: str) -> Path:
 NAMED = "names: [roof, tree]\ntrain: images/train\n"
 
 
-def test_yolo_polygons_and_boxes(tmp_path):
+def test_yolo_polygons_and_boxes_are_read_in_pixels(tmp_path):
     lines = {
         "0": ["1 0.25 0.25 0.5 0.25 0.5 0.75 0.25 0.75", "", "0 0.5 0.5 0.25 0.5"],  # 60 x 40 pixels
         "1": ["1 0.0 0.0 1.0 0.0 1.0 0.5"],
@@ -61,7 +61,7 @@ def test_yolo_fractions_are_of_the_upright_image(tmp_path):
         "names: [roof, tree]\nnc: 2\ntrain: images/\nval: [list.txt]\n",
     ],
 )
-def test_yolo_folders_and_lists(tmp_path, yaml):
+def test_splits_may_be_folders_and_lists(tmp_path, yaml):
     save_yolo(tmp_path, {"2": ["1 0 0 1 0 1 1"]}, yaml)
     (tmp_path / "list.txt").write_text("./images/train/2.png\nimages/train/0.png\n")
     data = load_instance_dataset(tmp_path)
@@ -70,7 +70,7 @@ def test_yolo_folders_and_lists(tmp_path, yaml):
     assert data["validation"][1]["image"].size == (60, 40)
 
 
-def test_yolo_classes_without_names_are_numbered_or_named_by_the_caller(tmp_path):
+def test_yolo_classes_without_names_are_numbered_or_named_by_class_names(tmp_path):
     save_yolo(tmp_path, {}, "nc: 2\ntrain: images/train\n")
     assert load_instance_dataset(tmp_path).id2label == {0: "0", 1: "1"}
     assert load_instance_dataset(tmp_path, class_names=NAMES).id2label == {0: "roof", 1: "tree"}
@@ -87,7 +87,7 @@ def test_yolo_classes_without_names_are_numbered_or_named_by_the_caller(tmp_path
         ("roof 0.5 0.5 0.1 0.1", "got 'roof 0.5 0.5 0.1 0.1'"),
     ],
 )
-def test_yolo_lines_that_cannot_be_read_are_named(tmp_path, line, message):
+def test_an_error_names_the_invalid_line(tmp_path, line, message):
     save_yolo(tmp_path, {"1": [line]}, NAMED)
     with pytest.raises(ValueError, match=message):
         load_instance_dataset(tmp_path)
@@ -104,7 +104,7 @@ def test_yolo_lines_that_cannot_be_read_are_named(tmp_path, line, message):
         ("- 1\n", "data.yaml .*got list"),
     ],
 )
-def test_a_yolo_description_that_cannot_be_read_is_refused(tmp_path, yaml, message):
+def test_an_invalid_data_yaml_is_refused(tmp_path, yaml, message):
     save_yolo(tmp_path, {"0": []}, yaml)
     with pytest.raises(ValueError, match=message):
         load_instance_dataset(tmp_path)

@@ -91,7 +91,7 @@ class PreparedDataset(torch.utils.data.Dataset):
 
 
 class FollowEpoch(TrainerCallback):
-    """Set the epoch of the training data at its begin, for the stock Trainer; see [`PreparedDataset`]."""
+    """Set the epoch of the training data when it begins, for the stock Trainer; see [`PreparedDataset`]."""
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the epoch of a [`PreparedDataset`]."""
