@@ -6,7 +6,7 @@ import PIL.Image
 import pytest
 
 from annotated_images import NAMES, save_images
-from transformers_rfdetr import load_instance_dataset
+from transformers_rfdetr import check_dataset, load_instance_dataset
 
 
 def save_yolo(root: Path, lines: dict[str, list[str]], yaml: str) -> Path:
@@ -99,7 +99,7 @@ def test_an_error_names_the_invalid_line(tmp_path, line, message):
         ("names: [roof]\n", r"'train', 'val' or 'test', got .*\['names'\]"),
         ("names: [roof]\ntrain: photos\n", "'train' must exist, got .*photos"),
         ("names: [roof]\ntrain: labels\n", "'train' .*'labels'"),
-        ("train: images/train\n", "at least one category"),
+        ("train: images/train\n", "names of the classes"),
         ("names: [\n", "data.yaml must be YAML"),
         ("- 1\n", "data.yaml .*got list"),
     ],
@@ -108,3 +108,101 @@ def test_an_invalid_data_yaml_is_refused(tmp_path, yaml, message):
     save_yolo(tmp_path, {"0": []}, yaml)
     with pytest.raises(ValueError, match=message):
         load_instance_dataset(tmp_path)
+
+
+LINE = "0 0.25 0.25 0.5 0.25 0.5 0.75 0.25 0.75\n"
+
+
+def save_files(root: Path, images: list[str], texts: dict[str, str]) -> Path:
+    for name in images:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.new("RGB", (60, 40)).save(root / name)
+    for name, text in texts.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("images", "texts"),
+    [
+        # Label Studio
+        (["images/a.png"], {"labels/a.txt": LINE, "classes.txt": "roof\n", "notes.json": "{}"}),
+        # LabelImg
+        (["a.png"], {"a.txt": LINE, "classes.txt": "roof\n"}),
+        # Darknet, as CVAT exports it
+        (
+            ["obj_train_data/a.png"],
+            {
+                "obj.data": "classes = 1\ntrain = data/train.txt\nnames = data/obj.names\nbackup = backup/\n",
+                "obj.names": "roof\n",
+                "train.txt": "data/obj_train_data/a.png\n",
+                "obj_train_data/a.txt": LINE,
+            },
+        ),
+        # Darknet, as Roboflow exports it
+        (["train/a.png"], {"train/a.txt": LINE, "train/_darknet.labels": "roof\n"}),
+        (
+            ["train/images/a.png"],
+            {"train/labels/a.txt": LINE, "roofs.yaml": "nc: 1\nnames: [roof]\ntrain: train/images\n"},
+        ),
+        # macOS stores names decomposed: a and a combining diaeresis
+        (["images/\u00e4.png"], {"labels/a\u0308.txt": LINE, "data.yaml": "names: [roof]\ntrain: images\n"}),
+    ],
+    ids=["Label Studio", "LabelImg", "CVAT", "Roboflow", "another name", "decomposed name"],
+)
+def test_layouts_of_other_programs_are_read(tmp_path, images, texts):
+    data = load_instance_dataset(save_files(tmp_path, images, texts))
+    assert data.id2label == {0: "roof"}
+    [sample] = data["train"]
+    assert [item["bbox"] for item in sample["annotations"]] == [[15.0, 10.0, 15.0, 20.0]]
+    assert not check_dataset(tmp_path).has_errors
+
+
+def test_label_files_without_class_names_require_class_names(tmp_path):
+    save_files(tmp_path, ["images/a.png"], {"labels/a.txt": LINE})
+    with pytest.raises(ValueError, match="class_names"):
+        load_instance_dataset(tmp_path)
+    assert load_instance_dataset(tmp_path, class_names=["roof"]).id2label == {0: "roof"}
+
+
+def test_images_that_share_a_label_file_are_refused(tmp_path):
+    save_files(
+        tmp_path, ["images/a.png", "images/a.jpg"], {"labels/a.txt": LINE, "data.yaml": "names: [roof]\ntrain: images"}
+    )
+    with pytest.raises(ValueError, match=r"a\.txt .*a\.jpg, .*a\.png"):
+        load_instance_dataset(tmp_path)
+    assert check_dataset(tmp_path).count("shared_label_file") == 2
+    for name in ("a.jpg.txt", "a.png.txt"):
+        (tmp_path / "labels" / name).write_text(LINE)
+    assert [len(sample["annotations"]) for sample in load_instance_dataset(tmp_path)["train"]] == [1, 1]
+
+
+def test_a_training_split_that_does_not_exist_is_refused(tmp_path):
+    save_files(tmp_path, ["val/a.png"], {"val/a.txt": LINE, "data.yaml": "names: [roof]\ntrain: train\nval: val\n"})
+    with pytest.raises(ValueError, match="'train' must exist"):
+        load_instance_dataset(tmp_path)
+
+
+def test_the_lines_of_poses_are_refused_by_kpt_shape(tmp_path):
+    yaml = "kpt_shape: [3, 2]\nnames: [person]\ntrain: images\n"
+    line = "0 0.5 0.5 0.3 0.4 0.45 0.4 0.55 0.4 0.5 0.6"
+    save_files(tmp_path, ["images/a.png"], {"labels/a.txt": f"0 0.5 0.5 0.3 0.4\n{line}\n", "data.yaml": yaml})
+    with pytest.raises(ValueError, match=r"a\.txt, line 2: .*kpt_shape"):
+        load_instance_dataset(tmp_path)
+    assert check_dataset(tmp_path).count("invalid_label_line") == 1
+
+
+def test_images_without_any_label_file_are_reported(tmp_path):
+    save_files(tmp_path, ["images/a.png"], {"data.yaml": "names: [roof]\ntrain: images\n"})
+    assert len(load_instance_dataset(tmp_path)["train"]) == 1
+    [found] = [found for found in check_dataset(tmp_path).findings if found.kind == "layout"]
+    assert str(tmp_path / "labels" / "a.txt") in found.examples[0]["detail"]
+
+
+def test_two_yaml_files_that_may_be_the_data_yaml_are_refused(tmp_path):
+    yaml = "names: [roof]\ntrain: images\n"
+    save_files(tmp_path, ["images/a.png"], {"a.yaml": yaml, "b.yaml": yaml, "labels/a.txt": LINE})
+    with pytest.raises(ValueError, match=r"a\.yaml, .*b\.yaml"):
+        load_instance_dataset(tmp_path)
+    assert len(load_instance_dataset(tmp_path / "b.yaml")["train"]) == 1

@@ -15,10 +15,8 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
@@ -36,6 +34,7 @@ from transformers_rfdetr.model.masks import (
     upsample_masks,
 )
 
+from properties import holds, outcome
 from small_models import small_config, small_model
 
 JUNK = st.one_of(
@@ -44,30 +43,6 @@ JUNK = st.one_of(
     st.sampled_from([-1, 0, 1.5, math.nan, math.inf, 10**30, "3", "x", "", [], [1], [[1]], {}, {"a": 1}]),
     st.recursive(st.integers(-2, 2) | st.text(max_size=2), lambda inner: st.lists(inner, max_size=2), max_leaves=4),
 )
-
-
-def holds(count: int, **drawn: st.SearchStrategy) -> Callable:
-    """Turn a property into a test with `count` cases, and with ten times as many in the long run."""
-
-    def make_test(function: Callable) -> Callable:
-        @pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.long)])
-        def test(times: int) -> None:
-            # Whether cases are slow or large does not matter here.
-            no_checks = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-            settings(max_examples=times * count, derandomize=True, **no_checks)(given(**drawn)(function))()
-
-        test.__name__ = function.__name__
-        return test
-
-    return make_test
-
-
-def outcome(function: Callable, *arguments: Any, **named: Any) -> tuple[Any, str | None]:
-    """Return the result of a call, or the message of its ValueError; any other exception fails the test."""
-    try:
-        return function(*arguments, **named), None
-    except ValueError as error:
-        return None, str(error) or pytest.fail("the error has no message")
 
 
 # -- segmentations ---------------------------------------------------------------------------------------------------

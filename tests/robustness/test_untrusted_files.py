@@ -393,7 +393,7 @@ def test_image_folder_allows_images_outside_the_folder_of_a_data_yaml(yaml, tmp_
         ("names: [roof]\ntrain: [[a]]\n", "train.* list"),
         ("nc: 1000000000\ntrain: images\n", r"LIMITS\['num_labels'\]"),
         ("nc: [1]\ntrain: images\n", "nc.* list"),
-        ("names: 5\ntrain: images\n", "names.* int"),
+        ("names: 5\ntrain: images\n", "names.* '5'"),
         ("[" * 500 + "]" * 500, "YAML"),
         ("names: !!python/object/apply:os.system [exit]\n", "YAML"),
     ],

@@ -10,7 +10,25 @@ from PIL.ExifTags import Base
 
 from ..model.image_io import open_image
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+# All that some release of Pillow can read, so that an image it cannot read is an error and is never skipped.
+IMAGE_SUFFIXES = {
+    *(".apng", ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
+    *(".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
+}
+
+
+def is_image_name(name: str) -> bool:
+    """Return whether a file name is that of an image and not hidden, as ._a.png of macOS is."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Return the images below a folder in the order of their paths; hidden files and folders are skipped."""
+    paths = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths += [Path(parent, name) for name in names if is_image_name(name)]
+    return sorted(paths)
 
 
 def is_outside(folder: str | os.PathLike[str], name: Any) -> bool:

@@ -16,7 +16,8 @@ from .coco import find_coco_files, read_coco_splits
 from .dataset import InstanceDataset, InstanceDatasets
 from .hub_rows import SUPPORTED_SOURCES, ArrowRows, is_hub_source, is_streamed, load_rows, read_hub_rows
 from .streams import InstanceStream
-from .yolo import find_yolo_file, read_yolo_splits
+from .yolo import read_yolo_splits
+from .yolo_layout import find_yolo_file
 
 _FILE_FORMATS: dict[str, tuple[Any, Any]] = {
     "coco": (find_coco_files, read_coco_splits),

@@ -51,4 +51,5 @@ def read_yaml(text: str, loader: Any, source: str) -> Any:
             raise ValueError(f"{source} must not contain YAML aliases (*name). Write the value out.")
         return yaml.load(text, loader)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{source} must be YAML: {' '.join(str(error).split())}. Correct it.") from error
+        remedy = "Write / instead of \\ in paths" if "escape" in str(error) else "Correct it"
+        raise ValueError(f"{source} must be YAML: {' '.join(str(error).split())}. {remedy}.") from error

@@ -9,7 +9,7 @@ import imagehash
 import numpy as np
 import PIL.Image
 
-from ..image_files import IMAGE_SUFFIXES
+from ..image_files import is_image_name
 from .findings import Problem
 from .raw_split import RawSplit
 
@@ -89,9 +89,5 @@ def find_unlisted_files(splits: Sequence[RawSplit]) -> Iterator[tuple[RawSplit, 
         for folder in sorted({os.path.dirname(path) for path in listed[split.name]} - searched):
             searched.add(folder)
             for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-                if (
-                    Path(entry.name).suffix.lower() in IMAGE_SUFFIXES
-                    and entry.path not in all_listed
-                    and entry.is_file()
-                ):
+                if is_image_name(entry.name) and entry.path not in all_listed and entry.is_file():
                     yield split, Path(entry.path)

@@ -24,7 +24,12 @@ KINDS = {
     "image_without_objects": ("info", "the image is used as background in training"),
     "all_objects_lost": ("warning", "no annotation of the image can be used, so that its objects count as background"),
     "too_many_objects": ("warning", "the image has more objects than the model has queries; cut it into tiles"),
-    # entries of `images`
+    # files and entries of `images`
+    "layout": ("warning", "the data are not laid out as their format says; the detail says how they are read"),
+    "shared_label_file": (
+        "error",
+        "a label file must belong to one image; rename an image and its labels, or remove it",
+    ),
     "invalid_image": ("error", "an entry of 'images' must be a dict; remove it"),
     "invalid_image_id": ("error", "an image id must be a number or a string; number the images"),
     "duplicate_image_id": ("error", "an image id must be unique; renumber one of the images and its annotations"),

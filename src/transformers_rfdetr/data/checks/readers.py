@@ -12,10 +12,10 @@ from ...model.validation import is_index
 from ..annotation_records import with_box_and_area
 from ..hub_rows import ArrowRows, is_hub_source, is_hub_split, is_streamed, load_rows, read_hub_rows
 from ..image_files import is_outside, upright_size
-from ..label_maps import canonical_split_name
 from ..load import recognise_format
-from ..text_files import read_json_object, read_text
-from ..yolo import list_yolo_images, parse_yolo_line, read_data_yaml, yolo_label_path
+from ..text_files import read_json_object
+from ..yolo import LabelReader
+from ..yolo_layout import YoloImage, read_yolo_folder
 from .findings import DROPPED, Problem
 from .raw_split import RawSplit, build_split
 
@@ -66,58 +66,49 @@ def _missing(path: Path) -> Problem:
 
 
 def _read_yolo(path: Path, image_folder: Any) -> list[RawSplit]:
-    classes, root, places = read_data_yaml(path, image_folder)
-    image_files = {key: list_yolo_images(root, place, key) for key, place in places.items()}
-    label_files = {yolo_label_path(file, root) for files in image_files.values() for file in files}
+    folder = read_yolo_folder(path, image_folder)
+    categories = [{"id": category_id, "name": name} for category_id, name in folder.classes.items()]
+    shared = {image: (label, paths) for label, paths in folder.shared_labels().items() for image in paths}
     splits = []
-    for key, files in image_files.items():
-        entries, line_problems = [], []
-        annotations: list[dict[str, Any]] = []
-        for image_id, file in enumerate(logging.tqdm(files, desc=f"Labels of {key}", delay=2)):
-            entry, objects, problems = _read_yolo_image(image_id, file, root, classes)
-            entries.append(entry)
-            annotations += [{**item, "id": len(annotations) + i} for i, item in enumerate(objects, start=1)]
-            line_problems.append(problems)
-        categories = [{"id": category_id, "name": name} for category_id, name in classes.items()]
-        coco = {"images": entries, "annotations": annotations, "categories": categories}
-        split = build_split(canonical_split_name(key), coco, root, partial(_find_listed, files))
-        for image, problems in zip(split.images, line_problems, strict=True):
-            image.problems += problems
-        label_folders = {yolo_label_path(file, root).parent for file in files} - {file.parent for file in files}
-        other_files = {label for folder in label_folders for label in folder.glob("*.txt")} - label_files
-        for label in sorted(label for label in other_files if label.name != "classes.txt"):  # of annotation tools
-            split.note("annotation_of_missing_image", f"{label} belongs to no image")
+    for name, images in folder.splits.items():
+        reader = LabelReader(folder)
+        read = [
+            _read_yolo_image(image_id, image, folder.root, reader)
+            for image_id, image in enumerate(logging.tqdm(images, desc=f"Labels of {name}", delay=2))
+        ]
+        if problem := reader.find_other_task():
+            read = [(entry, [], [problem] if objects or errors else []) for entry, objects, errors in read]
+        annotations = [item for _, objects, _ in read for item in objects]
+        annotations = [{**item, "id": number} for number, item in enumerate(annotations, start=1)]
+        coco = {"images": [entry for entry, *_ in read], "annotations": annotations, "categories": categories}
+        split = build_split(name, coco, folder.root, partial(_find_listed, [image.path for image in images]))
+        for raw, image, (*_, errors) in zip(split.images, images, read, strict=True):
+            raw.problems += [Problem("invalid_label_line", error, change=DROPPED) for error in errors]
+            if image.path in shared:
+                label_path, paths = shared[image.path]
+                raw.drop("shared_label_file", f"{label_path} of {', '.join(map(str, paths[:3]))}")
+        for label_path in folder.unused_labels[name]:
+            split.note("annotation_of_missing_image", f"{label_path} belongs to no image")
         splits.append(split)
+    for note in folder.notes:
+        splits[0].note("layout", note, change=None)
     return splits
 
 
 def _read_yolo_image(
-    image_id: int, path: Path, root: Path, classes: Mapping[int, str]
-) -> tuple[dict[str, Any], list[dict[str, Any]], list[Problem]]:
-    """Return an entry of `images`, annotations, and problems of the lines that cannot be read."""
+    image_id: int, image: YoloImage, root: Path, reader: LabelReader
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
+    """Return an entry of `images`, annotations, and the errors of the lines that cannot be read."""
+    path = image.path
     is_below = path.is_relative_to(root)
     entry = {"id": image_id, "file_name": os.path.relpath(path, root) if is_below else f"{image_id}_{path.name}"}
     try:
         size = upright_size(path)
     except ValueError:  # reported when the image is decoded
         return entry, [], []
-    entry |= {"height": size[0], "width": size[1]}
-    annotations, problems = [], []
-    label_file = yolo_label_path(path, root)
-    try:
-        lines = read_text(label_file).splitlines() if label_file.is_file() else []
-    except ValueError as error:
-        return entry, [], [Problem("invalid_label_line", str(error), change=DROPPED)]
-    for line_number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            annotation = with_box_and_area(parse_yolo_line(line.split(), size, classes), size)
-            annotations.append({**annotation, "image_id": image_id})
-        except ValueError as error:
-            detail = f"{label_file.name}, line {line_number}: {error}"
-            problems.append(Problem("invalid_label_line", detail, change=DROPPED))
-    return entry, annotations, problems
+    annotations, errors = reader.read(image.label_path, size)
+    annotations = [{**with_box_and_area(annotation, size), "image_id": image_id} for annotation in annotations]
+    return {**entry, "height": size[0], "width": size[1]}, annotations, errors
 
 
 def _find_listed(sources: Sequence[Any], position: int, entry: Mapping[str, Any]) -> tuple[Any, Problem | None]:
