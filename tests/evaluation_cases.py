@@ -116,19 +116,23 @@ def random_case(seed):
     return {"images": images, "annotations": annotations, "categories": categories}, results
 
 
-def plain_cocoeval(truth, results, kind):
-    """Return pycocotools' COCOeval of the whole dataset at once; `stats` are the twelve metrics."""
-    unused = "bbox" if kind == "segm" else "segmentation"
+def plain_cocoeval(truth, rows, kind):
+    """Return pycocotools' COCOeval of all images at once, with the rows as they are; `stats` are the twelve metrics."""
     with redirect_stdout(io.StringIO()):
         coco = COCO()
         coco.dataset = copy.deepcopy(truth)
         coco.createIndex()
-        found = coco.loadRes([{k: v for k, v in one.items() if k != unused} for one in copy.deepcopy(results)])
-        evaluation = COCOeval(coco, found, kind)
+        evaluation = COCOeval(coco, coco.loadRes(copy.deepcopy(rows)), kind)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     return evaluation
+
+
+def of_kind(kind, results):
+    """Return results without the boxes for "segm", from which `loadRes` would take the areas, or without the masks."""
+    unused = "bbox" if kind == "segm" else "segmentation"
+    return [{key: value for key, value in one.items() if key != unused} for one in results]
 
 
 HOUSE, POOL = 0, 1

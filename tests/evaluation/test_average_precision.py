@@ -14,6 +14,7 @@ from evaluation_cases import (
     coco_updates,
     evaluated,
     ground_truth,
+    of_kind,
     plain_cocoeval,
     random_case,
     read,
@@ -69,9 +70,11 @@ class TestAgainstPycocotools:
         }
         evaluator = evaluated(truth, shuffled, backend=backend)
         metrics, curves = evaluator.compute(), evaluator.precision_curves()
-        oracles = {kind: plain_cocoeval(truth, results, kind) for kind in ("segm", "bbox")}
+        oracles = {kind: plain_cocoeval(truth, of_kind(kind, results), kind) for kind in ("segm", "bbox")}
         for kind, oracle in oracles.items():
             assert twelve(metrics, kind) == pytest.approx(oracle.stats, abs=1e-9)
+            rows = json.loads(json.dumps(list(evaluator.predictions(kind))))
+            assert plain_cocoeval(truth, rows, kind).stats == pytest.approx(oracle.stats, abs=1e-9)
         assert list(curves) == ["1", "2", "3"]
         for index, curve in enumerate(curves.values()):
             np.testing.assert_allclose(curve, oracles["segm"].eval["precision"][:, :, index, 0, -1], atol=1e-12)
@@ -96,6 +99,7 @@ class TestAgainstPycocotools:
     def test_predictions_are_coco_results(self, truth, expected):
         results = json.loads(json.dumps(list(evaluated(truth, coco_updates("segm")).predictions())))
         assert len(results) == 734
+        assert results[0].keys() == {"image_id", "category_id", "score", "segmentation"}
         assert plain_cocoeval(truth, results, "segm").stats == pytest.approx(expected["segm"]["stats"], abs=1e-9)
 
     def test_the_ground_truth_stays_as_it_is(self, truth):

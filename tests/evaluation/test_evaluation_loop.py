@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from evaluation_cases import ground_truth, plain_cocoeval, rectangle, rle, twelve
+from evaluation_cases import ground_truth, of_kind, plain_cocoeval, rectangle, rle, twelve
 from transformers_rfdetr import RfDetrImageProcessor
 from transformers_rfdetr.evaluation.evaluation_loop import detect, evaluate_instance_segmentation, label_to_category_id
 
@@ -190,7 +190,9 @@ class TestEvaluateAModel:
         truth = {**dataset.coco(), "images": images, "annotations": annotations}
         dataset.coco = lambda: truth
         numbers = evaluate_instance_segmentation(model, processor, dataset, batch_size=2, progress=False)
-        assert twelve(numbers, "segm") == pytest.approx(plain_cocoeval(truth, results, "segm").stats, abs=1e-9)
+        assert twelve(numbers, "segm") == pytest.approx(
+            plain_cocoeval(truth, of_kind("segm", results), "segm").stats, abs=1e-9
+        )
         assert 0.1 < numbers["segm_AP"] < 1
 
     def test_the_numbers_of_a_detection_model_are_of_boxes(self):

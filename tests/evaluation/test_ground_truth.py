@@ -3,7 +3,17 @@
 import numpy as np
 import pytest
 
-from evaluation_cases import evaluated, ground_truth, rectangle
+from evaluation_cases import (
+    evaluated,
+    ground_truth,
+    of_kind,
+    plain_cocoeval,
+    random_case,
+    rectangle,
+    rle,
+    twelve,
+    updates_of,
+)
 from transformers_rfdetr.evaluation.coco_evaluator import InstanceSegmentationEvaluator
 
 
@@ -14,33 +24,55 @@ class TestGroundTruth:
         polygon = {"image_id": 1, "category_id": 1, "segmentation": [[0, 0, 40, 0, 40, 40, 0, 40]]}
         boxed = {"image_id": 1, "category_id": 1, "bbox": [50, 50, 40, 30]}
         truth["annotations"] += [polygon, boxed]
-        objects = InstanceSegmentationEvaluator(truth)._objects[1]
+        objects = InstanceSegmentationEvaluator(truth).ground_truth.objects[1]
         assert objects.boxes.tolist() == [[30, 10, 40, 10], [0, 0, 40, 40], [50, 50, 40, 30]]
         assert objects.areas.tolist() == [400, 1600, 1200]
         assert objects.is_crowd.tolist() == [False] * 3
 
-    def test_annotations_without_a_shape_are_no_objects_and_are_counted(self, hf_log):
+    def test_annotations_without_mask_and_box_are_ignored_and_counted(self, hf_log):
         mask = rectangle((10, 20), (30, 70))
         truth = ground_truth((mask, 1, {}))
         head = {"image_id": 1, "category_id": 1}
-        shapeless = [
-            {"segmentation": []},
-            {"segmentation": None, "bbox": [5, 5, 0, 9]},
-            {"bbox": None},
-            {"segmentation": [[1, 1, 2, 2]]},
-        ]
+        shapeless = [{"segmentation": []}, {"bbox": None}, {"segmentation": [[1, 1, 2, 2]]}]
         truth["annotations"] += [head | shape for shape in shapeless]
         truth["annotations"].append(head | {"bbox": [0, 0, 9, 9]})
+        truth["annotations"].append(head | {"bbox": [5, 5, 0, 9]})
         evaluator = evaluated(truth, {1: {"scores": [0.9], "labels": [1], "masks": [mask]}})
-        messages = [record.message for record in hf_log.records]
-        assert [message[:33] for message in messages] == [
-            "4 annotations have neither a mask",
-            "1 annotations have a box but no m",
+        assert [record.message.split(" and ")[0] for record in hf_log.records] == [
+            "3 annotations have neither a mask nor a box",
+            "2 annotations have a box but no mask",
+            "1 annotations have a box without an area",
         ]
         numbers = evaluator.compute()
         assert numbers["segm_AP"] == pytest.approx(1)
-        assert numbers["bbox_AR_100"] == 0.5
-        assert numbers["per_class"]["class 1"]["num_objects"] == 2
+        assert numbers["bbox_AR_100"] == pytest.approx(1 / 3)
+        assert numbers["per_class"]["class 1"]["num_objects"] == 3
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_objects_without_pixels_and_boxes_without_area_count_as_in_pycocotools(self, seed):
+        truth, results = random_case(seed)
+        rng = np.random.default_rng(seed)
+        for annotation in truth["annotations"]:
+            height, width = annotation["segmentation"]["size"]
+            change = rng.integers(6)
+            if change == 0:
+                annotation |= {"segmentation": rle(np.zeros((height, width), bool)), "area": 0.0}
+            elif change == 1:
+                annotation |= {
+                    "segmentation": {"size": [height, width], "counts": [height * width]},
+                    "bbox": [0, 0, 0, 0],
+                }
+            elif change == 2:
+                annotation["segmentation"] = [[5.2, 5.2, 5.3, 5.2, 5.3, 5.3]]  # covers no pixel
+            elif change == 3:
+                annotation["bbox"][2 + rng.integers(2)] = 0
+        metrics = evaluated(truth, updates_of(results)).compute()
+        for kind in ("segm", "bbox"):
+            oracle = plain_cocoeval(truth, of_kind(kind, results), kind)
+            assert twelve(metrics, kind) == pytest.approx(oracle.stats, abs=1e-9)
+        assert sum(of_class["num_objects"] for of_class in metrics["per_class"].values()) == sum(
+            not annotation["iscrowd"] for annotation in truth["annotations"]
+        )
 
     def test_rle_does_without_the_size_of_the_image(self):
         mask = rectangle((10, 20), (30, 70))

@@ -28,9 +28,9 @@ class TestUpdate:
             for scores, labels in numbers:
                 evaluator = InstanceSegmentationEvaluator(truth)
                 evaluator.update(torch.tensor(1), scores=scores, labels=labels, masks=form)
-                states.append(list(evaluator.predictions()))
+                states.append([*evaluator.predictions("segm"), *evaluator.predictions("bbox")])
         assert all(state == states[0] for state in states)
-        assert [result["bbox"] for result in states[0]] == [[0, 0, 40, 40], [20, 30, 40, 50]]
+        assert [row["bbox"] for row in states[0][2:]] == [[0, 0, 40, 40], [20, 30, 40, 50]]
 
     def test_given_boxes_are_those_of_the_bbox_numbers(self):
         mask = rectangle((0, 40), (0, 40))
@@ -48,6 +48,8 @@ class TestUpdate:
         assert list(numbers) == [*(f"bbox_{name}" for name in TWELVE), "per_class"]
         assert numbers["per_class"] == {"class 1": {"bbox_AP": pytest.approx(1), "num_objects": 1}}
         assert next(evaluator.predictions()).keys() == {"image_id", "category_id", "score", "bbox"}
+        with pytest.raises(ValueError, match=r"`kind` must be .* got 'segm'"):
+            next(evaluator.predictions("segm"))
         with pytest.raises(ValueError, match="mean_iou"):
             evaluator.mean_iou()
 

@@ -57,8 +57,9 @@ class InstanceSegmentationEvaluator:
         coco: Ground truth, the content of a COCO JSON: `images` (`id`, `height`, `width`; RLE does without the sizes),
             `annotations` (`image_id`, `category_id`, and `segmentation` in any form or `bbox`; missing `area`, `bbox`
             and `iscrowd` are derived, `id` is not read) and `categories` (`id`, `name`). It is neither changed nor
-            kept. Annotations with neither a mask nor a box with an area are ignored; those with a box but no mask count
-            in the bbox metrics. A warning counts both. The objects of images that are never passed to `update` count
+            kept. Objects count as in pycocotools, also those whose mask has no pixel or whose box has no area.
+            Annotations with neither a mask nor a box are ignored; those with a box but no mask count in the bbox
+            metrics only. Warnings tell their numbers. The objects of images that are never passed to `update` count
             as missed.
         iou_score_threshold: Detections with a score above it count in the mean IoU; in [0, 1].
         backend: "pycocotools" or "faster-coco-eval", which gives the same metrics in less time. The default is
@@ -131,19 +132,30 @@ class InstanceSegmentationEvaluator:
             with error_context(f"image {image_id}"):
                 self._add(image_id, detections)
 
-    def predictions(self) -> Iterator[dict[str, Any]]:
-        """Yield the kept detections as COCO results, which JSON can hold.
+    def predictions(self, kind: str | None = None) -> Iterator[dict[str, Any]]:
+        """Yield the kept detections as rows for `COCO.loadRes`, which JSON can hold.
 
-        Each has `image_id`, `category_id`, `score`, `bbox` [x, y, width, height] and, for masks, `segmentation` (RLE).
+        COCOeval of pycocotools computes the same metrics from the rows of a kind as [`compute`] for this kind. The rows
+        of one kind do not serve for the other: `loadRes` takes all areas from the boxes if rows have boxes.
+
+        Args:
+            kind: "segm" for rows of `image_id`, `category_id`, `score` and `segmentation` (RLE); "bbox" for rows with
+                `bbox` [x, y, width, height] instead of the mask. By default "segm" if ground truth and detections
+                have masks.
         """
+        if kind is None:
+            kind = "segm" if self._has_masks() else "bbox"
+        is_valid = kind == "bbox" or (kind == "segm" and self._detections_have_masks is not False)
+        require(is_valid, "kind", kind, '"bbox", or "segm" for detections with masks')
         for image_id, detections in sorted(self._detections.items()):
-            rles = [] if detections.masks is None else detections.masks.rles(range(len(detections.labels)))
-            fields = (detections.labels, detections.scores, detections.boxes)
-            for index, (label, score, box) in enumerate(zip(*fields, strict=True)):
-                result = {"image_id": image_id, "category_id": int(label), "score": float(score), "bbox": box.tolist()}
-                if rles:
-                    result["segmentation"] = {**rles[index], "counts": rles[index]["counts"].decode()}
-                yield result
+            if kind == "bbox":
+                shapes = [{"bbox": box} for box in detections.boxes.tolist()]
+            else:
+                rles = [] if detections.masks is None else detections.masks.rles(range(len(detections.labels)))
+                shapes = [{"segmentation": {**rle, "counts": rle["counts"].decode()}} for rle in rles]
+            fields = (detections.labels.tolist(), detections.scores.tolist(), shapes)
+            for label, score, shape in zip(*fields, strict=True):
+                yield {"image_id": image_id, "category_id": label, "score": score, **shape}
 
     def compute(self) -> dict[str, Any]:
         """Return the metrics of all images.

@@ -9,9 +9,9 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from transformers.utils import logging
 
-from ..model.masks import box_and_area, read_segmentation, to_rle
+from ..model.masks import read_segmentation, to_rle
 from ..model.validation import are_numbers, error_context, require, to_builtin
-from .mask_records import Objects, PackedMasks
+from .mask_records import Objects, PackedMasks, empty_rle
 
 logger = logging.get_logger(__name__)
 
@@ -48,7 +48,7 @@ class GroundTruth:
         if missing := [key for key in ("images", "annotations", "categories") if key not in coco]:
             raise ValueError(f"`coco` must have the keys images, annotations and categories, but {missing} are missing")
         ground_truth = cls(_read_categories(coco["categories"]), _read_sizes(coco["images"]), {})
-        num_ignored = num_without_mask = 0
+        num_ignored = num_without_mask = num_empty_boxes = 0
         for image_id, annotations in ground_truth._group_by_image(coco["annotations"]).items():
             read = [ground_truth._read_object(image_id, annotation) for annotation in annotations]
             objects = [one for one in read if one is not None]
@@ -57,6 +57,7 @@ class GroundTruth:
                 continue
             labels, is_crowd, areas, boxes, rles = zip(*objects, strict=True)
             num_without_mask += rles.count(None)
+            num_empty_boxes += sum(min(box[2:]) <= 0 for box in boxes)
             ground_truth.objects[image_id] = Objects(
                 np.array(labels, np.int64),
                 np.array(is_crowd, bool),
@@ -65,9 +66,14 @@ class GroundTruth:
                 PackedMasks.pack(rles, ground_truth.sizes[image_id]) if any(rles) else None,
             )
         if num_ignored:
-            logger.warning(f"{num_ignored} annotations have neither a mask nor a box with an area and are ignored.")
+            logger.warning(f"{num_ignored} annotations have neither a mask nor a box and are ignored.")
         if num_without_mask and ground_truth.has_masks:
             logger.warning(f"{num_without_mask} annotations have a box but no mask and count in bbox metrics only.")
+        if num_empty_boxes:
+            logger.warning(
+                f"{num_empty_boxes} annotations have a box without an area and count as missed in bbox metrics, as in"
+                " pycocotools. Correct or remove them."
+            )
         return ground_truth
 
     def _group_by_image(self, annotations: Iterable[Mapping[str, Any]]) -> dict[int, list[Mapping[str, Any]]]:
@@ -89,7 +95,7 @@ class GroundTruth:
         return grouped
 
     def _read_object(self, image_id: int, annotation: Mapping[str, Any]) -> tuple[Any, ...] | None:
-        """Return category id, crowd flag, area, box and RLE (or None) of an annotation; None if it has no area."""
+        """Return category id, crowd flag, area, box and RLE (or None) of an annotation; None without mask and box."""
         with error_context(f"image {image_id}, annotation {to_builtin(annotation.get('id'))}"):
             box, area = (to_builtin(annotation.get(field)) for field in ("bbox", "area"))
             is_valid = box is None or are_numbers(box, 4)
@@ -97,16 +103,19 @@ class GroundTruth:
             is_valid = area is None or (are_numbers([area], 1) and area >= 0)
             require(is_valid, "area", area, "a number of at least 0")
             rle = self._read_mask(image_id, annotation.get("segmentation"))
-        if box is None or min(box[2:]) <= 0:
-            box = box_and_area(rle, self.sizes[image_id])[0] if rle else None
-        if box is None or min(box[2:]) <= 0:
-            return None
+        if box is None:
+            if rle is None:
+                return None
+            box = coco_mask.toBbox(rle).tolist()
         if area is None:
-            area = float(coco_mask.area(rle)) if rle else box[2] * box[3]
+            area = float(coco_mask.area(rle)) if rle else max(0.0, box[2] * box[3])
         return to_builtin(annotation["category_id"]), bool(to_builtin(annotation.get("iscrowd"))), area, box, rle
 
     def _read_mask(self, image_id: int, segmentation: Any) -> dict[str, Any] | None:
-        """Return a `segmentation` in any form as RLE, or None. RLE tells the size of an image that has none."""
+        """Return a `segmentation` in any form as RLE, or None if there is no mask.
+
+        A mask may have no pixel: pycocotools counts its object too. RLE tells the size of an image that has none.
+        """
         if self.sizes[image_id] is None and isinstance(segmentation, Mapping) and "size" in segmentation:
             height, width = to_builtin(segmentation["size"])
             self.sizes[image_id] = (int(height), int(width))
@@ -114,7 +123,9 @@ class GroundTruth:
         if size is None and segmentation is not None and len(segmentation):
             raise ValueError("polygons require `height` and `width` of the image. Add them to its entry in images")
         shape = read_segmentation(segmentation, size or (0, 0))
-        return None if shape is None else to_rle(shape, size)
+        if shape is None:
+            return empty_rle(size) if isinstance(segmentation, Mapping) else None
+        return to_rle(shape, size)
 
 
 def coco_from_images(
