@@ -41,23 +41,11 @@ def load(
     Raises:
         ValueError: The checkpoint does not exist, cannot be read, or lacks weights.
     """
-    if not name:
-        raise ValueError("`name` must be a folder, a Hub id or a published name such as rf-detr-seg-medium, got ''")
-    folder = Path(name).expanduser()
-    if folder.is_file():
-        raise ValueError(
-            f"`name` must be a folder, a Hub id or a published name, got the file {name}. Convert a checkpoint file of"
-            f" rfdetr with `transformers-rfdetr convert {name} my-model`."
-        )
-    if "/" not in name and not folder.is_dir():
-        with suppress(ValueError):
-            name = f"Roboflow/{resolve_variant(name)}"
-    elif folder.is_dir():
-        name = str(folder)
+    name = _resolve_name(name)
     hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
     try:
-        if folder.is_dir():
-            _check_folder(folder)
+        if Path(name).is_dir():
+            _check_folder(Path(name))
         config = RfDetrConfig.from_pretrained(name, **hub)
         has_masks = any("Segmentation" in architecture for architecture in config.architectures or ["Segmentation"])
         if id2label is not None and class_labels(config.id2label) != dict(id2label):
@@ -83,6 +71,23 @@ def load(
         logger.warning(f"{name} has no preprocessor_config.json: images are prepared as its config.json says")
         processor = RfDetrImageProcessor.from_config(model.config)
     return model.to(read_device(device)).eval(), processor
+
+
+def _resolve_name(name: str) -> str:
+    """Return the path of a folder, or the Hub id of a repository or a published name."""
+    if not name:
+        raise ValueError("`name` must be a folder, a Hub id or a published name such as rf-detr-seg-medium, got ''")
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise ValueError(
+            f"`name` must be a folder, a Hub id or a published name, got the file {name}. Convert a checkpoint file of"
+            f" rfdetr with `transformers-rfdetr convert {name} my-model`."
+        )
+    if path.is_dir():
+        return str(path)
+    with suppress(ValueError):
+        return name if "/" in name else f"Roboflow/{resolve_variant(name)}"
+    return name
 
 
 def _check_folder(folder: Path) -> None:
