@@ -138,13 +138,13 @@ def compile_for_inference(
         ValueError: The size or the dtype is invalid, or the outputs differ from the model's by more than rounding in
             `dtype` explains.
     """
-    size = as_pair(read_size(model.config.resolution if size is None else size, "size"))
+    sides = as_pair(read_size(model.config.resolution if size is None else size, "size"))
     backbone = model.config.backbone_config
-    check_resolution(size, backbone.patch_size, backbone.num_windows, "size")
+    check_resolution(sides, backbone.patch_size, backbone.num_windows, "size")
     dtype = dtype or model.dtype
     require(dtype in _TOLERANCES, "dtype", dtype, f"one of {', '.join(map(str, _TOLERANCES))}")
-    fast = InferenceModel(model, size, batch_size, dtype)
-    image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).mul(4).sub(2).to(model.device)
+    fast = InferenceModel(model, sides, batch_size, dtype)
+    image = torch.rand(1, 3, *sides, generator=torch.Generator().manual_seed(0)).mul(4).sub(2).to(model.device)
     if compiled:
         on_gpu = model.device.type == "cuda"
         options = {"mode": "reduce-overhead"} if on_gpu else {"options": {"freezing": True}}
