@@ -135,13 +135,13 @@ def test_damaged_folders_are_not_converted_back(model, tmp_path):
     for name, damaged in (("cut", content[:-100]), ("empty", b""), ("header", b"\xff" * 8 + content[8:])):
         model.config.save_pretrained(tmp_path / name)
         (tmp_path / name / "model.safetensors").write_bytes(damaged)
-        with pytest.raises(ValueError, match=rf"{name}.*model\.safetensors cannot be read as weights"):
+        with pytest.raises(ValueError, match=rf"{name}.*model\.safetensors "):
             convert_to_rfdetr(tmp_path / name, tmp_path / "back.pth")
     model.config.save_pretrained(tmp_path / "outside")
     (tmp_path / "outside" / "model.safetensors.index.json").write_text(
         '{"weight_map": {"a": "../whole/model.safetensors"}}'
     )
-    with pytest.raises(ValueError, match="lists files outside its folder"):
+    with pytest.raises(ValueError, match=r"index\.json must .*\.\./whole/model\.safetensors"):
         convert_to_rfdetr(tmp_path / "outside", tmp_path / "back.pth")
     (tmp_path / "whole" / "config.json").unlink()
     with pytest.raises(ValueError, match=r"config\.json"):
