@@ -16,6 +16,7 @@ from ..model.image_io import open_image
 from ..model.validation import error_context
 from .annotation_records import Record, describe_image
 from .label_maps import canonical_split_name, check_class_names, common_label_map, read_class_names, validate_classes
+from .other_formats import recognise_file, refuse_other_formats
 
 # The names that datasets on the Hub give to the columns of a row, and to the fields of its objects.
 _COLUMN_ALIASES = {
@@ -83,10 +84,15 @@ def load_rows(source: Any, streaming: bool, arguments: Mapping[str, Any]) -> Any
     """
     name, path = str(source), Path(source).expanduser()
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
+    if path.is_file() and (found := recognise_file(path)):
+        raise ValueError(f"`source` must be {SUPPORTED_SOURCES}, got {name!r:.200} of {found.name}. {found.remedy}.")
     if path.is_file() or not (path.is_dir() or is_hub_id):
         raise ValueError(f"`source` must be {SUPPORTED_SOURCES}, got {name!r:.200}. Give one of these.")
+    is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+    if path.is_dir() and not is_saved:
+        refuse_other_formats(path, SUPPORTED_SOURCES)
     datasets = _import_datasets()
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+    if is_saved:
         return datasets.load_from_disk(str(path))
     try:
         return datasets.load_dataset(str(path) if path.is_dir() else name, streaming=streaming, **arguments)

@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from .other_formats import recognise_json
+
 
 def read_text(path: Path) -> str:
     """Return the content of a UTF-8 text file, with or without a byte order mark.
@@ -20,16 +22,18 @@ def read_text(path: Path) -> str:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
+    """Return the JSON object in a file of COCO annotations.
 
     Raises:
-        ValueError: the file cannot be read, is not JSON, or its top level is not an object.
+        ValueError: the file cannot be read, is not JSON, its top level is not an object, or another program wrote it.
     """
     text = read_text(path)
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be a JSON file: {error}. Export it again.") from error
+    if found := recognise_json(content):
+        raise ValueError(f"{path} must be a COCO JSON, got annotations of {found.name}. {found.remedy}.")
     if not isinstance(content, dict):
         raise ValueError(f"{path} must contain a JSON object {{...}}, got {type(content).__name__}. Export it again.")
     return content

@@ -1,0 +1,114 @@
+"""Recognise annotations in formats that are not read, and say how to convert them.
+
+A folder of the user that no reader knows must not reach `datasets`, which would copy its images into a cache.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .image_files import is_image_name
+
+_MAX_BYTES = 1 << 26  # of a JSON that is parsed
+_MAX_FILES = 20  # of each kind that are looked at
+# Suffixes of files whose rows `datasets` reads.
+_ROW_SUFFIXES = {".arrow", ".csv", ".gz", ".jsonl", ".ndjson", ".parquet", ".tar", ".tsv", ".xz", ".zip", ".zst"}
+
+
+class OtherFormat(NamedTuple):
+    """An annotation format that is not read."""
+
+    name: str
+    remedy: str
+
+
+def _datumaro(name: str) -> str:
+    return f"Convert it: `pip install datumaro`, `datum convert -if {name} -i FOLDER -f coco_instances -o OUTPUT`"
+
+
+LABELME = OtherFormat("labelme", "Convert it: `pip install labelme2coco`, `labelme2coco FOLDER`")
+VIA = OtherFormat("VGG Image Annotator (VIA)", "Open it in VIA, and export the annotations in COCO format")
+CVAT = OtherFormat("CVAT for images", f"Export the task in CVAT as COCO 1.0. Or: {_datumaro('cvat')}")
+VOC = OtherFormat("Pascal VOC", _datumaro("voc"))
+LABEL_STUDIO = OtherFormat("Label Studio", "Export the project in Label Studio as COCO or YOLO")
+CREATE_ML = OtherFormat("Create ML", "Export the dataset as COCO or YOLO in the program that wrote it")
+SUPERVISELY = OtherFormat("Supervisely", "Export the project in Supervisely as COCO")
+DATUMARO = OtherFormat("Datumaro", _datumaro("datumaro"))
+
+
+def recognise_json(content: Any) -> OtherFormat | None:
+    """Return the format of the content of a JSON file; None if it is unknown, or COCO."""
+    if isinstance(content, list):
+        first = content[0] if content and isinstance(content[0], Mapping) else {}
+        if "annotations" not in first:
+            return None
+        return CREATE_ML if "image" in first else LABEL_STUDIO if "data" in first else None
+    if not isinstance(content, Mapping) or {"images", "annotations"} <= content.keys():
+        return None
+    if "shapes" in content and "imagePath" in content:
+        return LABELME
+    if {"_via_img_metadata", "_via_settings"} & content.keys() or {"project", "file", "metadata"} <= content.keys():
+        return VIA
+    if {"items", "categories"} <= content.keys():
+        return DATUMARO
+    if "objects" in content and "size" in content:
+        return SUPERVISELY
+    values = list(islice(content.values(), 1))
+    is_via = values and isinstance(values[0], Mapping) and {"filename", "regions"} <= values[0].keys()
+    return VIA if is_via else None
+
+
+def recognise_file(path: Path) -> OtherFormat | None:
+    """Return the format of an annotation file; None if it is unknown, or one that is read."""
+    suffix = path.suffix.lower()
+    if suffix == ".json" and path.stat().st_size <= _MAX_BYTES:
+        try:
+            return recognise_json(json.loads(path.read_bytes()))
+        except (ValueError, RecursionError):
+            return None
+    if suffix not in (".xml", ".csv"):
+        return None
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        head = file.read(4096)
+    if suffix == ".xml" and re.search(r"<annotations?[\s>]", head):
+        return CVAT if "<annotations" in head else VOC
+    if suffix == ".csv" and head.lstrip("#").startswith("filename,file_size,file_attributes,region_count"):
+        return VIA
+    return None
+
+
+def refuse_other_formats(folder: Path, supported: str) -> None:
+    """Raise ValueError for a folder that neither a reader nor `datasets` can read as annotated images.
+
+    Args:
+        folder: A folder that no reader recognised.
+        supported: The sources that are read, which the error lists.
+    """
+    num_images, num_read = 0, dict.fromkeys((".json", ".xml", ".csv"), 0)
+    for path in _files_below(folder):
+        suffix = path.suffix.lower()
+        num_images += is_image_name(path.name)
+        if num_read.get(suffix, _MAX_FILES) < _MAX_FILES:
+            num_read[suffix] += 1
+            if found := recognise_file(path):
+                raise ValueError(
+                    f"`source` must be {supported}, got {folder} with annotations of {found.name}, such as {path}."
+                    f" {found.remedy}."
+                )
+        if suffix in _ROW_SUFFIXES:
+            return
+    if num_images or not num_read[".json"]:
+        raise ValueError(
+            f"`source` must be {supported}, got {folder} with {num_images} images and no annotations that are read. If"
+            " it contains a COCO JSON, give the path of the JSON."
+        )
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
