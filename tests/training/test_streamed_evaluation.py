@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.distributed
 
+from evaluation_cases import TWELVE, plain_cocoeval
 from transformers_rfdetr import RfDetrForObjectDetection
+from transformers_rfdetr.data.dataset import InstanceDataset
 from transformers_rfdetr.evaluation.evaluation_loop import evaluate_instance_segmentation
 from transformers_rfdetr.training.trainer import RfDetrTrainer, RfDetrTrainingArguments
 
@@ -34,10 +36,24 @@ def test_the_evaluation_loss_is_that_of_one_batch_with_all_images(tmp_path):
 def test_predict_returns_detections_as_coco_results(tmp_path):
     data = drawn(3, 100)
     output = build_trainer(tmp_path).predict(data)
+    oracle = plain_cocoeval(data.coco(), output.predictions, "segm").stats
+    assert [output.metrics[f"test_segm_{name}"] for name in TWELVE] == pytest.approx(oracle, abs=1e-9)
     assert {found["image_id"] for found in output.predictions} == {100, 101, 102}
     assert {found["category_id"] for found in output.predictions} == {1}
     assert output.predictions[0]["segmentation"]["size"] == [96, 96]
     assert "test_segm_AP" in output.metrics
+
+
+def test_the_ground_truth_of_several_evaluation_datasets_is_built_once_each(tmp_path, monkeypatch):
+    data = {"one": drawn(2, 100), "other": drawn(3, 200)}
+    trainer = build_trainer(tmp_path, trainer={"eval_dataset": data})
+    built = []
+    build = InstanceDataset.coco
+    monkeypatch.setattr(InstanceDataset, "coco", lambda dataset: built.append(len(dataset)) or build(dataset))
+    first, second = trainer.evaluate(), trainer.evaluate()
+    names = [f"eval_{name}_segm_AR_100" for name in data]
+    assert [first[name] for name in names] == [second[name] for name in names]
+    assert built == [2, 3]
 
 
 def test_prepared_samples_are_evaluated_against_eval_annotations(tmp_path):

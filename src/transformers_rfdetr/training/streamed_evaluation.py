@@ -1,6 +1,6 @@
 """Evaluation that keeps compact records instead of masks: each process adds its own, and the first merges them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -35,11 +35,6 @@ class StreamedEvaluation:
     category_of: dict[int, int]  # class index -> category id; classes without one are not evaluated
     loss: float = 0.0  # summed over objects
     num_objects: int = 0
-
-    def restart(self) -> "StreamedEvaluation":
-        """Return an empty evaluation against the same ground truth, which is not prepared again."""
-        self.evaluator.reset()
-        return StreamedEvaluation(self.dataset, self.evaluator, self.category_of)
 
     def add_loss(self, outputs: Mapping[str, Any], labels: Sequence[Mapping[str, Tensor]]) -> None:
         """Add the loss of B images, summed over their objects."""
@@ -84,7 +79,10 @@ class StreamedEvaluation:
 
 
 def start_evaluation(
-    dataset: Any, config: RfDetrConfig, annotations: Mapping[str, Any] | None, last: StreamedEvaluation | None
+    dataset: Any,
+    config: RfDetrConfig,
+    annotations: Mapping[str, Any] | None,
+    earlier: Iterable[StreamedEvaluation] = (),
 ) -> StreamedEvaluation:
     """Return an empty evaluation against the ground truth of a dataset.
 
@@ -93,14 +91,16 @@ def start_evaluation(
         config: Configuration of the model.
         annotations: COCO dictionary with the ground truth of samples that were prepared elsewhere, with class indices
             as category ids.
-        last: The last evaluation; it is used again for the same dataset.
+        earlier: Earlier evaluations; the ground truth of one of the same dataset is used again.
 
     Raises:
         ValueError: category ids of prepared samples are not class indices.
     """
     source = unprepared(dataset)
-    if last is not None and last.dataset is source:
-        return last.restart()
+    for one in earlier:
+        if one.dataset is source:
+            one.evaluator.reset()
+            return StreamedEvaluation(source, one.evaluator, one.category_of)
     if isinstance(source, InstanceDataset):
         category_of = label_to_category_id(config, source)
         return StreamedEvaluation(source, InstanceSegmentationEvaluator(source.coco()), category_of)
@@ -131,7 +131,7 @@ class EvaluatingTrainer(PrivateTrainerApi):
     eval_annotations: Mapping[str, Any] | None
     weight_average: WeightAverage | None
     measured: dict[str, dict[str, Any]]  # title -> metrics of the trained model
-    _evaluation: StreamedEvaluation | None = None  # the last one, whose ground truth may be used again
+    _evaluations: Sequence[StreamedEvaluation] = ()  # the last one of each evaluation dataset, the present one at last
     _per_class: Mapping[str, Any] = MappingProxyType({})
 
     @property
@@ -179,9 +179,10 @@ class EvaluatingTrainer(PrivateTrainerApi):
     def _evaluate_weights(self, dataloader: Any, description: str, *args: Any) -> EvalLoopOutput:
         """Evaluate the weights in the model: `prediction_step` feeds the evaluator, and Trainer keeps nothing."""
         prefix = args[-1]
-        self._evaluation = evaluation = start_evaluation(
-            dataloader.dataset, self.model.config, self.eval_annotations, self._evaluation
-        )
+        evaluation = start_evaluation(dataloader.dataset, self.model.config, self.eval_annotations, self._evaluations)
+        num_datasets = len(self.eval_dataset) if isinstance(self.eval_dataset, dict) else 1
+        others = [one for one in self._evaluations if one.dataset is not evaluation.dataset]
+        self._evaluations = [*others, evaluation][-num_datasets:]
         output = super().evaluation_loop(dataloader, description, *args)
         metrics = evaluation.compute(self.args.process_index, self.args.world_size)
         if not self.is_in_train:
@@ -194,6 +195,7 @@ class EvaluatingTrainer(PrivateTrainerApi):
         output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
         if description == "Prediction":
             output = output._replace(predictions=list(evaluation.evaluator.predictions()))
+        evaluation.evaluator.reset()
         return output
 
     def _title_of(self, dataset: Any, prefix: str) -> str:
@@ -224,10 +226,10 @@ class EvaluatingTrainer(PrivateTrainerApi):
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs, num_objects=torch.ones((), device=self.args.device))
         if num_new:
-            self._evaluation.add_loss(outputs, labels)
+            self._evaluations[-1].add_loss(outputs, labels)
             if not self.args.prediction_loss_only:
                 threshold = self.args.eval_score_threshold or None
-                self._evaluation.add_predictions(outputs, labels, inputs.get("pixel_mask"), threshold)
+                self._evaluations[-1].add_predictions(outputs, labels, inputs.get("pixel_mask"), threshold)
         return None, None, None
 
     def prepare_evaluation(self, dataset: Any) -> Any:
