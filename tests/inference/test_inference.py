@@ -84,7 +84,7 @@ def test_a_detection_model_has_boxes_only(images):
     assert [crop.mode for crop in instances.crops(images[0])] == ["RGB"] * 6
 
 
-def test_only_the_classes_asked_for_are_found(images):
+def test_only_the_given_classes_are_predicted(images):
     model = confident_model(id2label={0: "cat", 1: "dog", 2: "cat", 3: "horse"})
     processor = processor_of(model)
     for every, some in zip(
@@ -94,16 +94,51 @@ def test_only_the_classes_asked_for_are_found(images):
     ):
         cats = every.select([label in (0, 2) for label in every.labels])
         assert (some.names, some.masks, some.scores.tolist()) == (cats.names, cats.masks, cats.scores.tolist())
-    with pytest.raises(ValueError, match="'hrose' is no class of the model, which has 4; did you mean horse"):
+    with pytest.raises(ValueError, match=r"classes.*4 .*'hrose'.*horse"):
         predict(model, processor, images, classes=["cat", "hrose"])
-    with pytest.raises(ValueError, match="no classes to look for"):
+    with pytest.raises(ValueError, match=r"classes.*\[\]"):
         predict(model, processor, images, classes=[])
     assert {name for one in predict(model, processor, images, threshold=0.0, classes="dog") for name in one.names} == {
         "dog"
     }
 
 
-def test_a_column_of_a_data_set_is_a_sequence_of_images(images):
+@pytest.mark.parametrize("form", ["array", "tensor", "generator", "tuple", "map"])
+def test_images_may_be_a_4d_array_or_any_iterable(form, images):
+    model = confident_model()
+    processor = processor_of(model)
+    same_size = [np.asarray(image.resize((60, 45))) for image in images]
+    forms = {
+        "array": lambda: np.stack(same_size),
+        "tensor": lambda: torch.from_numpy(np.stack(same_size)),
+        "generator": lambda: (Image.fromarray(image) for image in same_size),
+        "tuple": lambda: tuple(same_size),
+        "map": lambda: map(Image.fromarray, same_size),
+    }
+    expected = predict(model, processor, same_size, threshold=0.0, batch_size=2)
+    found = predict(model, processor, forms[form](), threshold=0.0, batch_size=2)
+    assert len(expected) == 3
+    assert [one.masks for one in found] == [one.masks for one in expected]
+
+
+def test_the_error_for_an_image_of_a_generator_has_its_index(images):
+    model = confident_model()
+    with pytest.raises(ValueError, match=r"image 2: .*none\.png"):
+        predict(model, processor_of(model), (image for image in [*images[:2], "none.png"]), batch_size=2)
+
+
+@pytest.mark.parametrize(("category_ids", "expected"), [([7, 9, 40, 41], True), ([7, 9], False), (None, False)])
+def test_instances_have_the_category_ids_of_the_training_data(category_ids, expected, images):
+    model = confident_model(id2label={0: "cat", 1: "dog", 2: "cow", 3: "horse"})
+    model.config.category_ids = category_ids  # two ids belong to classes that the checkpoint had before
+    [found] = predict(model, processor_of(model), images[0], threshold=0.0)
+    wanted = [category_ids[label] for label in found.labels] if expected else found.labels.tolist()
+    results = found.to_coco(1)
+    assert len(results) > 0
+    assert [one["category_id"] for one in results] == [n for n, area in zip(wanted, found.areas, strict=True) if area]
+
+
+def test_a_column_of_a_dataset_is_a_sequence_of_images(images):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"photo": datasets.Image()})
     rows = datasets.Dataset.from_dict({"photo": images}, features)
@@ -113,7 +148,7 @@ def test_a_column_of_a_data_set_is_a_sequence_of_images(images):
     assert [one.masks for one in found] == [one.masks for one in expected]
 
 
-def test_only_masks_of_detections_are_multiplied_out(images, monkeypatch):
+def test_only_masks_of_detections_are_materialized(images, monkeypatch):
     model = confident_model(num_queries=40)
     rows = []
     project = model.segmentation_head.project
@@ -139,9 +174,9 @@ def test_images_of_every_kind_are_read_and_a_broken_one_is_named(images, tmp_pat
     with pytest.raises(ValueError, match=r"image 2: .*none\.png"):
         predict(model, processor, [*kinds[:2], tmp_path / "none.png"], batch_size=2)
     assert predict(model, processor, []) == []
-    with pytest.raises(ValueError, match=r"threshold 50 is outside \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"threshold.*\[0, 1\], got 50"):
         predict(model, processor, kinds, threshold=50)
-    with pytest.raises(ValueError, match="batch_size 0 must be at least 1"):
+    with pytest.raises(ValueError, match=r"batch_size.* got 0"):
         predict(model, processor, kinds, batch_size=0)
 
 
@@ -163,7 +198,7 @@ def test_crops_show_what_the_mask_covers_and_nothing_else(images):
         area = np.s_[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
         np.testing.assert_array_equal(np.asarray(crop)[..., 3] == 255, mask[area])
         np.testing.assert_array_equal(np.asarray(crop)[..., :3], np.asarray(images[0])[area])
-    with pytest.raises(ValueError, match=r"the image is \(48, 48\), its instances are in one of \(45, 60\)"):
+    with pytest.raises(ValueError, match=r"image.*\(45, 60\), got \(48, 48\)"):
         instances.crops(Image.new("RGB", (48, 48)))
 
 

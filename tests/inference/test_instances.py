@@ -32,12 +32,13 @@ def found(tracked: bool = False, masks: bool = True) -> Instances:
         [{"size": rle["size"], "counts": rle["counts"].decode()} for rle in rles] if masks else None,
         SIZE,
         np.array([4, 7, -1]) if tracked else None,
+        np.array([30, 10, 30]) if tracked else None,
     )
 
 
 def equal(one: Instances, other: Instances) -> bool:
     assert (one.names, one.masks, one.image_size) == (other.names, other.masks, other.image_size)
-    for name in ("boxes", "scores", "labels", "track_ids"):
+    for name in ("boxes", "scores", "labels", "track_ids", "category_ids"):
         mine, theirs = getattr(one, name), getattr(other, name)
         assert (mine is None and theirs is None) or (mine.dtype == theirs.dtype and (mine == theirs).all())
     return True
@@ -60,6 +61,7 @@ def test_a_selection_keeps_everything_in_step(chosen):
     assert (some.dense_masks() == bitmaps()[numbers]).all()
     assert (some.boxes == instances.boxes[numbers]).all()
     assert some.track_ids.tolist() == instances.track_ids[numbers].tolist()
+    assert some.category_ids.tolist() == instances.category_ids[numbers].tolist()
 
 
 def test_no_instances_go_through_every_form():
@@ -88,7 +90,7 @@ def test_the_outline_of_a_square_is_its_corners():
     assert sorted(map(tuple, square.tolist())) == [(5, 10), (5, 29), (24, 10), (24, 29)]
 
 
-def test_pycocotools_takes_the_results_with_the_category_ids_of_the_data_set():
+def test_pycocotools_loads_results_with_the_category_ids_of_the_dataset_and_without_empty_masks():
     coco = COCO()
     coco.dataset = {
         "images": [{"id": 3, "height": 60, "width": 80}],
@@ -97,15 +99,21 @@ def test_pycocotools_takes_the_results_with_the_category_ids_of_the_data_set():
     }
     coco.createIndex()
     results = json.loads(json.dumps(found().to_coco(3, [10, 20, 30])))
-    loaded = coco.loadRes(results).loadAnns([1, 2, 3])
-    assert [one["category_id"] for one in loaded] == [30, 10, 30]
-    assert [one["area"] for one in loaded] == [400, 600, 0]
+    loaded = coco.loadRes(results).loadAnns([1, 2])
+    assert [one["category_id"] for one in loaded] == [30, 10]
+    assert [one["area"] for one in loaded] == [400, 600]
     assert loaded[1]["bbox"].tolist() == [30, 20, 40, 30]
     assert found(masks=False).to_coco(3)[2]["bbox"] == [1.5, 2.5, 2, 7]
-    assert [one["category_id"] for one in found().to_coco(3)] == [2, 0, 2]
+    assert [one["category_id"] for one in found(masks=False).to_coco(3)] == [2, 0, 2]
+    assert [one["category_id"] for one in found(masks=False, tracked=True).to_coco(3)] == [30, 10, 30]
 
 
-def test_cut_outs_have_the_masks_as_alpha_and_of_boxes_their_pixels():
+def test_areas_are_pixels_of_masks_or_of_boxes():
+    assert found().areas.tolist() == [400, 600, 0]
+    assert found(masks=False).areas.tolist() == [400, 1200, 14]
+
+
+def test_crops_of_masks_have_the_mask_as_alpha_and_crops_of_boxes_all_pixels():
     image = Image.fromarray(np.arange(60 * 80 * 3).reshape(60, 80, 3).astype(np.uint8))
     square, bent, nothing = found().crops(image)
     assert (square.mode, square.size, bent.size, nothing.size) == ("RGBA", (20, 20), (40, 30), (1, 1))
@@ -117,7 +125,7 @@ def test_cut_outs_have_the_masks_as_alpha_and_of_boxes_their_pixels():
 
 @pytest.mark.parametrize("method", ["draw", "crops"])
 def test_an_image_of_another_size_is_refused(method: str):
-    with pytest.raises(ValueError, match=r"\(80, 60\), its instances are in one of \(60, 80\)"):
+    with pytest.raises(ValueError, match=r"image.*\(60, 80\), got \(80, 60\)"):
         getattr(found(), method)(Image.new("RGB", (60, 80)))
 
 
@@ -130,8 +138,26 @@ def test_colours_follow_classes_instances_or_tracks():
     assert outline(found().draw(image)) == (color_of(2), color_of(0))
     assert outline(found().draw(image, color_by="instance")) == (color_of(0), color_of(1))
     assert outline(found(tracked=True).draw(image, color_by="instance")) == (color_of(4), color_of(7))
-    with pytest.raises(ValueError, match="'score' is neither 'class' nor 'instance'"):
+    with pytest.raises(ValueError, match=r"color_by.*'score'"):
         found().draw(image, color_by="score")
+
+
+def test_only_confirmed_tracks_are_labeled_with_their_id(monkeypatch):
+    labels = []
+    monkeypatch.setattr(
+        "transformers_rfdetr.inference.instances.draw_instances", lambda *drawn, **_: labels.extend(drawn[3])
+    )
+    found(tracked=True).draw(Image.new("RGB", SIZE[::-1]))
+    assert labels == ["#4 dog", "#7 cat", "dog"]
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_crops_convert_the_image_once(masks: bool, monkeypatch):
+    conversions = []
+    convert = Image.Image.convert
+    monkeypatch.setattr(Image.Image, "convert", lambda *given, **_: conversions.append(given) or convert(*given, **_))
+    assert len(found(masks=masks).crops(Image.new("L", SIZE[::-1]))) == 3
+    assert len([given for given in conversions if given[0].size == SIZE[::-1]]) == 1
 
 
 def test_rle_is_drawn_as_bitmaps_are():

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
-from ..model.masks import mask_areas, read_segmentation
+from ..model.masks import box_xyxy_to_xywh, mask_areas, read_segmentation
 from ..model.validation import are_numbers, error_context, require, to_builtin
 from .coco_summary import MAX_DETECTIONS
 
@@ -153,7 +153,7 @@ def _read_numbers(name: str, values: Any, dtype: type) -> np.ndarray:
 def _boxes_xyxy_to_xywh(boxes: np.ndarray, num_detections: int) -> np.ndarray:
     is_valid = boxes.shape == (num_detections, 4) and np.isfinite(boxes).all() and (boxes[:, 2:] >= boxes[:, :2]).all()
     require(is_valid, "boxes", boxes, "finite pixels [x0, y0, x1, y1] with x0 <= x1 and y0 <= y1")
-    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+    return box_xyxy_to_xywh(boxes)
 
 
 def _read_detected_mask(mask: Any, image_size: tuple[int, int] | None) -> dict[str, Any]:

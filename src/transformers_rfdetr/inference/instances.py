@@ -1,4 +1,4 @@
-"""What was found in an image, and its forms: RLE, bitmaps, outlines, cut-outs, supervision, COCO, JSON, a drawing."""
+"""The instances of an image, and conversions: bitmaps, polygons, crops, drawings, supervision, COCO and JSON."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,22 +9,25 @@ import PIL.Image
 from pycocotools import mask as coco_mask
 
 from ..data.drawing import draw_instances
+from ..model.masks import box_xyxy_to_xywh, mask_areas
 
 
 @dataclass
 class Instances:
-    """What was found in one image, best first; everything has K entries in the same order.
+    """The K instances of one image, best first; all fields have the same order.
 
     Attributes:
         boxes: (K, 4) float32, `boxes_xyxy` in pixels, inside the image.
         scores: (K,) float32 in [0, 1].
         labels: (K,) int64.
-        names: K names of classes.
-        masks: K COCO RLEs of the image's size, `counts` as str, which JSON and pycocotools take; None of a detection
-            model.
+        names: K class names.
+        masks: K COCO RLEs of the size of the image, with `counts` as str, as JSON and pycocotools take them; None for a
+            detection model.
         image_size: (height, width) of the image.
-        track_ids: (K,) int64, the number that an object keeps from one frame of a video to the next, -1 while a
-            tracker is not sure of it; None where nothing is tracked.
+        track_ids: (K,) int64, ids that objects keep from frame to frame of a video, -1 for an object without a
+            confirmed track; None without tracking.
+        category_ids: (K,) int64, category ids of the dataset that the model was trained on; None if the model's
+            configuration does not have them.
     """
 
     boxes: np.ndarray
@@ -34,12 +37,20 @@ class Instances:
     masks: list[dict[str, Any]] | None
     image_size: tuple[int, int]
     track_ids: np.ndarray | None = None
+    category_ids: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
 
+    @property
+    def areas(self) -> np.ndarray:
+        """Return the pixels of each mask, or of each box without masks: (K,) float64. An empty mask has area 0."""
+        return (
+            box_xyxy_to_xywh(self.boxes.astype(float))[:, 2:].prod(1) if self.masks is None else mask_areas(self.masks)
+        )
+
     def select(self, indices: Sequence[int] | np.ndarray) -> "Instances":
-        """Some of them, by their numbers or by (K,) bool, in the order given."""
+        """Return the instances at `indices`, in their order, or those where a (K,) bool array is True."""
         chosen = np.arange(len(self))[np.asarray(indices, dtype=None if len(indices) else np.int64)]
         return Instances(
             self.boxes[chosen],
@@ -49,25 +60,27 @@ class Instances:
             None if self.masks is None else [self.masks[index] for index in chosen],
             self.image_size,
             None if self.track_ids is None else self.track_ids[chosen],
+            None if self.category_ids is None else self.category_ids[chosen],
         )
 
     def dense_masks(self) -> np.ndarray:
-        """The masks as bool (K, height, width)."""
+        """Return the masks as bool (K, height, width)."""
         if not self.masks:
             return np.zeros((0, *self.image_size), bool)
         return coco_mask.decode(self.masks).transpose(2, 0, 1).astype(bool)
 
     def polygons(self) -> list[list[np.ndarray]]:
-        """The outlines of each mask's parts as (V, 2) x, y in pixels, without holes, by supervision."""
+        """Return the outer contours of each mask, without holes, each (V, 2) x, y in pixels. Requires supervision."""
         polygons_of = _supervision().mask_to_polygons
         return [polygons_of(coco_mask.decode(mask).astype(bool)) for mask in self.masks or []]
 
     def crops(self, image: PIL.Image.Image) -> list[PIL.Image.Image]:
-        """Each instance cut out of the image: RGBA of its mask's extent, transparent around it; 1 x 1 if empty.
+        """Return K crops of the image: RGBA, transparent outside of the mask, or RGB crops of the boxes without masks.
 
-        Without masks, RGB of its box.
+        The crop of an empty mask is a single transparent pixel.
         """
         self._check_size(image)
+        image = image.convert("RGB")
         crops = []
         for index in range(len(self)):
             if self.masks is None:
@@ -76,7 +89,7 @@ class Instances:
             else:
                 left, top, width, height = (int(side) for side in coco_mask.toBbox(self.masks[index]))
             area = (left, top, left + max(width, 1), top + max(height, 1))
-            crop = image.convert("RGB").crop(area)
+            crop = image.crop(area)
             if self.masks is not None:
                 inside = coco_mask.decode(self.masks[index])[area[1] : area[3], area[0] : area[2]]
                 crop.putalpha(PIL.Image.fromarray(inside * np.uint8(255)))
@@ -84,7 +97,7 @@ class Instances:
         return crops
 
     def to_supervision(self) -> Any:
-        """supervision's `Detections`: masks as bool (K, height, width), names under `data["class_name"]`."""
+        """Convert to supervision's `Detections`, with dense masks, and names as `data["class_name"]`."""
         return _supervision().Detections(
             xyxy=self.boxes.astype(np.float32),
             mask=None if self.masks is None else self.dense_masks(),
@@ -97,28 +110,32 @@ class Instances:
     def to_coco(
         self, image_id: int, category_ids: Mapping[int, int] | Sequence[int] | None = None
     ) -> list[dict[str, Any]]:
-        """Results as COCO's server and pycocotools' `loadRes` take them, ready for JSON.
+        """Convert to COCO results, as pycocotools' `loadRes` and COCO's server take them, ready for JSON.
 
-        With masks they have no boxes, as COCO's format for segmentation: `loadRes` would take areas from them.
+        Results with masks have no `bbox`, because `loadRes` would compute the areas from it. Instances without area are
+        left out.
 
         Args:
-            image_id: The image's in the dataset.
-            category_ids: Label -> category id in the dataset; the labels themselves by default.
+            image_id: Id of the image in the dataset.
+            category_ids: Label -> category id; by default `self.category_ids`, or the labels if that is None.
         """
         results = []
-        for index, (x0, y0, x1, y1) in enumerate(self.boxes.tolist()):
+        for index in np.flatnonzero(self.areas > 0).tolist():
             label = int(self.labels[index])
-            result = {
-                "image_id": image_id,
-                "category_id": label if category_ids is None else category_ids[label],
-                "score": float(self.scores[index]),
-            }
-            where = {"bbox": [x0, y0, x1 - x0, y1 - y0]} if self.masks is None else {"segmentation": self.masks[index]}
-            results.append(result | where)
+            if category_ids is not None:
+                category_id = category_ids[label]
+            else:
+                category_id = label if self.category_ids is None else int(self.category_ids[index])
+            result = {"image_id": image_id, "category_id": category_id, "score": float(self.scores[index])}
+            if self.masks is None:
+                result["bbox"] = box_xyxy_to_xywh(self.boxes[index].astype(float)).tolist()
+            else:
+                result["segmentation"] = self.masks[index]
+            results.append(result)
         return results
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it in what JSON knows: `image_size`, and under `instances` one dictionary for each."""
+        """Convert to a dictionary for JSON: `image_size`, and `instances`, a list with one dictionary per instance."""
         instances = []
         for index, name in enumerate(self.names):
             one = {
@@ -127,8 +144,9 @@ class Instances:
                 "score": float(self.scores[index]),
                 "box": self.boxes[index].tolist(),
             }
-            if self.track_ids is not None:
-                one["track_id"] = int(self.track_ids[index])
+            for key, ids in (("category_id", self.category_ids), ("track_id", self.track_ids)):
+                if ids is not None:
+                    one[key] = int(ids[index])
             if self.masks is not None:
                 one["mask"] = self.masks[index]
             instances.append(one)
@@ -136,8 +154,12 @@ class Instances:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "Instances":
-        """What [`to_dict`](Instances.to_dict) made."""
+        """Restore what [`to_dict`](Instances.to_dict) returned."""
         found = stored["instances"]
+
+        def optional_ids(key: str) -> np.ndarray | None:
+            return np.array([one[key] for one in found], np.int64) if found and key in found[0] else None
+
         return cls(
             np.array([one["box"] for one in found], np.float32).reshape(-1, 4),
             np.array([one["score"] for one in found], np.float32),
@@ -145,41 +167,44 @@ class Instances:
             [one["name"] for one in found],
             [one["mask"] for one in found] if all("mask" in one for one in found) else None,
             tuple(stored["image_size"]),
-            np.array([one["track_id"] for one in found], np.int64) if found and "track_id" in found[0] else None,
+            optional_ids("track_id"),
+            optional_ids("category_id"),
         )
 
     def draw(self, image: PIL.Image.Image, *, color_by: str = "class") -> PIL.Image.Image:
-        """The image with masks, outlines, names and scores over it, boxes where there are no masks.
+        """Draw masks, or boxes without masks, with names and scores on a copy of the image; see [`draw_instances`].
 
         Args:
             image: The image, upright.
-            color_by: "class" for a colour a class; "instance" for one each, or one a track.
+            color_by: "class" for one color per class; "instance" for one per instance, or per track.
         """
         check_color_by(color_by)
         self._check_size(image)
-        tracks = self.track_ids
-        colors = self.labels if color_by == "class" else np.arange(len(self)) if tracks is None else tracks
-        names = self.names if tracks is None else [f"#{t} {n}" for t, n in zip(tracks, self.names, strict=True)]
+        names, colors = self.names, self.labels if color_by == "class" else np.arange(len(self))
+        if self.track_ids is not None:
+            colors = colors if color_by == "class" else self.track_ids
+            tracks = zip(self.track_ids.tolist(), self.names, strict=True)
+            names = [name if track < 0 else f"#{track} {name}" for track, name in tracks]
         boxes = self.boxes if self.masks is None else None
         return draw_instances(image, self.masks, boxes, names, self.scores, color_indices=colors.tolist())
 
     def _check_size(self, image: PIL.Image.Image) -> None:
         if image.size[::-1] != self.image_size:
             raise ValueError(
-                f"the image is {image.size[::-1]}, its instances are in one of {self.image_size} (height, width);"
-                " pass the image that they were found in, upright (PIL.ImageOps.exif_transpose)"
+                f"`image` must have the (height, width) of the instances, {self.image_size}, got {image.size[::-1]}."
+                " Pass the image in which they were found, upright (PIL.ImageOps.exif_transpose)."
             )
 
 
 def check_color_by(color_by: str) -> None:
-    """ValueError unless it is a way to colour instances that [`Instances.draw`] knows."""
+    """Raise ValueError unless [`Instances.draw`] knows this way to choose colors."""
     if color_by not in ("class", "instance"):
-        raise ValueError(f"color_by {color_by!r} is neither 'class' nor 'instance'")
+        raise ValueError(f"`color_by` must be 'class' or 'instance', got {color_by!r}")
 
 
 def _supervision() -> Any:
     try:
         import supervision
     except ImportError as error:
-        raise ImportError('this needs supervision: pip install "transformers-rfdetr[vision]"') from error
+        raise ImportError('supervision is required: pip install "transformers-rfdetr[vision]"') from error
     return supervision

@@ -1,13 +1,13 @@
-"""From images to instances.
-
-`predict` multiplies out the masks of detections only, and upsamples each where it can be only; see
-`masks.upsample_masks`.
-"""
+"""Predict the instances of images. Masks are computed for detections only, and upsampled one at a time."""
 
 import difflib
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor
 
@@ -17,10 +17,15 @@ from ..model.masks import region_to_rle, upsample_masks
 from ..model.modeling_rf_detr import BACKGROUND_LOGIT, RfDetrForObjectDetection, RfDetrOutput
 from ..model.post_processing_rf_detr import select_detections, valid_size
 from ..model.predictions_rf_detr import MaskFactors
-from ..model.validation import error_context
+from ..model.validation import error_context, is_index, require
 from ..model.variants_rf_detr import class_labels
 from .compiled import InferenceModel
 from .instances import Instances
+
+# Tracking and tiling start from instances with a score above this one, as ByteTrack does
+# (https://arxiv.org/abs/2110.06864): what is occluded or cut often has a low score, and its neighbor in time or space
+# shows what it is.
+WEAK_SCORE = 0.1
 
 
 @torch.no_grad()
@@ -34,7 +39,7 @@ def predict(
     top_k: int | None = None,
     batch_size: int = 8,
 ) -> list[Instances]:
-    """Images to instances.
+    """Predict the instances of images.
 
     Example:
         >>> from PIL import Image
@@ -45,94 +50,105 @@ def predict(
         (0, 480, 640)
 
     Args:
-        model: In evaluation mode while this runs, on any device and in any dtype; or [`compile_for_inference`]'s.
-        processor: The model's.
-        images: One image or a sequence of them, in any form that the processor takes: paths, URLs, PIL images,
-            uint8 arrays (H, W, 3), tensors; a column of a `datasets.Dataset` too.
-        threshold: A score in [0, 1], to be exceeded.
-        classes: Names of the classes that are looked for; all by default.
-        top_k: Number of pairs of query and class that are looked at in an image; by default the number of queries.
-        batch_size: Images that go through the model at once.
+        model: A model on any device and in any dtype, in evaluation mode while this function runs; or the result of
+            [`compile_for_inference`].
+        processor: The model's image processor.
+        images: One image in any form that the processor accepts (path, URL, PIL image, array or tensor), or any
+            iterable of them: a list, a generator, a 4-D array or tensor, a column of a `datasets.Dataset`.
+        threshold: A score in [0, 1]. Instances with a score above it are returned.
+        classes: Names of the classes to predict; all by default.
+        top_k: Number of pairs of query and class to select in each image; the number of queries by default.
+        batch_size: Number of images in a forward pass.
 
     Returns:
-        For each image what was found in it.
+        The instances of each image.
 
     Raises:
-        ValueError: an image cannot be read (the message has its number), or an argument is out of range.
+        ValueError: an image cannot be read (the message has its index), or an argument is out of range.
     """
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold {threshold} is outside [0, 1]; give a score such as 0.5")
-    if batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} must be at least 1")
+    check_threshold(threshold)
+    require(batch_size >= 1, "batch_size", batch_size, "at least 1")
     wanted = None if classes is None else labels_of(model.config, classes)
-    sequence = images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
+    is_single = isinstance(images, str | os.PathLike | PIL.Image.Image) or getattr(images, "ndim", 4) != 4
+    remaining = iter([images] if is_single or not isinstance(images, Iterable) else images)
+    found: list[Instances] = []
     was_training = model.training
     model.eval()
     try:
-        return [
-            instances
-            for start in range(0, len(sequence), batch_size)
-            for instances in _predict_batch(model, processor, sequence, start, batch_size, threshold, wanted, top_k)
-        ]
+        while batch := list(islice(remaining, batch_size)):
+            tensors = []
+            for index, image in enumerate(batch, start=len(found)):
+                with error_context(f"image {index}"):
+                    tensors.append(processor.read(image))
+            found += _predict_batch(model, processor, tensors, threshold, wanted, top_k)
     finally:
         model.train(was_training)
+    return found
+
+
+def check_threshold(threshold: float) -> None:
+    """Raise ValueError unless a threshold is a score in [0, 1]."""
+    require(0 <= threshold <= 1, "threshold", threshold, "a score in [0, 1]")
 
 
 def labels_of(config: RfDetrConfig, names: str | Sequence[str]) -> Tensor:
-    """Names of classes -> all their labels, (L,) int64.
+    """Return all labels of some class names, (L,) int64.
 
     Raises:
-        ValueError: a name is none of the model's; the message has the nearest ones.
+        ValueError: the model does not have one of the classes; the message has similar names.
     """
     names = [names] if isinstance(names, str) else names
     known = list(class_labels(config.id2label).values())
-    if not names:
-        raise ValueError(f"no classes to look for; name some of {', '.join(known[:10])}, or leave classes out for all")
+    require(len(names) > 0, "classes", names, "names of classes", f"Omit it, or name some of {', '.join(known[:10])}.")
     for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, cutoff=0.4) or known[:10]
-            raise ValueError(
-                f"{name!r} is no class of the model, which has {len(known)}; did you mean {', '.join(near)}?"
-            )
+        similar = difflib.get_close_matches(name, known, cutoff=0.4) or known[:10]
+        rule = f"among the {len(known)} classes of the model"
+        require(name in known, "classes", name, rule, f"Did you mean {', '.join(similar)}?")
     return torch.tensor([label for label, name in config.id2label.items() if name in names])
+
+
+def category_ids_of(config: RfDetrConfig) -> list[int] | None:
+    """Return the category id of each label in the dataset that a model was trained on, or None if it is unknown."""
+    ids = getattr(config, "category_ids", None)
+    num_classes = 1 + max(class_labels(config.id2label), default=-1)
+        (label for label, name in config.id2label.items() if not is_background_label(name)), default=-1
+    )
+    # A shorter list belongs to other classes, which the checkpoint had before.
+    return ids if isinstance(ids, list) and all(map(is_index, ids)) and len(ids) >= num_classes else None
 
 
 def _predict_batch(
     model: Any,
     processor: RfDetrImageProcessor,
-    sequence: Sequence[Any],
-    start: int,
-    batch_size: int,
+    images: Sequence[Tensor],
     threshold: float,
     wanted: Tensor | None,
     top_k: int | None,
 ) -> Iterator[Instances]:
-    tensors = []
-    for index in range(start, min(start + batch_size, len(sequence))):
-        with error_context(f"image {index}"):
-            tensors.append(processor.read(sequence[index]))
-    inputs = processor(tensors, input_data_format="channels_first").to(model.device)
+    inputs = processor(images, input_data_format="channels_first").to(model.device)
     pixel_mask = inputs.get("pixel_mask")
     stage = model.predict_stage(inputs["pixel_values"], pixel_mask)
     logits = stage.logits
-    if wanted is not None:  # before the best ones are chosen, of which others would take the places
+    if wanted is not None:  # before the top-k selection, in which other classes would take up places
         unwanted = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
         unwanted[wanted.to(logits.device)] = False
         logits = logits.masked_fill(unwanted, BACKGROUND_LOGIT)
     outputs = RfDetrOutput(logits=logits, pred_boxes=stage.boxes)
-    for index, tensor in enumerate(tensors):
-        size = (tensor.shape[1], tensor.shape[2])
+    category_ids = category_ids_of(model.config)
+    for index, image in enumerate(images):
+        size = (image.shape[1], image.shape[2])
         found = select_detections(outputs, index, threshold, size, top_k)
         masks = None
         if stage.masks is not None:
-            logits = _kept_masks(stage.masks, index, found.queries)
-            covered = None if pixel_mask is None else valid_size(pixel_mask[index], logits.shape[-2:])
-            masks = [region_to_rle(*region, size) for region in upsample_masks(logits, size, 0.0, covered)]
+            mask_logits = _mask_logits(stage.masks, index, found.queries)
+            covered = None if pixel_mask is None else valid_size(pixel_mask[index], mask_logits.shape[-2:])
+            masks = [region_to_rle(*region, size) for region in upsample_masks(mask_logits, size, 0.0, covered)]
         scores, labels, boxes = (part.numpy(force=True) for part in (found.scores, found.labels, found.boxes_xyxy))
         names = [model.config.id2label[label] for label in labels.tolist()]
-        yield Instances(boxes, scores, labels, names, masks, size)
+        categories = None if category_ids is None else np.array(category_ids, np.int64)[labels]
+        yield Instances(boxes, scores, labels, names, masks, size, category_ids=categories)
 
 
-def _kept_masks(masks: MaskFactors, index: int, queries: Tensor) -> Tensor:
-    """The mask logits (K, h, w) of K queries of one image."""
+def _mask_logits(masks: MaskFactors, index: int, queries: Tensor) -> Tensor:
+    """Return the mask logits (K, h, w) of K queries of one image."""
     return masks._replace(pixels=masks.pixels[index, None], queries=masks.queries[index, queries][None]).logits()[0]

@@ -18,13 +18,12 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pycocotools import mask as coco_mask
-
 from ..atomic_files import atomic_file, write_text
 from ..model.configuration_rf_detr import RfDetrConfig
-from ..model.validation import is_index
+from ..model.masks import box_xyxy_to_xywh
 from ..model.variants_rf_detr import class_labels
 from .instances import Instances
+from .predict import category_ids_of
 
 
 def fingerprint(model: Any) -> str:
@@ -107,7 +106,7 @@ def write_results(folder: Path, names: Sequence[str], config: RfDetrConfig) -> b
         return False
     wanted = set(names)
     order = [*names, *(name for name in records if name not in wanted)]  # the latter are of earlier runs
-    category_ids = _category_ids(config)
+    category_ids = category_ids_of(config) or range(len(config.id2label))
     labels = class_labels(config.id2label)
     categories = [{"id": category_ids[label], "name": name} for label, name in labels.items()]
     images: list[dict[str, Any]] = []
@@ -129,25 +128,15 @@ def write_results(folder: Path, names: Sequence[str], config: RfDetrConfig) -> b
             instances = Instances.from_dict(json.loads(line))
             height, width = instances.image_size
             images.append({"id": len(images) + 1, "file_name": name, "height": height, "width": width})
-            for annotation in _annotations(instances, len(images), category_ids):
+            for annotation in _annotations(instances, len(images)):
                 num_annotations += 1
                 coco.write("," * (num_annotations > 1) + "\n" + json.dumps({"id": num_annotations, **annotation}))
         coco.write(f'],\n"images": {json.dumps(images)}}}\n')
     return True
 
 
-def _category_ids(config: RfDetrConfig) -> Sequence[int]:
-    """Return the COCO category id of each label: those stored in the configuration, or the labels themselves."""
-    ids = getattr(config, "category_ids", None)
-    largest = max(class_labels(config.id2label), default=-1)
-    if isinstance(ids, list) and all(map(is_index, ids)) and len(ids) > largest:
-        return ids
-    return range(len(config.id2label))  # none stored, or those of other classes that the checkpoint had before
-
-
-def _annotations(instances: Instances, image_id: int, category_ids: Sequence[int]) -> Iterator[dict[str, Any]]:
-    results = instances.to_coco(image_id, category_ids)
-    for result, (x0, y0, x1, y1) in zip(results, instances.boxes.tolist(), strict=True):
-        box = [x0, y0, x1 - x0, y1 - y0]
-        area = float(coco_mask.area(result["segmentation"])) if "segmentation" in result else box[2] * box[3]
+def _annotations(instances: Instances, image_id: int) -> Iterator[dict[str, Any]]:
+    instances = instances.select(instances.areas > 0)  # as `to_coco` does
+    boxes = box_xyxy_to_xywh(instances.boxes.astype(float)).tolist()
+    for result, box, area in zip(instances.to_coco(image_id), boxes, instances.areas.tolist(), strict=True):
         yield {**result, "bbox": box, "area": area, "iscrowd": 0}

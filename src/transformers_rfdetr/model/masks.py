@@ -200,6 +200,11 @@ def mask_areas(rles: Sequence[dict[str, Any]]) -> np.ndarray:
     return np.array([coco_mask.area(rle) for rle in rles], np.float64)
 
 
+def box_xyxy_to_xywh(boxes: np.ndarray) -> np.ndarray:
+    """Convert boxes (..., 4) from x0, y0, x1, y1 to x, y, width, height."""
+    return np.concatenate([boxes[..., :2], boxes[..., 2:] - boxes[..., :2]], axis=-1)
+
+
 def box_and_area(segmentation: Segmentation, image_size: tuple[int, int]) -> tuple[list[float], float]:
     """Return box [x, y, width, height] and area of a segmentation in pixels of the image, as pycocotools does."""
     rle = to_rle(segmentation, image_size)
