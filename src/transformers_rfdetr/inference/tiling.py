@@ -1,8 +1,8 @@
-"""Large images in overlapping tiles: cut, predicted one batch at a time, and put together again.
+"""Predict a large image in overlapping tiles, and merge the instances of the tiles.
 
-T tiles, P pieces: what was found in the tiles, all numbered in one row, K instances of the image. Places are pixels
-of the image; rectangles and extents are x0, y0, x1, y1, the latter two exclusive. A tile's inner borders are those at
-which the image goes on.
+T tiles; P pieces, the instances of all tiles, numbered from 0; K instances of the image. Coordinates are pixels of the
+image. Rectangles (tiles, extents, cells, zones) are x0, y0, x1, y1, the latter two exclusive. An inner border of a tile
+is one at which the image continues.
 """
 
 import copy
@@ -19,25 +19,28 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from transformers.utils import logging
 
+from ..model.configuration_rf_detr import RfDetrConfig
 from ..model.image_io import channels_first, decode_image, read_image
 from ..model.image_processing_rf_detr import RfDetrImageProcessor
-from ..model.masks import mask_areas, region_to_rle
+from ..model.masks import box_xyxy_to_xywh, mask_areas, region_to_rle
 from ..model.modeling_rf_detr import RfDetrForObjectDetection
-from ..model.validation import as_pair, check_resolution, read_size
+from ..model.validation import as_pair, read_size, require
 from .compiled import InferenceModel
 from .instances import Instances
-from .predict import predict
+from .predict import WEAK_SCORE, check_threshold, predict
 
-# What ends closer than this to an inner border of its tile may go on behind it. The mask head's cells are 4 pixels.
+logger = logging.get_logger(__name__)
+
+# A piece that ends closer than this to an inner border may be cut there. A cell of the mask head has 4 pixels.
 _REACH = 4
-# A piece that is cut, and of which its tile owns no more than this, is left to the tiles that see that place better.
+# A cut piece of which at most this fraction lies in its tile's own cell is dropped: other tiles see that place better.
 _OWNED = 0.1
 
-Link = tuple[float, int, int]
+Link = tuple[float, int, int]  # votes, piece, piece
 
 
 class Tile(NamedTuple):
-    """A part of an image, wholly inside it, in its pixels."""
+    """A rectangle of an image."""
 
     top: int
     left: int
@@ -57,9 +60,10 @@ def predict_tiled(
     classes: Sequence[str] | None = None,
     progress: bool = False,
 ) -> Instances:
-    """One large image to instances: at its own scale, tile by tile, objects that cross tiles in one piece.
+    """Predict one large image in tiles, and merge the pieces of objects that tile borders cut.
 
-    Besides the image only `batch_size` tiles are held, and of what was found RLE.
+    Tiles are not resized: objects have the size in pixels that they have in the image, while a model that was trained
+    on whole images has seen them smaller. Only `batch_size` tiles are in memory besides the image, and masks as RLE.
 
     Example:
         >>> from PIL import Image
@@ -71,59 +75,63 @@ def predict_tiled(
         (400, 500)
 
     Args:
-        model: In evaluation mode while this runs; or `compile_for_inference`'s, made for the size of a tile.
-        processor: The model's. Tiles are not resized, whatever its `size`.
-        image: One image in any form that the processor takes.
-        tile: Side of a tile in pixels, or (height, width), each a multiple of patch size x windows; the model's
-            resolution by default. Where the image is smaller, the processor's mean colour fills it up at the bottom
-            and on the right.
-        overlap: The part of its side, in [0, 0.5], that a tile shares with its neighbour at least. Objects up to that
-            size are seen whole by a tile; with 0 nothing that crosses a border is put together.
-        threshold: A score in [0, 1], to be exceeded.
-        batch_size: Tiles that go through the model at once.
-        classes: Names of the classes that are looked for; all by default.
+        model, threshold, classes: See [`predict`]; a compiled model must have the size of a tile.
+        processor: The model's image processor; its `size` is ignored.
+        image: One image in any form that the processor accepts. One that is smaller than a tile is padded with the
+            processor's mean color.
+        tile: Side of a tile in pixels, or (height, width); the model's resolution by default. It is rounded up, with a
+            warning, to a multiple of patch size x windows.
+        overlap: Least overlap of neighboring tiles, in [0, 0.5], as a fraction of their side. Objects up to that size
+            are complete in at least one tile. With 0, objects are not merged.
+        batch_size: Number of tiles in a forward pass.
         progress: Whether to show a progress bar.
 
     Returns:
-        What was found, as `merge_tiles` puts it together. An image of one tile has what `predict` finds in it.
+        The instances of the image; see [`merge_tiles`]. For an image of a single tile they are those of [`predict`].
 
     Raises:
-        ValueError: an image that cannot be read, an illegal size of tile, or an argument that is out of range.
+        ValueError: the image cannot be read, or an argument is out of range.
     """
-    size = as_pair(read_size(model.config.resolution if tile is None else tile, "tile"))
-    backbone = model.config.backbone_config
-    check_resolution(size, backbone.patch_size, backbone.num_windows, "tile")
-    if batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} must be at least 1")
-    pixels = _pixels(processor, image)
+    check_threshold(threshold)
+    require(batch_size >= 1, "batch_size", batch_size, "at least 1")
+    size = _legal_tile_size(model.config, tile)
+    pixels = _read_pixels(processor, image)
     image_size = (pixels.shape[1], pixels.shape[2])
     tiles = cut_tiles(image_size, size, overlap)
-    of_tiles = copy.copy(processor)
-    of_tiles.size, of_tiles.pad_size = {"height": size[0], "width": size[1]}, None
+    tile_processor = copy.copy(processor)
+    tile_processor.size, tile_processor.pad_size = {"height": size[0], "width": size[1]}, None
+    least_score = threshold if len(tiles) == 1 else min(threshold, WEAK_SCORE)
     found: list[tuple[Tile, Instances]] = []
     for start in logging.tqdm(range(0, len(tiles), batch_size), desc="Tiles", disable=not progress):
-        some = tiles[start : start + batch_size]
-        crops = [_crop(processor, pixels, each, size) for each in some]
-        results = predict(model, of_tiles, crops, threshold=threshold, classes=classes, batch_size=batch_size)
-        found += [(each, _without_padding(result, each)) for each, result in zip(some, results, strict=True)]
-    return merge_tiles(found, image_size)
+        batch = tiles[start : start + batch_size]
+        crops = [_crop(processor, pixels, each, size) for each in batch]
+        results = predict(model, tile_processor, crops, threshold=least_score, classes=classes, batch_size=batch_size)
+        found += [(each, _without_padding(result, each)) for each, result in zip(batch, results, strict=True)]
+    return merge_tiles(found, image_size, threshold)
+
+
+def _legal_tile_size(config: RfDetrConfig, tile: int | tuple[int, int] | None) -> tuple[int, int]:
+    size = as_pair(read_size(config.resolution if tile is None else tile, "tile"))
+    require(min(size) > 0, "tile", tile, "a positive number of pixels")
+    block = config.backbone_config.patch_size * config.backbone_config.num_windows
+    height, width = (math.ceil(side / block) * block for side in size)
+    if (height, width) != size:
+        logger.warning_once(f"`tile` {size} is rounded up to {(height, width)}, multiples of {block} pixels")
+    return height, width
 
 
 def cut_tiles(image_size: tuple[int, int], size: tuple[int, int], overlap: float) -> list[Tile]:
-    """The tiles of an image, row by row: evenly spread, the last ones flush with its edges, none larger than it.
+    """Return the tiles of an image row by row: evenly spaced, inside the image, the last ones at its edges.
 
     Args:
         image_size: (height, width) of the image.
         size: (height, width) of a tile.
-        overlap: The part of its side, in [0, 0.5], that a tile shares with its neighbour at least.
+        overlap: Least overlap of neighboring tiles, in [0, 0.5], as a fraction of their side.
 
     Raises:
         ValueError: `overlap` is outside [0, 0.5].
     """
-    if not 0 <= overlap <= 0.5:
-        raise ValueError(
-            f"overlap {overlap} is outside [0, 0.5]; give the part of a tile that the next one sees too, such as 0.2"
-        )
+    require(0 <= overlap <= 0.5, "overlap", overlap, "a fraction of a tile in [0, 0.5]", "Pass one such as 0.2.")
     tops, lefts = (_starts(length, side, overlap) for length, side in zip(image_size, size, strict=True))
     height, width = np.minimum(image_size, size).tolist()
     return [Tile(top, left, height, width) for top in tops for left in lefts]
@@ -137,217 +145,245 @@ def _starts(length: int, side: int, overlap: float) -> list[int]:
     return [round(index * room / steps) for index in range(steps + 1)]
 
 
-def _pixels(processor: RfDetrImageProcessor, image: Any) -> Tensor:
-    """An image in any form -> (1 or 3, H, W), upright, in its own type: a quarter of what float32 would take."""
+def _read_pixels(processor: RfDetrImageProcessor, image: Any) -> Tensor:
+    """Read any image as (1 or 3, H, W), upright, in its own dtype: uint8 takes a quarter of the memory of float32."""
     data_format = None
     if isinstance(image, str | os.PathLike | PIL.Image.Image):
         image, data_format = decode_image(image), "channels_last"
     if isinstance(image, np.ndarray) and image.dtype.kind in "biuf":
         image = torch.from_numpy(np.require(image, image.dtype.newbyteorder("="), ["C", "W"]))
     if not isinstance(image, Tensor):
-        return processor.read(image)  # it knows what is wrong with it
+        return processor.read(image)  # which raises the error
     return channels_first(image.detach(), data_format)
 
 
 def _crop(processor: RfDetrImageProcessor, pixels: Tensor, tile: Tile, size: tuple[int, int]) -> Tensor:
-    """A tile of (1 or 3, H, W) -> (3, *size) float32, scaled; the mean colour where the image has ended."""
+    """Cut a tile out of (1 or 3, H, W): (3, *size) float32, scaled, padded with the mean color."""
     inside = pixels[:, tile.top : tile.top + tile.height, tile.left : tile.left + tile.width]
     image = read_image(inside, processor.do_rescale, processor.rescale_factor, "channels_first")
     if image.shape[1:] == size:
         return image
-    filled = image.new_tensor(processor.image_mean)[:, None, None].repeat(1, *size)
-    filled[:, : tile.height, : tile.width] = image
-    return filled
+    padded = image.new_tensor(processor.image_mean)[:, None, None].repeat(1, *size)
+    padded[:, : tile.height, : tile.width] = image
+    return padded
 
 
 def _without_padding(found: Instances, tile: Tile) -> Instances:
-    """Instances of a tile that was filled up, cut off where the image ends; those beyond it leave."""
+    """Clip the instances of a padded tile to the image, and drop those in the padding."""
     size = (tile.height, tile.width)
     if found.image_size == size:
         return found
     boxes = np.minimum(found.boxes, np.array([*size[::-1], *size[::-1]], np.float32))
-    kept, masks = (boxes[:, 2:] > boxes[:, :2]).all(1), found.masks
+    is_kept, masks = (boxes[:, 2:] > boxes[:, :2]).all(1), found.masks
     if masks:
-        masks = [region_to_rle(_decoded(mask)[: tile.height, : tile.width], 0, 0, size) for mask in masks]
-        kept &= mask_areas(masks) > 0
-    return replace(found, boxes=boxes, masks=masks, image_size=size).select(kept)
+        masks = [region_to_rle(_decode(mask)[: tile.height, : tile.width], 0, 0, size) for mask in masks]
+        is_kept &= mask_areas(masks) > 0
+    return replace(found, boxes=boxes, masks=masks, image_size=size).select(is_kept)
 
 
-def merge_tiles(found: Sequence[tuple[Tile, Instances]], image_size: tuple[int, int]) -> Instances:
-    """What was found in each tile -> what is in the image.
+def merge_tiles(
+    found: Sequence[tuple[Tile, Instances]], image_size: tuple[int, int], threshold: float = 0.0
+) -> Instances:
+    """Merge the instances of tiles into those of the image.
 
-    Overlaps are split down their middle: every pixel belongs to the tile that sees most around it.
-    1. A piece that touches an inner border of its tile, and lies nearly wholly in other tiles' part, leaves: those see
-       that place better, whether they found something there or not.
-    2. Pieces of one class in two tiles are one object if they agree where both tiles see: half of the union there is
-       common to both, or half of the smaller piece. Those that agree in most pixels come first; an object has but one
-       piece of each tile, so that neighbours that one tile tells apart stay apart.
-    3. A piece that goes on behind the border of its tile is a part of the object there that covers half of what both
-       see of it: its tile has split that object, or found it twice. Right beside another part of its own tile, or one
-       seen whole, it is a neighbour.
-    4. An object that a tile sees whole has that tile's mask, box and score, of several the one where it lies deepest.
-       Of others each pixel is decided by the tile that it belongs to, where that has a piece of it, otherwise by those
-       that have; the box is the union of the pieces' boxes, the score that of the largest piece.
+    Each overlap is divided along its middle, so that every pixel belongs to the cell of the tile that sees most of its
+    surroundings.
+
+    1. A piece is dropped if it touches an inner border of its tile and lies almost entirely outside of its tile's cell.
+    2. Two pieces of one class in two tiles belong to one object if they agree in the zone that both tiles see: their
+       intersection there is half of their union, or half of the smaller piece. Pairs that agree in more pixels come
+       first. An object has at most one piece from each tile, so that objects that a tile separates stay separate.
+    3. A piece that is cut at a border of its tile is then added to the object of another tile that covers half of it in
+       the common zone: its tile has split the object, or found it twice. It is not added if it lies next to another
+       piece of its tile in that object, or if its tile sees one of the two completely.
+    4. Pieces with a score of at most `threshold` are paired last. They complete objects that their tile has no other
+       piece of, and objects of such pieces only are dropped. A border lowers the score of what it cuts.
+    5. An object that a tile sees completely gets that tile's mask, box and score; of several such tiles, those of the
+       one in which it is farthest from the border. Otherwise each pixel is decided by the tile in whose cell it lies if
+       that tile has a piece of the object, else by the tiles that have one; the box is the union of all boxes, and
+       score and class are those of the largest piece. Only pieces above `threshold` count as such.
 
     Args:
-        found: Tiles of a grid, at least one, with what was found in each, in the tile's own pixels. Boxes are compared
-            where there are no masks.
+        found: The tiles of [`cut_tiles`], at least one, with their instances in pixels of the tile. Without masks,
+            boxes are compared.
         image_size: (height, width) of the image.
+        threshold: A score in [0, 1].
 
     Returns:
-        Best first; masks as RLE of the image.
+        Instances with a score above `threshold`, best first.
     """
     if not any(len(instances) for _, instances in found):
         return replace(found[0][1], image_size=image_size)
-    pieces = _Pieces(found, image_size)
-    merged = [pieces.unite(group) for group in _group(pieces, *_compare_all(pieces))]
-    best = sorted(range(len(merged)), key=lambda index: -pieces.scores[merged[index][0]])
-    sources = np.array([merged[index][0] for index in best], np.int64)
-    return Instances(
-        np.array([merged[index][1] for index in best], np.float32).reshape(-1, 4),
-        pieces.scores[sources],
-        pieces.labels[sources],
-        [pieces.names[source] for source in sources],
-        None if pieces.masks is None else [merged[index][2] for index in best],
-        image_size,
+    pieces = _Pieces(found, image_size, threshold)
+    groups = _group(pieces, *_compare_all(pieces))
+    merged = [pieces.unite(group) for group in groups if pieces.is_sure[group].any()]
+    merged.sort(key=lambda one: -pieces.instances.scores[one[0]])
+    sources = np.array([source for source, _, _ in merged], np.int64)
+    return replace(
+        pieces.instances.select(sources),
+        boxes=np.array([box for _, box, _ in merged], np.float32).reshape(-1, 4),
+        masks=None if pieces.instances.masks is None else [mask for _, _, mask in merged],
+        image_size=image_size,
     )
 
 
 class _Part(NamedTuple):
-    """What of a tile's pieces lies in a zone that another tile sees too."""
+    """The pieces of a tile that lie in a zone, which another tile sees too."""
 
     pieces: np.ndarray  # (n,) their numbers
     areas: np.ndarray  # (n,) pixels in the zone
-    is_cut: np.ndarray  # (n,) whether they end there at an inner border of their tile
+    is_cut: np.ndarray  # (n,) whether they end in the zone at an inner border of their tile
 
 
 class _Pieces:
-    """What was found in all tiles, in one row, with its places in the image."""
+    """The P pieces of all tiles, and where they are in the image.
 
-    def __init__(self, found: Sequence[tuple[Tile, Instances]], image_size: tuple[int, int]) -> None:
-        instances = [each for _, each in found]
+    Attributes:
+        instances: All of them, boxes and masks in pixels of their tiles.
+        tiles: (T, 4) rectangles.
+        cells: (T, 4), the rectangle of each tile that belongs to it.
+        tile_of: (P,) number of the tile.
+        boxes: (P, 4) in the image.
+        extents: (P, 4), the rectangle of the mask, or the box without masks.
+        areas: (P,) pixels.
+        is_cut: (P,) whether a piece ends at an inner border of its tile.
+        is_sure: (P,) whether the score is above the threshold.
+        kept: Numbers of the pieces that rule 1 does not drop; complete after `parts` was called for all tiles.
+        placed: Their masks in the image, as RLE.
+    """
+
+    def __init__(self, found: Sequence[tuple[Tile, Instances]], image_size: tuple[int, int], threshold: float) -> None:
         self.image_size = image_size
         self.tiles = np.array([[left, top, left + width, top + height] for (top, left, height, width), _ in found])
-        self.tile_of: np.ndarray = np.repeat(np.arange(len(found)), [len(each) for each in instances])
-        self.scores = np.concatenate([each.scores for each in instances])
-        self.labels = np.concatenate([each.labels for each in instances])
-        self.names = [name for each in instances for name in each.names]
-        corners = np.tile(self.tiles[self.tile_of, :2], 2)
-        self.boxes = np.concatenate([each.boxes for each in instances]) + corners
-        self.extents, self.areas = self.boxes, np.prod(self.boxes[:, 2:] - self.boxes[:, :2], axis=1)
-        self.masks = None  # as they are in their tiles
-        if instances[0].masks is not None:
-            self.masks = [mask for each in instances for mask in each.masks or []]
-            self.areas = mask_areas(self.masks)
-            x, y, width, height = coco_mask.toBbox(self.masks).T
-            of_masks = np.stack([x, y, x + width, y + height], axis=1) + corners
-            rounded = np.concatenate([np.floor(self.boxes[:, :2]), np.ceil(self.boxes[:, 2:])], axis=1)
-            self.extents = np.where(self.areas[:, None] > 0, of_masks, rounded)
-        self.is_cut = self.margins(self.extents, self.tiles[self.tile_of]) < _REACH
         self.cells = _cells(self.tiles)
-        # Filled tile by tile: the pieces that do not leave, and their masks in the image.
+        self.instances = _concatenate([instances for _, instances in found])
+        self.tile_of: np.ndarray = np.repeat(np.arange(len(found)), [len(instances) for _, instances in found])
+        self.is_sure = self.instances.scores > threshold
+        offsets = np.tile(self.tiles[self.tile_of, :2], 2)
+        self.boxes = self.extents = self.instances.boxes + offsets
+        self.areas = self.instances.areas
+        if self.instances.masks is not None:
+            x, y, width, height = coco_mask.toBbox(self.instances.masks).T
+            of_masks = np.stack([x, y, x + width, y + height], axis=1) + offsets
+            of_boxes = np.concatenate([np.floor(self.boxes[:, :2]), np.ceil(self.boxes[:, 2:])], axis=1)
+            self.extents = np.where(self.areas[:, None] > 0, of_masks, of_boxes)
+        self.is_cut = self.margins(self.extents, self.tiles[self.tile_of]) < _REACH
         self.kept: list[int] = []
         self.placed: dict[int, dict[str, Any]] = {}
 
     def margins(self, extents: np.ndarray, tiles: np.ndarray) -> np.ndarray:
-        """Pixels (...) from extents (..., 4) to the nearest inner border of tiles (..., 4); inf where there is none."""
+        """Return the pixels (...) from extents (..., 4) to the nearest inner border of tiles (..., 4), inf if none."""
         low = np.where(tiles[..., :2] > 0, extents[..., :2] - tiles[..., :2], np.inf)
         high = np.where(tiles[..., 2:] < self.image_size[::-1], tiles[..., 2:] - extents[..., 2:], np.inf)
         return np.minimum(low, high).min(-1)
 
     def interior(self, tile: np.ndarray) -> np.ndarray:
-        """What of a tile (4,) is not near its inner borders."""
+        """Return the part (4,) of a tile (4,) that is not close to its inner borders."""
         inner = np.concatenate([tile[:2] > 0, tile[2:] < self.image_size[::-1]])
         return tile + inner * np.array([_REACH, _REACH, -_REACH, -_REACH])
 
     def parts(self, tile: int, zones: np.ndarray) -> list[_Part]:
-        """Keep the pieces of a tile that do not leave -> their parts in the zones (Z, 4) that it shares with others."""
+        """Apply rule 1 to the pieces of a tile; return the others in each of the zones (Z, 4) that it shares."""
         interior = _intersections(self.interior(self.tiles[tile]), zones)
         rectangles = np.concatenate([self.cells[tile][None], zones, interior])
-        members = np.flatnonzero(self.tile_of == tile)
         kept, counts = [], []
-        for piece in members.tolist():
-            mask = None if self.masks is None else self.decoded(piece)
+        for piece in np.flatnonzero(self.tile_of == tile).tolist():
+            mask = self.decode(piece)
             count = self.count(piece, mask, rectangles)
             if self.is_cut[piece] and count[0] <= _OWNED * self.areas[piece]:
                 continue
             kept.append(piece)
             counts.append(count)
             if mask is not None:
-                region = self.look(piece, mask, self.extents[piece])
+                region = self.cut_out(piece, mask, self.extents[piece])
                 self.placed[piece] = region_to_rle(region, *_corner(self.extents[piece]), self.image_size)
         self.kept += kept
         _, areas, inside = np.split(np.array(counts).reshape(-1, len(rectangles)), [1, 1 + len(zones)], axis=1)
-        numbers, reached = np.array(kept, np.int64), areas > 0
+        numbers, is_in = np.array(kept, np.int64), areas > 0
         return [
-            _Part(numbers[reached[:, zone]], areas[reached[:, zone], zone], (inside < areas)[reached[:, zone], zone])
+            _Part(numbers[is_in[:, zone]], areas[is_in[:, zone], zone], (inside < areas)[is_in[:, zone], zone])
             for zone in range(len(zones))
         ]
 
+    def decode(self, piece: int) -> np.ndarray | None:
+        """Return the mask of a piece, bool of the size of its tile; None without masks."""
+        return None if self.instances.masks is None else _decode(self.instances.masks[piece])
+
     def count(self, piece: int, mask: np.ndarray | None, rectangles: np.ndarray) -> np.ndarray:
-        """The pixels of a piece in each of the rectangles (R, 4), (R,); of its box without a mask."""
+        """Return the pixels (R,) of a piece in each of the rectangles (R, 4); those of its box without a mask."""
         inside = _intersections(self.extents[piece], rectangles)
         counts = (inside[:, 2:] - inside[:, :2]).prod(1)
         if mask is not None:
             for index in np.flatnonzero(counts):
-                counts[index] = np.count_nonzero(self.look(piece, mask, inside[index]))
+                counts[index] = np.count_nonzero(self.cut_out(piece, mask, inside[index]))
         return counts
 
-    def decoded(self, piece: int) -> np.ndarray:
-        """The mask of a piece, bool of its tile's size."""
-        return _decoded(self.masks[piece])
-
-    def look(self, piece: int, mask: np.ndarray, rectangle: np.ndarray) -> np.ndarray:
-        """A rectangle of the image, inside the tile of a piece, out of the mask of its tile."""
+    def cut_out(self, piece: int, mask: np.ndarray, rectangle: np.ndarray) -> np.ndarray:
+        """Cut a rectangle of the image, which the tile contains, out of the mask of a piece."""
         left, top = self.tiles[self.tile_of[piece], :2]
         return mask[_window(rectangle, left, top)]
 
     def shapes(self, pieces: Sequence[int] | np.ndarray) -> Any:
-        """What pycocotools compares: n RLEs of the image, or (n, 4) x, y, width, height."""
-        if self.masks is not None:
+        """Return masks in the image as RLE, or boxes x, y, width, height, for pycocotools."""
+        if self.instances.masks is not None:
             return [self.placed[int(piece)] for piece in pieces]
-        boxes = self.boxes[pieces]
-        return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+        return box_xyxy_to_xywh(self.boxes[pieces])
 
-    def tells_apart(self, piece: int, group: list[int]) -> bool:
-        """Whether the tile of a piece has another one in a group, neither split from it by the border nor its copy."""
+    def is_separate(self, piece: int, group: list[int]) -> bool:
+        """Whether the tile of a piece has another piece in a group that is another object, by the end of rule 3."""
         others = [other for other in group if self.tile_of[other] == self.tile_of[piece]]
         if not others:
             return False
+        if not self.is_sure[[piece, *others]].all():
+            return True
         one, extents = self.extents[piece], self.extents[others]
         gaps = (np.maximum(one[:2], extents[:, :2]) - np.minimum(one[2:], extents[:, 2:])).max(1)
-        alike = coco_mask.iou(self.shapes([piece]), self.shapes(others), [0] * len(others))[0]
-        return bool(((gaps < _REACH) & (alike <= 0.5)).any()) or not self.is_cut[[piece, *others]].all()
+        is_copy = coco_mask.iou(self.shapes([piece]), self.shapes(others), [0] * len(others))[0] > 0.5
+        return bool(((gaps < _REACH) & ~is_copy).any()) or not self.is_cut[[piece, *others]].all()
 
     def unite(self, group: list[int]) -> tuple[int, np.ndarray, dict[str, Any] | None]:
-        """The pieces of one object -> the piece that has its score and class, its box, its mask."""
+        """Return the piece that gives an object its score and class, the box and the mask of the object: rule 5."""
         extent = _hull(self.extents[group])
-        margins = self.margins(extent, self.tiles[self.tile_of[group]])
+        sure = [piece for piece in group if self.is_sure[piece]]
+        margins = self.margins(extent, self.tiles[self.tile_of[sure]])
         if margins.max() >= _REACH:
-            source = group[margins.argmax()]
+            source = sure[margins.argmax()]
             return source, self.boxes[source], self.placed.get(source)
-        source, box = group[self.areas[group].argmax()], _hull(self.boxes[group])
-        if self.masks is None or len(group) == 1:
+        source, box = sure[self.areas[sure].argmax()], _hull(self.boxes[group])
+        if self.instances.masks is None or len(group) == 1:
             return source, box, self.placed.get(source)
-        return source, box, region_to_rle(self.put_together(group, extent), *_corner(extent), self.image_size)
+        return source, box, region_to_rle(self.unite_masks(group, extent), *_corner(extent), self.image_size)
 
-    def put_together(self, group: list[int], extent: np.ndarray) -> np.ndarray:
-        """The pieces of one object -> its pixels, bool, in its extent (4,)."""
+    def unite_masks(self, group: list[int], extent: np.ndarray) -> np.ndarray:
+        """Return the mask of an object in its extent (4,)."""
         left, top, right, bottom = extent.astype(int)
         united: np.ndarray = np.zeros((bottom - top, right - left), bool)
-        masks = [(piece, self.decoded(piece)) for piece in group]
+        masks = [(piece, _decode(self.instances.masks[piece])) for piece in group]
         for piece, mask in masks:
-            united[_window(self.extents[piece], left, top)] |= self.look(piece, mask, self.extents[piece])
+            united[_window(self.extents[piece], left, top)] |= self.cut_out(piece, mask, self.extents[piece])
         for inside in _intersections(extent, self.cells[self.tile_of[group]]):
             united[_window(inside, left, top)] = False
         for piece, mask in masks:
             [inside] = _intersections(self.extents[piece], self.cells[self.tile_of[piece]][None])
-            united[_window(inside, left, top)] |= self.look(piece, mask, inside)
+            united[_window(inside, left, top)] |= self.cut_out(piece, mask, inside)
         return united
 
 
+def _concatenate(found: Sequence[Instances]) -> Instances:
+    ids = [each.category_ids for each in found if each.category_ids is not None]
+    return Instances(
+        np.concatenate([each.boxes for each in found]),
+        np.concatenate([each.scores for each in found]),
+        np.concatenate([each.labels for each in found]),
+        [name for each in found for name in each.names],
+        None if found[0].masks is None else [mask for each in found for mask in each.masks or []],
+        found[0].image_size,
+        category_ids=np.concatenate(ids) if ids else None,
+    )
+
+
 def _cells(tiles: np.ndarray) -> np.ndarray:
-    """Tiles of a grid (T, 4) -> the part (T, 4) of each that belongs to it: overlaps are split down their middle."""
+    """Return the cells (T, 4) of the tiles (T, 4) of a grid, which divide each overlap along its middle."""
     cells = tiles.copy()
     for axis in (0, 1):
         spans = np.unique(tiles[:, [axis, axis + 2]], axis=0)
@@ -359,14 +395,14 @@ def _cells(tiles: np.ndarray) -> np.ndarray:
 
 
 def _compare_all(pieces: _Pieces) -> tuple[list[Link], dict[int, tuple[float, int]]]:
-    """Every two tiles that overlap -> the pairs of pieces that may be one object, and how sure that is.
+    """Compare the pieces of all pairs of tiles that overlap.
 
     Returns:
-        (pixels that agree less those that do not, piece, piece) of the pairs that agree; and for pieces that end at
-        their tile's border inside a piece of another tile (the pixels that they have in common, that piece).
+        The pairs of rule 2, each with its votes: pixels that agree, minus pixels that do not. And for each piece of
+        rule 3 the piece of another tile that covers most of it, with the number of pixels that they share.
     """
     links: list[Link] = []
-    continued: dict[int, tuple[float, int]] = {}
+    covering: dict[int, tuple[float, int]] = {}
     waiting: dict[tuple[int, int], _Part] = {}
     for tile, rectangle in enumerate(pieces.tiles):
         zones = _intersections(rectangle, pieces.tiles)
@@ -375,33 +411,33 @@ def _compare_all(pieces: _Pieces) -> tuple[list[Link], dict[int, tuple[float, in
             if other > tile:
                 waiting[tile, other] = part
             else:
-                _compare(pieces, waiting.pop((other, tile)), part, links, continued)
-    return links, continued
+                _compare(pieces, waiting.pop((other, tile)), part, links, covering)
+    return links, covering
 
 
 def _compare(
-    pieces: _Pieces, one: _Part, other: _Part, links: list[Link], continued: dict[int, tuple[float, int]]
+    pieces: _Pieces, one: _Part, other: _Part, links: list[Link], covering: dict[int, tuple[float, int]]
 ) -> None:
-    """Add what the pieces of two tiles in the zone that both see say."""
+    """Compare the pieces of two tiles in the zone that both see; add to `links` and `covering`."""
     if not len(one.pieces) or not len(other.pieces):
         return
-    # Of a "crowd" pycocotools gives the common part of the first shape.
+    # For a crowd, pycocotools returns the intersection as a fraction of the first shape.
     common = coco_mask.iou(pieces.shapes(one.pieces), pieces.shapes(other.pieces), [1] * len(other.pieces))
     common = common * pieces.areas[one.pieces][:, None]
-    same_class = pieces.labels[one.pieces][:, None] == pieces.labels[other.pieces]
-    i, j = np.nonzero((common > 0) & same_class)
+    labels = pieces.instances.labels
+    i, j = np.nonzero((common > 0) & (labels[one.pieces][:, None] == labels[other.pieces]))
     common, p, q, area_p, area_q = common[i, j], one.pieces[i], other.pieces[j], one.areas[i], other.areas[j]
-    votes = 3 * common - area_p - area_q  # common less the rest of the union
+    votes = 3 * common - area_p - area_q  # the intersection, minus the rest of the union
     agree = (votes >= 0) | (2 * common >= np.minimum(pieces.areas[p], pieces.areas[q]))
     links += zip(votes[agree].tolist(), p[agree].tolist(), q[agree].tolist(), strict=True)
-    for is_cut, area, some, around in ((one.is_cut[i], area_p, p, q), (other.is_cut[j], area_q, q, p)):
+    for is_cut, area, cut, cover in ((one.is_cut[i], area_p, p, q), (other.is_cut[j], area_q, q, p)):
         inside = is_cut & (2 * common >= area)
-        for pixels, piece, other_piece in zip(common[inside], some[inside], around[inside], strict=True):
-            continued[int(piece)] = max(continued.get(int(piece), (0.0, -1)), (float(pixels), int(other_piece)))
+        for pixels, piece, other_piece in zip(common[inside], cut[inside], cover[inside], strict=True):
+            covering[int(piece)] = max(covering.get(int(piece), (0.0, -1)), (float(pixels), int(other_piece)))
 
 
-def _group(pieces: _Pieces, links: list[Link], continued: dict[int, tuple[float, int]]) -> list[list[int]]:
-    """Pairs of pieces -> the pieces of each object."""
+def _group(pieces: _Pieces, links: list[Link], covering: dict[int, tuple[float, int]]) -> list[list[int]]:
+    """Return the pieces of each object, by rules 2 to 4."""
     group_of = {piece: [piece] for piece in pieces.kept}
 
     def join(one: list[int], other: list[int]) -> None:
@@ -409,38 +445,42 @@ def _group(pieces: _Pieces, links: list[Link], continued: dict[int, tuple[float,
         for piece in other:
             group_of[piece] = one
 
-    for _, p, q in sorted(links, key=lambda link: (-link[0], *link[1:])):
+    def order(link: Link) -> tuple[bool, float, int, int]:
+        votes, p, q = link
+        return not (pieces.is_sure[p] and pieces.is_sure[q]), -votes, p, q
+
+    for _, p, q in sorted(links, key=order):
         one, other = group_of[p], group_of[q]
         if set(pieces.tile_of[one]).isdisjoint(pieces.tile_of[other]):
             join(one, other)
-    for piece, (_, around) in continued.items():
-        one, other = group_of[around], group_of[piece]
-        if one is not other and not any(pieces.tells_apart(each, one) for each in other):
+    for piece, (_, cover) in covering.items():
+        one, other = group_of[cover], group_of[piece]
+        if one is not other and not any(pieces.is_separate(each, one) for each in other):
             join(one, other)
     return list({id(group): group for group in group_of.values()}.values())
 
 
 def _intersections(one: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """What a rectangle (4,) shares with each of others (R, 4): (R, 4), of no width or height where that is nothing."""
+    """Return the intersections (R, 4) of a rectangle (4,) with others (R, 4), of width or height 0 if there is none."""
     low = np.maximum(one[:2], others[:, :2])
     return np.concatenate([low, np.maximum(low, np.minimum(one[2:], others[:, 2:]))], axis=1)
 
 
 def _hull(rectangles: np.ndarray) -> np.ndarray:
-    """The smallest rectangle (4,) around others (R, 4)."""
+    """Return the smallest rectangle (4,) around others (R, 4)."""
     return np.concatenate([rectangles[:, :2].min(0), rectangles[:, 2:].max(0)])
 
 
 def _window(rectangle: np.ndarray, left: int, top: int) -> tuple[slice, slice]:
-    """A rectangle of whole pixels -> its rows and columns in an array that begins at (left, top)."""
+    """Return the rows and columns of a rectangle of whole pixels, in an array whose first pixel is (left, top)."""
     x0, y0, x1, y1 = (rectangle.astype(int) - (left, top, left, top)).tolist()
     return slice(y0, y1), slice(x0, x1)
 
 
 def _corner(extent: np.ndarray) -> tuple[int, int]:
-    """The upper left pixel: top, left."""
+    """Return top and left of an extent."""
     return int(extent[1]), int(extent[0])
 
 
-def _decoded(mask: dict[str, Any]) -> np.ndarray:
+def _decode(mask: dict[str, Any]) -> np.ndarray:
     return coco_mask.decode(mask).view(bool)
