@@ -71,6 +71,15 @@ def decoded(path):
     return [image for image, _ in frames], [time for _, time in frames]
 
 
+def rotate(path, matrix):
+    """Set the rotation in the track header of an MP4: ISO/IEC 14496-12, 8.3.2."""
+    data = bytearray(path.read_bytes())
+    place = data.index(b"tkhd") + 4 + 40  # behind version, flags, times, track, duration, layer, group, volume
+    a, b, c, d = (value << 16 for value in matrix)
+    data[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+
+
 @pytest.fixture
 def no_pauses(monkeypatch):
     monkeypatch.setattr(f"{VIDEO}.reader._RECONNECT_DELAYS", (0.05,))
@@ -106,7 +115,7 @@ def test_frames_are_taken_in_batches_until_the_end(tmp_path):
 
 @pytest.mark.parametrize(
     ("matrix", "corner"),
-    [  # x, y -> where the red corner at the top left comes to lie, by ISO/IEC 14496-12, 8.3.2
+    [  # x, y of the corner to which the red one at the top left moves
         ((0, 1, -1, 0), (1, 0)),  # a quarter turn clockwise, as of a telephone held upright
         ((-1, 0, 0, -1), (1, 1)),
         ((0, -1, 1, 0), (0, 1)),
@@ -116,11 +125,7 @@ def test_a_frame_is_rotated_upright(tmp_path, matrix, corner):
     image = Image.new("RGB", (64, 48))
     image.paste((255, 0, 0), (0, 0, 16, 16))
     path = encode_video(tmp_path / "video.mp4", [image] * 2)
-    data = bytearray(path.read_bytes())
-    place = data.index(b"tkhd") + 4 + 40  # behind version, flags, times, track, duration, layer, group, volume
-    a, b, c, d = (value << 16 for value in matrix)
-    data[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    path.write_bytes(data)
+    rotate(path, matrix)
     with VideoReader(path) as reader:
         turned = next(reader).image
     assert turned.size == ((48, 64) if matrix[0] == 0 else (64, 48))
@@ -546,6 +551,48 @@ def test_a_video_is_predicted_tracked_drawn_and_written(squares, tmp_path):
     np.testing.assert_array_equal(np.asarray(drawn), expected)
     assert np.abs(np.asarray(images[20]) - expected).mean() < 8
     assert np.abs(np.asarray(frame.image) - expected).mean() > 16
+
+
+@pytest.mark.parametrize(("weak_score", "num_ids"), [(0.2, 1), (0.05, 2)])
+def test_a_track_continues_through_low_scores_that_are_not_returned(tmp_path, monkeypatch, weak_score, num_ids):
+    """The square turns back while its score is low: a tracker that does not see it then loses it."""
+    lefts = [*range(0, 60, 4), *range(60, 0, -4)]
+    path = encode_video(tmp_path / "video.mp4", [grey(1)] * len(lefts))
+    remaining = iter(enumerate(lefts))
+
+    def find(model, processor, images, *, threshold, **_):
+        found = []
+        for _, (step, left) in zip(images, remaining, strict=False):
+            square = boxes_at((left, 20), scores=[weak_score if 12 <= step < 24 else 0.9])
+            found.append(square.select(square.scores > threshold))
+        return found
+
+    monkeypatch.setattr(f"{VIDEO}.predict_video.predict", find)
+    predict_video(None, None, path, jsonl=tmp_path / "found.jsonl", track=True, batch_size=5, progress=False)
+    found = [record["instances"] for record in lines_of(tmp_path / "found.jsonl")]
+    assert [len(instances) for instances in found] == [1] * 12 + [0] * 12 + [1] * 6
+    ids = {one["track_id"] for instances in found for one in instances} - {-1}
+    assert len(ids) == num_ids
+
+
+@pytest.mark.parametrize("is_rotated", [False, True])
+def test_rotation_and_the_shape_of_pixels_are_those_of_the_source(tmp_path, monkeypatch, is_rotated):
+    path = tmp_path / "video.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 128, 64, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(16, 11)
+        for frame in [av.VideoFrame.from_image(scene(step)) for step in range(3)]:
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    if is_rotated:
+        rotate(path, (0, 1, -1, 0))
+    monkeypatch.setattr(f"{VIDEO}.predict_video.predict", find_squares)
+    predict_video(None, None, path, tmp_path / "found.mp4", progress=False)
+    with av.open(str(tmp_path / "found.mp4")) as container:
+        stream = container.streams.video[0]
+        found = (stream.width, stream.height, stream.sample_aspect_ratio)
+    assert found == ((64, 128, Fraction(11, 16)) if is_rotated else (128, 64, Fraction(16, 11)))
 
 
 def test_predict_video_finds_what_predict_finds_in_its_frames(tmp_path):

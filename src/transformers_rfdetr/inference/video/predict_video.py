@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ...atomic_files import translate_disk_errors
 from ..instances import Instances
-from ..predict import predict
+from ..predict import WEAK_SCORE, check_threshold, predict
 from .reader import DEFAULT_FPS, Frame, VideoReader
 from .tracking import Tracker
 from .writer import VideoWriter, check_video_output
@@ -63,7 +63,7 @@ def predict_video(
     on_frame: Callable[[Frame, Instances, Image.Image | None], None] | None = None,
     progress: bool = True,
 ) -> VideoSummary:
-    """Find instances in a video or a live stream, and write them as a video and as JSON lines.
+    """Predict the instances of a video or a live stream, and write them as a video and as JSON lines.
 
     Ctrl-C ends it like the end of the video: the files contain the frames so far.
 
@@ -73,7 +73,7 @@ def predict_video(
     Args:
         model, processor, threshold, classes: See `predict`.
         source, patience: See [`VideoReader`].
-        output: The `.mp4` file to write, with the instances drawn and the times of the source.
+        output: The `.mp4` file to write: the frames, upright, with the instances drawn and the times of the source.
         batch_size: Largest number of frames in a forward pass; a live source never waits until a batch is full.
         track: Whether objects keep an id from frame to frame; see [`Tracker`].
         color_by: See `Instances.draw`; by default "instance" where objects are tracked, else "class".
@@ -86,8 +86,9 @@ def predict_video(
         ValueError: an argument is out of range, or the video cannot be read or written.
         ImportError: PyAV, or with `track` trackers, is not installed.
     """
-    _check_arguments(batch_size, max_frames, output, source)
-    find = partial(predict, model, processor, threshold=threshold, classes=classes, batch_size=batch_size)
+    _check_arguments(threshold, batch_size, max_frames, output, source)
+    least_score = min(threshold, WEAK_SCORE) if track else threshold
+    find = partial(predict, model, processor, threshold=least_score, classes=classes, batch_size=batch_size)
     started = time.perf_counter()
     reader, frames, interrupted = None, 0, False
     try:
@@ -98,8 +99,7 @@ def predict_video(
             colors = color_by or ("instance" if track else "class")
             sinks = stack.enter_context(_Sinks(output, jsonl, fps, colors, on_frame))
             bar = stack.enter_context(_progress_bar(reader, max_frames, progress))
-            for frame, instances in _predict_frames(reader, find, batch_size, max_frames):
-                instances = instances if tracker is None else tracker.update(instances)
+            for frame, instances in _track(_predict_frames(reader, find, batch_size, max_frames), tracker, threshold):
                 frames += 1
                 sinks.add(frame, instances)
                 bar.update()
@@ -115,6 +115,16 @@ def _predict_frames(
     while batch := reader.take(batch_size if max_frames is None else min(batch_size, max_frames - count)):
         count += len(batch)
         yield from zip(batch, find([frame.image for frame in batch]), strict=True)
+
+
+def _track(
+    frames: Iterator[tuple[Frame, Instances]], tracker: Tracker | None, threshold: float
+) -> Iterator[tuple[Frame, Instances]]:
+    """Add track ids. The tracker needs low scores to follow objects that are occluded; they are dropped afterwards."""
+    for frame, instances in frames:
+        if tracker is not None:
+            instances = tracker.update(instances)
+        yield frame, instances.select(instances.scores > threshold)
 
 
 def _progress_bar(reader: VideoReader, max_frames: int | None, progress: bool) -> Any:
@@ -150,7 +160,8 @@ class _Sinks(ExitStack):
         if self._output is not None:
             drawn = instances.draw(frame.image, color_by=self._color_by)
             if self._writer is None:
-                self._writer = self.enter_context(VideoWriter(self._output, self._fps, drawn.size))
+                writer = VideoWriter(self._output, self._fps, drawn.size, pixel_aspect_ratio=frame.pixel_aspect_ratio)
+                self._writer = self.enter_context(writer)
             self._writer.write(drawn, frame.seconds)
         if self._lines is not None:
             record = {"frame": frame.index, "seconds": round(frame.seconds, 6), **instances.to_dict()}
@@ -167,11 +178,13 @@ def _open_lines(path: str | os.PathLike[str]) -> Iterator[IO[str]]:
 
 
 def _check_arguments(
+    threshold: float,
     batch_size: int,
     max_frames: int | None,
     output: str | os.PathLike[str] | None,
     source: str | os.PathLike[str] | int,
 ) -> None:
+    check_threshold(threshold)
     for name, value in (("batch_size", batch_size), ("max_frames", max_frames)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}")

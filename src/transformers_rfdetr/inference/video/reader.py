@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from PIL import Image
@@ -31,11 +32,13 @@ class Frame:
         index: Number of the frame among those that were decoded, from 0; a dropped frame leaves a gap.
         seconds: Time since the start of the video; of a live source, by this machine's clock since its first frame.
         image: RGB, upright.
+        pixel_aspect_ratio: Width of a pixel, as a player shows it, divided by its height.
     """
 
     index: int
     seconds: float
     image: Image.Image
+    pixel_aspect_ratio: Fraction = Fraction(1)
 
 
 class VideoReader:
@@ -258,11 +261,13 @@ class VideoReader:
                 if frame.is_corrupt:
                     self.undecodable += 1
                 else:
-                    self._deliver(_upright_image(frame), frame.time, start)
+                    ratio = packet.stream.sample_aspect_ratio or Fraction(1)
+                    ratio = 1 / ratio if frame.rotation % 180 else ratio
+                    self._deliver(_upright_image(frame), ratio, frame.time, start)
         except (av.FFmpegError, ValueError):
             self.undecodable += 1
 
-    def _deliver(self, image: Image.Image, timestamp: float | None, start: float) -> None:
+    def _deliver(self, image: Image.Image, ratio: Fraction, timestamp: float | None, start: float) -> None:
         now = self._last_arrival = time.monotonic()
         self._first_arrival = self._first_arrival or now
         if self.is_live:
@@ -277,7 +282,7 @@ class VideoReader:
                 self.dropped += 1
             self._wait(lambda: len(self._frames) < _QUEUE_LENGTH or self._closing.is_set())
             if not self._closing.is_set():
-                self._frames.append(Frame(self._num_decoded, seconds, image))
+                self._frames.append(Frame(self._num_decoded, seconds, image, ratio))
                 self._num_decoded += 1
             self._changed.notify_all()
 

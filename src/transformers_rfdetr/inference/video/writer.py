@@ -27,15 +27,24 @@ class VideoWriter:
         fps: Approximate number of frames per second.
         size: (width, height) of the images in pixels. Where one is odd, the last row or column is repeated in the
             file. An image of another size is resized to this one: a camera that reconnects may have another.
+        pixel_aspect_ratio: Width of a pixel, as a player shows it, divided by its height.
 
     Raises:
         ValueError: another suffix, or the folder does not exist; an image after [`close`](VideoWriter.close).
         ImportError: PyAV is not installed.
     """
 
-    def __init__(self, path: str | os.PathLike[str], fps: float, size: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        fps: float,
+        size: tuple[int, int],
+        *,
+        pixel_aspect_ratio: Fraction = Fraction(1),
+    ) -> None:
         import_av()
         self.path, self.size, self.fps = check_video_output(path), size, fps
+        self.pixel_aspect_ratio = pixel_aspect_ratio
         self._container: Any = None  # open from the first image on
         self._last_pts = -1
 
@@ -46,13 +55,14 @@ class VideoWriter:
             if "libx264" in av.codecs_available
             else ("mpeg4", {"qmin": "2", "qmax": "5"})
         )
-        rate = Fraction(self.fps).limit_denominator(1001)
+        rate = max(Fraction(self.fps).limit_denominator(1001), Fraction(1, 1001))
         with ExitStack() as stack:
             container = av.open(str(stack.enter_context(atomic_file(self.path))), "w", format="mp4")
             self._stream = container.add_stream(codec, rate=rate, options=options)
             self._stream.width, self._stream.height = (side + side % 2 for side in self.size)
             self._stream.pix_fmt = "yuv420p"
             self._stream.codec_context.time_base = _TIME_BASE
+            self._stream.codec_context.sample_aspect_ratio = self.pixel_aspect_ratio
             self._container, self._file = container, stack.pop_all()
 
     def write(self, image: Image.Image, seconds: float) -> None:
