@@ -1,23 +1,26 @@
-"""`transformers-rfdetr predict`: images, folders, datasets, videos and streams to images, JSON and cut-outs."""
+"""`transformers-rfdetr predict`: instances of images, folders, datasets, videos and streams, as JSON and drawings."""
 
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from http.client import HTTPException
+from itertools import starmap
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import typer
 
 from ..atomic_files import escape_unprintable
 from .errors import one_line_errors, terminated_as_interrupted
-from .options import DeviceOption, Dtype, DtypeOption, ModelArgument, absolute, read_names, read_size
+from .options import BatchSizeOption, DeviceOption, Dtype, DtypeOption, ModelArgument, absolute, read_names, read_size
 
 if TYPE_CHECKING:
-    from ..inference.folder import Summary
+    from ..inference.folder import FolderOptions, Summary
     from ..inference.image_list import InputImage
     from ..inference.video.predict_video import VideoSummary
 
@@ -33,164 +36,201 @@ transformers-rfdetr predict my-model survey.tif --tile auto --overlap 0.25
 
 torchrun --nproc-per-node 8 -m transformers_rfdetr.cli.app predict my-model photos/
 
-exit code: 0 if all went well, 1 if images could not be read (the others are done; of several processes each ends with
-0 all the same), 2 for wrong arguments
+exit code: 0 on success; 1 if an image could not be read (the other images are done; with several processes the code is
+0); 2 for wrong arguments; 130 after Ctrl-C
 """
 _STREAM = re.compile(r"(rtsp|rtsps|rtmp|rtmps|udp|tcp|srt)://", re.IGNORECASE)
-VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".m3u8"}
-_NUM_NAMED = 20
+VIDEO_SUFFIXES = {
+    *(
+        ".mp4",
+        ".mov",
+        ".avi",
+        ".mkv",
+        ".webm",
+        ".m4v",
+        ".mpg",
+        ".mpeg",
+        ".wmv",
+        ".flv",
+        ".m3u8",
+        ".ts",
+        ".mts",
+        ".m2ts",
+    ),
+    *(".3gp", ".3g2", ".asf", ".vob", ".ogv", ".m2v", ".mxf"),
+}
+_MAX_LISTED = 20  # unreadable images
+
+SourcesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(help="Files, folders, patterns and URLs of images and videos; a camera's number; rtsp:// streams."),
+]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder of the results.")]
+DatasetOption = Annotated[str | None, typer.Option(metavar="USER/NAME", help="Dataset to predict instead of files.")]
+SplitOption = Annotated[str, typer.Option(help="Split of the dataset.")]
+ThresholdOption = Annotated[float, typer.Option(help="Score above which an instance is kept.")]
+ClassesOption = Annotated[str | None, typer.Option(metavar="NAME,NAME", help="Classes to predict. Default: all.")]
+TileOption = Annotated[
+    str | None,
+    typer.Option(metavar="auto|N|HxW", help="Predict images in tiles of this size in pixels; auto: the model's size."),
+]
+OverlapOption = Annotated[
+    float | None, typer.Option(help="Least overlap of neighboring tiles, as a fraction of their side. Default: 0.2.")
+]
+ImagesOption = Annotated[bool, typer.Option(help="Write each image and video with the instances drawn on it.")]
+CropsOption = Annotated[bool, typer.Option("--save-crops", help="Write a crop of each instance.")]
+ColorOption = Annotated[
+    str | None, typer.Option(help="class or instance. Default: class, or with --track instance (one color per track).")
+]
+TrackOption = Annotated[bool, typer.Option("--track", help="Give objects in videos an id that they keep.")]
+FramesOption = Annotated[int | None, typer.Option(help="Number of frames after which to stop a video or stream.")]
+PatienceOption = Annotated[float, typer.Option(help="Seconds without a frame after which a stream has ended.")]
+ShowOption = Annotated[bool, typer.Option("--show", help="Show results in a window; any key continues, q quits.")]
+StrictOption = Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be read.")]
+
+
+class _Inputs(NamedTuple):
+    """What to predict, and its name in the settings. The source of an image is a row of `dataset` if that is given."""
+
+    names: list[str]
+    images: "list[InputImage]"
+    videos: "list[InputImage]"
+    dataset: Sequence[Any] | None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What predicting images and predicting videos have in common. `shard` is the rank and number of processes."""
+
+    model: Any
+    processor: Any
+    output: Path
+    options: "FolderOptions"
+    origin: dict[str, Any]
+    shard: tuple[int, int]
+    strict: bool
+    show: Callable[[Any, int], None] | None
 
 
 @one_line_errors
 @terminated_as_interrupted()
 def predict(
     model: ModelArgument,
-    sources: Annotated[
-        list[str] | None,
-        typer.Argument(help="files, folders, patterns, URLs; videos; a camera's number; rtsp:// and other streams"),
-    ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="the folder for what is found")] = Path("predictions"),
-    dataset: Annotated[str | None, typer.Option(metavar="USER/NAME", help="a dataset instead of files")] = None,
-    split: Annotated[str, typer.Option(help="of that dataset")] = "test",
-    threshold: Annotated[float, typer.Option(help="least score of an instance")] = 0.5,
-    classes: Annotated[str | None, typer.Option(metavar="NAME,NAME", help="look for these only")] = None,
-    batch_size: Annotated[int, typer.Option(help="images, frames or tiles at a time")] = 8,
+    sources: SourcesArgument = None,
+    output: OutputOption = Path("predictions"),
+    dataset: DatasetOption = None,
+    split: SplitOption = "test",
+    threshold: ThresholdOption = 0.5,
+    classes: ClassesOption = None,
+    batch_size: BatchSizeOption = 8,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.FLOAT32,
-    tile: Annotated[
-        str | None, typer.Option(metavar="auto|N|HxW", help="cut images of any size into tiles of this many pixels")
-    ] = None,
-    overlap: Annotated[
-        float | None, typer.Option(help="of neighbouring tiles, as a part of their side; 0.2 by default")
-    ] = None,
-    images: Annotated[bool, typer.Option(help="write what is found drawn over each image or video")] = True,
-    save_crops: Annotated[bool, typer.Option("--save-crops", help="write each instance's cut-out")] = False,
-    color_by: Annotated[
-        str | None, typer.Option(help="class or instance; by default class, of tracks instance")
-    ] = None,
-    track: Annotated[bool, typer.Option("--track", help="number the objects of a video from frame to frame")] = False,
-    max_frames: Annotated[int | None, typer.Option(help="end a video or stream after so many")] = None,
-    patience: Annotated[float, typer.Option(help="seconds without a frame after which a stream has ended")] = 60.0,
-    show: Annotated[bool, typer.Option("--show", help="show it in a window too; a key goes on, q ends it")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="stop at the first image that cannot be read")] = False,
+    tile: TileOption = None,
+    overlap: OverlapOption = None,
+    images: ImagesOption = True,
+    save_crops: CropsOption = False,
+    color_by: ColorOption = None,
+    track: TrackOption = False,
+    max_frames: FramesOption = None,
+    patience: PatienceOption = 60.0,
+    show: ShowOption = False,
+    strict: StrictOption = False,
 ) -> None:
-    """Find instances in images, folders, datasets, videos, cameras and streams.
+    """Predict the instances of images, folders, datasets, videos, cameras and streams.
 
-    Images come out as OUTPUT/images, predictions.jsonl and predictions.coco.json, videos as OUTPUT/videos. The same
-    command again skips what is done. Started by torchrun or accelerate launch, each process takes its share.
+    Writes predictions.jsonl, predictions.coco.json, and the drawn images and videos to OUTPUT/images and OUTPUT/videos.
+    The same command again skips what is done. With torchrun or accelerate launch, each process predicts its share.
     """
     import torch
-    from PIL import Image
 
     from ..hub.load import load
-    from ..inference.folder import FolderOptions, UnreadableImageError, predict_to_folder
-    from ..inference.image_list import InputImage, list_images, unique_names
-    from ..inference.prediction_files import check_settings, fingerprint
-    from ..model.image_io import redact_url
+    from ..inference.folder import FolderOptions
 
-    if (sources is None) == (dataset is None):
-        raise ValueError("give either sources (files, folders, URLs, ...) or --dataset")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    rows = None if dataset is None else _open_dataset(dataset, split)
-    streams = [source for source in sources or [] if _is_stream(source, is_alone=len(sources or []) == 1)]
-    items = list_images([source for source in sources or [] if source not in streams], exclude=output)
-    if rows is not None:
-        items = [InputImage(f"{index:07d}.jpg", index) for index in range(len(rows))]
-    videos = [item for item in items if rows is None and Path(item.name).suffix.lower() in VIDEO_SUFFIXES]
-    items = [item for item in items if item not in videos]
-    names = unique_names([*(video.name for video in videos), *map(_name_of_stream, streams)])
-    videos = [InputImage(*both) for both in zip(names, [*(video.source for video in videos), *streams], strict=True)]
-    _check_that_it_applies(bool(items), bool(videos), tile, save_crops, track, max_frames)
-    if overlap is not None and tile is None:
-        raise ValueError(f"--overlap {overlap} is of tiles, and --tile is not given; add --tile auto, or leave it out")
-    show_image = _open_window() if show else None
+    inputs = _read_inputs(sources, dataset, split, output)
+    _check_options(inputs, tile, overlap, save_crops, track, max_frames)
+    window = _open_window() if show else None
     if device == "auto" and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     loaded, processor = load(model, device=device, dtype=getattr(torch, dtype))
-    is_a_class = classes in loaded.config.id2label.values()
-    shared: dict[str, Any] = {
-        "threshold": threshold,
-        "classes": None if classes is None else [classes] if is_a_class else sorted(read_names("--classes", classes)),
-        "batch_size": batch_size,
-        "progress": rank == 0,
-    }
-    origin = {
-        "model": absolute(model),
-        "sources": [f"{dataset} {split}"] if dataset else sorted({redact_url(absolute(s)) for s in sources or []}),
-        "dtype": dtype.value,
-        "track": track,
-        "max_frames": max_frames,
-    }
-    failed: list[tuple[str, str]] = []
-    limit = Image.MAX_IMAGE_PIXELS
-    try:
-        if tile is not None:
-            Image.MAX_IMAGE_PIXELS = None  # Pillow's limit is for images that were not expected to be so large
-        if items or not videos:
-            summary = predict_to_folder(
-                loaded,
-                processor,
-                items,
-                output,
-                FolderOptions(
-                    tile=tile if tile in (None, "auto") else read_size("--tile", tile),
-                    overlap=0.2 if overlap is None else overlap,
-                    draw=images,
-                    crops=save_crops,
-                    color_by=color_by or "class",
-                    **{name: shared[name] for name in ("threshold", "classes", "batch_size")},
-                ),
-                origin=origin,
-                dataset=rows,
-                strict=strict,
-                shard=(rank, world),
-                progress=shared["progress"],
-                on_image=None
-                if show_image is None
-                else lambda image, found: show_image(found.draw(image, color_by=color_by or "class"), 0),
-            )
-            _report(summary, output, rank, world)
-            failed += summary.failed
-        settings = {**origin, "threshold": threshold, "classes": shared["classes"], "images": images}
-        if videos:
-            settings["weights"] = fingerprint(loaded)
-            check_settings(output, settings)
-        for video in videos[rank::world]:
-            style = {"track": track, "color_by": color_by, "max_frames": max_frames, "patience": patience}
-            try:
-                _predict_video(loaded, processor, video, output, settings, images, show_image, **style, **shared)
-            except (ValueError, OSError) as error:
-                if strict or len(videos) == 1:
-                    raise
-                failed.append((video.name, str(error)))
-                typer.echo(f"  not done: {escape_unprintable(f'{video.name}: {error}')}", err=True)
-    except UnreadableImageError as error:
-        typer.echo(f"predict: {escape_unprintable(str(error))}; without --strict the others are done", err=True)
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt:
-        typer.echo(f"\nstopped; the same command goes on: images that are done stay in {output}", err=True)
-        raise typer.Exit(130) from None
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
-    # One process of several that fails would have the others stopped.
-    if failed and world == 1:
+    is_one_class = classes in loaded.config.id2label.values()  # its name may contain a comma
+    options = FolderOptions(
+        threshold=threshold,
+        classes=None if classes is None else [classes] if is_one_class else sorted(read_names("--classes", classes)),
+        batch_size=batch_size,
+        tile=tile if tile in (None, "auto") else read_size("--tile", tile),
+        overlap=0.2 if overlap is None else overlap,
+        draw=images,
+        crops=save_crops,
+        color_by=color_by or ("instance" if track else "class"),
+    )
+    tracking = {"track": track, "max_frames": max_frames}
+    origin = {"model": absolute(model), "sources": inputs.names, "dtype": dtype.value, **tracking}
+    shard = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    run = _Run(loaded, processor, output, options, origin, shard, strict, window)
+    with _exit_codes(output):
+        num_failed = _predict_images(run, inputs) if inputs.images or not inputs.videos else 0
+        num_failed += _predict_videos(run, inputs.videos, {**tracking, "patience": patience})
+    if num_failed and shard[1] == 1:  # if one of several processes failed, the launcher would stop the others
         raise typer.Exit(1)
 
 
-def _check_that_it_applies(
-    images: bool, videos: bool, tile: str | None, save_crops: bool, track: bool, max_frames: int | None
+def _check_options(
+    inputs: "_Inputs", tile: str | None, overlap: float | None, save_crops: bool, track: bool, max_frames: int | None
 ) -> None:
-    """ValueError for an option that would do nothing."""
-    for given, option in ((tile is not None, "--tile"), (save_crops, "--save-crops")):
-        if given and not images:
-            raise ValueError(f"{option} is for images, and the sources are videos; leave it out")
-    for given, option in ((track, "--track"), (max_frames is not None, "--max-frames")):
-        if given and not videos:
-            raise ValueError(f"{option} is for videos, and the sources have none; leave it out")
+    """Raise ValueError for an option that would have no effect."""
+    options = {
+        "images": {"--tile": tile is not None, "--save-crops": save_crops},
+        "videos": {"--track": track, "--max-frames": max_frames is not None},
+    }
+    for kind, is_given in options.items():
+        for option in is_given:
+            if is_given[option] and not getattr(inputs, kind):
+                raise ValueError(f"{option} requires {kind}, got sources without {kind}. Omit it.")
+    if overlap is not None and tile is None:
+        raise ValueError(f"--overlap requires --tile, got --overlap {overlap} alone. Add --tile auto.")
+
+
+@contextmanager
+def _exit_codes(output: Path) -> Iterator[None]:
+    """Convert an unreadable image in a strict run, and Ctrl-C, to a message and the command's exit code."""
+    from ..inference.folder import UnreadableImageError
+
+    try:
+        yield
+    except UnreadableImageError as error:
+        typer.echo(f"predict: {escape_unprintable(str(error))}. Without --strict it is skipped.", err=True)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        typer.echo(f"\nStopped. Completed images are kept in {output}; the same command resumes.", err=True)
+        raise typer.Exit(130) from None
+
+
+# Inputs
+
+
+def _read_inputs(sources: list[str] | None, dataset: str | None, split: str, output: Path) -> _Inputs:
+    from ..inference.image_list import InputImage, list_images, unique_names
+    from ..model.image_io import redact_url
+
+    if (sources is None) == (dataset is None):
+        raise ValueError("either sources (files, folders, URLs, ...) or --dataset must be given, got both or neither")
+    if dataset is not None:
+        rows = _open_dataset(dataset, split)
+        return _Inputs([f"{dataset} {split}"], [InputImage(f"{i:07d}.jpg", i) for i in range(len(rows))], [], rows)
+    given = sources or []
+    streams = [source for source in given if _is_stream(source, is_alone=len(given) == 1)]
+    files = list_images([source for source in given if source not in streams], exclude=output)
+    videos = [file for file in files if Path(file.name).suffix.lower() in VIDEO_SUFFIXES]
+    names = unique_names([*(video.name for video in videos), *map(_name_of_stream, streams)])
+    found = zip(names, [*(video.source for video in videos), *streams], strict=True)
+    images = [file for file in files if file not in videos]
+    return _Inputs(
+        sorted({redact_url(absolute(source)) for source in given}), images, [*starmap(InputImage, found)], None
+    )
 
 
 def _is_stream(source: str, is_alone: bool) -> bool:
-    """Whether a source is a camera, a stream, or a video on a server: by its name or by what the server says it is."""
+    """Whether a source is a camera, a stream, or a video on a server; a single URL without a suffix is requested."""
     if _STREAM.match(source) or (source.isdecimal() and not Path(source).exists()):
         return True
     if not source.startswith(("http://", "https://")):
@@ -200,51 +240,53 @@ def _is_stream(source: str, is_alone: bool) -> bool:
     try:
         suffix = Path(urlsplit(source).path).suffix.lower()
     except ValueError as error:
-        raise ValueError(f"{redact_url(source)} is no URL: {error}; correct it") from error
-    if suffix or not is_alone:  # of many without an ending none is asked twice
+        raise ValueError(f"`sources` must be valid URLs, got {redact_url(source)}: {error}") from error
+    if suffix or not is_alone:
         return suffix in VIDEO_SUFFIXES
     try:
         with open_url(source) as response:
             return response.headers.get_content_maintype() in ("video", "multipart")
     except (OSError, ValueError, HTTPException):
-        return False  # reading it as an image says what is wrong
+        return False  # reading it as an image reports the reason
 
 
 def _is_endless(source: str) -> bool:
-    """Whether a video is a camera or a stream, and no file here or on a server."""
-    place = urlsplit(source)
-    is_there = place.scheme.startswith("http") and Path(place.path).suffix.lower() in VIDEO_SUFFIXES - {".m3u8"}
-    return not is_there and not Path(source).is_file()
+    """Whether a video is a camera or a stream, not a file on this machine or on a server."""
+    address = urlsplit(source)
+    is_remote_file = address.scheme.startswith("http") and Path(address.path).suffix.lower() in VIDEO_SUFFIXES - {
+        ".m3u8"
+    }
+    return not is_remote_file and not Path(source).is_file()
 
 
 def _name_of_stream(source: str) -> str:
-    """Of a video on a server its own name; of a camera or a stream, which is another one each time, with the time."""
-    place = urlsplit(source)
+    """Return the file name of a video on a server; for a camera or a stream, a name with the current time."""
+    address = urlsplit(source)
     if not _is_endless(source):
-        return Path(place.path).name
-    title = f"{place.hostname}{place.path}" if place.scheme else f"camera {source}"
+        return Path(address.path).name
+    title = f"{address.hostname}{address.path}" if address.scheme else f"camera {source}"
     safe = re.sub(r"[^\w.-]+", "_", title).strip("_") or "stream"
     return f"{safe} {datetime.now():%Y-%m-%d %H-%M-%S}.mp4"
 
 
 def _open_dataset(name: str, split: str) -> Sequence[Any]:
-    """The images of a split of a dataset on the Hub or in a folder that `datasets` reads."""
+    """Return the images of a split of a dataset on the Hub, or in a folder that `datasets` reads."""
     try:
         import datasets
     except ImportError as error:
-        raise ImportError('--dataset needs datasets: pip install "transformers-rfdetr[train]"') from error
+        raise ImportError('--dataset requires datasets: pip install "transformers-rfdetr[train]"') from error
     try:
         rows = datasets.load_dataset(name, split=split)
     except (datasets.exceptions.DatasetsError, FileNotFoundError) as error:
         raise ValueError(f"--dataset {name} cannot be loaded: {error}") from error
     columns = [column for column, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     if not columns:
-        raise ValueError(f"--dataset {name} has no column of images, only {', '.join(rows.features)}")
+        raise ValueError(f"--dataset {name} must have a column of images, got {', '.join(rows.features)}")
     return _Column(rows, columns[0])
 
 
 class _Column(Sequence):
-    """The images of a dataset, each decoded when it is asked for: before 4.0, `datasets` decodes all at once."""
+    """The images of a dataset, each decoded on access: `datasets` < 4 decodes a whole column at once."""
 
     def __init__(self, rows: Any, column: str) -> None:
         self._rows, self._column = rows, column
@@ -256,20 +298,96 @@ class _Column(Sequence):
         return self._rows[index][self._column]
 
 
-def _predict_video(
-    model: Any,
-    processor: Any,
-    video: "InputImage",
-    output: Path,
-    settings: Mapping[str, Any],
-    images: bool,
-    window: Callable[[Any, int], None] | None,
-    **options: Any,
-) -> None:
+# Images
+
+
+def _predict_images(run: _Run, inputs: _Inputs) -> int:
+    """Predict the images of this process, print a summary, and return the number of unreadable images."""
+    from PIL import Image
+
+    from ..inference.folder import predict_to_folder
+
+    def show(image: Any, instances: Any) -> None:
+        run.show(instances.draw(image, color_by=run.options.color_by), 0)
+
+    max_pixels = Image.MAX_IMAGE_PIXELS
+    try:
+        if run.options.tile is not None:
+            Image.MAX_IMAGE_PIXELS = None  # with tiles, large images are expected
+        summary = predict_to_folder(
+            run.model,
+            run.processor,
+            inputs.images,
+            run.output,
+            run.options,
+            origin=run.origin,
+            dataset=inputs.dataset,
+            strict=run.strict,
+            shard=run.shard,
+            progress=run.shard[0] == 0,
+            on_image=None if run.show is None else show,
+        )
+    finally:
+        Image.MAX_IMAGE_PIXELS = max_pixels
+    _report_images(summary, run.output, *run.shard)
+    return len(summary.failed)
+
+
+def _report_images(summary: "Summary", output: Path, rank: int, world_size: int) -> None:
+    share = f" (process {rank} of {world_size})" if world_size > 1 else ""
+    before = f", {summary.skipped} done before" if summary.skipped else ""
+    typer.echo(f"{summary.instances} instances in {summary.done} images{before}{share}")
+    for name, reason in summary.failed[:_MAX_LISTED]:
+        if "decompression bomb" in reason:
+            reason = f"{reason.rstrip('.')}; --tile auto reads images of any size"
+        typer.echo(f"  not read: {escape_unprintable(reason if name in reason else f'{name}: {reason}')}", err=True)
+    if summary.failed:
+        unlisted = len(summary.failed) - _MAX_LISTED
+        more = f", {unlisted} more than listed here" if unlisted > 0 else ""
+        typer.echo(f"{len(summary.failed)} images could not be read{more}", err=True)
+    if summary.complete:
+        typer.echo(f"{output / 'predictions.jsonl'}, {output / 'predictions.coco.json'}")
+    elif world_size > 1:
+        typer.echo("Other processes have not finished; the last one writes the results of all.")
+
+
+# Videos
+
+
+def _predict_videos(run: _Run, videos: "Sequence[InputImage]", arguments: Mapping[str, Any]) -> int:
+    """Predict the videos of this process, and return how many could not be read."""
+    from ..inference.prediction_files import check_settings, fingerprint
+
+    if not videos:
+        return 0
+    options = run.options
+    settings = {
+        **run.origin,
+        "threshold": options.threshold,
+        "classes": options.classes,
+        "images": options.draw,
+        "color_by": options.color_by,
+        "weights": fingerprint(run.model),
+    }
+    check_settings(run.output, settings)
+    num_failed = 0
+    for video in videos[run.shard[0] :: run.shard[1]]:
+        try:
+            _predict_video(run, video, settings, arguments)
+        except (ValueError, OSError) as error:
+            if run.strict or len(videos) == 1:
+                raise
+            num_failed += 1
+            typer.echo(f"  not done: {escape_unprintable(f'{video.name}: {error}')}", err=True)
+    return num_failed
+
+
+def _predict_video(run: _Run, video: "InputImage", settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Write OUTPUT/videos/NAME.jsonl, which is called NAME.unfinished.jsonl until the video is complete."""
     from ..inference.prediction_files import write_settings
     from ..inference.video.predict_video import predict_video
 
-    drawn_to = output / "videos" / video.name
+    drawn_to = run.output / "videos" / video.name
     if drawn_to.suffix.lower() != ".mp4":
         drawn_to = drawn_to.with_name(f"{drawn_to.name}.mp4")
     lines, unfinished = (drawn_to.with_name(f"{drawn_to.stem}{end}") for end in (".jsonl", ".unfinished.jsonl"))
@@ -279,72 +397,58 @@ def _predict_video(
     drawn_to.parent.mkdir(parents=True, exist_ok=True)
 
     def on_frame(frame: Any, found: Any, drawn: Any) -> None:
-        write_settings(output, settings)  # which are possible, as has just been seen
-        if window is not None:
-            window(drawn or found.draw(frame.image), 1)
+        write_settings(run.output, settings)  # now that a prediction has shown that they are valid
+        if run.show is not None:
+            run.show(drawn or found.draw(frame.image), 1)
 
     try:
         done = predict_video(
-            model,
-            processor,
+            run.model,
+            run.processor,
             video.source,
-            drawn_to if images else None,
+            drawn_to if run.options.draw else None,
+            threshold=run.options.threshold,
+            classes=run.options.classes,
+            batch_size=run.options.batch_size,
+            color_by=run.options.color_by,
             jsonl=unfinished,
             on_frame=on_frame,
-            **options,
+            progress=run.shard[0] == 0,
+            **arguments,
         )
     finally:
         if unfinished.exists() and not unfinished.stat().st_size:
             unfinished.unlink()
-    is_there = not Path(video.source).is_file() and not _is_endless(video.source)
-    if done.is_cut and is_there:
-        raise ValueError(f"the connection ended after {done.frames} frames; the same command begins it again")
-    if unfinished.exists() and (not done.interrupted or _is_endless(video.source)):
+    is_endless = _is_endless(video.source)
+    if done.is_cut and not is_endless and not Path(video.source).is_file():
+        raise ValueError(f"the connection ended after {done.frames} frames. The same command starts the video again.")
+    if unfinished.exists() and (not done.interrupted or is_endless):
         unfinished.rename(lines)
-    typer.echo(f"{_video_line(video.name, done)}: {drawn_to if images else lines}")
+    typer.echo(f"{_describe(video.name, done)}: {drawn_to if run.options.draw else lines}")
     if done.interrupted:
         raise KeyboardInterrupt
 
 
-def _video_line(source: str, done: "VideoSummary") -> str:
-    line = f"{escape_unprintable(source)}: {done.frames} frames at {done.frames_per_second:.1f} a second"
-    trouble = {"undecodable": done.undecodable, "dropped": done.dropped, "reopened": done.reopened}
-    return line + "".join(f", {count} {what}" for what, count in trouble.items() if count)
-
-
-def _report(summary: "Summary", output: Path, rank: int, world: int) -> None:
-    share = f" (process {rank} of {world})" if world > 1 else ""
-    before = f", {summary.skipped} done before" if summary.skipped else ""
-    typer.echo(f"{summary.instances} instances in {summary.done} images{before}{share}")
-    for key, reason in summary.failed[:_NUM_NAMED]:
-        if "decompression bomb" in reason:
-            reason = f"{reason.rstrip('.')}; --tile auto reads images of any size"
-        typer.echo(f"  not read: {escape_unprintable(reason if key in reason else f'{key}: {reason}')}", err=True)
-    if summary.failed:
-        more = f", {len(summary.failed) - _NUM_NAMED} more than listed here" * (len(summary.failed) > _NUM_NAMED)
-        typer.echo(f"{len(summary.failed)} images could not be read{more}", err=True)
-    if summary.complete:
-        typer.echo(f"{output / 'predictions.jsonl'}, {output / 'predictions.coco.json'}")
-    elif world > 1:
-        typer.echo("other processes have not finished; whichever is the last one writes the results of all")
+def _describe(name: str, done: "VideoSummary") -> str:
+    line = f"{escape_unprintable(name)}: {done.frames} frames at {done.frames_per_second:.1f} frames/s"
+    problems = {"undecodable": done.undecodable, "dropped": done.dropped, "reopened": done.reopened}
+    return line + "".join(f", {count} {what}" for what, count in problems.items() if count)
 
 
 def _open_window() -> Callable[[Any, int], None]:
-    """A function that shows an image in a window for a while, and raises KeyboardInterrupt when q is pressed there."""
+    """Return a function that shows an image for some milliseconds (0: until a key is pressed); q is as Ctrl-C."""
     if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        raise ValueError(
-            "--show needs a display, and there is none (DISPLAY is not set); look at the files in --output"
-        )
+        raise ValueError("--show requires a display, and DISPLAY is not set. Open the files in the output folder.")
     try:
         import cv2
     except ImportError as error:
-        raise ImportError("--show needs OpenCV: pip install opencv-python") from error
+        raise ImportError("--show requires OpenCV: pip install opencv-python") from error
 
     import numpy as np
 
     def show(image: Any, milliseconds: int) -> None:
         cv2.imshow("transformers-rfdetr", np.asarray(image)[..., ::-1])
-        if cv2.waitKey(milliseconds) & 0xFF == ord("q"):  # 0 waits for a key
+        if cv2.waitKey(milliseconds) & 0xFF == ord("q"):
             raise KeyboardInterrupt
 
     return show

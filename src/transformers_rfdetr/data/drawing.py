@@ -70,11 +70,7 @@ def draw_instances(
     Raises:
         ValueError: the arguments have different lengths, masks or boxes have a wrong shape, or both are missing.
     """
-    parts = {"masks": masks, "boxes": boxes, "labels": labels, "scores": scores, "color_indices": color_indices}
-    lengths = {name: len(part) for name, part in parts.items() if part is not None}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"masks, boxes, labels, scores and color_indices must have the same length, got {lengths}")
-    count = max(lengths.values(), default=0)
+    count = _common_length(masks=masks, boxes=boxes, labels=labels, scores=scores, color_indices=color_indices)
     if not count:
         return read_rgb(image)
     if masks is None and boxes is None:
@@ -144,6 +140,13 @@ def draw_grid(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str] | Non
         for left, image in zip(lefts, row, strict=False):
             grid.paste(image, (left, top))
     return grid
+
+
+def _common_length(**parts: Any) -> int:
+    lengths = {name: len(part) for name, part in parts.items() if part is not None}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"{', '.join(lengths)} must have the same length, got {lengths}")
+    return max(lengths.values(), default=0)
 
 
 def _to_array(values: Any) -> np.ndarray:

@@ -75,7 +75,7 @@ class FolderOptions:
         check_color_by(self.color_by)
 
     def to_settings(self) -> dict[str, Any]:
-        """Return the options that the predictions depend on, for settings.json."""
+        """Return the options that the written files depend on, for settings.json."""
         return {
             "threshold": self.threshold,
             "classes": None if self.classes is None else sorted(self.classes),
@@ -83,6 +83,7 @@ class FolderOptions:
             "overlap": None if self.tile is None else self.overlap,
             "images": self.draw,
             "crops": self.crops,
+            "color_by": self.color_by,
         }
 
     def predict(self, model: Any, processor: Any, images: list[Image.Image]) -> list[Instances]:
@@ -261,7 +262,10 @@ def _save_image(image: Image.Image, path: Path) -> None:
 
 
 def _save_crops(instances: Instances, image: Image.Image, path: Path) -> None:
-    for index, (crop, name) in enumerate(zip(instances.crops(image), instances.names, strict=True)):
+    crops = zip(instances.crops(image), instances.names, instances.areas > 0, strict=True)
+    for index, (crop, name, has_pixels) in enumerate(crops):
+        if not has_pixels:
+            continue
         # A class name may contain any character.
         safe = "".join(letter if letter.isalnum() or letter in " -_" else "_" for letter in name).strip()
         _save_image(crop, path.with_name(f"{path.name}-{index:03d}-{safe[:_MAX_CLASS_NAME]}.png"))
