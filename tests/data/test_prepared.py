@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import PreTrainedConfig, Trainer, TrainerState, TrainingArguments
 
 from annotated_images import drawn_dataset, equal, loader, make_coco, make_images, processor
 from transformers_rfdetr import RfDetrImageProcessor
@@ -135,6 +135,7 @@ def test_the_stock_trainer_augments_differently_in_each_epoch(tmp_path):
         def __init__(self):
             super().__init__()
             self.weight = torch.nn.Parameter(torch.zeros(()))
+            self.config = PreTrainedConfig()
             self.seen = []
 
         def forward(self, pixel_values, labels):
@@ -162,6 +163,7 @@ def test_the_stock_trainer_augments_differently_in_each_epoch(tmp_path):
     Trainer(model, arguments, data_collator=collate_fn, train_dataset=prepared, callbacks=[FollowEpoch()]).train()
     assert [sorted(model.seen[:4]), sorted(model.seen[4:])] == expected
     assert expected[0] != expected[1]
+    assert model.config.category_ids == prepared.dataset.category_ids == [1]
 
 
 def test_torchvision_pipelines_are_wrapped():

@@ -91,7 +91,17 @@ class PreparedDataset(torch.utils.data.Dataset):
 
 
 class FollowEpoch(TrainerCallback):
-    """Set the epoch of the training data when it begins, for the stock Trainer; see [`PreparedDataset`]."""
+    """Set the epoch of a [`PreparedDataset`] when it begins, for the stock Trainer.
+
+    The category ids of the dataset are stored in the model's configuration, so that predictions have them.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Store the category ids of the training data as `category_ids` of the configuration."""
+        dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
+        category_ids = getattr(getattr(dataset, "dataset", None), "category_ids", None)
+        if category_ids is not None and hasattr(kwargs.get("model"), "config"):
+            kwargs["model"].config.category_ids = list(category_ids)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the epoch of a [`PreparedDataset`]."""
