@@ -36,7 +36,7 @@ BAD = {
     "empty.jpg": b"",
     "text.png": b"no image at all",
     "cut.jpg": None,  # the first half of an image
-    "notes.txt": b"a list of things",
+    "notes.doc": b"a list of things",
     "zeros.png": bytes(100),
     "deep/page.html": b"<html></html>",
     "deep/half.png": None,
@@ -154,11 +154,24 @@ def test_the_same_command_again_does_only_what_could_not_be_read(
         assert (output / name).read_bytes() == content
 
 
-def test_another_threshold_is_refused_in_the_same_folder(first_run: tuple[Path, Result], model: Path, photos: Path):
-    output, _ = first_run
-    done = run(model, photos, "-o", output, "--threshold", "0.4")
+@pytest.mark.parametrize(
+    ("option", "difference"),
+    [
+        (["--threshold", "0.4"], "threshold 0.02 instead of 0.4"),
+        (["--color-by", "instance"], "color_by 'class' instead of 'instance'"),
+        (["--no-images"], "images True instead of False"),
+        (["--save-crops"], "crops False instead of True"),
+        (["--classes", "cat"], "classes None instead of ['cat']"),
+        (["--tile", "auto"], "tile None instead of 'auto'"),
+        (["--dtype", "bfloat16"], "dtype 'float32' instead of 'bfloat16'"),
+    ],
+)
+def test_every_option_that_changes_what_is_written_is_refused_in_the_same_folder(
+    option: list[str], difference: str, whole: Path, model: Path, few: Path
+):
+    done = run(model, few, "-o", whole, *option)
     assert done.exit_code == 2
-    assert "threshold 0.02 instead of 0.4" in done.output
+    assert difference in done.output
 
 
 def test_strict_stops_at_the_first(model: Path, photos: Path, tmp_path: Path):
@@ -363,16 +376,56 @@ def test_classes_are_looked_for_by_name(model: Path, few: Path, whole: Path, tmp
     assert "`classes` must be among the 4 classes of the model, got 'dgo'. Did you mean dog" in done.output
 
 
-def test_a_data_set_is_predicted_by_its_column_of_images(model: Path, few: Path, whole: Path, tmp_path: Path):
+def test_annotation_files_in_a_folder_or_pattern_are_skipped(model: Path, few: Path, tmp_path: Path):
+    shutil.copytree(few, tmp_path / "split")
+    for name in ("_annotations.coco.json", "1.txt", "1.xml", "data.yaml", "README.roboflow.txt", ".DS_Store"):
+        (tmp_path / "split" / name).write_text("{}")
+    for number, source in enumerate((tmp_path / "split", tmp_path / "split" / "*")):
+        done = run(model, source, "-o", tmp_path / str(number))
+        assert done.exit_code == 0, done.output
+        assert "in 7 images" in done.output
+        assert "not read" not in done.output
+    assert run(model, tmp_path / "split" / "1.txt", "-o", tmp_path / "text").exit_code == 1
+
+
+def test_the_coco_file_of_a_coco_dataset_has_its_image_ids_and_category_ids(model: Path, few: Path, tmp_path: Path):
+    shutil.copytree(few, tmp_path / "data" / "valid")
+    content = {
+        "images": [{"id": 100 - seed, "file_name": f"{seed}.png"} for seed in range(7)],
+        "annotations": [],
+        "categories": [
+            {"id": 10 + 10 * label, "name": name} for label, name in enumerate(("cat", "a/b", "dog", "dogs"))
+        ],
+    }
+    (tmp_path / "data" / "valid" / "_annotations.coco.json").write_text(json.dumps(content))
+    done = run(model, "--dataset", tmp_path / "data", "--split", "valid", "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    found = COCO(tmp_path / "out" / "predictions.coco.json")
+    assert found.getImgIds() == [100 - seed for seed in range(7)]
+    loaded, processor = load(str(model))
+    [expected] = predict(loaded, processor, few / "3.png", threshold=0.02)
+    annotations = found.imgToAnns[97]
+    labels = expected.labels[expected.areas > 0]
+    assert [one["category_id"] for one in annotations] == [10 + 10 * label for label in labels]
+    assert {one["image_id"] for one in annotations} == {97}
+    wrong = run(model, "--dataset", tmp_path / "data", "--split", "test", "-o", tmp_path / "other")
+    assert wrong.exit_code == 2
+    assert "--split must be validation" in wrong.output
+
+
+def test_a_dataset_is_predicted_by_its_column_of_images_and_keeps_its_image_ids(
+    model: Path, few: Path, whole: Path, tmp_path: Path
+):
     datasets = pytest.importorskip("datasets")
-    rows = {"photo": [str(few / f"{seed}.png") for seed in range(7)], "number": list(range(7))}
-    features = datasets.Features({"photo": datasets.Image(), "number": datasets.Value("int64")})
+    rows = {"photo": [str(few / f"{seed}.png") for seed in range(7)], "image_id": list(range(50, 57))}
+    features = datasets.Features({"photo": datasets.Image(), "image_id": datasets.Value("int64")})
     (tmp_path / "rows" / "data").mkdir(parents=True)
     datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "rows" / "data" / "test-00000.parquet")
     done = run(model, "--dataset", tmp_path / "rows", "-o", tmp_path / "out", "--batch-size", "1")
     assert done.exit_code == 0, done.output
     assert [one["instances"] for one in records(tmp_path / "out")] == [one["instances"] for one in records(whole)]
     assert len(list((tmp_path / "out" / "images").glob("*.jpg"))) == 7
+    assert COCO(tmp_path / "out" / "predictions.coco.json").getImgIds() == list(range(50, 57))
 
 
 @pytest.fixture
@@ -494,6 +547,7 @@ def test_large_images_are_cut_into_tiles(model: Path, tmp_path: Path):
     expected = predict_tiled(loaded, processor, large, overlap=0.25, threshold=0.02, batch_size=8)
     [record] = records(tmp_path / "out")
     assert [one["mask"] for one in record["instances"]] == expected.masks
+    assert "1.5 x as high and 2.3 x as wide" in done.output  # 70 / 48, 110 / 48
 
 
 def test_passwords_in_urls_are_written_nowhere(model: Path, server: str, tmp_path: Path):
@@ -546,7 +600,7 @@ WRONG = {
         "--tile must be a side in pixels such as 432, or HxW such as 432x576, got wide",
     ),
     "no tile": (["{few}", "--tile", "0"], "0"),
-    "batch": (["{few}", "--batch-size", "-1"], "-1"),
+    "batch": (["{few}", "--batch-size", "-1"], "--batch-size"),
     "empty": ([""], "URLs, got ''"),
     "track": (["{few}", "--track"], "--track requires videos"),
     "no classes": (["{few}", "--classes", ","], "--classes must not have an empty name"),

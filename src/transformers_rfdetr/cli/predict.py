@@ -66,7 +66,9 @@ SourcesArgument = Annotated[
     typer.Argument(help="Files, folders, patterns and URLs of images and videos; a camera's number; rtsp:// streams."),
 ]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder of the results.")]
-DatasetOption = Annotated[str | None, typer.Option(metavar="USER/NAME", help="Dataset to predict instead of files.")]
+DatasetOption = Annotated[
+    str | None, typer.Option(metavar="USER/NAME|PATH", help="Dataset to predict instead of files; image ids are kept.")
+]
 SplitOption = Annotated[str, typer.Option(help="Split of the dataset.")]
 ThresholdOption = Annotated[float, typer.Option(help="Score above which an instance is kept.")]
 ClassesOption = Annotated[str | None, typer.Option(metavar="NAME,NAME", help="Classes to predict. Default: all.")]
@@ -215,8 +217,8 @@ def _read_inputs(sources: list[str] | None, dataset: str | None, split: str, out
     if (sources is None) == (dataset is None):
         raise ValueError("either sources (files, folders, URLs, ...) or --dataset must be given, got both or neither")
     if dataset is not None:
-        rows = _open_dataset(dataset, split)
-        return _Inputs([f"{dataset} {split}"], [InputImage(f"{i:07d}.jpg", i) for i in range(len(rows))], [], rows)
+        images, rows = _read_dataset(dataset, split)
+        return _Inputs([f"{dataset} {split}"], images, [], rows)
     given = sources or []
     streams = [source for source in given if _is_stream(source, is_alone=len(given) == 1)]
     files = list_images([source for source in given if source not in streams], exclude=output)
@@ -269,8 +271,25 @@ def _name_of_stream(source: str) -> str:
     return f"{safe} {datetime.now():%Y-%m-%d %H-%M-%S}.mp4"
 
 
-def _open_dataset(name: str, split: str) -> Sequence[Any]:
-    """Return the images of a split of a dataset on the Hub, or in a folder that `datasets` reads."""
+def _read_dataset(name: str, split: str) -> "tuple[list[InputImage], Sequence[Any]]":
+    """Return the images of a split, and their pixels: of a COCO or YOLO dataset, or of one that `datasets` reads."""
+    from ..data.label_maps import canonical_split_name
+    from ..data.load import load_instance_dataset, recognise_format
+    from ..inference.image_list import InputImage
+
+    ids: Sequence[int | None]
+    if recognise_format(name)[0] is not None:
+        splits = load_instance_dataset(name)
+        if canonical_split_name(split) not in splits:
+            raise ValueError(f"--split must be {' or '.join(splits)} for {name}, got {split}")
+        dataset = splits[canonical_split_name(split)]
+        rows, ids = _Column(dataset, "image"), dataset.image_ids()
+    else:
+        rows, ids = _read_rows(name, split)
+    return [InputImage(f"{index:07d}.jpg", index, image_id) for index, image_id in enumerate(ids)], rows
+
+
+def _read_rows(name: str, split: str) -> tuple[Sequence[Any], Sequence[int | None]]:
     try:
         import datasets
     except ImportError as error:
@@ -282,7 +301,10 @@ def _open_dataset(name: str, split: str) -> Sequence[Any]:
     columns = [column for column, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     if not columns:
         raise ValueError(f"--dataset {name} must have a column of images, got {', '.join(rows.features)}")
-    return _Column(rows, columns[0])
+    id_feature = rows.features.get("image_id")
+    ids = list(rows["image_id"]) if getattr(id_feature, "dtype", "").startswith("int") else []
+    has_ids = len(set(ids)) == len(rows) and None not in ids
+    return _Column(rows, columns[0]), ids if has_ids else [None] * len(rows)
 
 
 class _Column(Sequence):
@@ -307,8 +329,13 @@ def _predict_images(run: _Run, inputs: _Inputs) -> int:
 
     from ..inference.folder import predict_to_folder
 
-    def show(image: Any, instances: Any) -> None:
-        run.show(instances.draw(image, color_by=run.options.color_by), 0)
+    notes = [] if run.options.tile is None else [run.model.config.resolution]
+
+    def on_image(image: Any, instances: Any) -> None:
+        if notes:
+            _note_scale(image.size, notes.pop())
+        if run.show is not None:
+            run.show(instances.draw(image, color_by=run.options.color_by), 0)
 
     max_pixels = Image.MAX_IMAGE_PIXELS
     try:
@@ -325,12 +352,25 @@ def _predict_images(run: _Run, inputs: _Inputs) -> int:
             strict=run.strict,
             shard=run.shard,
             progress=run.shard[0] == 0,
-            on_image=None if run.show is None else show,
+            on_image=on_image,
         )
     finally:
         Image.MAX_IMAGE_PIXELS = max_pixels
     _report_images(summary, run.output, *run.shard)
     return len(summary.failed)
+
+
+def _note_scale(size: tuple[int, int], resolution: int | tuple[int, int]) -> None:
+    """Print how much larger objects are in tiles than in the resized image (width, height), the scale of training."""
+    from ..model.validation import as_pair
+
+    width, height = size
+    scales = [side / resized for side, resized in zip((height, width), as_pair(resolution), strict=True)]
+    if max(scales) > 1:
+        typer.echo(
+            f"Note: objects are {scales[0]:.1f} x as high and {scales[1]:.1f} x as wide in tiles as in the image of"
+            f" {width} x {height} pixels resized to {resolution}. Train the model on tiles, or on images of that scale."
+        )
 
 
 def _report_images(summary: "Summary", output: Path, rank: int, world_size: int) -> None:

@@ -100,6 +100,11 @@ class InstanceDataset(HasLabelMap, torch.utils.data.Dataset):
         image_id = None if self._index.has_image_ids else index
         return image_id, None if self._index.has_annotation_ids else self._index.offsets[index] + 1
 
+    def image_ids(self) -> list[int]:
+        """Return the id of each image."""
+        indices = range(len(self))
+        return [self._records.record(i)["image_id"] for i in indices] if self._index.has_image_ids else list(indices)
+
     def coco(self) -> dict[str, Any]:
         """Return a COCO dict of `images`, `annotations` and `categories`, with the category ids of the data.
 
@@ -145,11 +150,9 @@ class InstanceDataset(HasLabelMap, torch.utils.data.Dataset):
     def names_of(self, image_ids: Sequence[int]) -> list[str]:
         """Return the file name, else "image_id 7", of each image id."""
         names = dict.fromkeys(image_ids)
-        for index in range(len(self)):
-            record, (image_id, _) = self._records.record(index), self._replacement_ids(index)
-            image_id = record["image_id"] if image_id is None else image_id
+        for index, image_id in enumerate(self.image_ids()):
             if image_id in names:
-                names[image_id] = record.get("file_name")
+                names[image_id] = self._records.record(index).get("file_name")
         return [str(names[image_id] or f"image_id {image_id}") for image_id in image_ids]
 
     def with_processor(

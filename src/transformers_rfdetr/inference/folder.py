@@ -216,6 +216,8 @@ class _ShardWriter:
         """Write an image that was `read` with its instances, or the reason why it could not be read."""
         problem = read if isinstance(read, str) else self._write_images(image.name, read, instances)
         record = {"image": image.name, "source": redact_url(image.source)}
+        if image.id is not None:
+            record["image_id"] = image.id
         if problem is not None:
             self.summary.failed.append((image.name, problem))
             self._append({**record, "error": problem})

@@ -15,21 +15,29 @@ class InputImage(NamedTuple):
         name: Name in the results, and relative path of the files that are written for it: unique, and the same in
             every run.
         source: What `read_rgb` takes, or a row number of a dataset.
+        id: Image id in a dataset that has one.
     """
 
     name: str
     source: Any
+    id: int | None = None
+
+
+# Files that lie beside the images of a dataset.
+_ANNOTATION_SUFFIXES = {".json", ".jsonl", ".txt", ".xml", ".yaml", ".yml", ".csv", ".md", ".cache", ".names"}
 
 
 def list_images(sources: Sequence[str], exclude: str | os.PathLike[str] | None = None) -> list[InputImage]:
-    """Return the images of files, folders (recursively, without hidden files), patterns and URLs in a fixed order.
+    """Return the images of files, folders, patterns and URLs in a fixed order.
+
+    Folders are searched recursively. In folders and matches of patterns, hidden files and annotation files are skipped.
 
     Args:
         sources: Names are relative to a folder. With several folders they begin with the folder's own name.
         exclude: A folder below these whose files are not listed.
 
     Raises:
-        ValueError: a source does not exist or cannot be read, or a folder or pattern has no files.
+        ValueError: a source does not exist or cannot be read, or a folder or pattern has no images.
     """
     excluded = None if exclude is None else Path(exclude).expanduser().resolve()
     num_folders = sum(bool(source) and Path(source).expanduser().is_dir() for source in sources)
@@ -41,13 +49,14 @@ def list_images(sources: Sequence[str], exclude: str | os.PathLike[str] | None =
         elif source and path.is_dir():
             names = _files_in(path, excluded)
             if not names:
-                raise ValueError(f"`sources` must contain images, got the empty folder {source}")
+                raise ValueError(f"`sources` must contain images, got the folder {source} without images")
             prefix = Path(path.resolve().name) if num_folders > 1 else Path()
             found |= {str(path / name): str(prefix / name) for name in names}
         elif source and path.is_file():
             found.setdefault(str(path), path.name)
         elif source and (matches := sorted(glob.glob(str(path), recursive=True))):
-            found |= {match: Path(match).name for match in matches if match not in found and os.path.isfile(match)}
+            names = {match: Path(match).name for match in matches if os.path.isfile(match) and not _is_skipped(match)}
+            found = names | found
         else:
             rule = "files, folders, patterns with matches or http(s) URLs"
             raise ValueError(f"`sources` must be {rule}, got {source!r}. Check the spelling.")
@@ -67,7 +76,7 @@ def unique_names(names: Iterable[str]) -> list[str]:
 
 
 def _files_in(folder: Path, excluded: Path | None) -> list[Path]:
-    """Return the relative paths of all files below a folder that are not hidden; links to folders are followed."""
+    """Return the relative paths of the files below a folder that may be images; links to folders are followed."""
 
     def refuse(error: OSError) -> None:
         raise ValueError(f"the folder {error.filename} must be readable: {error.strerror}. Change its permissions.")
@@ -80,5 +89,10 @@ def _files_in(folder: Path, excluded: Path | None) -> list[Path]:
             continue
         visited.add(resolved)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        names += [Path(root, name).relative_to(folder) for name in files if not name.startswith(".")]
+        names += [Path(root, name).relative_to(folder) for name in files if not _is_skipped(name)]
     return sorted(names)
+
+
+def _is_skipped(name: str) -> bool:
+    path = Path(name)
+    return path.name.startswith(".") or path.suffix.lower() in _ANNOTATION_SUFFIXES

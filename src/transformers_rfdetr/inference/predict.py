@@ -111,8 +111,6 @@ def category_ids_of(config: RfDetrConfig) -> list[int] | None:
     """Return the category id of each label in the dataset that a model was trained on, or None if it is unknown."""
     ids = getattr(config, "category_ids", None)
     num_classes = 1 + max(class_labels(config.id2label), default=-1)
-        (label for label, name in config.id2label.items() if not is_background_label(name)), default=-1
-    )
     # A shorter list belongs to other classes, which the checkpoint had before.
     return ids if isinstance(ids, list) and all(map(is_index, ids)) and len(ids) >= num_classes else None
 

@@ -99,9 +99,9 @@ def find_records(folder: Path) -> Iterator[Record]:
 def write_results(folder: Path, names: Sequence[str], config: RfDetrConfig) -> bool:
     """Write predictions.jsonl and predictions.coco.json if all images have a record; return whether they have."""
     records: dict[str, Record] = {}
-    for record in find_records(folder):
-        if record.image not in records or records[record.image].has_failed:
-            records[record.image] = record
+    for place in find_records(folder):
+        if place.image not in records or records[place.image].has_failed:
+            records[place.image] = place
     if any(name not in records for name in names):
         return False
     wanted = set(names)
@@ -112,7 +112,7 @@ def write_results(folder: Path, names: Sequence[str], config: RfDetrConfig) -> b
     images: list[dict[str, Any]] = []
     num_annotations = 0
     with ExitStack() as stack:
-        files = {path: stack.enter_context(path.open("rb")) for path in {item.path for item in records.values()}}
+        files = {path: stack.enter_context(path.open("rb")) for path in {place.path for place in records.values()}}
         lines, coco = (
             stack.enter_context(stack.enter_context(atomic_file(folder / name)).open("w", encoding="utf-8"))
             for name in ("predictions.jsonl", "predictions.coco.json")
@@ -125,10 +125,11 @@ def write_results(folder: Path, names: Sequence[str], config: RfDetrConfig) -> b
             lines.write(line)
             if has_failed:
                 continue
-            instances = Instances.from_dict(json.loads(line))
+            record = json.loads(line)
+            instances, image_id = Instances.from_dict(record), record.get("image_id", len(images) + 1)
             height, width = instances.image_size
-            images.append({"id": len(images) + 1, "file_name": name, "height": height, "width": width})
-            for annotation in _annotations(instances, len(images)):
+            images.append({"id": image_id, "file_name": name, "height": height, "width": width})
+            for annotation in _annotations(instances, image_id):
                 num_annotations += 1
                 coco.write("," * (num_annotations > 1) + "\n" + json.dumps({"id": num_annotations, **annotation}))
         coco.write(f'],\n"images": {json.dumps(images)}}}\n')
