@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from evaluation_cases import plain_cocoeval, twelve
 from transformers_rfdetr import (
     RfDetrConfig,
     RfDetrForInstanceSegmentation,
@@ -267,7 +268,7 @@ GIVEN = ["train", "data", "--model", "m", "--output", "o"]
             "--class-names must be a file with one name per line, or 'cat,dog,...', got none.txt",
         ),
         (["train", "no/such/data", *GIVEN[2:], "--device", "cpu"], "got 'no/such/data'"),
-        (["evaluate", "m", "data", "--threshold", "1"], "--threshold 1.0 is outside [0, 1)"),
+        (["evaluate", "m", "data", "--threshold", "1"], "--threshold must be in [0, 1), got 1.0"),
         (["evaluate", "m", "data", "--output", "."], "evaluate: . is a folder; give the name of a file"),
         (["benchmark", "m", "--json", "."], ". is a folder; give the name of a file"),
         (["train", "data", *GIVEN[2:], "--config", "no.yaml"], "no.yaml cannot be read"),
@@ -311,7 +312,8 @@ def test_a_file_that_holds_no_settings_is_refused(text, message, tmp_path):
 def test_evaluation_prints_and_writes_the_numbers_of_the_metric(finished, data, tmp_path):
     folder, output = finished.output / "model", tmp_path / "new" / "metrics.json"
     command = ["evaluate", folder, data, "--per-class", "--batch-size", 2, "--device", "cpu"]
-    result = run(*command, "--output", output, "--report", tmp_path / "report")
+    rows = tmp_path / "new" / "predictions.json"
+    result = run(*command, "--output", output, "--report", tmp_path / "report", "--predictions", rows)
     assert result.exit_code == 0, result.output
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert ">Worst images<" in page
@@ -321,17 +323,22 @@ def test_evaluation_prints_and_writes_the_numbers_of_the_metric(finished, data, 
     facts = {"model": str(folder), "data": str(data), "split": "validation", "num_images": 3, "threshold": None}
     assert json.loads(output.read_text()) == facts | expected
     assert evaluate.format_numbers(expected) in result.output
+    oracle = plain_cocoeval(dataset.coco(), json.loads(rows.read_text()), "segm")
+    assert twelve(expected, "segm") == pytest.approx(oracle.stats, abs=1e-9)
     objects = expected["per_class"]["building"]["num_objects"]
     assert ["building", str(objects)] in [line.split()[:2] for line in result.stdout.splitlines()]
-    assert "--split test is not in" in refusal("evaluate", folder, data, "--split", "test")
+    assert "--split must be a split of" in refusal("evaluate", folder, data, "--split", "test")
 
 
-def test_a_report_says_from_which_score_on_detections_count(finished, data, tmp_path):
+def test_a_report_names_the_scores_that_count_and_the_highest_one_where_none_does(finished, data, tmp_path):
     command = ["evaluate", finished.output / "model", data, "--device", "cpu", "--report", tmp_path]
-    assert run(*command, "--threshold", "0.6").exit_code == 0
+    result = run(*command, "--threshold", "0.001", "--min-score", "0.999")
+    assert result.exit_code == 0, result.output
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "but of detections above 0.6" in page
+    assert "detections with a score above 0.001" in page
     assert "whatever their score" not in page
+    [highest] = re.findall(r"no detection has a score above 0.999; the highest score is (0\.\d{3})", result.stdout)
+    assert f"No detection has a score above 0.999; the highest score is {highest}." in page
 
 
 def test_images_may_lie_elsewhere_than_their_json(finished, data, tmp_path):

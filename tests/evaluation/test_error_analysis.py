@@ -70,12 +70,12 @@ def test_an_object_with_only_a_box_has_the_mask_of_its_box_and_one_without_eithe
     image = analysed_image(
         [
             {"category_id": 3, "bbox": [4, 5, 10, 20], "segmentation": []},
-            {"category_id": 7, "bbox": [4, 5, 0, 20], "segmentation": None},
+            {"category_id": 7, "bbox": None, "segmentation": None},
             {"category_id": 3, "segmentation": [[0, 0, 10, 0, 10, 30, 0, 30]]},
         ],
         [],
     )
-    assert image.name == "image 5"
+    assert image.name == "image_id 5"
     assert image.objects.boxes.tolist() == [[4, 5, 14, 25], [0, 0, 10, 30]]
     expected = [rectangle((5, 25), (4, 14), SCENE), rectangle((0, 30), (0, 10), SCENE)]
     assert (image.objects.dense_masks() == expected).all()

@@ -191,6 +191,26 @@ class TestPage:
         with pytest.raises(ValueError, match=r"`num_images` must be .* got -1"):
             save_report(tmp_path, analysis, scene(), num_images=-1)
 
+    @pytest.mark.parametrize(("threshold", "words"), [(None, "the highest score is 0.900."), (0.95, "detects nothing")])
+    def test_where_no_score_is_high_enough_the_page_says_so_and_shows_no_best_images(self, threshold, words, tmp_path):
+        settings = {"min_score": 0.95, "score_threshold": threshold, "progress": False}
+        path = save_report(tmp_path, analyse(scene_model(), SCENE_PROCESSOR, scene(), **settings), scene())
+        page = Page(path.read_text())
+        assert words in "".join(page.words)
+        assert "best" not in {one["id"] for one in page.of("section")}
+        assert len(page.of("image")) == 3  # all of them among the worst
+
+    def test_pointing_at_an_instance_shows_its_class_and_that_of_its_match(self, tmp_path):
+        page = Page(write_report(tmp_path, scene_model(), SCENE_PROCESSOR, scene(), progress=False).read_text())
+        titles = re.findall(r"<title>(.*?)</title></path>", page.text)
+        assert {"pool, missed", "house, found", "pool, found as house", "pool, crowd"} <= set(titles)
+        assert {
+            "house, score 0.90, correct, IoU 0.80",
+            "house, score 0.80, false",
+            "house, score 0.70, annotated as pool, IoU 1.00",
+            "pool, score 0.60, in a crowd",
+        } <= set(titles)
+
     def test_it_stays_small_whatever_the_images_hold(self, tmp_path):
         rng = np.random.default_rng(0)
         size = (500, 700)
@@ -304,6 +324,17 @@ def test_a_script_that_is_not_the_pages_own_does_not_run_and_is_heard_on_the_con
     assert "<title>Evaluation</title>" in document
     assert len(console) == 1
     assert "Content Security Policy" in console[0]
+
+
+@needs_chromium
+def test_tables_that_are_wider_than_a_phone_say_that_they_scroll(tmp_path):
+    page = write_report(tmp_path, scene_model(), SCENE_PROCESSOR, scene(), progress=False)
+    text = page.read_text(encoding="utf-8")
+    for width, num_hints in (("1240px", 0), ("390px", 2)):  # the metrics and the classes
+        page.write_text(text.replace("</style>", f"body{{width:{width}}}</style>"), encoding="utf-8")
+        document, console = browse(page, "--window-size=1280,900", profile=tmp_path / "profile")
+        assert console == []
+        assert document.count('class="wide overflows"') == num_hints
 
 
 @pytest.mark.long

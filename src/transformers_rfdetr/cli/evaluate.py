@@ -1,4 +1,4 @@
-"""`transformers-rfdetr evaluate`: COCO's numbers of a model on a dataset."""
+"""`transformers-rfdetr evaluate`: COCO's metrics of a model on a dataset."""
 
 import json
 from collections.abc import Mapping
@@ -18,70 +18,97 @@ transformers-rfdetr evaluate rf-detr-seg-medium coco/ --device cuda --batch-size
 
 transformers-rfdetr evaluate runs/buildings/model buildings/ --split test --per-class --report report
 """
-_NUMBERS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100")
+_METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100")
 _KINDS = {"segm": "mask", "bbox": "box"}
-_OF_A_CLASS = {"segm_AP": "mask AP", "segm_AP50": "mask AP50", "iou": "mask IoU", "bbox_AP": "box AP"}
+_CLASS_METRICS = {"segm_AP": "mask AP", "segm_AP50": "mask AP50", "iou": "mask IoU", "bbox_AP": "box AP"}
 
 
 @one_line_errors
 def evaluate(
     model: ModelArgument,
-    data: Annotated[str, typer.Argument(help="a folder, a COCO JSON, a data.yaml of YOLO, or a dataset on the Hub")],
-    split: Annotated[str, typer.Option(help="of the data; a single JSON is the split train")] = "validation",
-    output: Annotated[Path | None, typer.Option(metavar="FILE", help="write all numbers there, as JSON")] = None,
-    per_class: Annotated[bool, typer.Option("--per-class", help="print a line for each class too")] = False,
+    data: Annotated[
+        str, typer.Argument(help="A folder, a COCO JSON file, a data.yaml of YOLO, or a dataset on the Hub.")
+    ],
+    split: Annotated[
+        str, typer.Option(help="Split of the data; a single JSON file is the split train.")
+    ] = "validation",
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write all metrics to this file, as JSON.")
+    ] = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write the detections to this file, as JSON for COCO.loadRes of pycocotools: with masks, or with boxes"
+            " for a detection model.",
+        ),
+    ] = None,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Also print the metrics of each class.")] = False,
     batch_size: BatchSizeOption = 8,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.FLOAT32,
     threshold: Annotated[
-        float | None, typer.Option(help="score that a detection must exceed; COCO's numbers have none")
+        float | None, typer.Option(help="Score that a detection must exceed to count. Default: all count, as in COCO.")
     ] = None,
     image_folder: ImageFolderOption = None,
     report: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="write a page of curves, tables and the worst images there")
+        Path | None,
+        typer.Option(metavar="DIR", help="Write an HTML page of metrics, curves, errors and images to this folder."),
     ] = None,
+    min_score: Annotated[
+        float, typer.Option(min=0, max=1, help="Score that a detection must exceed to be shown in the report.")
+    ] = 0.5,
 ) -> None:
     """Evaluate a model as COCO does: AP and AR of masks and boxes, and mean IoU."""
     import torch
 
     from ..data.load import load_instance_dataset
-    from ..evaluation.error_analysis import analyse
-    from ..evaluation.evaluation_loop import evaluate_instance_segmentation
+    from ..evaluation.error_analysis import analyse_evaluation
+    from ..evaluation.evaluation_loop import evaluate_dataset
     from ..evaluation.report import save_report
     from ..hub.load import load
 
     if threshold is not None and not 0 <= threshold < 1:
-        raise ValueError(f"--threshold {threshold} is outside [0, 1); give a score such as 0.5, or leave it out")
-    if output is not None:  # what forbids to write is better known now
-        check_writable(output)
-        make_directory(output.parent)
+        raise ValueError(f"--threshold must be in [0, 1), got {threshold}. Omit it to count all detections.")
+    for file in filter(None, (output, predictions)):  # fail before the evaluation, not after it
+        check_writable(file)
+        make_directory(file.parent)
     if report is not None:
         make_directory(report)
     splits = load_instance_dataset(data, image_folder=image_folder)
     if split not in splits:
-        raise ValueError(f"--split {split} is not in {data}, which has {', '.join(splits)}; give one of these")
+        raise ValueError(f"--split must be a split of {data}, {', '.join(splits)}, got {split}")
     dataset = splits[split]
     loaded, processor = load(model, device=device, dtype=getattr(torch, dtype))
-    settings: dict[str, Any] = {"batch_size": batch_size, "score_threshold": threshold}
+    evaluator = evaluate_dataset(loaded, processor, dataset, batch_size=batch_size, score_threshold=threshold)
     if report is None:
-        numbers = evaluate_instance_segmentation(loaded, processor, dataset, **settings)
+        metrics = evaluator.compute()
     else:
-        analysis = analyse(loaded, processor, dataset, **settings)
-        numbers = analysis.metrics
+        analysis = analyse_evaluation(evaluator, dataset, min_score=min_score, score_threshold=threshold)
+        metrics = analysis.metrics
     typer.echo(f"{model} on {split} of {data}, {len(dataset)} images")
-    typer.echo(format_numbers(numbers))
+    typer.echo(format_numbers(metrics))
     if per_class:
-        typer.echo(format_classes(numbers["per_class"]))
+        typer.echo(format_classes(metrics["per_class"]))
+    highest_score = evaluator.highest_score
+    if highest_score is None:
+        typer.echo("the model detects nothing in these images")
+    elif highest_score <= min_score:
+        typer.echo(f"no detection has a score above {min_score}; the highest score is {highest_score:.3f}")
     if output is not None:
         facts = {"model": model, "data": data, "split": split, "num_images": len(dataset), "threshold": threshold}
-        write_text(output, json.dumps(facts | numbers, indent=1))
+        write_text(output, json.dumps(facts | metrics, indent=1))
+    if predictions is not None:
+        rows = ",\n".join(map(json.dumps, evaluator.predictions()))
+        write_text(predictions, f"[{rows}]\n")
     if report is not None:
-        page = save_report(report, analysis, dataset, training=_run_of(model), title=f"{model} on {split} of {data}")
+        title = f"{model} on {split} of {data}"
+        page = save_report(report, analysis, dataset, training=_find_training_run(model), title=title)
         typer.echo(f"the report is {page}")
 
 
-def _run_of(model: str) -> Path | None:
-    """The output folder of the training that left a model, if it is one in it."""
+def _find_training_run(model: str) -> Path | None:
+    """Return the output folder of the training run in which a model lies, or None."""
     path = Path(model).expanduser()
     for folder in (path, path.absolute().parent) if path.is_dir() else ():
         if any(folder.glob("checkpoint-*/trainer_state.json")):
@@ -89,29 +116,29 @@ def _run_of(model: str) -> Path | None:
     return None
 
 
-def format_numbers(numbers: Mapping[str, Any]) -> str:
-    """The numbers of an evaluation, as [`evaluate_instance_segmentation`] returns them, as a table for people.
+def format_numbers(metrics: Mapping[str, Any]) -> str:
+    """Return a table of the metrics that [`evaluate_instance_segmentation`] returns.
 
-    A line each for masks, which a detection model does not have, and boxes, then the mean IoU; "-" stands where the
-    ground truth has nothing to find.
+    It has a line for masks, if the model predicts them, a line for boxes, and the mean IoU. "-" means that the ground
+    truth has no such objects.
     """
-    kinds = [kind for kind in _KINDS if f"{kind}_AP" in numbers]
-    rows = [[_KINDS[kind], *(_show(numbers[f"{kind}_{name}"]) for name in _NUMBERS)] for kind in kinds]
-    text = format_table(["", *_NUMBERS], rows)
-    if "mean_iou" in numbers:
-        text += f"\nmean IoU (score > 0.5): {_show(numbers['mean_iou'])}"
+    kinds = [kind for kind in _KINDS if f"{kind}_AP" in metrics]
+    rows = [[_KINDS[kind], *(_format(metrics[f"{kind}_{name}"]) for name in _METRICS)] for kind in kinds]
+    text = format_table(["", *_METRICS], rows)
+    if "mean_iou" in metrics:
+        text += f"\nmean IoU (score > 0.5): {_format(metrics['mean_iou'])}"
     return text
 
 
 def format_classes(per_class: Mapping[str, Mapping[str, Any]]) -> str:
-    """The numbers of each class, as a table for people."""
-    columns = [name for name in _OF_A_CLASS if any(name in of_class for of_class in per_class.values())]
+    """Return a table of the metrics of each class."""
+    columns = [name for name in _CLASS_METRICS if any(name in metrics for metrics in per_class.values())]
     rows = [
-        [label, of_class["num_objects"], *(_show(of_class.get(name, -1.0)) for name in columns)]
-        for label, of_class in per_class.items()
+        [label, metrics["num_objects"], *(_format(metrics.get(name, -1.0)) for name in columns)]
+        for label, metrics in per_class.items()
     ]
-    return format_table(["class", "objects", *(_OF_A_CLASS[name] for name in columns)], rows)
+    return format_table(["class", "objects", *(_CLASS_METRICS[name] for name in columns)], rows)
 
 
-def _show(value: float) -> str:
+def _format(value: float) -> str:
     return "-" if value < 0 else f"{value:.3f}"

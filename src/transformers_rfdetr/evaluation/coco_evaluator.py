@@ -84,6 +84,19 @@ class InstanceSegmentationEvaluator:
         """Return the number of images passed to `update`."""
         return len(self._detections)
 
+    @property
+    def has_masks(self) -> bool:
+        """Return whether ground truth and detections have masks, so that there are metrics of masks."""
+        return self.ground_truth.has_masks and self._detections_have_masks is not False
+
+    @property
+    def highest_score(self) -> float | None:
+        """Return the highest score of all detections, or None if there are none."""
+        return max(
+            (detections.scores.max() for detections in self._detections.values() if len(detections.scores)),
+            default=None,
+        )
+
     def reset(self) -> None:
         """Discard all detections. The ground truth is kept."""
         self._detections: dict[int, Detections] = {}
@@ -144,7 +157,7 @@ class InstanceSegmentationEvaluator:
                 have masks.
         """
         if kind is None:
-            kind = "segm" if self._has_masks() else "bbox"
+            kind = "segm" if self.has_masks else "bbox"
         is_valid = kind == "bbox" or (kind == "segm" and self._detections_have_masks is not False)
         require(is_valid, "kind", kind, '"bbox", or "segm" for detections with masks')
         for image_id, detections in sorted(self._detections.items()):
@@ -171,7 +184,7 @@ class InstanceSegmentationEvaluator:
         """
         metrics = self.average_precision()
         per_class = metrics.pop("per_class")
-        if self._has_masks():
+        if self.has_masks:
             metrics |= self.mean_iou()
             for name, class_metrics in metrics.pop("per_class").items():
                 per_class[name] |= class_metrics
@@ -182,7 +195,7 @@ class InstanceSegmentationEvaluator:
         image_ids = self._image_ids_by_category()
         per_class: dict[str, dict[str, Any]] = {name: {} for name in self.ground_truth.category_names.values()}
         metrics: dict[str, Any] = {}
-        for kind in ("segm", "bbox") if self._has_masks() else ("bbox",):
+        for kind in ("segm", "bbox") if self.has_masks else ("bbox",):
             results = [
                 average_over_recall(self._run_cocoeval(category, image_ids[category], kind))
                 for category in self.ground_truth.category_names
@@ -206,7 +219,7 @@ class InstanceSegmentationEvaluator:
             (T, R) float64 in [0, 1] of COCOeval: at the IoU thresholds 0.5, 0.55, ..., 0.95, the best precision where
             at least recall 0, 0.01, ..., 1 is reached, and 0 where it is not. The mean of all is the class's AP.
         """
-        kind, image_ids, curves = "segm" if self._has_masks() else "bbox", self._image_ids_by_category(), {}
+        kind, image_ids, curves = "segm" if self.has_masks else "bbox", self._image_ids_by_category(), {}
         for category, name in self.ground_truth.category_names.items():
             result = self._run_cocoeval(category, image_ids[category], kind)
             if result is not None:
@@ -230,7 +243,7 @@ class InstanceSegmentationEvaluator:
         Raises:
             ValueError: there are boxes only.
         """
-        if not self._has_masks():
+        if not self.has_masks:
             raise ValueError("`mean_iou` requires masks in the ground truth and in `update`, got boxes only")
         pixels: dict[int | None, np.ndarray] = {
             category: np.zeros(3, np.int64) for category in (*self.ground_truth.category_names, None)
@@ -271,9 +284,6 @@ class InstanceSegmentationEvaluator:
         if detections.masks is not None:
             self.ground_truth.sizes[image_id] = detections.masks.size
         self._detections[image_id] = detections
-
-    def _has_masks(self) -> bool:
-        return self.ground_truth.has_masks and self._detections_have_masks is not False
 
     def _image_ids_by_category(self) -> dict[int, list[int]]:
         """Return category id -> sorted ids of the images with its objects or detections; others do not matter to it."""

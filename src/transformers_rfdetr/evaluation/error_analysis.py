@@ -3,8 +3,7 @@
 Axis letters: C classes of the dataset, T IoU thresholds, R recalls, N objects and K detections of an image.
 """
 
-from collections.abc import Iterable, Mapping
-from contextlib import closing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +13,8 @@ from pycocotools import mask as coco_mask
 from ..inference.instances import Instances
 from ..model.validation import require
 from .coco_evaluator import InstanceSegmentationEvaluator
-from .evaluation_loop import detect_in_dataset
-from .mask_records import Objects
+from .evaluation_loop import evaluate_dataset
+from .mask_records import Detections, Objects
 
 _MIN_IOU = 0.5  # of a detection and the object that it is matched with
 
@@ -121,77 +120,63 @@ def analyse(
         ValueError: the model does not know a category of the dataset, or `min_score` is outside [0, 1].
     """
     require(0 <= min_score <= 1, "min_score", min_score, "in [0, 1]")
-    evaluator = InstanceSegmentationEvaluator(dataset.coco())
-    ground_truth = evaluator.ground_truth
-    names = list(ground_truth.category_names.values())
-    label_of = {category: label for label, category in enumerate(ground_truth.category_names)}
-    has_true_masks = ground_truth.has_masks
-    images: list[ImageQuality] = []
-    highest_scores = []
-    samples = detect_in_dataset(
+    evaluator = evaluate_dataset(
         model, processor, dataset, batch_size=batch_size, score_threshold=score_threshold, progress=progress
     )
-    with closing(samples):
-        for sample, found in samples:
-            evaluator.update(sample["image_id"], **found)
-            highest_scores += found["scores"][:1].tolist()
-            size = (sample["image"].height, sample["image"].width)
-            has_masks = has_true_masks and found["masks"] is not None
-            record = ground_truth.objects_of(sample["image_id"])
-            objects = _to_instances(record, label_of, names, size, has_masks)
-            detections = _select_detections(found, min_score, label_of, names, size, has_masks)
-            name = str(sample.get("file_name") or f"image {sample['image_id']}")
-            images.append(match_image(len(images), name, objects, record.is_crowd, detections))
+    return analyse_evaluation(evaluator, dataset, min_score=min_score, score_threshold=score_threshold)
+
+
+def analyse_evaluation(
+    evaluator: InstanceSegmentationEvaluator,
+    dataset: Any,
+    *,
+    min_score: float = 0.5,
+    score_threshold: float | None = None,
+) -> Analysis:
+    """Return the analysis of an evaluator with the detections in all images of a dataset, as [`analyse`] does."""
+    ground_truth, detections = evaluator.ground_truth, evaluator.state()
+    images = []
+    image_names = dataset.names_of(list(ground_truth.sizes))
+    for index, (image_id, name) in enumerate(zip(ground_truth.sizes, image_names, strict=True)):
+        record, found = ground_truth.objects_of(image_id), detections[image_id]
+        indices = np.flatnonzero(found.scores > min_score)
+        objects = _to_instances(record, np.arange(len(record.labels)), image_id, evaluator)
+        images.append(
+            match_image(index, name, objects, record.is_crowd, _to_instances(found, indices, image_id, evaluator))
+        )
     images.sort(key=lambda image: (image.quality, -image.num_errors))
     return Analysis(
         evaluator.compute(),
-        names,
+        list(ground_truth.category_names.values()),
         evaluator.precision_curves(),
-        confusion_matrix(images, len(names)),
+        confusion_matrix(images, len(ground_truth.category_names)),
         images,
         min_score,
-        max(highest_scores, default=None),
+        evaluator.highest_score,
         score_threshold,
     )
 
 
 def _to_instances(
-    record: Objects, label_of: Mapping[int, int], names: list[str], size: tuple[int, int], has_masks: bool
+    record: Objects | Detections, indices: np.ndarray, image_id: int, evaluator: InstanceSegmentationEvaluator
 ) -> Instances:
-    """Return the ground truth of an image of `size` (height, width)."""
-    labels = np.array([label_of[category] for category in record.labels.tolist()], np.int64)
-    masks = []
-    if has_masks:
-        of_boxes = coco_mask.frPyObjects(record.boxes.reshape(-1, 4), *size) if len(labels) else []
-        of_objects = [] if record.masks is None else record.masks.rles(range(len(labels)))
-        masks = [mask if mask["counts"] else box for mask, box in zip(of_objects or of_boxes, of_boxes, strict=True)]
+    """Return the objects or detections at `indices` of an image; objects have score 1."""
+    categories, size = evaluator.ground_truth.category_names, evaluator.ground_truth.sizes[image_id]
+    scores = record.scores[indices] if isinstance(record, Detections) else np.ones(len(indices))
+    category_ids, boxes = record.labels[indices].tolist(), record.boxes[indices]
+    masks = None
+    if evaluator.has_masks:
+        rles = [{"counts": b""}] * len(indices) if record.masks is None else record.masks.rles(indices)
+        of_boxes = coco_mask.frPyObjects(boxes, *size) if len(boxes) else []
+        counts = [(rle if rle["counts"] else box)["counts"] for rle, box in zip(rles, of_boxes, strict=True)]
+        masks = [{"size": list(size), "counts": text.decode()} for text in counts]
+    label_of = {category: label for label, category in enumerate(categories)}
     return Instances(
-        np.concatenate([record.boxes[:, :2], record.boxes[:, :2] + record.boxes[:, 2:]], axis=1).astype(np.float32),
-        np.ones(len(labels), np.float32),
-        labels,
-        [names[label] for label in labels],
-        [{"size": list(size), "counts": mask["counts"].decode()} for mask in masks] if has_masks else None,
-        size,
-    )
-
-
-def _select_detections(
-    found: Mapping[str, Any],
-    min_score: float,
-    label_of: Mapping[int, int],
-    names: list[str],
-    size: tuple[int, int],
-    has_masks: bool,
-) -> Instances:
-    """Return the detections of `detect_in_dataset` with a score above `min_score`."""
-    selected = np.flatnonzero(found["scores"] > min_score)
-    labels = np.array([label_of[found["labels"][index]] for index in selected], np.int64)
-    return Instances(
-        found["boxes"][selected],
-        found["scores"][selected],
-        labels,
-        [names[label] for label in labels],
-        [found["masks"][index] for index in selected] if has_masks else None,
+        np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1).astype(np.float32),
+        scores.astype(np.float32),
+        np.array([label_of[category] for category in category_ids], np.int64),
+        [categories[category] for category in category_ids],
+        masks,
         size,
     )
 

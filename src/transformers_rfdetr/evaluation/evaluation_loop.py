@@ -5,8 +5,7 @@ head. Sizes are (height, width).
 """
 
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import PIL.ImageOps
@@ -108,7 +107,7 @@ def to_category_ids(detections: Mapping[str, Any], category_ids: Mapping[int, in
     }
 
 
-def detect_in_dataset(
+def evaluate_dataset(
     model: Any,
     processor: Any,
     dataset: Any,
@@ -117,12 +116,12 @@ def detect_in_dataset(
     score_threshold: float | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
-) -> Generator[tuple[dict[str, Any], dict[str, Any]], None, None]:
-    """Yield each sample of a dataset, in order, with its detections as arguments of the evaluator's `update`.
+) -> InstanceSegmentationEvaluator:
+    """Return an evaluator with the detections of a model in all images of a dataset.
 
-    The arguments are those of [`evaluate_instance_segmentation`]. Until the generator ends or is closed, the model is
-    in evaluation mode and on `device`.
+    The arguments are those of [`evaluate_instance_segmentation`].
     """
+    evaluator = InstanceSegmentationEvaluator(dataset.coco())
     category_ids = label_to_category_id(model.config, dataset)
     was_training, original_device = model.training, model.device
     model.eval().to(device or original_device)
@@ -137,9 +136,10 @@ def detect_in_dataset(
             sizes = [(image.height, image.width) for image in images]
             results = detect(outputs, sizes, score_threshold=score_threshold, pixel_mask=inputs.get("pixel_mask"))
             for sample, detections in zip(samples, results, strict=True):
-                yield sample, to_category_ids(detections, category_ids)
+                evaluator.update(sample["image_id"], **to_category_ids(detections, category_ids))
     finally:
         model.train(was_training).to(original_device)
+    return evaluator
 
 
 def evaluate_instance_segmentation(
@@ -167,8 +167,7 @@ def evaluate_instance_segmentation(
     Raises:
         ValueError: the model does not know a category of the dataset.
     """
-    evaluator = InstanceSegmentationEvaluator(dataset.coco())
-    samples = detect_in_dataset(
+    evaluator = evaluate_dataset(
         model,
         processor,
         dataset,
@@ -177,7 +176,4 @@ def evaluate_instance_segmentation(
         device=device,
         progress=progress,
     )
-    with closing(samples):
-        for sample, detections in samples:
-            evaluator.update(sample["image_id"], **detections)
     return evaluator.compute()
