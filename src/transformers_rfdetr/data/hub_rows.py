@@ -85,7 +85,7 @@ def load_rows(source: Any, streaming: bool, arguments: Mapping[str, Any]) -> Any
     name, path = str(source), Path(source).expanduser()
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
     if path.is_file() and (found := recognise_file(path)):
-        raise ValueError(f"`source` must be {SUPPORTED_SOURCES}, got {name!r:.200} of {found.name}. {found.remedy}.")
+        raise ValueError(found.error(path))
     if path.is_file() or not (path.is_dir() or is_hub_id):
         raise ValueError(f"`source` must be {SUPPORTED_SOURCES}, got {name!r:.200}. Give one of these.")
     is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()

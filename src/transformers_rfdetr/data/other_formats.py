@@ -25,6 +25,10 @@ class OtherFormat(NamedTuple):
     name: str
     remedy: str
 
+    def error(self, path: Path) -> str:
+        """Return the error about an annotation file of the format."""
+        return f"`source` must have a format that is read, got annotations of {self.name} in {path}. {self.remedy}."
+
 
 def _datumaro(name: str) -> str:
     return f"Convert it: `pip install datumaro`, `datum convert -if {name} -i FOLDER -f coco_instances -o OUTPUT`"
@@ -95,10 +99,7 @@ def refuse_other_formats(folder: Path, supported: str) -> None:
         if num_read.get(suffix, _MAX_FILES) < _MAX_FILES:
             num_read[suffix] += 1
             if found := recognise_file(path):
-                raise ValueError(
-                    f"`source` must be {supported}, got {folder} with annotations of {found.name}, such as {path}."
-                    f" {found.remedy}."
-                )
+                raise ValueError(found.error(path))
         if suffix in _ROW_SUFFIXES:
             return
     if num_images or not num_read[".json"]:

@@ -33,7 +33,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be a JSON file: {error}. Export it again.") from error
     if found := recognise_json(content):
-        raise ValueError(f"{path} must be a COCO JSON, got annotations of {found.name}. {found.remedy}.")
+        raise ValueError(found.error(path))
     if not isinstance(content, dict):
         raise ValueError(f"{path} must contain a JSON object {{...}}, got {type(content).__name__}. Export it again.")
     return content

@@ -74,7 +74,7 @@ def find_yolo_file(source: str | os.PathLike[str] | Mapping[str, Any]) -> Path |
     for name in _YAML_NAMES:
         if (path / name).is_file():
             return path / name
-    others = [file for file in sorted(path.glob("*.y*ml")) if _looks_like_data_yaml(file)]
+    others = [file for file in sorted(path.glob("*.y*ml")) if file.is_file() and _looks_like_data_yaml(file)]
     if len(others) > 1:
         raise ValueError(f"{path} must contain one data.yaml, got {', '.join(map(str, others))}. Give one of them.")
     if others:
@@ -120,7 +120,7 @@ def read_yolo_folder(path: Path, image_folder: Any = None, class_names: Any = No
         notes.append(f"the names of the classes are read from {class_file}.")
     with error_context(str(path)):
         root = _image_root(folder, description, image_folder)
-        classes = _read_classes(description, root, class_names, notes)
+        classes = _read_classes(description, folder, class_names, notes)
         paths = _image_paths(root, _split_entries(description), notes)
         labels = _LabelFiles(root)
         splits = {split: [YoloImage(image, labels.find(image)) for image in images] for split, images in paths.items()}
@@ -197,10 +197,10 @@ def _image_root(folder: Path, description: Mapping[str, Any], image_folder: Any)
     return folder / declared
 
 
-def _read_classes(description: Mapping[str, Any], root: Path, class_names: Any, notes: list[str]) -> dict[int, str]:
-    names, count = description.get("names"), _read_count(description.get("nc"))
+def _read_classes(description: Mapping[str, Any], folder: Path, class_names: Any, notes: list[str]) -> dict[int, str]:
+    names, count = description.get("names") or None, _read_count(description.get("nc"))
     if isinstance(names, str):
-        file = resolve_inside(root, names) if names else None
+        file = resolve_inside(folder, names)
         if file is None or not file.is_file():
             raise ValueError(f"'names' must be a list of names or a file of names, got {names!r:.80}. Make it a list.")
         names = read_text(file).rstrip().splitlines()
