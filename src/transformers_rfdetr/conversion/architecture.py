@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..model.checkpoint_layouts import Change, num_query_groups
 from ..model.configuration_rf_detr import RfDetrConfig, RfDetrDinov2Config
-from ..model.validation import as_pair
+from ..model.validation import are_strings, as_pair
 from ..model.variants_rf_detr import ALIASES, VARIANTS, normalize_name
 from .rfdetr_checkpoint import shape_of, summarize_value
 
@@ -39,7 +39,6 @@ _INTEGERS = (
     *("sa_nheads", "ca_nheads", "dec_n_points", "num_queries", "num_select", "group_detr", "num_classes"),
     *("dim_feedforward", "mask_downsample_ratio"),
 )
-_LISTS = {"out_feature_indexes": int, "projector_scale": str}
 _SCALARS = {*_FIXED, "encoder", "segmentation_head", "use_grouppose_keypoints"}
 # Fields of the configuration that make up the architecture.
 BACKBONE_FIELDS = (
@@ -70,25 +69,29 @@ def has_segmentation_head(state_dict: Mapping[str, Tensor]) -> bool:
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
     """Raise ValueError for a stored argument of another type than rfdetr stores."""
-    for name in sorted({*_SCALARS, "model_name"} & set(arguments)):
-        types, rule = (str, "a string") if name == "model_name" else (str | int | float, "a string or a number")
-        if not isinstance(arguments[name], types):
-            raise ValueError(f"the stored argument `{name}` must be {rule}, got {summarize_value(arguments[name])}")
-    for name in sorted({*_INTEGERS, *_LISTS} & set(arguments)):
-        value = arguments[name]
-        kind = _LISTS.get(name, int)
-        entries = value if name in _LISTS and isinstance(value, list | tuple) else [value]
-        # A single name is a list of one for rfdetr, a single number is not.
-        is_valid = bool(entries) and (name in _INTEGERS or kind is str or value is entries)
-        is_valid &= all(type(entry) is kind for entry in entries)
-        is_valid &= all(type(entry) is not int or entry.bit_length() < 64 for entry in entries)
+    for name, value in arguments.items():
+        entries = value if isinstance(value, list | tuple) else []
+        if name == "model_name":
+            is_valid, rule = isinstance(value, str), "a string"
+        elif name in _SCALARS:
+            is_valid, rule = isinstance(value, str | int | float), "a string or a number"
+        elif name in _INTEGERS:
+            is_valid, rule = _is_integer(value), "an integer below 2^63"
+        elif name == "out_feature_indexes":
+            is_valid, rule = bool(entries) and all(map(_is_integer, entries)), "a list of integers below 2^63"
+        elif name == "projector_scale":  # rfdetr takes a single name for a list of one
+            is_valid, rule = isinstance(value, str) or (bool(entries) and are_strings(entries)), "a list of names"
+        else:
+            continue
         if not is_valid:
-            entry = "names" if kind is str else "integers below 2^63"
-            rule = "an integer below 2^63" if name in _INTEGERS else f"a list of {entry}"
             raise ValueError(f"the stored argument `{name}` must be {rule}, got {summarize_value(value)}")
     grid = arguments.get("positional_encoding_size", 1)
     if not 1 <= grid <= _MAX_GRID:
         raise ValueError(f"the stored argument `positional_encoding_size` must be within 1 .. {_MAX_GRID}, got {grid}")
+
+
+def _is_integer(value: Any) -> bool:
+    return type(value) is int and value.bit_length() < 64
 
 
 def read_config(
