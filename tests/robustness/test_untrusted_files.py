@@ -1,5 +1,6 @@
 """Untrusted images, annotations, YAML and servers are refused without taking memory, and no code is run."""
 
+import base64
 import importlib
 import json
 import os
@@ -79,6 +80,8 @@ def test_an_image_bomb_is_refused_with_its_name(bomb):
     for read in (read_rgb, RfDetrImageProcessor(size=48)):
         with pytest.raises(ValueError, match=r"bomb\.png.* exceeds limit"):
             read(bomb)
+        with pytest.raises(ValueError, match="exceeds limit"):
+            read(base64.b64encode(bomb.read_bytes()).decode())
     with pytest.raises(ValueError, match=r"0: .*bomb\.png"):
         predict(small_model(), RfDetrImageProcessor(size=48), str(bomb))
     coco = {"images": [{"id": 1, "file_name": "bomb.png"}], "categories": [{"id": 1, "name": "roof"}]}
