@@ -8,8 +8,6 @@ from typing import Annotated
 
 import typer
 
-from ..data.text_files import read_text
-
 
 class Dtype(StrEnum):
     """The data types that a model can run in, by the names that torch gives them."""
@@ -67,6 +65,8 @@ def read_names(option: str, given: str) -> list[str]:
     Raises:
         ValueError: The file does not exist or is not text, or a name is empty.
     """
+    from ..data.text_files import read_text
+
     path = Path(given)
     if path.is_file():
         names = read_text(path).rstrip().splitlines()
