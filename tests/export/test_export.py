@@ -392,7 +392,7 @@ def test_the_example_without_torch_finds_the_same_as_model_and_processor(plain, 
         assert (masks != result["segmentation"].numpy()).mean() < 1e-3
     lines = printed.splitlines()
     assert [line.split()[0] for line in lines[:4]] == [NAMES[s["label_id"]] for s in expected[0]["segments_info"]]
-    assert lines[4].startswith("4 objects score above")
+    assert lines[4].startswith("4 objects ")
     assert Image.open(tmp_path / "overlay.png").size == image.size
 
 
