@@ -72,10 +72,11 @@ def test_large_lists_of_class_labels_are_read():
     check_samples(data["train"])
 
 
-def test_other_usual_names_and_missing_fields_are_read():
+@pytest.mark.parametrize("column", ["img", "picture"])
+def test_other_usual_names_and_missing_fields_are_read(column):
     renamed = [
         {
-            "img": row["image"],
+            column: row["image"],
             "id": f"photo {index}",
             "annotations": [{"label": ID_TO_NAME[i["category_id"]], "polygons": i["segmentation"]} for i in items],
         }

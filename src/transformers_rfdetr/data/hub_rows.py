@@ -20,7 +20,7 @@ from .other_formats import recognise_file, refuse_other_formats
 
 # The names that datasets on the Hub give to the columns of a row, and to the fields of its objects.
 _COLUMN_ALIASES = {
-    "image": ("image", "img", "image"),
+    "image": ("image", "img", "picture"),
     "image_id": ("image_id", "id", "img_id"),
     "width": ("width", "image_width"),
     "height": ("height", "image_height"),

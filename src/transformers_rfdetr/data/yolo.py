@@ -97,7 +97,7 @@ class LabelReader:
             except ValueError as error:
                 errors.append(f"{place}: {error}")
                 continue
-            if len(values) > 4:
+            if len(values) > 4 and len(self._looks) < 2:
                 self._looks.add((_possible_task(values), len(values)))
                 self._num_lines, self._first_place = self._num_lines + 1, self._first_place or place
             annotations.append(_to_annotation(category, values, size))
@@ -148,10 +148,8 @@ class LabelReader:
             return "a box, a confidence and a track number"
         if len(values) % 3 == 1 and (values[6::3] == 2).any() and _possible_task(values):
             return "a box and keypoints with visibilities"
-        if len(values) >= 10 and len(values) % 2 == 0:
-            points, tolerance = values[4:].reshape(-1, 2), 0.001 + 0.02 * values[2:4].max()
-            if np.allclose(_box_corners(values), [points.min(0), points.max(0)], rtol=0, atol=tolerance):
-                return "a box and a polygon of one object"
+        if len(values) >= 10 and len(values) % 2 == 0 and _is_box_of_polygon(values):
+            return "a box and a polygon of one object"
         return None
 
 
@@ -180,6 +178,16 @@ def _possible_task(values: np.ndarray) -> str | None:
         if dimension == 3 or (np.ptp(visible, axis=0) >= 0.3 * values[2:4]).all():
             return "a box and keypoints"
     return None
+
+
+def _is_box_of_polygon(values: np.ndarray) -> bool:
+    """Return whether the first four values are the box around the points of the others."""
+    for axis in (0, 1):
+        center, extent, points = values[axis], values[2 + axis], values[4 + axis :: 2]
+        tolerance = 0.001 + 0.02 * extent
+        if abs(center - extent / 2 - points.min()) > tolerance or abs(center + extent / 2 - points.max()) > tolerance:
+            return False
+    return True
 
 
 def _box_corners(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
