@@ -40,25 +40,11 @@ exit code: 0 on success; 1 if an image could not be read (the other images are d
 0); 2 for wrong arguments; 130 after Ctrl-C
 """
 _STREAM = re.compile(r"(rtsp|rtsps|rtmp|rtmps|udp|tcp|srt)://", re.IGNORECASE)
-VIDEO_SUFFIXES = {
-    *(
-        ".mp4",
-        ".mov",
-        ".avi",
-        ".mkv",
-        ".webm",
-        ".m4v",
-        ".mpg",
-        ".mpeg",
-        ".wmv",
-        ".flv",
-        ".m3u8",
-        ".ts",
-        ".mts",
-        ".m2ts",
-    ),
-    *(".3gp", ".3g2", ".asf", ".vob", ".ogv", ".m2v", ".mxf"),
+_VIDEO_FILES = {
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".ogv", ".mpg", ".mpeg", ".m2v", ".vob"),
+    *(".wmv", ".asf", ".3gp", ".3g2", ".ts", ".mts", ".m2ts", ".mxf"),
 }
+VIDEO_SUFFIXES = {*_VIDEO_FILES, ".m3u8"}  # the latter is a stream
 _MAX_LISTED = 20  # unreadable images
 
 SourcesArgument = Annotated[
@@ -215,7 +201,8 @@ def _read_inputs(sources: list[str] | None, dataset: str | None, split: str, out
     from ..model.image_io import redact_url
 
     if (sources is None) == (dataset is None):
-        raise ValueError("either sources (files, folders, URLs, ...) or --dataset must be given, got both or neither")
+        given_both = "both" if sources else "neither"
+        raise ValueError(f"either sources (files, folders, URLs, ...) or --dataset must be given, got {given_both}")
     if dataset is not None:
         images, rows = _read_dataset(dataset, split)
         return _Inputs([f"{dataset} {split}"], images, [], rows)
@@ -226,9 +213,8 @@ def _read_inputs(sources: list[str] | None, dataset: str | None, split: str, out
     names = unique_names([*(video.name for video in videos), *map(_name_of_stream, streams)])
     found = zip(names, [*(video.source for video in videos), *streams], strict=True)
     images = [file for file in files if file not in videos]
-    return _Inputs(
-        sorted({redact_url(absolute(source)) for source in given}), images, [*starmap(InputImage, found)], None
-    )
+    settings = sorted({redact_url(absolute(source)) for source in given})
+    return _Inputs(settings, images, [*starmap(InputImage, found)], None)
 
 
 def _is_stream(source: str, is_alone: bool) -> bool:
@@ -255,9 +241,7 @@ def _is_stream(source: str, is_alone: bool) -> bool:
 def _is_endless(source: str) -> bool:
     """Whether a video is a camera or a stream, not a file on this machine or on a server."""
     address = urlsplit(source)
-    is_remote_file = address.scheme.startswith("http") and Path(address.path).suffix.lower() in VIDEO_SUFFIXES - {
-        ".m3u8"
-    }
+    is_remote_file = address.scheme.startswith("http") and Path(address.path).suffix.lower() in _VIDEO_FILES
     return not is_remote_file and not Path(source).is_file()
 
 
