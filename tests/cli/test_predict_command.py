@@ -19,6 +19,7 @@ import typer
 from click.testing import Result
 from PIL import Image
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from typer.testing import CliRunner
 
 from transformers_rfdetr import RfDetrImageProcessor, load, predict, predict_tiled
@@ -391,7 +392,9 @@ def test_annotation_files_in_a_folder_or_pattern_are_skipped(model: Path, few: P
 def test_the_coco_file_of_a_coco_dataset_has_its_image_ids_and_category_ids(model: Path, few: Path, tmp_path: Path):
     shutil.copytree(few, tmp_path / "data" / "valid")
     content = {
-        "images": [{"id": 100 - seed, "file_name": f"{seed}.png"} for seed in range(7)],
+        "images": [
+            {"id": 100 - seed, "file_name": f"{seed}.png", "height": 20 + seed % 5, "width": 30} for seed in range(7)
+        ],
         "annotations": [],
         "categories": [
             {"id": 10 + 10 * label, "name": name} for label, name in enumerate(("cat", "a/b", "dog", "dogs"))
@@ -408,6 +411,14 @@ def test_the_coco_file_of_a_coco_dataset_has_its_image_ids_and_category_ids(mode
     labels = expected.labels[expected.areas > 0]
     assert [one["category_id"] for one in annotations] == [10 + 10 * label for label in labels]
     assert {one["image_id"] for one in annotations} == {97}
+    perfect = COCO()
+    perfect.dataset = content | {"annotations": json.loads(json.dumps(found.dataset["annotations"]))}
+    perfect.createIndex()
+    evaluation = COCOeval(perfect, found, "segm")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert evaluation.stats[0] == pytest.approx(1)
     wrong = run(model, "--dataset", tmp_path / "data", "--split", "test", "-o", tmp_path / "other")
     assert wrong.exit_code == 2
     assert "--split must be validation" in wrong.output
