@@ -36,6 +36,15 @@ QUICK = {
     "disable_tqdm": True,
 }
 
+# 3 optimizer steps an epoch, with 4, 4 and 2 images.
+PLAIN = {
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "gradient_accumulation_steps": 2,
+    "ema": False,
+    "multi_scale": False,
+}
+
 
 def drawn(num_images: int, first_seed: int = 0) -> InstanceDataset:
     """Aerial images of 96 px; of ten consecutive seeds one has no building and one a crowd."""

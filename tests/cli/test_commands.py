@@ -20,6 +20,7 @@ from transformers_rfdetr import (
     RfDetrForInstanceSegmentation,
     RfDetrForObjectDetection,
     RfDetrImageProcessor,
+    RfDetrTrainer,
     evaluate_instance_segmentation,
     load,
     load_instance_dataset,
@@ -206,10 +207,31 @@ def test_a_folder_with_a_model_of_unknown_origin_is_not_written_into(copied):
     assert f"{output} must have a train.yaml beside checkpoint-1" in refusal(*arguments)
 
 
+def test_a_dataset_without_masks_is_refused_before_the_output_folder_is_written(data, checkpoint, tmp_path):
+    shutil.copytree(data / "train", tmp_path / "boxes" / "train")
+    path = tmp_path / "boxes" / "train" / "_annotations.coco.json"
+    coco = json.loads(path.read_text())
+    coco["annotations"] = [one | {"segmentation": []} for one in coco["annotations"]]
+    path.write_text(json.dumps(coco))
+    output = tmp_path / "run"
+    arguments = ["--model", checkpoint, "--output", output, "--device", "cpu"]
+    assert "objects with boxes only" in refusal("train", tmp_path / "boxes", *arguments)
+    assert not output.exists() or not list(output.iterdir())
+
+
 def test_a_name_on_the_hub_is_pushed_to_once_in_the_end(tmp_path):
     arguments = training_run._training_arguments({"output": str(tmp_path), "device": "cpu", "push_to_hub": "me/barns"})
     assert (arguments.push_to_hub, arguments.hub_model_id, arguments.hub_strategy) == (True, "me/barns", "end")
     assert arguments.use_cpu
+
+
+def test_too_little_memory_is_reported_with_the_batch_size(data, checkpoint, tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(RfDetrTrainer, "train", fail)
+    line = refusal("train", data, "--model", checkpoint, "--output", tmp_path, "--device", "cpu", "--batch-size", 3)
+    assert "--batch-size 3 " in line
 
 
 def read(path, *given):

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import ConcatDataset, Subset
 from transformers import PreTrainedConfig, Trainer, TrainerState, TrainingArguments
 
 from annotated_images import drawn_dataset, equal, loader, make_coco, make_images, processor
@@ -160,7 +161,8 @@ def test_the_stock_trainer_augments_differently_in_each_epoch(tmp_path):
         use_cpu=True,
     )
     model = Recorder()
-    Trainer(model, arguments, data_collator=collate_fn, train_dataset=prepared, callbacks=[FollowEpoch()]).train()
+    train_dataset = ConcatDataset([Subset(prepared, [0, 1, 2]), Subset(prepared, [3])])
+    Trainer(model, arguments, data_collator=collate_fn, train_dataset=train_dataset, callbacks=[FollowEpoch()]).train()
     assert [sorted(model.seen[:4]), sorted(model.seen[4:])] == expected
     assert expected[0] != expected[1]
     assert model.config.category_ids == prepared.dataset.category_ids == [1]

@@ -4,6 +4,7 @@ import datasets
 import pytest
 import torch
 import torch.distributed
+from torch.utils.data import ConcatDataset, Subset
 from transformers import TrainingArguments
 
 from transformers_rfdetr import RfDetrConfig, RfDetrForObjectDetection
@@ -13,7 +14,7 @@ from transformers_rfdetr.training.optimization import parameter_groups
 from transformers_rfdetr.training.trainer import RfDetrTrainer, RfDetrTrainingArguments
 
 from small_models import small_config, small_model
-from training_run import QUICK, build_trainer, drawn
+from training_run import QUICK, assert_same_metrics, build_trainer, drawn
 
 
 def test_the_defaults_are_the_published_training_settings(tmp_path):
@@ -137,6 +138,76 @@ def test_all_splits_and_raw_rows_are_refused_before_the_first_step(tmp_path):
         build_trainer(tmp_path, trainer={"train_dataset": data})
     with pytest.raises(ValueError, match=r"rows of \['image'\].*load_instance_dataset"):
         build_trainer(tmp_path, trainer={"train_dataset": datasets.Dataset.from_dict({"image": [1]})})
+
+
+WITHOUT_OBJECTS = {
+    "images": ({"images": []}, "0 images"),
+    "annotations": ({"annotations": []}, "4 images without annotations"),
+    "objects": ({"iscrowd": 1}, r"4 images with \d+ crowds only"),
+    "masks": ({"segmentation": []}, r"\d+ objects with boxes only"),
+}
+
+
+def without(kind: str) -> InstanceDataset:
+    """Four images that lack something in all annotations."""
+    images, coco = draw_dataset(4, (96, 96))
+    changes, _ = WITHOUT_OBJECTS[kind]
+    if kind in ("objects", "masks"):
+        coco["annotations"] = [one | changes for one in coco["annotations"]]
+    else:
+        coco |= {"annotations": []} | changes
+    return InstanceDataset(coco, images if coco["images"] else [])
+
+
+@pytest.mark.parametrize("kind", WITHOUT_OBJECTS)
+def test_data_without_objects_are_refused_before_the_first_step(kind, tmp_path):
+    found = WITHOUT_OBJECTS[kind][1]
+    with pytest.raises(ValueError, match=f"train_dataset.* got {found}"):
+        build_trainer(tmp_path, {"train_dataset": without(kind)})
+    with pytest.raises(ValueError, match=f"eval_dataset.* segm_AP, got {found}"):
+        build_trainer(tmp_path, {"eval_dataset": without(kind)})
+    splits = {"empty": without(kind), "drawn": drawn(2, 100)}
+    with pytest.raises(ValueError, match=f"eval_dataset.* segm_AP50, got {found}"):
+        build_trainer(tmp_path, {"eval_dataset": splits}, metric_for_best_model="empty_segm_AP50")
+    build_trainer(tmp_path, {"eval_dataset": splits}, metric_for_best_model="drawn_segm_AP")
+
+
+def test_boxes_train_a_detection_model_and_evaluate_the_boxes_of_a_segmentation_model(tmp_path):
+    args = RfDetrTrainingArguments(str(tmp_path), **QUICK)
+    boxes = without("masks")
+    RfDetrTrainer(RfDetrForObjectDetection(small_config(num_labels=1)), args, train_dataset=boxes, eval_dataset=boxes)
+    images, coco = draw_dataset(4, (96, 96))
+    coco["categories"] = [*coco["categories"], {"id": 2, "name": "bus"}]
+    coco["annotations"] = [one | {"segmentation": None} for one in coco["annotations"]]
+    two_classes = InstanceDataset(coco, images)
+    model = small_model(id2label={0: "building", 1: "bus"}, num_labels=2)
+    args = RfDetrTrainingArguments(str(tmp_path), **QUICK, metric_for_best_model="bbox_AP")
+    metrics = RfDetrTrainer(model, args, eval_dataset=two_classes).evaluate()
+    assert 0 <= metrics["eval_bbox_AP/building"] <= 1
+    assert not any("segm" in name for name in metrics)
+
+
+def test_subsets_and_concatenations_are_trained_and_evaluated_as_the_images_that_they_hold(tmp_path):
+    data = {"train_dataset": drawn(4), "eval_dataset": drawn(3, 100)}
+    seven, two_parts = drawn(7, 97), [drawn(2), drawn(2, 2)]
+    others = {"train_dataset": ConcatDataset(two_parts), "eval_dataset": Subset(seven, torch.tensor([3, 4, 5]))}
+    settings = {"num_train_epochs": 1, "eval_strategy": "no", "save_strategy": "no"}
+    trainers = []
+    for given in (data, others):
+        trainers.append(build_trainer(tmp_path, given, **settings))  # which sets the seed
+        trainers[-1].train()
+    weights, same_weights = (trainer.model.state_dict() for trainer in trainers)
+    assert all(torch.equal(tensor, same_weights[name]) for name, tensor in weights.items())
+    metrics, same_metrics = (trainer.evaluate() for trainer in trainers)
+    assert_same_metrics(metrics, same_metrics, "eval_", "eval_")
+    assert_same_metrics(trainers[0].evaluate(Subset(seven, [3, 4, 5])), metrics, "eval_", "eval_")
+
+
+def test_concatenated_datasets_must_have_the_same_classes(tmp_path):
+    images, coco = draw_dataset(2, (96, 96))
+    coco["categories"] = [{"id": 1, "name": "house"}]
+    with pytest.raises(ValueError, match=r"same (classes|name)"):
+        build_trainer(tmp_path, {"train_dataset": ConcatDataset([drawn(2), InstanceDataset(coco, images)])})
 
 
 def test_the_configuration_keeps_the_category_ids_of_the_training_data(tmp_path):

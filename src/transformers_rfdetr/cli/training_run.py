@@ -246,7 +246,14 @@ def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
     if is_first:
         _prepare_folder(output, recipe, resume)
         typer.echo(f"Resuming from {checkpoint}" if checkpoint else f"Starting a new run in {output}")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except torch.cuda.OutOfMemoryError as error:
+        size, steps = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+        raise ValueError(
+            f"--batch-size {size} needs more memory than the device has. Lower it, and raise"
+            f" gradient_accumulation_steps ({steps}) in proportion; or lower --resolution. {error}"
+        ) from error
     saved = output / _MODEL_NAME
     trainer.write_model(str(saved))
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}

@@ -4,6 +4,7 @@ Sizes are (H, W); boxes are COCO's [x, y, width, height] in pixels of the uprigh
 """
 
 import os
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,6 @@ from ..model.validation import error_context
 from ..text_table import format_table
 from .annotation_records import AnnotationIndex, PackedRecords, complete_record, describe_image, read_sample
 from .coco import coco_categories, coco_records
-from .hub_rows import ArrowRows
 from .image_files import upright_size
 from .label_maps import HasLabelMap, common_label_map, describe_classes, validate_classes
 from .prepared import PreparedDataset
@@ -74,13 +74,13 @@ class InstanceDataset(HasLabelMap, torch.utils.data.Dataset):
         self._set_records(index, PackedRecords(index.validated(coco_records(coco)), images))
 
     @classmethod
-    def from_index(cls, index: AnnotationIndex, records: PackedRecords | ArrowRows) -> "InstanceDataset":
-        """Return the dataset of records that `index` has validated."""
+    def from_index(cls, index: AnnotationIndex, records: Any) -> "InstanceDataset":
+        """Return the dataset of records that `index` has validated, such as [`PackedRecords`]."""
         dataset = cls.__new__(cls)
         dataset._set_records(index, records)
         return dataset
 
-    def _set_records(self, index: AnnotationIndex, records: PackedRecords | ArrowRows) -> None:
+    def _set_records(self, index: AnnotationIndex, records: Any) -> None:
         self._index, self._records, self._classes = index, records, index.classes
 
     def __len__(self) -> int:
@@ -132,6 +132,11 @@ class InstanceDataset(HasLabelMap, torch.utils.data.Dataset):
             crowds = int(((labels == label) & is_crowd).sum())
             counts[label] = ClassCount(int(is_object.sum()), crowds, len(np.unique(image_indices[is_object])))
         return counts
+
+    def num_objects(self, *, with_mask: bool = False) -> int:
+        """Return the number of objects, crowds excluded: of all, or of those that have a mask."""
+        is_counted = ~self._index.is_crowd & (self._index.has_mask | (not with_mask))
+        return int(is_counted.sum())
 
     def crowded(self, num_queries: int) -> list[tuple[str | int, int]]:
         """Return the images with more objects than `num_queries`, of which a model can find only as many.
@@ -210,3 +215,56 @@ class InstanceDatasets(dict[str, Any], HasLabelMap):
             f"{name}: {split.summary() if name in counted else 'streamed, not counted'}" for name, split in self.items()
         ]
         return "\n".join([format_table(header, rows, left=(1,)), *lines])
+
+
+def as_instance_dataset(dataset: Any) -> Any:
+    """Return a `Subset` or `ConcatDataset` of [`InstanceDataset`]s as one of them, and any other object unchanged.
+
+    Image ids are kept if they are unique. Otherwise they are replaced by the index of the image.
+
+    Raises:
+        ValueError: the concatenated datasets have different classes.
+    """
+    places = None if isinstance(dataset, InstanceDataset) else _list_places(dataset)
+    if not places:
+        return dataset
+    parts = {f"datasets[{number}]": part for number, part in enumerate({id(part): part for part, _ in places}.values())}
+    index = AnnotationIndex(InstanceDatasets(parts)._classes)
+    records = _SelectedRecords(places)
+    deque(index.validated(records.record(i) for i in range(len(places))), maxlen=0)  # exhaust it to build the index
+    return InstanceDataset.from_index(index, records)
+
+
+def _list_places(dataset: Any) -> list[tuple[InstanceDataset, int]] | None:
+    """Return the dataset and the index of each image in it, or None if the images are not those of InstanceDatasets."""
+    if isinstance(dataset, InstanceDataset):
+        return [(dataset, index) for index in range(len(dataset))]
+    if isinstance(dataset, torch.utils.data.Subset):
+        places = _list_places(dataset.dataset)
+        return places and [places[int(index)] for index in dataset.indices]
+    if isinstance(dataset, torch.utils.data.ConcatDataset):
+        parts = [_list_places(part) for part in dataset.datasets]
+        return None if None in parts else [place for part in parts for place in part]
+    return None
+
+
+class _SelectedRecords:
+    """Records of other datasets, with the interface of [`PackedRecords`]."""
+
+    def __init__(self, places: list[tuple[InstanceDataset, int]]) -> None:
+        self.places = places
+        ids = [dataset._records.record(index).get("image_id") for dataset, index in places]
+        self.has_unique_ids = len(set(ids)) == len(ids)
+
+    def record(self, index: int) -> dict[str, Any]:
+        dataset, place = self.places[index]
+        record = dataset._records.record(place)
+        return record if self.has_unique_ids else {**record, "image_id": None}
+
+    def image(self, index: int, record: Any) -> Any:
+        dataset, place = self.places[index]
+        return dataset._records.image(place, dataset._records.record(place))
+
+    def encoded_image(self, index: int, record: Any) -> Any:
+        dataset, place = self.places[index]
+        return dataset._records.encoded_image(place, dataset._records.record(place))

@@ -91,23 +91,32 @@ class PreparedDataset(torch.utils.data.Dataset):
 
 
 class FollowEpoch(TrainerCallback):
-    """Set the epoch of a [`PreparedDataset`] when it begins, for the stock Trainer.
+    """Set the epoch of each [`PreparedDataset`] when it begins, for the stock Trainer.
 
-    The category ids of the dataset are stored in the model's configuration, so that predictions have them.
+    The category ids of the dataset are stored in the model's configuration, so that predictions have them. The training
+    data may be a `Subset` or `ConcatDataset` of prepared datasets.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Store the category ids of the training data as `category_ids` of the configuration."""
-        dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
-        category_ids = getattr(getattr(dataset, "dataset", None), "category_ids", None)
-        if category_ids is not None and hasattr(kwargs.get("model"), "config"):
-            kwargs["model"].config.category_ids = list(category_ids)
+        for prepared in _find_prepared(getattr(kwargs.get("train_dataloader"), "dataset", None)):
+            category_ids = getattr(prepared.dataset, "category_ids", None)
+            if category_ids is not None and hasattr(kwargs.get("model"), "config"):
+                kwargs["model"].config.category_ids = list(category_ids)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the epoch of a [`PreparedDataset`]."""
-        dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
-        if isinstance(dataset, PreparedDataset):
-            dataset.set_epoch(int(state.epoch or 0))
+        """Set the epoch of each [`PreparedDataset`]."""
+        for prepared in _find_prepared(getattr(kwargs.get("train_dataloader"), "dataset", None)):
+            prepared.set_epoch(int(state.epoch or 0))
+
+
+def _find_prepared(dataset: Any) -> list[PreparedDataset]:
+    """Return the PreparedDatasets that a dataset reads from."""
+    if isinstance(dataset, torch.utils.data.Subset):
+        return _find_prepared(dataset.dataset)
+    if isinstance(dataset, torch.utils.data.ConcatDataset):
+        return [prepared for part in dataset.datasets for prepared in _find_prepared(part)]
+    return [dataset] if isinstance(dataset, PreparedDataset) else []
 
 
 def collate_fn(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class RfDetrTrainingArguments(TrainingArguments):
             value but 0 is mentioned in the log and the model card.
         early_stopping: Whether to stop when the metric for the best model stops improving.
         early_stopping_patience: Evaluations without an improvement after which training stops.
-        early_stopping_min_delta: What an improvement must exceed.
+        early_stopping_min_delta: Change of the metric that an improvement must exceed.
         early_stopping_use_ema: Whether to compare the average's metric only; otherwise the better of both.
         multi_scale: Whether each optimizer step draws its resolution from those up to 5 blocks (patch size x windows)
             above and below the model's.
@@ -153,7 +153,7 @@ def non_ema_key(key: str) -> str:
 
 
 def note_on_metrics(args: RfDetrTrainingArguments) -> str | None:
-    """Return what a reader of the metrics must know, if there is something."""
+    """Return a note on `eval_score_threshold` for readers of the metrics, or None if it is 0."""
     if not args.eval_score_threshold:
         return None
     return (
@@ -163,7 +163,7 @@ def note_on_metrics(args: RfDetrTrainingArguments) -> str | None:
 
 
 def best_of_ema_and_base(args: RfDetrTrainingArguments, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Return metrics whose metric for the best model is the better of average and weights, if both are evaluated."""
+    """Return the metrics, with the better value of average and weights as the metric for the best model."""
     key = best_key(args)
     if non_ema_key(key) not in metrics:
         return metrics

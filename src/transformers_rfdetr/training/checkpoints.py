@@ -91,7 +91,7 @@ def new_checkpoint(folder: Path, is_writer: bool) -> Iterator[None]:
     try:
         with translate_disk_errors(folder, _FULL_DISK):
             if is_writer:
-                # Without its state it is never taken for complete, whatever interrupts the deletion.
+                # A folder without this file is incomplete, even if the deletion is interrupted.
                 (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
@@ -138,7 +138,7 @@ class BestModels:
     """The best models of a run: `best_ema`, `best_regular`, and `best_total`, the better of them.
 
     Args:
-        args: Say in which direction the metric improves, and whether this process writes files.
+        args: Arguments of the run: the direction of the metric, and whether this process writes files.
     """
 
     def __init__(self, args: RfDetrTrainingArguments) -> None:
@@ -196,7 +196,7 @@ class BestModels:
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Copy a model folder to `target`, which is never partial; [`restore_folder`] repairs a kill in between."""
+    """Copy a model folder to `target` by renaming a complete copy; after a kill, [`restore_folder`] restores it."""
     restore_folder(target)
     new, old = _temporary_names(target)
     try:

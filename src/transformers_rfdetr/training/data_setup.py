@@ -38,6 +38,39 @@ def check_splits(train_dataset: Any, eval_dataset: Any) -> None:
         )
 
 
+def check_training_objects(dataset: Any, has_masks: bool) -> None:
+    """Raise a ValueError for training data without an object that the model can learn."""
+    if lack := _find_lack(dataset, has_masks):
+        found, remedy = lack
+        raise ValueError(f"`train_dataset` must have objects{' with masks' * has_masks}, got {found}. {remedy}")
+
+
+def check_evaluated_objects(dataset: Any, metric: str) -> None:
+    """Raise a ValueError for evaluation data without an object, from which a metric of COCO cannot be computed."""
+    needs_masks = not metric.startswith("bbox_")
+    if lack := _find_lack(dataset, needs_masks):
+        found, remedy = lack
+        other = "metric_for_best_model='bbox_AP' or " if "boxes" in found else ""
+        raise ValueError(
+            f"`eval_dataset` must have objects{' with masks' * needs_masks} for the metric {metric}, got {found}."
+            f" {remedy} Otherwise set {other}eval_strategy='no'."
+        )
+
+
+def _find_lack(dataset: Any, needs_masks: bool) -> tuple[str, str] | None:
+    """Return what a dataset has instead of objects, and the remedy; None for objects or an unknown number of them."""
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        return "0 images", "Check that it is the right dataset."
+    if not isinstance(dataset, InstanceDataset) or dataset.num_objects(with_mask=needs_masks):
+        return None
+    if boxes := dataset.num_objects():
+        remedy = "Add their segmentations, or use a detection model, such as rf-detr-medium."
+        return f"{boxes} objects with boxes only", remedy
+    if crowds := sum(count.crowds for count in dataset.counts().values()):
+        return f"{len(dataset)} images with {crowds} crowds only", "Set `iscrowd` to 0 for single objects."
+    return f"{len(dataset)} images without annotations", "`transformers-rfdetr check-dataset` shows what was read."
+
+
 def check_eval_dataset(dataset: Any, eval_annotations: Any) -> None:
     """Raise a ValueError for a dataset without a known ground truth."""
     is_known = dataset is None or isinstance(dataset, str | InstanceDataset | PreparedDataset)
@@ -76,12 +109,19 @@ def match_classes(
         config.category_ids = list(dataset.category_ids)
 
 
-def describe_data(train_dataset: Any, eval_dataset: Any, num_queries: int) -> None:
-    """Print a table of the classes, and warn about images with more objects than the model has queries."""
+def describe_data(train_dataset: Any, eval_dataset: Any, num_queries: int, has_masks: bool) -> None:
+    """Print a table of the classes; warn about objects without a mask, and about more objects than queries."""
     parts = {"train": train_dataset, "validation": eval_dataset}
     known = {name: part.dataset for name, part in parts.items() if isinstance(part, PreparedDataset)}
     if known:
         print(InstanceDatasets(known), flush=True)
+    if "train" in known and has_masks:
+        train = known["train"]
+        if without_mask := train.num_objects() - train.num_objects(with_mask=True):
+            logger.warning(
+                f"{without_mask} of {train.num_objects()} training objects have no mask, so that the model learns to"
+                " ignore them. Add their segmentations, or remove their images."
+            )
     for name, dataset in known.items():
         if crowded := dataset.crowded(num_queries):
             listed = ", ".join(f"{image} ({count})" for image, count in crowded[:5])

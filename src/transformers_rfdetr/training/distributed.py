@@ -1,4 +1,4 @@
-"""Tensors that may be sharded, and results that one process works out for all."""
+"""Tensors that may be sharded, and results that one process computes for all."""
 
 from collections.abc import Callable
 from typing import Any

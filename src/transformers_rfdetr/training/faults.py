@@ -1,6 +1,7 @@
 """What a training run does about losses and gradients that are not finite, and about processes that died."""
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -147,7 +148,7 @@ def check_workers(num_workers: int) -> None:
 
 @contextmanager
 def translate_worker_errors(num_processes: int, output_dir: str | os.PathLike[str] | None = None) -> Iterator[None]:
-    """Translate errors raised inside because a data loader worker, or another process of the run, died.
+    """Translate errors that a data loader worker, or the death of a worker or process, raises inside.
 
     Args:
         num_processes: Number of processes of the run.
@@ -156,11 +157,17 @@ def translate_worker_errors(num_processes: int, output_dir: str | os.PathLike[st
     Raises:
         ChildProcessError: a data loader worker was killed.
         ConnectionAbortedError: another process of the run died.
+        Exception: the error of a data loader worker, without the worker's traceback in its message.
     """
     try:
         yield
-    except RuntimeError as error:
+    except Exception as error:
         text, remedy = str(error), ""
+        if text.startswith("Caught ") and "in DataLoader worker process" in text.partition("\n")[0]:
+            message = re.split(rf"\n(?:[\w.]+\.)?{type(error).__name__}: ", text.strip())[-1]
+            raise type(error)(message) from error
+        if not isinstance(error, RuntimeError):
+            raise
         if output_dir is not None:
             with suppress(ValueError):
                 remedy = f" resume_from_checkpoint=True resumes from {newest_checkpoint(output_dir)}."

@@ -47,7 +47,7 @@ class LossLog:
         sums = self._reduce_sums()
         entry = {"loss": float("nan")} | {name: value / self._num_taken for name, value in sums.items()}
         if self._num_discarded:
-            entry["skipped_updates"] = self._num_discarded
+            entry["skipped_steps"] = self._num_discarded
         self._run_loss += sums.get("loss", 0.0)
         self._run_steps += self._num_taken
         self._sums, self._num_taken, self._num_discarded = {}, 0, 0

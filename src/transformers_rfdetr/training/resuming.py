@@ -5,6 +5,8 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
@@ -35,6 +37,7 @@ class ResumableTrainer(EvaluatingTrainer):
     best_models: BestModels
     loss_log: LossLog
     _checkpoint: Path | None = None  # that is resumed from
+    _first_state: dict[str, Tensor] | None = None  # weights and random state before the first step
     _hyperparameter_trial: Any = None
 
     def reset_losses(self) -> None:
@@ -74,9 +77,9 @@ class ResumableTrainer(EvaluatingTrainer):
         check_workers(self.args.dataloader_num_workers)
         self._checkpoint = Path(str(checkpoint)) if checkpoint else None
         self._hyperparameter_trial = trial
-        self.weight_average, self.measured = None, {}
+        self.weight_average, self.measured, self._first_state = None, {}, None
         if self.is_world_process_zero():
-            describe_data(self.train_dataset, self.eval_dataset, self.model.config.num_queries)
+            describe_data(self.train_dataset, self.eval_dataset, self.model.config.num_queries, self.has_masks)
         with translate_worker_errors(self.args.world_size, output_dir):
             output = super().train(checkpoint, trial, *args, **kwargs)
         mean = self.loss_log.mean_of_run()
@@ -84,12 +87,9 @@ class ResumableTrainer(EvaluatingTrainer):
 
     def begin_training(self) -> None:
         """Start from the checkpoint that is resumed from, whose model file has the averaged weights, or anew."""
+        if self.args.auto_find_batch_size:
+            self._undo_failed_attempt()
         self.reset_losses()
-        if self.train_batch_size < self.args.train_batch_size and not self._checkpoint:
-            logger.warning(
-                f"{self.args.train_batch_size} samples in a micro-batch do not fit in memory. Training starts again at"
-                f" optimizer step 0 with {self.train_batch_size}, from the weights that it has reached."
-            )
         state, tensors = read_training_state(self._checkpoint) if self._checkpoint else (None, {})
         self.best_models.values = dict(state["best"]) if state else {}
         if state:
@@ -112,6 +112,29 @@ class ResumableTrainer(EvaluatingTrainer):
         if tensors:
             average = {name.removeprefix("average."): t for name, t in tensors.items() if name.startswith("average.")}
             self.weight_average.load_state_dict(average, state["num_ema_updates"])
+
+    @torch.no_grad()
+    def _undo_failed_attempt(self) -> None:
+        """Restore weights, optimizer and random state if memory ran out and Trainer begins again with fewer images."""
+        device = self.args.device
+        parameters = {f"weights.{name}": parameter for name, parameter in self.model.named_parameters()}
+        if self._first_state is None:
+            self._first_state = {name: parameter.to("cpu", copy=True) for name, parameter in parameters.items()}
+            self._first_state["random"] = torch.get_rng_state()
+            if device.type == "cuda":
+                self._first_state["random_cuda"] = torch.cuda.get_rng_state(device)
+            return
+        for name, parameter in parameters.items():
+            parameter.copy_(self._first_state[name])
+        torch.set_rng_state(self._first_state["random"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(self._first_state["random_cuda"], device)
+        if self._checkpoint is None:
+            self.optimizer.state.clear()
+        logger.warning(
+            f"Memory ran out. Training begins again, with {self.train_batch_size} images in a micro-batch; pass"
+            f" per_device_train_batch_size={self.train_batch_size} next time."
+        )
 
     def end_training(self) -> None:
         """Leave the best weights, or without `load_best_model_at_end` the averaged ones, in the model."""

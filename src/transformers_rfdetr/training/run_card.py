@@ -22,7 +22,7 @@ _MAX_CLASS_NAMES = 10  # drawn in one image, so that they do not cover it
 def training_settings(
     args: RfDetrTrainingArguments, state: TrainerState, sizes: Sequence[tuple[int, int]], augmentation: Any
 ) -> dict[str, Any]:
-    """Return names and values of the settings that a reader of the card may want to repeat.
+    """Return names and values of the settings that reproduce the run.
 
     Args:
         args: Arguments of the run.

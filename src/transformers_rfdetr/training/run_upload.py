@@ -146,7 +146,7 @@ class UploadingTrainer(ResumableTrainer):
             model_name: The heading; the name of the repository or of the output folder by default.
             finetuned_from: Hub id of the checkpoint; by default the one that the model was loaded from.
             dataset: Hub ids or names of the training data.
-            dataset_tags: More of them.
+            dataset_tags: More Hub ids or names of the training data.
             tags: Tags for the Hub, besides those of the task.
             license: A license identifier of the Hub.
             language: A language identifier of the Hub.

@@ -13,7 +13,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..data.dataset import InstanceDataset
+from ..data.dataset import InstanceDataset, as_instance_dataset
 from ..data.load import load_instance_dataset
 from ..evaluation.coco_evaluator import InstanceSegmentationEvaluator
 from ..evaluation.evaluation_loop import detect, label_to_category_id, to_category_ids
@@ -28,7 +28,7 @@ from .weight_average import WeightAverage
 
 @dataclass
 class StreamedEvaluation:
-    """One pass over a dataset, of which this process has evaluated a part."""
+    """One pass over a dataset, of which this process evaluates a shard."""
 
     dataset: Any  # not prepared
     evaluator: InstanceSegmentationEvaluator
@@ -117,7 +117,7 @@ def start_evaluation(
 
 
 def count_new_samples(accelerator: Accelerator, args: RfDetrTrainingArguments, batch_size: int) -> int:
-    """Return how many of this process's samples are not repeats, with which accelerate fills up the last batches."""
+    """Return the number of this process's samples in a batch, without the repeats that fill the last batch."""
     state = accelerator.gradient_state
     if args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
         return batch_size
@@ -190,7 +190,7 @@ class EvaluatingTrainer(PrivateTrainerApi):
         per_class = metrics.pop("per_class", {})
         self._per_class = {f"{prefix}_per_class": per_class}
         if len(per_class) > 1:  # for the log, which takes numbers only
-            metric = self.class_metric
+            metric = self.class_metric if self.class_metric in metrics else "bbox_AP"
             metrics |= {f"{metric}/{category}": values[metric] for category, values in per_class.items()}
         output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
         if description == "Prediction":
@@ -234,6 +234,7 @@ class EvaluatingTrainer(PrivateTrainerApi):
 
     def prepare_evaluation(self, dataset: Any) -> Any:
         """Return a dataset of prepared samples; an [`InstanceDataset`] must have the model's classes."""
+        dataset = as_instance_dataset(dataset)
         check_eval_dataset(dataset, self.eval_annotations)
         if not isinstance(dataset, InstanceDataset):
             return dataset

@@ -18,7 +18,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, Scheduler
 from transformers.utils import logging
 
 from ..data.augmentation import FlipAndCrop
-from ..data.dataset import InstanceDataset
+from ..data.dataset import InstanceDataset, as_instance_dataset
 from ..data.prepared import FollowEpoch, PreparedDataset, collate_fn
 from ..data.streams import InstanceStream, PreparedStream
 from ..evaluation.coco_summary import metric_names
@@ -26,7 +26,7 @@ from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from .arguments import RfDetrTrainingArguments, best_key, note_on_metrics
 from .callbacks import BestMetricStopping, TrainingEvents
 from .checkpoints import BestModels
-from .data_setup import check_splits, match_classes, unprepared
+from .data_setup import check_evaluated_objects, check_splits, check_training_objects, match_classes, unprepared
 from .faults import NonFiniteGuard, discard_gradients
 from .loss_log import LOSS_TERMS, LossLog
 from .optimization import parameter_groups, resize_batch, step_schedule, training_sizes
@@ -60,16 +60,17 @@ class RfDetrTrainer(UploadingTrainer):
     loss divided by the objects of the whole dataset. They do not depend on the batch size and number of processes.
     The output folder gets `best_ema/` and, with `eval_base_model`, `best_regular/`, and `best_total/`, the better of
     them: folders for `from_pretrained`. So is every checkpoint: its model has the averaged weights that were evaluated.
-    (What resuming needs besides is in files of its own.)
+    The rest of the training state is in separate files.
 
     Args:
         model: An RF-DETR model of this package.
         args: The training arguments.
         data_collator: [`collate_fn`] by default.
-        train_dataset: An [`InstanceDataset`] or [`InstanceStream`], which the trainer prepares and augments; or a
-            dataset of samples that the processor has prepared.
-        eval_dataset: An [`InstanceDataset`]; a `datasets.Dataset` with an objects column and a transform that
-            prepares it; or, with `eval_annotations`, any dataset of prepared samples. Or a dictionary of these.
+        train_dataset: An [`InstanceDataset`], a `Subset` or `ConcatDataset` of them, or an [`InstanceStream`], which
+            the trainer prepares and augments; or a dataset of samples that the processor has prepared.
+        eval_dataset: An [`InstanceDataset`], or a `Subset` or `ConcatDataset` of them; a `datasets.Dataset` with an
+            objects column and a transform that prepares it; or, with `eval_annotations`, any dataset of prepared
+            samples. Or a dictionary of these.
         processing_class: The image processor; the model's own by default.
         augmentation: Augmentation of training samples, see `augmentation.py`, or a torchvision.transforms.v2 pipeline;
             rfdetr's by default, None for none.
@@ -78,7 +79,9 @@ class RfDetrTrainer(UploadingTrainer):
         **kwargs: Other arguments of `Trainer`. `compute_metrics` would need all masks in memory and is refused.
 
     Raises:
-        ValueError: several GPUs without a process for each; classes of the dataset that are not the model's.
+        ValueError: several GPUs in one process; a dataset whose classes are not the model's; training data without an
+            object, or for a segmentation model without a mask; evaluation data from which the metric for the best model
+            cannot be computed.
     """
 
     def __init__(
@@ -132,8 +135,6 @@ class RfDetrTrainer(UploadingTrainer):
             self.processing_class = RfDetrImageProcessor.from_config(self.model.config)
         if not self.has_masks:
             args.metric_for_best_model = args.metric_for_best_model.replace("segm_", "bbox_")
-        if args.eval_strategy != "no":
-            self._check_metric()
         if note := note_on_metrics(args):
             logger.warning(note)
         self.sizes = self._training_sizes() if args.multi_scale else []
@@ -143,18 +144,25 @@ class RfDetrTrainer(UploadingTrainer):
             self.eval_dataset = {name: self.prepare_evaluation(part) for name, part in self.eval_dataset.items()}
         else:
             self.eval_dataset = self.prepare_evaluation(self.eval_dataset)
+        if args.eval_strategy != "no":
+            self._check_metric()
 
     def _check_metric(self) -> None:
         """Raise a ValueError for a metric for the best model that the first evaluation would not have."""
         name = best_key(self.args).removeprefix("eval_")
-        splits = self.eval_dataset if isinstance(self.eval_dataset, dict) else ()
-        names = {name, *(name.removeprefix(f"{split}_") for split in splits)}
         known = ["loss"] if self.args.prediction_loss_only else ["loss", *metric_names(self.has_masks)]
-        if not names & {*known} and not any(name.startswith(f"{self.class_metric}/") for name in names):
-            raise ValueError(
-                f"`metric_for_best_model` must be one of {', '.join(known)}, or {self.class_metric}/<class>, got"
-                f" {self.args.metric_for_best_model!r}."
-            )
+        splits = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        for split, dataset in splits.items():
+            metric = name.removeprefix(f"{split}_")
+            if metric == "loss":
+                return
+            if metric in known or metric.startswith(f"{self.class_metric}/"):
+                check_evaluated_objects(unprepared(dataset), metric)
+                return
+        raise ValueError(
+            f"`metric_for_best_model` must be one of {', '.join(known)}, or {self.class_metric}/<class>, got"
+            f" {self.args.metric_for_best_model!r}."
+        )
 
     def _set_up_model(self) -> None:
         if isinstance(self.train_dataset, PreparedDataset | PreparedStream):
@@ -190,6 +198,9 @@ class RfDetrTrainer(UploadingTrainer):
         return training_sizes((size["height"], size["width"]), backbone.patch_size * backbone.num_windows)
 
     def _prepare_training(self, dataset: Any) -> Any:
+        dataset = as_instance_dataset(dataset)
+        if dataset is not None:
+            check_training_objects(unprepared(dataset), self.has_masks)
         if not isinstance(dataset, InstanceDataset | InstanceStream):
             return dataset
         processor = copy.copy(self.processing_class)
@@ -338,7 +349,7 @@ def _checked_arguments(
                 f"`{name}` must be None: RfDetrTrainer computes the losses and COCO's metrics itself, without keeping"
                 " masks. Use transformers.Trainer for others."
             )
-    args = copy.copy(args)  # what follows from model and data must not reach another trainer
+    args = copy.copy(args)  # another trainer may use the caller's
     if eval_dataset is None and args.eval_strategy != "no":
         if train_dataset is not None:
             logger.warning("Without `eval_dataset` nothing is evaluated, and the last model is kept.")
