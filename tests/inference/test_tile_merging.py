@@ -194,6 +194,12 @@ def test_a_piece_below_the_threshold_completes_an_object_above_it():
     np.testing.assert_array_equal(merged([(left, 0.9)], [], threshold=0.5).dense_masks(), [left])
 
 
+def test_a_piece_below_the_threshold_does_not_change_an_object_that_another_tile_sees_completely():
+    complete, larger = rectangle(20, 10, 34, 20), rectangle(28, 10, 46, 20)
+    result = merged([(complete, 0.9)], [(larger, 0.2)], threshold=0.5)
+    np.testing.assert_array_equal(result.dense_masks(), [complete])
+
+
 def test_pieces_below_the_threshold_are_not_objects_of_their_own():
     crossing = rectangle(5, 10, 60, 20)
     assert len(merged([(crossing, 0.4)], [(crossing, 0.3)], threshold=0.5)) == 0

@@ -47,8 +47,8 @@ def merge_tiles(
     3. A piece that is cut at a border of its tile is then added to the object of another tile that covers half of it in
        the common zone: its tile has split the object, or found it twice. It is not added if it lies next to another
        piece of its tile in that object, or if its tile sees one of the two completely.
-    4. Pieces with a score of at most `threshold` are paired last. They complete objects that their tile has no other
-       piece of, and objects of such pieces only are dropped. A border lowers the score of what it cuts.
+    4. Pieces with a score of at most `threshold` are paired last: a border lowers the score of what it cuts. They only
+       add pixels to objects that no tile sees completely, and of which their tile has no other piece.
     5. An object that a tile sees completely gets that tile's mask, box and score; of several such tiles, those of the
        one in which it is farthest from the border. Otherwise each pixel is decided by the tile in whose cell it lies if
        that tile has a piece of the object, else by the tiles that have one; the box is the union of all boxes, and
@@ -194,15 +194,15 @@ class _Pieces:
 
     def unite(self, group: list[int]) -> tuple[int, np.ndarray, dict[str, Any] | None]:
         """Return the piece that gives an object its score and class, the box and the mask of the object: rule 5."""
-        extent = _hull(self.extents[group])
         sure = [piece for piece in group if self.is_sure[piece]]
-        margins = self.margins(extent, self.tiles[self.tile_of[sure]])
+        margins = self.margins(_hull(self.extents[sure]), self.tiles[self.tile_of[sure]])
         if margins.max() >= _REACH:
             source = sure[margins.argmax()]
             return source, self.boxes[source], self.placed.get(source)
         source, box = sure[self.areas[sure].argmax()], _hull(self.boxes[group])
         if self.instances.masks is None or len(group) == 1:
             return source, box, self.placed.get(source)
+        extent = _hull(self.extents[group])
         return source, box, region_to_rle(self.unite_masks(group, extent), *_corner(extent), self.image_size)
 
     def unite_masks(self, group: list[int], extent: np.ndarray) -> np.ndarray:
