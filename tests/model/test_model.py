@@ -63,7 +63,7 @@ def test_a_tuple_is_returned_on_request():
     assert logits.shape == (2, 6, 4)
 
 
-def test_evaluation_multiplies_out_the_last_layers_masks_only():
+def test_evaluation_materializes_the_masks_of_the_last_layer_only():
     model = small_model()
     with mock.patch.object(
         RfDetrSegmentationHead, "factors", autospec=True, side_effect=RfDetrSegmentationHead.factors
@@ -413,7 +413,9 @@ def test_projecting_the_queries_is_projecting_every_pixel_with_its_gradients():
     head = small_model().segmentation_head
     features, queries = torch.randn(2, 32, 7, 9, requires_grad=True), torch.randn(2, 5, 32, requires_grad=True)
     masks = head.factors(features, queries).logits()
-    plain = head.dense_logits(features, queries)
+    hook = head.spatial_features_proj.register_forward_hook(lambda *_: None)  # it makes the head project every pixel
+    plain = head.factors(features, queries).logits()
+    hook.remove()
     torch.testing.assert_close(masks, plain, atol=1e-5, rtol=1e-5)
     weights = torch.randn_like(masks)
     inputs = [

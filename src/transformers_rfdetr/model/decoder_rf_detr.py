@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_rf_detr import RfDetrConfig
 from .layers_rf_detr import Mlp, SamplingOffsets, XavierLinear, ZeroBiasXavierLinear, ZeroLinear
-from .modeling_rf_detr_dinov2 import scaled_dot_product_attention
+from .modeling_rf_detr_dinov2 import attention_weights, scaled_dot_product_attention
 
 
 def sine_embedding(boxes_cxcywh: Tensor, width: int) -> Tensor:
@@ -61,11 +61,15 @@ class GroupSelfAttention(nn.Module):
             for x in (*queries_and_keys.chunk(2, dim=-1), values)
         )
         dropout = self.config.dropout if self.training else 0.0
-        context, weights = scaled_dot_product_attention(self, queries, keys, values, dropout, need_weights)
-        context = context.flatten(-2).unflatten(0, (-1, num_groups)).flatten(1, 2)
-        if weights is not None:
-            weights = weights.unflatten(0, (-1, num_groups)).flatten(1, 2)
-        return self.out_proj(context), weights
+        weights = None
+        if need_weights:
+            # The returned tensor is the one that is used, so that gradients reach it.
+            weights = attention_weights(queries, keys).unflatten(0, (-1, num_groups)).flatten(1, 2)
+            group_weights = weights.unflatten(1, (num_groups, -1)).flatten(0, 1)
+            context = (F.dropout(group_weights, dropout) @ values).transpose(1, 2)
+        else:
+            context = scaled_dot_product_attention(self, queries, keys, values, dropout)
+        return self.out_proj(context.flatten(-2).unflatten(0, (-1, num_groups)).flatten(1, 2)), weights
 
 
 class DeformableAttention(nn.Module):
@@ -74,7 +78,8 @@ class DeformableAttention(nn.Module):
     def __init__(self, config: RfDetrConfig) -> None:
         super().__init__()
         width, num_levels = config.d_model, len(config.projector_scale)
-        self.num_heads, self.num_points = config.decoder_cross_attention_heads, config.decoder_n_points
+        self.num_heads, self.num_levels = config.decoder_cross_attention_heads, num_levels
+        self.num_points = config.decoder_n_points
         self.sampling_offsets = SamplingOffsets(width, self.num_heads, num_levels, self.num_points)
         self.attention_weights = ZeroLinear(width, self.num_heads * num_levels * self.num_points)
         self.value_proj = ZeroBiasXavierLinear(width, width)
@@ -105,17 +110,19 @@ class DeformableAttention(nn.Module):
             values = values.masked_fill(padding[..., None], 0.0)
         locations = self.sampling_locations(queries, references)
         weights = self.attention_weights(queries).unflatten(-1, (self.num_heads, -1)).float().softmax(-1)
+        weights = weights.unflatten(-1, (self.num_levels, self.num_points))
         sampled = sample_values(values, locations, shapes)
-        weighted = sampled * weights.transpose(1, 2).flatten(0, 1)[:, None]  # (B·M, D/M, G·Q, V·P)
+        weighted = sampled * weights.flatten(-2).transpose(1, 2).flatten(0, 1)[:, None]  # (B·M, D/M, G·Q, V·P)
         context = weighted.sum(-1).unflatten(0, (-1, self.num_heads)).flatten(1, 2).transpose(1, 2)
-        return self.output_proj(context.to(queries.dtype)), weights.unflatten(-1, (len(shapes), -1))
+        return self.output_proj(context.to(queries.dtype)), weights
 
     def sampling_locations(self, queries: Tensor, references: Tensor) -> Tensor:
         """Queries (B, G·Q, D) and references (B, G·Q, V, 4) -> (x, y) in [0, 1] on each level, (B, G·Q, M, V, P, 2).
 
         A learned offset of P reaches half the box's size.
         """
-        offsets = self.sampling_offsets(queries).unflatten(-1, self.sampling_offsets.shape).float()
+        shape = (self.num_heads, self.num_levels, self.num_points, 2)
+        offsets = self.sampling_offsets(queries).unflatten(-1, shape).float()
         boxes = references[:, :, None, :, None]
         return boxes[..., :2] + offsets / self.num_points * boxes[..., 2:] * 0.5
 

@@ -1,11 +1,28 @@
-"""Layers with the initial weights of the paper. Each sets its own in `reset_parameters`, which the models call."""
+"""Layers with the initial weights of the paper, which each sets in `reset_parameters`."""
 
 import math
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Return whether a module only computes with its weights, so that they may be used without calling it.
+
+    A hook must fire, and an adapter, a quantizer, pruning or offloading must act: then the module has to be called.
+    """
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is kind and "forward" not in vars(module) and not any(hooks)
+
+
+def first_rows(embedding: nn.Module, count: int, device: torch.device) -> Tensor:
+    """Return the first `count` rows of an embedding, (count, D)."""
+    if is_plain(embedding, nn.Embedding) or is_plain(embedding, ZeroEmbedding):
+        return embedding.weight[:count]
+    return embedding(torch.arange(count, device=device))
 
 
 class XavierLinear(nn.Linear):
@@ -69,6 +86,25 @@ class SamplingOffsets(nn.Linear):
         offsets = (directions[:, None, None] * distances[:, None]).expand(self.shape)
         nn.init.zeros_(self.weight)
         init.copy_(self.bias, offsets.reshape(-1))
+
+
+class GroupHeads(nn.Module):
+    """The same head for each query group, with weights of its own.
+
+    It is called with the number of the group, and not a `ModuleList`, so that an adapter can replace it.
+    """
+
+    def __init__(self, heads: Iterable[nn.Module]) -> None:
+        super().__init__()
+        for group, head in enumerate(heads):
+            self.add_module(str(group), head)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return self.children()
+
+    def forward(self, x: Tensor, group: int) -> Tensor:
+        """(..., in) -> (..., out) by the head of the group."""
+        return getattr(self, str(group))(x)
 
 
 class ChannelLayerNorm(nn.LayerNorm):

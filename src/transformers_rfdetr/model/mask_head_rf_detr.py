@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_rf_detr import RfDetrConfig
+from .layers_rf_detr import is_plain
 from .modeling_rf_detr_dinov2 import checkpointed
 from .predictions_rf_detr import MaskFactors
 
@@ -79,25 +80,21 @@ class RfDetrSegmentationHead(nn.Module):
             pixels = block(pixels)
             yield pixels
 
-    def dense_logits(self, pixels: Tensor, queries: Tensor) -> Tensor:
-        """Pixels (B, D, h, w) and queries (B, N, D) -> mask logits (B, N, h, w): the definition.
+    def factors(self, pixels: Tensor, queries: Tensor) -> MaskFactors:
+        """Return the masks of queries (B, N, D) on pixels (B, D, h, w), not materialized.
 
-        Nothing calls it but the test that holds [`project`] to it.
+        By definition every pixel p is projected to W p + b and multiplied by the projected query q. As <q, W p + b> is
+        <W^T q, p> + <q, b>, the queries are multiplied by W instead if possible: there are fewer of them.
         """
-        queries = self.query_features_proj(self.query_features_block(queries))
-        return torch.einsum("bnd,bdhw->bnhw", queries, self.spatial_features_proj(pixels)) + self.bias
+        if not is_plain(self.spatial_features_proj, nn.Conv2d):
+            pixels = self.spatial_features_proj(pixels)
+        return MaskFactors(pixels, queries, self)
 
-    def project(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries (..., D) -> vectors (..., D) and offsets (..., 1), such that a mask is <vector, pixel> + offset.
-
-        The definition projects every pixel p to W p + b and multiplies it with the query's q. As <q, W p + b> is
-        <W^T q, p> + <q, b>, the queries are projected instead: there are fewer of them.
-        """
-        queries = queries.to(self.query_features_proj.weight.dtype)
+    def forward(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (..., D) -> vectors (..., D) and offsets (..., 1), such that a mask is <vector, pixel> + offset."""
+        queries = queries.to(self.query_features_block.norm_in.weight.dtype)
         queries = self.query_features_proj(self.query_features_block(queries))
         projection = self.spatial_features_proj
+        if not is_plain(projection, nn.Conv2d):
+            return queries, self.bias.expand(*queries.shape[:-1], 1)
         return queries @ projection.weight.flatten(1), queries @ projection.bias[:, None] + self.bias
-
-    def factors(self, pixels: Tensor, queries: Tensor) -> MaskFactors:
-        """Return the masks of queries (B, N, D) on pixels (B, D, h, w), not materialized."""
-        return MaskFactors(pixels, queries, self.project)

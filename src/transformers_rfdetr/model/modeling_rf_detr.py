@@ -21,7 +21,7 @@ from .boxes_rf_detr import refine_boxes
 from .checkpoint_files import RfDetrCheckpoint
 from .configuration_rf_detr import RfDetrConfig
 from .decoder_rf_detr import RfDetrDecoder, sine_embedding
-from .layers_rf_detr import ClassHead, XavierLinear, ZeroEmbedding, box_head
+from .layers_rf_detr import ClassHead, GroupHeads, XavierLinear, ZeroEmbedding, box_head, first_rows
 from .loss_rf_detr import rf_detr_loss
 from .mask_head_rf_detr import RfDetrSegmentationHead
 from .mask_points_rf_detr import fixed_points, random_points
@@ -157,10 +157,10 @@ class RfDetrTransformer(nn.Module):
         width, groups = config.d_model, range(config.group_detr)
         self.num_queries = config.num_queries
         self.decoder = RfDetrDecoder(config)
-        self.enc_output = nn.ModuleList(XavierLinear(width, width) for _ in groups)
-        self.enc_output_norm = nn.ModuleList(nn.LayerNorm(width) for _ in groups)
-        self.enc_out_class_embed = nn.ModuleList(ClassHead(width, config.num_labels) for _ in groups)
-        self.enc_out_bbox_embed = nn.ModuleList(box_head(width) for _ in groups)
+        self.enc_output = GroupHeads(XavierLinear(width, width) for _ in groups)
+        self.enc_output_norm = GroupHeads(nn.LayerNorm(width) for _ in groups)
+        self.enc_out_class_embed = GroupHeads(ClassHead(width, config.num_labels) for _ in groups)
+        self.enc_out_bbox_embed = GroupHeads(box_head(width) for _ in groups)
 
     def select_two_stage_proposals(
         self, memory: Tensor, anchors: Tensor, invalid: Tensor, num_groups: int
@@ -182,8 +182,8 @@ class RfDetrTransformer(nn.Module):
         num_kept = min(self.num_queries, memory.shape[1])
         groups = []
         for group in range(num_groups):
-            tokens = self.enc_output_norm[group](self.enc_output[group](memory))
-            scores = self.enc_out_class_embed[group](tokens).amax(-1)
+            tokens = self.enc_output_norm(self.enc_output(memory, group), group)
+            scores = self.enc_out_class_embed(tokens, group).amax(-1)
             best = torch.topk(scores, num_kept, dim=1).indices
             # The heads run again on the chosen tokens, without the others: the backward pass keeps, and goes through, a
             # fraction of the tokens.
@@ -197,9 +197,9 @@ class RfDetrTransformer(nn.Module):
 
         Of all tokens, these are what [`select_two_stage_proposals`] chooses from: the definition of its fast path.
         """
-        tokens = self.enc_output_norm[group](self.enc_output[group](memory))
-        boxes = refine_boxes(self.enc_out_bbox_embed[group](tokens), anchors)
-        return tokens, self.enc_out_class_embed[group](tokens), boxes
+        tokens = self.enc_output_norm(self.enc_output(memory, group), group)
+        boxes = refine_boxes(self.enc_out_bbox_embed(tokens, group), anchors)
+        return tokens, self.enc_out_class_embed(tokens, group), boxes
 
 
 # -- models ----------------------------------------------------------------------------------------------------------
@@ -297,11 +297,11 @@ class RfDetrModel(RfDetrPreTrainedModel):
         states, attentions, cross_attentions = self.decode(
             content, references, memory, shapes, paddings, output_attentions
         )
-        decoded = torch.stack([self.transformer.decoder.norm(state) for state in states[1:]], dim=1)
+        decoded = [self.transformer.decoder.norm(state) for state in states[1:]]
         need_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return RfDetrOutput(
-            last_hidden_state=decoded[:, -1],
-            intermediate_hidden_states=decoded,
+            last_hidden_state=decoded[-1],
+            intermediate_hidden_states=torch.stack(decoded, dim=1),
             init_reference_points=references,
             backbone_features=levels[0],
             enc_hidden_states=tokens,
@@ -320,11 +320,11 @@ class RfDetrModel(RfDetrPreTrainedModel):
         proposals than queries, the others are the learned numbers themselves, as in the original.
         """
         batch, rows = proposals.shape[0], num_groups * self.config.num_queries
-        learned = self.refpoint_embed.weight[:rows].float().expand(batch, -1, -1)
+        learned = first_rows(self.refpoint_embed, rows, proposals.device).float().expand(batch, -1, -1)
         references = refine_boxes(learned[:, : proposals.shape[1]], proposals)
         references = torch.cat([references, learned[:, proposals.shape[1] :]], dim=1)
         # A copy: torch's FLOP counter expects a gradient function of a view of a parameter that no_grad did not record.
-        return self.query_feat.weight[:rows].repeat(batch, 1, 1), references
+        return first_rows(self.query_feat, rows, proposals.device).repeat(batch, 1, 1), references
 
     def decode(
         self,

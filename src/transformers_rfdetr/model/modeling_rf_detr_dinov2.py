@@ -1,8 +1,8 @@
-"""Pixels to patch features: the windowed DINOv2 backbone (https://arxiv.org/abs/2304.07193).
+"""The backbone: windowed DINOv2 (https://arxiv.org/abs/2304.07193), from pixels to patch features.
 
-Axes: B images, H W patch grid, C token width, V windows of an image (num_windows squared), N tokens of a window.
-Tokens stay in window layout (B·V, N, C) from the embeddings to the taps; a global block only looks at them as
-(B, V·N, C). Module names are those of the original checkpoints, so that a state dict needs no renaming.
+Axis letters: B images, H W patch grid, C token width, V windows of an image (num_windows squared), N tokens of a
+window. Tokens are (B·V, N, C) from the embeddings to the taps; a global block reshapes them to (B, V·N, C) for its
+attention. Module names are those of the original checkpoints.
 """
 
 from collections.abc import Callable
@@ -16,18 +16,19 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_rf_detr import RfDetrDinov2Config
+from .layers_rf_detr import is_plain
 from .validation import check_resolution
 
 
 class VitInitialisation:
-    """Weights that start as those of a vision transformer: truncated normal, with zero bias."""
+    """The initial weights of a vision transformer: truncated normal, with zero bias."""
 
     std: float
     weight: Tensor
     bias: Tensor
 
     def reset_parameters(self) -> None:
-        """Draw initial weights."""
+        """Draw the initial weights."""
         nn.init.trunc_normal_(self.weight, std=self.std)
         nn.init.zeros_(self.bias)
 
@@ -41,7 +42,7 @@ class VitLinear(VitInitialisation, nn.Linear):
 
 
 class VitPatchProjection(VitInitialisation, nn.Conv2d):
-    """The patch embedding: one convolution whose kernel is its stride."""
+    """The patch embedding: a convolution with a stride of its kernel size."""
 
     def __init__(self, width: int, patch_size: int, std: float) -> None:
         self.std = std
@@ -49,34 +50,35 @@ class VitPatchProjection(VitInitialisation, nn.Conv2d):
 
 
 def scaled_dot_product_attention(
-    module: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, dropout: float = 0.0, need_weights: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Scaled dot-product attention, by the implementation that the model's configuration names.
+    module: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, dropout: float = 0.0
+) -> Tensor:
+    """Return softmax(queries · keys / sqrt(d)) · values by the implementation that the model's configuration names.
 
     Args:
-        module: The attention module; its `config` is the top one, so that `set_attn_implementation` is obeyed.
+        module: The attention module; its `config` is the model's, which `set_attn_implementation` changes.
         queries, keys, values: (B, heads, N, d).
         dropout: Probability to drop a weight.
-        need_weights: Return the weights too; they exist in the eager formula only, which is then used.
 
     Returns:
-        The context (B, N, heads, d), and the weights (B, heads, N, N) or None.
+        The context (B, N, heads, d).
     """
-    scaling = queries.shape[-1] ** -0.5
     implementation = module.config._attn_implementation
-    if need_weights or implementation in (None, "eager"):
-        weights = (queries @ keys.transpose(-1, -2) * scaling).softmax(-1)
-        context = F.dropout(weights, dropout) @ values
-        return context.transpose(1, 2), weights
+    if implementation in (None, "eager"):
+        return (F.dropout(attention_weights(queries, keys), dropout) @ values).transpose(1, 2)
     function = ALL_ATTENTION_FUNCTIONS[implementation]
-    return function(module, queries, keys, values, None, dropout=dropout, scaling=scaling)[0], None
+    return function(module, queries, keys, values, None, dropout=dropout, scaling=queries.shape[-1] ** -0.5)[0]
+
+
+def attention_weights(queries: Tensor, keys: Tensor) -> Tensor:
+    """Queries and keys (B, heads, N, d) -> softmax(queries · keys / sqrt(d)), (B, heads, N, N)."""
+    return (queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5).softmax(-1)
 
 
 def checkpointed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`function(x)`, of whose steps the backward pass repeats the cheap ones instead of keeping what they gave.
+    """Return `function(x)`, and compute it again in the backward pass instead of keeping its intermediate tensors.
 
-    `function` ends with a linear layer, which is not repeated: the repetition stops when all that is needed is there.
-    A compiler decides that by itself.
+    `function` must end with a linear layer. Its product is not computed again: torch stops when every tensor that the
+    backward pass needs exists. In a compiled graph the compiler decides what is computed again.
     """
     if not (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
         return function(x)
@@ -87,14 +89,14 @@ def resize_position_table(table: Tensor, old_grid: tuple[int, int], new_grid: tu
     """Resample a position table to another patch grid: antialiased bicubic in float32, as the checkpoints expect.
 
     Args:
-        table: (1, 1 + H·W, C): the class token's entry, then the old grid's rows.
+        table: (1, 1 + H·W, C), the entry of the class token and those of the patches, row by row.
         old_grid: (H, W) of the table, in patches.
         new_grid: (H', W') wanted.
 
     Returns:
-        (1, 1 + H'·W', C) in the dtype of `table`, which itself is returned where the grids agree.
+        (1, 1 + H'·W', C) in the dtype of `table`; `table` itself if the grids are equal.
     """
-    # In a graph for any size the sides are no ints: it resamples always, which changes nothing at the same size.
+    # In a graph of dynamic size the sides are symbols. It always resamples, which changes nothing at equal sizes.
     if all(isinstance(side, int) for side in new_grid) and tuple(old_grid) == tuple(new_grid):
         return table
     patches = table[:, 1:].unflatten(1, old_grid).permute(0, 3, 1, 2)
@@ -103,13 +105,13 @@ def resize_position_table(table: Tensor, old_grid: tuple[int, int], new_grid: tu
         size=new_grid,
         mode="bicubic",
         align_corners=False,
-        antialias=table.device.type != "mps",  # not implemented there; the original departs in the same way
+        antialias=table.device.type != "mps",  # not implemented there, and off in the original too
     )
     return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
 
 def partition_windows(tokens: Tensor, num_windows: int) -> Tensor:
-    """(B, H, W, C) -> (B·V, N, C): windows in row-major order, and row-major tokens inside each."""
+    """(B, H, W, C) -> (B·V, N, C), with windows, and tokens in each window, in row-major order."""
     batch, height, width, channels = tokens.shape
     n = num_windows
     tokens = tokens.reshape(batch, n, height // n, n, width // n, channels).transpose(2, 3)
@@ -125,7 +127,7 @@ def merge_windows(tokens: Tensor, grid: tuple[int, int], num_windows: int) -> Te
 
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Stochastic depth (https://arxiv.org/abs/1603.09382): zero whole rows of the batch, scale up the others."""
+    """Set random rows of the batch to 0 and scale up the others: stochastic depth (https://arxiv.org/abs/1603.09382)."""
     if rate == 0.0 or not training:
         return x
     keep = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1.0 - rate)
@@ -133,7 +135,7 @@ def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
 
 
 class RfDetrDinov2Embeddings(nn.Module):
-    """Pixels to tokens in window layout: patches, a class token for each window, positions, registers."""
+    """Tokens of all windows: class token, registers and patches of each, with positions."""
 
     def __init__(self, config: RfDetrDinov2Config) -> None:
         super().__init__()
@@ -141,7 +143,7 @@ class RfDetrDinov2Embeddings(nn.Module):
         width = config.hidden_size
         height_patches, width_patches = config.position_grid
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        self.mask_token = nn.Parameter(torch.empty(1, width))  # nothing reads it; it stands in every checkpoint
+        self.mask_token = nn.Parameter(torch.empty(1, width))  # not used, but in every checkpoint
         self.position_embeddings = nn.Parameter(torch.empty(1, 1 + height_patches * width_patches, width))
         if config.num_register_tokens:
             self.register_tokens = nn.Parameter(torch.empty(1, config.num_register_tokens, width))
@@ -158,11 +160,10 @@ class RfDetrDinov2Embeddings(nn.Module):
             nn.init.zeros_(self.register_tokens)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, height, width) pixels -> (B·V, N, C) tokens: class token, registers, patches of each window."""
+        """Pixels (B, 3, height, width) -> tokens (B·V, N, C)."""
         config = self.config
         check_resolution(pixel_values.shape[-2:], config.patch_size, config.num_windows, "pixel_values")
-        projection = self.patch_embeddings["projection"]
-        patches = projection(pixel_values.to(projection.weight.dtype))
+        patches = self.patch_embeddings["projection"](pixel_values.to(self.cls_token.dtype))
         grid = (patches.shape[-2], patches.shape[-1])
         positions = resize_position_table(self.position_embeddings, config.position_grid, grid)
         patches = patches.flatten(2).transpose(1, 2) + positions[:, 1:]
@@ -179,21 +180,24 @@ class RfDetrDinov2Attention(nn.Module):
     def __init__(self, config: RfDetrDinov2Config, top_config: Any) -> None:
         super().__init__()
         self.config = top_config
-        self.is_causal = False  # transformers' sdpa is causal unless told otherwise
+        self.is_causal = False  # read by transformers' sdpa, which is causal by default
         self.num_heads = config.num_attention_heads
         width, std = config.hidden_size, config.initializer_range
         names = ("query", "key", "value")
         self.attention = nn.ModuleDict({name: VitLinear(width, width, std) for name in names})
         self.output = nn.ModuleDict({"dense": VitLinear(width, width, std)})
 
-    def forward(self, tokens: Tensor, scale: "RfDetrDinov2LayerScale") -> Tensor:
-        """(B, N, C) -> (B, N, C), scaled."""
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C)."""
+        return self.output["dense"](self.context(tokens))
+
+    def context(self, tokens: Tensor) -> Tensor:
+        """Attend without the output projection: (B, N, C) -> (B, N, C)."""
         queries, keys, values = (
             self.attention[name](tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for name in ("query", "key", "value")
         )
-        context, _ = scaled_dot_product_attention(self, queries, keys, values)
-        return scale(self.output["dense"], context.flatten(-2))
+        return scaled_dot_product_attention(self, queries, keys, values).flatten(-2)
 
 
 class RfDetrDinov2LayerScale(nn.Module):
@@ -209,18 +213,23 @@ class RfDetrDinov2LayerScale(nn.Module):
         """Set the initial scale."""
         nn.init.constant_(self.lambda1, self.initial_value)
 
-    def forward(self, linear: nn.Module, x: Tensor) -> Tensor:
-        """What `linear` makes of `x`, scaled.
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        return x * self.lambda1
 
-        The rows of a plain layer's weights are scaled instead of what it gives, which nothing then has to keep.
-        """
-        if type(linear) is not VitLinear:  # it has an adapter, or is quantised
-            return linear(x) * self.lambda1
-        return F.linear(x, self.lambda1[:, None] * linear.weight, self.lambda1 * linear.bias)
+
+def scaled_linear(linear: nn.Module, scale: nn.Module, x: Tensor) -> Tensor:
+    """Return `scale(linear(x))` of a linear layer and a LayerScale.
+
+    If possible the weights are scaled instead of the result, so that training does not keep the unscaled result.
+    """
+    if not (is_plain(linear, VitLinear) and is_plain(scale, RfDetrDinov2LayerScale)):
+        return scale(linear(x))
+    return F.linear(x, scale.lambda1[:, None] * linear.weight, scale.lambda1 * linear.bias)
 
 
 class RfDetrDinov2Layer(GradientCheckpointingLayer):
-    """One pre-norm block. A global one sees all windows of an image as a single sequence, class tokens included."""
+    """One pre-norm block. A global block attends over all windows of an image, class tokens included."""
 
     def __init__(self, config: RfDetrDinov2Config, top_config: Any, index: int) -> None:
         super().__init__()
@@ -241,17 +250,21 @@ class RfDetrDinov2Layer(GradientCheckpointingLayer):
         if self.attends_globally:
             rows, length, width = sequence.shape
             sequence = sequence.reshape(rows // self.windows_per_image, self.windows_per_image * length, width)
-        context = self.attention(sequence, self.layer_scale1).reshape(tokens.shape)
-        tokens = tokens + drop_path(context, self.drop_path_rate, self.training)
+        if is_plain(self.attention, RfDetrDinov2Attention):
+            context = self.attention.context(sequence)
+            context = scaled_linear(self.attention.output["dense"], self.layer_scale1, context)
+        else:
+            context = self.layer_scale1(self.attention(sequence))
+        tokens = tokens + drop_path(context.reshape(tokens.shape), self.drop_path_rate, self.training)
         hidden = checkpointed(lambda x: self.mlp["fc1"](self.norm2(x)), tokens)
-        hidden = checkpointed(lambda x: self.layer_scale2(self.mlp["fc2"], F.gelu(x)), hidden)
+        hidden = checkpointed(lambda x: scaled_linear(self.mlp["fc2"], self.layer_scale2, F.gelu(x)), hidden)
         return tokens + drop_path(hidden, self.drop_path_rate, self.training)
 
 
 class RfDetrDinov2Backbone(nn.Module):
-    """Windowed DINOv2: pixels to one feature map for each tap.
+    """Windowed DINOv2, with one feature map for each tap.
 
-    Blocks after the last tap stand in the checkpoint (the [2, 5, 8, 11] variants have one) and are never run.
+    Blocks after the last tap are in the checkpoint (the [2, 5, 8, 11] variants have one), but are not run.
     """
 
     def __init__(self, config: RfDetrDinov2Config, top_config: Any) -> None:
@@ -265,23 +278,23 @@ class RfDetrDinov2Backbone(nn.Module):
         self.freeze_unused()
 
     def set_drop_path(self, rate: float) -> None:
-        """Set the stochastic depth: from 0 at the first block, evenly, to `rate` at the last."""
+        """Set the stochastic depth: from 0 at the first block, linearly, to `rate` at the last."""
         layers = self.encoder["layer"]
         for index, layer in enumerate(layers):
             layer.drop_path_rate = rate * index / max(len(layers) - 1, 1)
 
     def set_trainable(self, trainable: bool) -> None:
-        """Switch gradients of everything that is read."""
+        """Switch the gradients of all parameters that are used."""
         for parameter in self.parameters():
-            if parameter.is_floating_point():  # quantised ones have none
+            if parameter.is_floating_point():  # quantized parameters have no gradients
                 parameter.requires_grad_(trainable)
         self.freeze_unused()
 
     def freeze_unused(self) -> None:
-        """Freeze the mask token and the blocks after the last tap: without gradients they would stop plain DDP."""
-        unread = [self.embeddings.mask_token]
-        unread += self.encoder["layer"][self.config.num_used_layers :].parameters()
-        for parameter in unread:
+        """Freeze the mask token and the blocks after the last tap: DDP fails if a trained parameter has no gradient."""
+        unused = [self.embeddings.mask_token]
+        unused += self.encoder["layer"][self.config.num_used_layers :].parameters()
+        for parameter in unused:
             parameter.requires_grad_(False)
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
