@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import ChannelDimension
+from transformers.utils import logging
 
 from transformers_rfdetr import RfDetrConfig, RfDetrImageProcessor
 
-from processor_inputs import port, processor, random_image, skip_if_it_antialiases
+from processor_inputs import annotation, port, processor, random_image, skip_if_it_antialiases, target
 from small_models import small_config
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -180,3 +182,34 @@ class TestPixels:
         assert processor()(random_image(), return_tensors="pt").pixel_values.dtype == torch.float32
         with pytest.raises(ValueError, match=r"return_tensors.*'tf'"):
             processor()(random_image(), return_tensors="tf")
+
+
+class TestArgumentsOfOtherProcessors:
+    def test_that_mean_one_thing_here_are_obeyed(self):
+        images = [random_image(), random_image(seed=1)]
+        expected = processor()(images)
+        for value in ("channels_last", ChannelDimension.LAST):
+            found = processor()(images, data_format=value, return_tensors="np").pixel_values
+            assert np.array_equal(found, expected.pixel_values.permute(0, 2, 3, 1).numpy())
+        settings = {"data_format": "channels_first", "do_convert_rgb": True, "default_to_square": True}
+        assert torch.equal(processor()(images, **settings).pixel_values, expected.pixel_values)
+        with pytest.raises(ValueError, match=r"data_format.*'last'"):
+            processor()(images, data_format="last")
+
+    def test_device_is_that_of_every_tensor(self):
+        inputs = processor()(random_image(), target(annotation()), True, device="meta")
+        tensors = [inputs.pixel_values, inputs.pixel_mask, *inputs.labels[0].values()]
+        assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+    def test_that_change_nothing_are_ignored_with_one_warning(self, hf_log):
+        type(logging.get_logger("x")).warning_once.cache_clear()
+        for _ in range(2):
+            inputs = processor()(random_image(), disable_grouping=True, crop_size={"height": 9, "width": 9})
+            assert torch.equal(inputs.pixel_values, processor()(random_image()).pixel_values)
+        assert len(hf_log.records) == 1
+        assert "disable_grouping" in hf_log.text
+
+    @pytest.mark.parametrize(("name", "value"), [("do_convert_rgb", False), ("do_center_crop", True)])
+    def test_that_would_change_the_result_are_refused(self, name, value):
+        with pytest.raises(ValueError, match=f"{name}.*{value}"):
+            processor()(random_image(), **{name: value})

@@ -11,20 +11,34 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
+from PIL.ExifTags import Base
+from PIL.Image import Transpose
+from transformers.utils import logging
 
 from .validation import require
+
+logger = logging.get_logger(__name__)
 
 _URL_TIMEOUT_SECONDS = 60
 # Limits of a download: an untrusted server may send without an end, or a byte now and then.
 MAX_URL_BYTES = 1 << 28
 MAX_URL_SECONDS = 300
-# The formats that Pillow decodes itself. For others, such as EPS, it starts another program, whatever the file's name.
+# The formats that Pillow decodes itself. For others, such as EPS, it starts another program.
 _FORMATS = (
     *("AVIF", "BMP", "DDS", "DIB", "GIF", "HEIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "PSD"),
     *("SGI", "TGA", "TIFF", "WEBP"),
 )
+# How an image is turned upright, by its EXIF orientation.
+_TO_UPRIGHT = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
 
 
 def read_rgb(image: PIL.Image.Image | str | os.PathLike[str]) -> PIL.Image.Image:
@@ -42,6 +56,8 @@ def read_rgb(image: PIL.Image.Image | str | os.PathLike[str]) -> PIL.Image.Image
 def decode_image(image: PIL.Image.Image | str | os.PathLike[str]) -> np.ndarray:
     """Decode a PIL image, path, URL or base64 string, with EXIF rotation applied.
 
+    Of a file with several pages or frames the first one is read, with a warning.
+
     Returns:
         (H, W, 3) uint8, or (H, W) if the image has 16 or 32 bits per pixel.
 
@@ -53,16 +69,48 @@ def decode_image(image: PIL.Image.Image | str | os.PathLike[str]) -> np.ndarray:
         if not isinstance(image, PIL.Image.Image):
             # Opened as a file object: Pillow memory-maps a TIFF that is given by its path, and rotates it wrongly.
             with _open_source(os.fspath(image)) as stream, open_image(stream) as image:
+                # Further images of an MPO are previews or depth maps, and those of a PSD are layers.
+                if getattr(image, "is_animated", False) and image.format not in ("MPO", "PSD"):
+                    logger.warning_once(
+                        f"{redact_url(source)!s:.200} has several pages or frames, and only the first is read. Save"
+                        " each as a file of its own to use all of them."
+                    )
                 image.load()
-        image = PIL.ImageOps.exif_transpose(image)
+        image.load()
+        file, image = image, upright(image)
         if image.mode == "La":
             image = image.convert("LA")
-        if not image.mode.startswith("I") and image.mode != "F":
-            image = image.convert("RGB")
-        return np.array(image)
+        if image.mode == "F" or image.mode.startswith("I"):
+            return _to_full_range(np.array(image), file)
+        return np.array(image.convert("RGB"))
     except Exception as error:  # for damaged files Pillow raises SyntaxError, struct.error, zlib.error and others
         reason = str(error) or type(error).__name__
         raise ValueError(f"{redact_url(source)!s:.200} cannot be opened as an image: {reason}") from error
+
+
+def upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Turn an image upright by its EXIF orientation; see [`read_orientation`]."""
+    method = _TO_UPRIGHT.get(read_orientation(image))
+    return image if method is None else image.transpose(method)
+
+
+def read_orientation(image: PIL.Image.Image) -> int:
+    """Return the EXIF orientation of an image, 1 (upright) to 8; 1 if the EXIF data is missing or broken."""
+    try:
+        # The `getexif` of PNG images decodes the whole file, because EXIF may follow the pixels.
+        orientation = PIL.Image.Image.getexif(image).get(Base.Orientation)
+    except Exception:  # which one depends on the damage and on the release of Pillow
+        return 1
+    return orientation if orientation in _TO_UPRIGHT else 1
+
+
+def _to_full_range(pixels: np.ndarray, image: PIL.Image.Image) -> np.ndarray:
+    """Return integers that the file stores in 9 to 16 bits as uint16 from 0 to 65535, other pixels unchanged."""
+    if image.format in ("PNG", "PPM") and image.mode == "I":  # scaled by Pillow, but as integers of 32 bits
+        return pixels.astype(np.uint16)
+    if image.format == "TIFF" and image.tag_v2.get(Base.BitsPerSample) == (12,):  # not scaled by Pillow
+        return np.rint(pixels * (65535 / 4095)).astype(np.uint16)
+    return pixels
 
 
 def open_image(file: Any) -> PIL.Image.Image:
@@ -170,6 +218,12 @@ def read_image(image: Any, do_rescale: bool, rescale_factor: float, input_data_f
         if image.dtype == torch.bool:
             values *= 255
         elif image.dtype == torch.uint16:
+            if 0 < values.max() < 4096:
+                logger.warning_once(
+                    "All values of a 16-bit image are below 4096, and it is read as nearly black, because 65535 is"
+                    " white. If its values have 10 or 12 bits, multiply them by 64 or 16 and save it again. This"
+                    " warning is shown once."
+                )
             values /= 257
         if do_rescale:
             # x / 255 rounds like rfdetr; x * (1 / 255) differs in the last bit.

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.utils import logging
 
 from .coco_labels import ImageSizes, prepare_labels
 from .configuration_rf_detr import RfDetrConfig
@@ -29,10 +30,16 @@ from .validation import (
     to_builtin,
 )
 
+logger = logging.get_logger(__name__)
+
 _DEFAULT_SIZE = {"height": 432, "width": 432}  # of rf-detr-seg-medium
 _BILINEAR = 2
 # The most pixels that an image may have after resizing or padding: the settings may come from an untrusted file.
 MAX_INPUT_PIXELS = 1 << 27
+# Arguments of other processors in transformers, and the value that says what this one does in any case.
+_FIXED_ARGUMENTS = {"do_convert_rgb": True, "do_center_crop": False, "default_to_square": True}
+# Arguments of other processors that cannot change the result of this one.
+_UNUSED_ARGUMENTS = ("crop_size", "disable_grouping", "image_seq_length", "masks_path")
 
 
 class RfDetrImageProcessor(BaseImageProcessor):
@@ -158,6 +165,8 @@ class RfDetrImageProcessor(BaseImageProcessor):
         *,
         return_tensors: str | None = None,
         input_data_format: str | None = None,
+        data_format: str | None = None,
+        device: torch.device | str | None = None,
         **overrides: Any,
     ) -> BatchFeature:
         """Convert images, and annotations in COCO format, to the model's inputs and labels.
@@ -175,7 +184,10 @@ class RfDetrImageProcessor(BaseImageProcessor):
             return_segmentation_masks: Whether labels have masks.
             return_tensors: "pt" (the same as None) or "np".
             input_data_format: "channels_first" or "channels_last", for arrays whose shape is ambiguous.
-            **overrides: Arguments of the constructor, for this call.
+            data_format: "channels_first" (the default, as the models require) or "channels_last", of `pixel_values`.
+            device: Device on which images are resized and the result is returned; by default that of the images.
+            **overrides: Arguments of the constructor, for this call. Arguments of other processors in transformers are
+                ignored, with a warning, if they cannot change the result.
 
         Returns:
             `pixel_values` (B, 3, H, W) float32; with `do_pad`, `pixel_mask` (B, H, W) int64, 1 on the image and 0 on
@@ -189,23 +201,44 @@ class RfDetrImageProcessor(BaseImageProcessor):
         Raises:
             ValueError: if an image or annotation is invalid; the message names it and the field.
         """
-        overrides = {name: value for name, value in overrides.items() if value is not None}
-        if unknown := sorted(overrides.keys() - vars(self).keys()):
-            raise ValueError(f"arguments must be among the settings {sorted(vars(self))}, got {unknown}")
+        overrides = self._read_overrides(overrides)
         processor = type(self)(**{**vars(self), **overrides}) if overrides else self
         require(return_tensors in (None, "pt", "np"), "return_tensors", return_tensors, "'pt' or 'np'")
-        return processor._preprocess(
-            _as_list(images), annotations, return_segmentation_masks, return_tensors, input_data_format
+        data_format = getattr(data_format, "value", data_format)
+        rule = "'channels_first' or 'channels_last'"
+        require(data_format in (None, "channels_first", "channels_last"), "data_format", data_format, rule)
+        inputs = processor._preprocess(
+            _as_list(images), annotations, return_segmentation_masks, input_data_format, device
         )
+        if data_format == "channels_last":
+            inputs["pixel_values"] = inputs["pixel_values"].permute(0, 2, 3, 1).contiguous()
+        labels = inputs.pop("labels", None)
+        batch = BatchFeature(inputs, tensor_type=return_tensors)
+        if labels is not None:
+            batch["labels"] = [BatchFeature(label, tensor_type=return_tensors) for label in labels]
+        return batch
+
+    def _read_overrides(self, overrides: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings among the arguments of a call; drop those of other processors that change nothing."""
+        overrides = {name: value for name, value in overrides.items() if value is not None}
+        for name in _FIXED_ARGUMENTS.keys() & overrides.keys():
+            value, fixed = overrides.pop(name), _FIXED_ARGUMENTS[name]
+            require(value == fixed, name, value, f"{fixed}, as this processor does it", "Remove the argument.")
+        if unused := [name for name in _UNUSED_ARGUMENTS if name in overrides]:
+            logger.warning_once(f"{', '.join(unused)} cannot change the result of {type(self).__name__}: ignored.")
+        overrides = {name: value for name, value in overrides.items() if name not in unused}
+        if unknown := sorted(overrides.keys() - vars(self).keys()):
+            raise ValueError(f"arguments must be among the settings {sorted(vars(self))}, got {unknown}")
+        return overrides
 
     def _preprocess(
         self,
         images: list[Any],
         annotations: dict[str, Any] | Sequence[dict[str, Any]] | None,
         with_masks: bool | None,
-        return_tensors: str | None,
         input_data_format: str | None,
-    ) -> BatchFeature:
+        device: torch.device | str | None,
+    ) -> dict[str, Any]:
         if isinstance(annotations, Mapping):
             annotations = [annotations]
         if annotations is not None and len(annotations) != len(images):
@@ -215,11 +248,11 @@ class RfDetrImageProcessor(BaseImageProcessor):
         pixels, sizes = [], []
         for index, image in enumerate(images):
             with error_context(f"image {index}"):
-                original = read_image(image, self.do_rescale, self.rescale_factor, input_data_format)
+                original = read_image(image, self.do_rescale, self.rescale_factor, input_data_format).to(device)
                 pixels.append(self._resize_and_normalize(original))
             sizes.append((tuple(original.shape[1:]), tuple(pixels[-1].shape[1:])))
         input_size = self._input_size([resized for _, resized in sizes])
-        inputs = BatchFeature(self._pad(pixels, input_size), tensor_type=return_tensors)
+        inputs: dict[str, Any] = self._pad(pixels, input_size)
         if annotations is not None:
             relative = self.do_convert_annotations
             labels = [
@@ -228,7 +261,7 @@ class RfDetrImageProcessor(BaseImageProcessor):
                 )
                 for i, target in enumerate(annotations)
             ]
-            inputs["labels"] = [BatchFeature(label, tensor_type=return_tensors) for label in labels]
+            inputs["labels"] = [{name: value.to(device) for name, value in label.items()} for label in labels]
         return inputs
 
     def read(self, image: Any) -> torch.Tensor:
