@@ -8,7 +8,7 @@ from typing import Any
 import PIL.Image
 from PIL.ExifTags import Base
 
-from ..model.image_io import open_image
+from ..model.image_io import open_image, read_orientation
 
 # All that some release of Pillow can read, so that an image it cannot read is an error and is never skipped.
 IMAGE_SUFFIXES = {
@@ -57,8 +57,7 @@ def upright_size(image: Any) -> tuple[int, int]:
                 return upright_size(opened)
         except Exception as error:  # Pillow raises many types, among them DecompressionBombError
             raise ValueError(f"{image!r:.200} cannot be opened as an image: {error}. Replace the file.") from error
-    # The `getexif` of PNG images decodes the whole file, because EXIF may follow the pixels.
-    swaps_sides = PIL.Image.Image.getexif(image).get(Base.Orientation) in range(5, 9)
+    swaps_sides = read_orientation(image) >= 5
     width, height = image.size
     if swaps_sides and image.format == "TIFF":  # some releases of Pillow give the rotated size of a TIFF
         width, height = (image.tag_v2[tag] for tag in (Base.ImageWidth, Base.ImageLength))

@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import PIL.ImageOps
 import torch
 from transformers.utils import logging
 
+from ..model.image_io import decode_image
 from ..model.masks import region_to_rle, upsample_masks
 from ..model.post_processing_rf_detr import read_target_sizes, select_detections, valid_size
 from .coco_evaluator import InstanceSegmentationEvaluator
@@ -129,11 +129,11 @@ def evaluate_dataset(
         starts = range(0, len(dataset), batch_size)
         for start in logging.tqdm(starts, desc="Evaluating", disable=not progress):
             samples = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
-            images = [PIL.ImageOps.exif_transpose(sample["image"]) for sample in samples]
-            inputs = processor(images, return_tensors="pt").to(model.device)
+            images = [decode_image(sample["image"]) for sample in samples]
+            inputs = processor(images, input_data_format="channels_last", return_tensors="pt").to(model.device)
             with torch.no_grad():
                 outputs = model(**inputs)
-            sizes = [(image.height, image.width) for image in images]
+            sizes = [image.shape[:2] for image in images]
             results = detect(outputs, sizes, score_threshold=score_threshold, pixel_mask=inputs.get("pixel_mask"))
             for sample, detections in zip(samples, results, strict=True):
                 evaluator.update(sample["image_id"], **to_category_ids(detections, category_ids))

@@ -76,7 +76,6 @@ def decode_image(image: PIL.Image.Image | str | os.PathLike[str]) -> np.ndarray:
                         " each as a file of its own to use all of them."
                     )
                 image.load()
-        image.load()
         file, image = image, upright(image)
         if image.mode == "La":
             image = image.convert("LA")
@@ -89,7 +88,11 @@ def decode_image(image: PIL.Image.Image | str | os.PathLike[str]) -> np.ndarray:
 
 
 def upright(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Turn an image upright by its EXIF orientation; see [`read_orientation`]."""
+    """Load an image, and turn it upright by its EXIF orientation; see [`read_orientation`].
+
+    The EXIF data of the result is not changed.
+    """
+    image.load()
     method = _TO_UPRIGHT.get(read_orientation(image))
     return image if method is None else image.transpose(method)
 

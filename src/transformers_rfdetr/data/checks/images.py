@@ -11,10 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
-from PIL.ExifTags import Base
 
-from ...model.image_io import open_image, read_rgb
+from ...model.image_io import open_image, read_orientation, read_rgb, upright
 from ...model.masks import read_segmentation
 from ...model.validation import are_numbers, to_builtin
 from .duplicates import perceptual_hash
@@ -63,17 +61,16 @@ def read_image_file(source: Any) -> ImageFile:
             file.seek(0)
             image = open_image(file)
             kind = "truncated_image"
-            exif_value = image.getexif().get(Base.Orientation)  # before loading, which rotates a TIFF and drops the tag
+            orientation = read_orientation(image)  # of a TIFF, which Pillow rotates when it loads it
             image.load()
-            orientation = exif_value if exif_value in range(2, 9) else 1
-            is_rotated = image.getexif().get(Base.Orientation, 1) != 1
-            upright = PIL.ImageOps.exif_transpose(image) if is_rotated else image
+            orientation = max(orientation, read_orientation(image))  # of a PNG, where it may follow the pixels
+            rotated = upright(image)
             kind = "unreadable_image"
-            if upright.mode[0] in "IF":
-                read_rgb(upright)  # which refuses pixel values of an unknown range
+            if image.mode[0] in "IF":
+                read_rgb(image)  # which refuses pixel values of an unknown range
             file.seek(0)
             digest = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).digest()
-            return ImageFile((upright.height, upright.width), orientation, digest, perceptual_hash(upright))
+            return ImageFile((rotated.height, rotated.width), orientation, digest, perceptual_hash(rotated))
     except PIL.Image.DecompressionBombError as error:
         return ImageFile(problem=Problem("huge_image", str(error), change=DROPPED))
     except Exception as error:  # Pillow raises SyntaxError, struct.error, zlib.error and others for damaged files

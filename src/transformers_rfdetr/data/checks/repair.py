@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import PIL.Image
-import PIL.ImageOps
 from PIL.ExifTags import Base
 
-from ...model.image_io import open_image
+from ...model.image_io import open_image, read_orientation, upright
 from .findings import json_value
 from .raw_split import free_ids
 
@@ -136,13 +135,17 @@ def _write_image(source: Path, target: Path, mode: CopyMode) -> None:
             shutil.copyfile(source, target)
         return
     with open(source, "rb") as file, open_image(file) as opened:
-        orientation = opened.getexif().get(Base.Orientation)
-        image = PIL.ImageOps.exif_transpose(opened) if mode == "upright" else opened.copy()
+        orientation = read_orientation(opened)
+        image = upright(opened) if mode == "upright" else opened.copy()
         if mode == "stored" and opened.format == "TIFF":  # which Pillow rotates when it loads it
             image = image.transpose(_TO_STORED[orientation])
         image.info.pop("xmp", None)  # which may hold the orientation too
-        exif = image.getexif()
-        exif.pop(Base.Orientation, None)
+        try:
+            exif = image.getexif()
+            exif.pop(Base.Orientation, None)
+            exif_bytes = exif.tobytes()
+        except Exception:  # broken EXIF data; which error depends on the damage and on the release of Pillow
+            exif_bytes = b""
         kind = "JPEG" if opened.format == "MPO" else opened.format  # MPO: a JPEG of some cameras, with more behind it
         profile = opened.info.get("icc_profile")
-        image.save(target, kind, exif=exif, icc_profile=profile, **_SAVE_OPTIONS.get(kind or "", {}))
+        image.save(target, kind, exif=exif_bytes, icc_profile=profile, **_SAVE_OPTIONS.get(kind or "", {}))
