@@ -5,7 +5,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from annotated_images import CATEGORIES, check_samples, make_coco, save_coco, save_images, split_files
-from transformers_rfdetr import load_instance_dataset
+from transformers_rfdetr import check_dataset, load_instance_dataset
 from transformers_rfdetr.data.dataset import ClassCount
 
 from small_models import shared_folder
@@ -136,3 +136,16 @@ def test_class_names_that_contradict_the_data_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"class_names.*\{3: 'roof', 7: 'tree'\}, got \['a', 'b'\]"):
         load_instance_dataset(path, class_names=["a", "b"])
     assert load_instance_dataset(path, class_names={7: "tree", 3: "roof"}).category_ids == [3, 7]
+
+
+def test_corners_as_boxes_are_refused(tmp_path):
+    content = make_coco()
+    for annotation in content["annotations"]:
+        annotation["bbox"] = [15.0, 20.0, 29.0, 30.0]
+    save_images(tmp_path / "data")
+    path = save_coco(tmp_path / "data" / "train.json", content)
+    with pytest.raises(ValueError, match=r"train\.json: boxes .* 4 of 4 .*\[x0, y0, x1, y1\]"):
+        load_instance_dataset(path)
+    assert check_dataset(path, fix=tmp_path / "fixed").count("box_layout") == 1
+    [first, *_] = load_instance_dataset(tmp_path / "fixed")["train"]
+    assert first["annotations"][1]["bbox"] == [1.0, 1.0, 19.0, 14.0]  # of the mask

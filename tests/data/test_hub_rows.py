@@ -21,7 +21,7 @@ from annotated_images import (
     save_coco,
     save_images,
 )
-from transformers_rfdetr import load_instance_dataset
+from transformers_rfdetr import check_dataset, load_instance_dataset
 from transformers_rfdetr.data.dataset import ClassCount, InstanceDatasets
 
 datasets = pytest.importorskip("datasets")
@@ -235,3 +235,16 @@ def test_without_the_library_the_error_says_how_to_install_it(monkeypatch, tmp_p
         load_instance_dataset("someone/buildings")
     save_images(tmp_path)
     check_samples(load_instance_dataset(save_coco(tmp_path / "a.json"))["train"])
+
+
+@pytest.mark.parametrize(
+    ("box", "layout"),
+    [([30.0, 5, 50, 35], r"\[x0, y0, x1, y1\]"), ([45.0, 30, 20, 16], r"\[center_x, center_y, width, height\]")],
+)
+def test_boxes_in_another_layout_are_refused(box, layout):
+    content = [{"image": make_images()[0], "objects": [{"category": 0, "bbox": box}] * 2} for _ in range(2)]
+    table = datasets.Dataset.from_list(content).cast_column("image", datasets.Image())
+    with pytest.raises(ValueError, match=rf"4 of 4 that extend .* fit as {layout}:"):
+        load_instance_dataset(table)
+    assert check_dataset(table).count("box_layout") == 1
+    assert len(load_instance_dataset(table.select([0]))["train"]) == 1  # two boxes may be mistakes

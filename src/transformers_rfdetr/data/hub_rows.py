@@ -15,6 +15,7 @@ from transformers.utils import logging
 from ..model.image_io import open_image
 from ..model.validation import error_context
 from .annotation_records import Record, describe_image
+from .image_files import upright_size
 from .label_maps import canonical_split_name, check_class_names, common_label_map, read_class_names, validate_classes
 from .other_formats import recognise_file, refuse_other_formats
 
@@ -38,6 +39,7 @@ _FIELD_ALIASES = {
     "iscrowd": ("iscrowd", "is_crowd", "crowd"),
 }
 _BATCH_ROWS = 500  # converted from Arrow at a time
+_FIRST_ROWS = 100  # whose boxes are compared with the sizes of their images
 SUPPORTED_SOURCES = (
     "a dataset id on the Hub, a dataset of the `datasets` library or a folder that it reads, a COCO JSON or a dict"
     " {split: COCO JSON}, a folder with train/_annotations.coco.json or annotations/instances_*.json, or a data.yaml of"
@@ -282,6 +284,17 @@ class ArrowRows:
     def record(self, index: int) -> Record:
         """Return the record at `index`."""
         return self.reader.record(self._annotations[index])
+
+    def first_records(self) -> Iterator[Record]:
+        """Yield the first records, with missing sizes from the headers of their images."""
+        for index in range(min(_FIRST_ROWS, len(self._annotations))):
+            record = self.record(index)
+            if not (record.get("height") and record.get("width")):
+                try:
+                    record["height"], record["width"] = upright_size(self.encoded_image(index, record))
+                except ValueError:  # raised again when the image is read
+                    continue
+            yield record
 
     def image(self, index: int, record: Record) -> Any:
         """Return the image at `index` as a path or a PIL image."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..model.validation import error_context
 from .annotation_records import AnnotationIndex, PackedRecords
+from .box_layout import with_checked_boxes
 from .coco import find_coco_files, read_coco_splits
 from .dataset import InstanceDataset, InstanceDatasets
 from .hub_rows import SUPPORTED_SOURCES, ArrowRows, is_hub_source, is_streamed, load_rows, read_hub_rows
@@ -89,7 +90,7 @@ def load_instance_dataset(
     for split_name, split in read_splits(files, image_folder, class_names).items():
         index = AnnotationIndex(split.classes)
         with error_context(split.source):
-            records = PackedRecords(index.validated(split.records), split.image_folder)
+            records = PackedRecords(index.validated(with_checked_boxes(split.records)), split.image_folder)
         splits[split_name] = InstanceDataset.from_index(index, records)
     return InstanceDatasets(splits)
 
@@ -106,5 +107,6 @@ def _load_hub_rows(source: Any, class_names: Any) -> InstanceDatasets:
         index, rows = AnnotationIndex(classes), ArrowRows(split, reader)
         with error_context(f"split {name!r}"):
             deque(index.validated(rows.records(f"Annotations of {name}")), maxlen=0)  # exhaust it to build the index
+            deque(with_checked_boxes(rows.first_records()), maxlen=0)
         result[name] = InstanceDataset.from_index(index, rows)
     return InstanceDatasets(result)

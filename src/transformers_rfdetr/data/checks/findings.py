@@ -60,6 +60,7 @@ KINDS = {
     "invalid_box": ("error", "a box must be four finite numbers [x, y, width, height] in pixels; correct or remove it"),
     "empty_box": ("error", "width and height of a box must be above 0, or the object is lost; correct the box"),
     "inverted_box": ("error", "a box must be [x, y, width, height], and not two corners; correct the negative side"),
+    "box_layout": ("error", "boxes must be [x, y, width, height], and all boxes of the split have another layout"),
     "box_outside": ("error", "a box must overlap the image, or the object is lost; correct the box"),
     "box_beyond_edge": ("warning", "the box extends more than a pixel beyond the image; it is clipped"),
     "box_mask_mismatch": ("warning", "the box is more than 2 pixels and 5 % of its longer side off that of the mask"),

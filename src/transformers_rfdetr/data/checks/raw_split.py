@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...model.validation import are_numbers, is_index
+from ..box_layout import BoxLayout
 from .findings import DROPPED, Problem
 
 
@@ -62,6 +63,16 @@ class RawSplit:
         """Add a problem."""
         self.problems.append(Problem(kind, detail, annotation_id, change))
 
+    def check_box_layout(self, images: Iterable[tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]]) -> None:
+        """Remove all boxes if those of images, given as annotations and entry, have another layout than COCO."""
+        layout = BoxLayout()
+        for annotations, entry in images:
+            layout.add(annotations, (entry.get("height"), entry.get("width")))
+        if error := layout.error():
+            self.note("box_layout", error, change="boxes removed")
+            for annotation in (annotation for image in self.images for annotation in image.annotations):
+                annotation.pop("bbox", None)
+
     def copied_head(self) -> dict[str, Any]:
         """Return what a repaired copy has of the split, with empty lists of images and annotations."""
         usable = [entry for entry in self.categories if entry["id"] not in self.ambiguous_ids | self.group_ids]
@@ -105,6 +116,7 @@ def build_split(name: str, coco: Mapping[str, Any], folder: Path | None, find_so
         else:
             second.copy_id = next(new_ids)
             second.problems.append(Problem("duplicate_image_id", detail, change=f"id {second.copy_id}"))
+    split.check_box_layout((image.annotations, image.entry) for image in split.images)
     return split
 
 

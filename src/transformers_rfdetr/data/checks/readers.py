@@ -144,4 +144,6 @@ def _read_rows(source: Any) -> list[RawSplit]:
         coco = {"images": entries, "annotations": annotations, "categories": categories}
         sources = [partial(table.encoded_image, index, {}) for index in range(len(entries))]
         splits.append(build_split(name, coco, None, partial(_find_listed, sources)))
+        if not any("width" in entry for entry in entries):
+            splits[-1].check_box_layout((record["annotations"], record) for record in table.first_records())
     return splits
