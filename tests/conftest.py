@@ -1,5 +1,6 @@
 """Fixtures of all tests."""
 
+import gc
 import importlib.util
 from collections.abc import Iterator
 
@@ -10,6 +11,12 @@ from transformers_rfdetr import RfDetrForInstanceSegmentation, RfDetrForObjectDe
 
 # rfdetr needs transformers >= 5.1, and is installed by `make test` only.
 collect_ignore = [] if importlib.util.find_spec("rfdetr") else ["parity"]
+
+
+def pytest_collection_finish() -> None:
+    """Exclude what the imports created from garbage collection: a full collection would visit a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=[RfDetrForObjectDetection, RfDetrForInstanceSegmentation], ids=["detection", "segmentation"])

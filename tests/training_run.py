@@ -1,5 +1,7 @@
 """One small fine-tuning run on drawn images, the same in this process, in a process that dies, and on two."""
 
+import copy
+import functools
 import os
 import signal
 import socket
@@ -12,6 +14,7 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 from accelerate.state import AcceleratorState
+from PIL import Image
 from transformers import TrainerCallback
 
 from transformers_rfdetr import RfDetrForInstanceSegmentation
@@ -46,9 +49,14 @@ PLAIN = {
 }
 
 
+@functools.cache
+def _draw(num_images: int, first_seed: int) -> tuple[list[Image.Image], dict[str, Any]]:
+    return draw_dataset(num_images, (96, 96), first_seed=first_seed)
+
+
 def drawn(num_images: int, first_seed: int = 0) -> InstanceDataset:
-    """Aerial images of 96 px; of ten consecutive seeds one has no building and one a crowd."""
-    images, coco = draw_dataset(num_images, (96, 96), first_seed=first_seed)
+    """Return aerial images of 96 px; of ten consecutive seeds one has no building and one a crowd."""
+    images, coco = copy.deepcopy(_draw(num_images, first_seed))  # a test may change them
     return InstanceDataset(coco, images)
 
 

@@ -1,5 +1,7 @@
 """Fixtures of the conversion tests."""
 
+import copy
+
 import pytest
 import torch
 
@@ -16,9 +18,14 @@ def narrow(monkeypatch, tmp_path):
     monkeypatch.setenv("RF_HOME", str(tmp_path / "weights"))
 
 
-@pytest.fixture
-def model():
+@pytest.fixture(scope="session")
+def built_model():
     return model_of()
+
+
+@pytest.fixture
+def model(built_model):
+    return copy.deepcopy(built_model)
 
 
 @pytest.fixture
