@@ -200,5 +200,5 @@ def test_models_that_rfdetr_cannot_build_are_refused(tmp_path):
             convert_to_rfdetr(tmp_path / str(number), tmp_path / "back.pth")
         assert message in str(error.value)
     RfDetrConfig().save_pretrained(tmp_path / "empty")
-    with pytest.raises(ValueError, match=r"empty: must hold weights"):
+    with pytest.raises(ValueError, match=r"empty: model\.safetensors"):
         convert_to_rfdetr(tmp_path / "empty", tmp_path / "back.pth")

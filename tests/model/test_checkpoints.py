@@ -352,7 +352,7 @@ def test_a_state_dict_in_any_layout_can_be_given(tmp_path):
     assert_same_weights(loaded, model)
     with pytest.raises(ValueError, match="once"):
         to_original_layout(state | {"class_embed.bias": state["model.class_embed.bias"]})
-    with pytest.raises(ValueError, match="must hold q, k and v"):
+    with pytest.raises(ValueError, match="must contain q, k and v"):
         to_original_layout({"model.model.decoder.layers.0.self_attn.q_proj.weight": torch.zeros(2, 2)})
 
 

@@ -59,7 +59,7 @@ _NOT_IN_SHAPES = {
 }
 _EMBEDDINGS = "backbone.0.encoder.encoder.embeddings."
 _DECODER_LAYER = re.compile(r"transformer\.decoder\.layers\.(\d+)\.")
-_EDITED = "The file was edited or merged from two checkpoints."
+_EDITED = "The file may be edited or damaged. Use the file that rfdetr wrote."
 
 
 def has_segmentation_head(state_dict: Mapping[str, Tensor]) -> bool:
@@ -68,7 +68,7 @@ def has_segmentation_head(state_dict: Mapping[str, Tensor]) -> bool:
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raise ValueError for a stored argument of another type than rfdetr stores."""
+    """Raise ValueError for a stored argument whose type is not the one that rfdetr stores."""
     for name, value in arguments.items():
         entries = value if isinstance(value, list | tuple) else []
         if name == "model_name":
@@ -84,10 +84,12 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         else:
             continue
         if not is_valid:
-            raise ValueError(f"the stored argument `{name}` must be {rule}, got {summarize_value(value)}")
+            raise ValueError(f"the stored argument `{name}` must be {rule}, got {summarize_value(value)}. {_EDITED}")
     grid = arguments.get("positional_encoding_size", 1)
     if not 1 <= grid <= _MAX_GRID:
-        raise ValueError(f"the stored argument `positional_encoding_size` must be within 1 .. {_MAX_GRID}, got {grid}")
+        raise ValueError(
+            f"the stored argument `positional_encoding_size` must be in [1, {_MAX_GRID}], got {grid}. {_EDITED}"
+        )
 
 
 def _is_integer(value: Any) -> bool:
@@ -144,12 +146,14 @@ def _read_shapes(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         "transformer.decoder.layers.0.linear1.weight": 2,
     }
     if missing := [name for name in num_axes if name not in state_dict]:
-        raise ValueError(f"the weights of an RF-DETR model must hold {', '.join(missing)}, which are missing")
+        raise ValueError(
+            f"the weights of an RF-DETR model must contain {', '.join(missing)}, which are missing. {_EDITED}"
+        )
     tensors = {name: state_dict[name] for name in num_axes}
     registers = state_dict.get(f"{_EMBEDDINGS}register_tokens", torch.empty(1, 0, 1))
     for name, tensor in (*tensors.items(), ("register_tokens", registers)):
         if tensor.ndim != num_axes.get(name, 3):
-            raise ValueError(f"{name} must have {num_axes.get(name, 3)} axes, got shape {shape_of(tensor)}")
+            raise ValueError(f"{name} must have {num_axes.get(name, 3)} axes, got shape {shape_of(tensor)}. {_EDITED}")
     patches, positions, queries, references, classes, ffn = (tensor.shape for tensor in tensors.values())
     grid = math.isqrt(max(positions[1] - 1, 0))
     if not grid or 1 + grid * grid != positions[1]:
@@ -230,11 +234,11 @@ def _read_num_queries(shapes: Mapping[str, Any], stored: Mapping[str, Any], publ
 def _report_ignored_counts(
     shapes: Mapping[str, Any], stored: Mapping[str, Any], num_queries: int, changes: list[Change]
 ) -> None:
-    """Report stored numbers that the model does not follow."""
+    """Report stored numbers that differ from those of the model."""
     num_classes, num_select = shapes["num_classes"], stored.get("num_select", num_queries)
     if stored.get("num_classes", num_classes) not in (num_classes, num_classes + 1):
         changes.append(
-            Change("num_classes", f"{stored['num_classes']} in the arguments", f"{num_classes}, as the head")
+            Change("num_classes", f"{stored['num_classes']} in the arguments", f"{num_classes}, as in the head")
         )
     if num_select != num_queries:
         changes.append(Change("num_select", str(num_select), f"top_k={num_select} when called"))

@@ -40,7 +40,7 @@ from .rfdetr_checkpoint import read_rfdetr_file, shape_of, write_rfdetr_file
 
 
 class Conversion(NamedTuple):
-    """What a conversion wrote, and all that it did not take from the source as it was."""
+    """The output of a conversion, and a list of everything in the source that was changed or dropped."""
 
     output: Path
     config: RfDetrConfig
@@ -48,7 +48,7 @@ class Conversion(NamedTuple):
 
 
 class RfdetrModel(NamedTuple):
-    """What a checkpoint file of rfdetr holds, in our terms."""
+    """The content of a checkpoint file of rfdetr, as this package names it."""
 
     state_dict: dict[str, Tensor]
     config: RfDetrConfig
@@ -73,7 +73,7 @@ def read_rfdetr_model(
             _refuse_keypoints()
         named_as = PUBLISHED.get(path.name)
         original = {file.md5: file for file in PUBLISHED.values()}.get(pooch.file_hash(path, "md5"))
-        if original is not None:  # rfdetr builds it by the class of its variant, whatever arguments it was trained with
+        if original is not None:  # rfdetr ignores the stored arguments, and builds the class of its variant
             named_as, arguments = original, {}
         claimed = resolve_variant(variant) if variant else named_as.variant if named_as else None
         config = read_config(state_dict, arguments, claimed, is_published=named_as is not None, changes=changes)
@@ -103,19 +103,20 @@ def convert_to_transformers(
         >>> convert_to_transformers("rf-detr-seg-nano", "seg-nano")  # doctest: +SKIP
 
     Args:
-        source: A published name in any spelling, which is downloaded or found in rfdetr's cache; or a file: a published
-            one, `checkpoint_best_*.pth`, Lightning's `.ckpt`, Roboflow's `weights.pt`.
-        output: The new folder. It appears when all files in it are complete.
+        source: A published name in any spelling, which is downloaded unless it is in rfdetr's cache; or a file, such as
+            a published one, `checkpoint_best_*.pth`, Lightning's `.ckpt` or Roboflow's `weights.pt`.
+        output: The new folder. It is created when all of its files are complete.
         variant: The published variant of the model, for a file whose shapes and arguments do not determine it.
         class_names: Names of the classes in the order of their labels, instead of the stored ones.
-        ema: Take the EMA weights that the file holds beside its weights.
-        trust_checkpoint: Run a pickle that holds more than tensors and plain containers; see [`read_rfdetr_file`].
+        ema: Convert the EMA weights of the file instead of its weights.
+        trust_checkpoint: Read a pickle that contains more than tensors and plain containers, which can run any code;
+            see [`read_rfdetr_file`].
         push_to_hub: Hub repository to upload the folder to; created if it does not exist.
-        private: Create the repository as a private one.
+        private: Whether a new repository is private.
 
     Raises:
-        ValueError: The file cannot be read, is not a detection or segmentation model, lacks tensors, or contradicts
-            itself about its architecture or classes.
+        ValueError: The file cannot be read, is not a detection or segmentation model, lacks tensors, or has
+            contradictory values of its architecture or classes.
         OSError: The download or the upload failed, or the folder cannot be written.
     """
     output, path = Path(output), Path(source)
@@ -172,12 +173,14 @@ def convert_to_rfdetr(source: str | os.PathLike[str], output: str | os.PathLike[
     if output.exists():
         _refuse_existing(output)
     with error_context(source):
-        if not cached_file(source, "config.json"):  # RfDetrConfig would be the default one
-            raise ValueError("must hold config.json, which says the architecture; the file is missing")
+        if not cached_file(source, "config.json"):  # from_pretrained would return the default configuration
+            raise ValueError(
+                "config.json must exist, because it has the architecture. Give a folder that save_pretrained wrote."
+            )
         config = RfDetrConfig.from_pretrained(source)
         files = weight_files(source, None, None, {})
         if not files:
-            raise ValueError("must hold weights, model.safetensors or pytorch_model.bin; both are missing")
+            raise ValueError("model.safetensors or pytorch_model.bin must exist, got neither. Give a complete folder.")
         changes: list[Change] = []
         state_dict = _model_tensors(to_original_layout(read_tensors(files)), config, changes)
         class_names = write_class_names(state_dict, config, changes)
@@ -185,7 +188,7 @@ def convert_to_rfdetr(source: str | os.PathLike[str], output: str | os.PathLike[
         has_masks = has_segmentation_head(state_dict)
         arguments = rfdetr_arguments(config, num_classes, has_masks=has_masks)
         model_name = rfdetr_class(nearest_variant(config, has_masks)[0])
-    state_dict["_kp_active_mask"] = torch.zeros(0, 0, dtype=torch.bool)  # of keypoints; rfdetr's own files have it
+    state_dict["_kp_active_mask"] = torch.zeros(0, 0, dtype=torch.bool)  # for keypoints; rfdetr's own files contain it
     write_rfdetr_file(output, state_dict, model_name, arguments, class_names)
     return Conversion(output, config, changes)
 
@@ -206,10 +209,10 @@ def _model_class(state_dict: Mapping[str, Tensor]) -> type[RfDetrForObjectDetect
 
 
 def _model_tensors(state_dict: dict[str, Tensor], config: RfDetrConfig, changes: list[Change]) -> dict[str, Tensor]:
-    """Return the tensors of the model in its order, tables fitted to the configuration, and report all others.
+    """Return the tensors of the model in its order, with tables fitted to the configuration; report all others.
 
     Raises:
-        ValueError: A tensor is missing, has another shape, or does not hold finite floating-point numbers.
+        ValueError: A tensor is missing, has a wrong shape, or contains other values than finite floating-point numbers.
     """
     with torch.device("meta"):
         model = _model_class(state_dict)(config).state_dict()
@@ -219,11 +222,11 @@ def _model_tensors(state_dict: dict[str, Tensor], config: RfDetrConfig, changes:
     changes += fitted
     if missing := [name for name in model if name not in state_dict]:
         names = f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
-        raise ValueError(f"must hold all {len(model)} tensors of the model, lacks {len(missing)}: {names}")
+        raise ValueError(f"all {len(model)} tensors of the model must exist, but {len(missing)} are missing: {names}")
     for name, expected in model.items():
         if state_dict[name].shape != expected.shape:
-            shapes = f"{shape_of(expected)} by the arguments, got {shape_of(state_dict[name])}"
-            raise ValueError(f"{name} must have shape {shapes}")
+            found = shape_of(state_dict[name])
+            raise ValueError(f"{name} must have the shape {shape_of(expected)} of the configuration, got {found}")
     for name in state_dict:
         if name not in model:
             reason = "dropped: empty, for keypoints" if name == "_kp_active_mask" else "dropped: not in the model"
@@ -235,12 +238,12 @@ def _check_numbers(name: str, tensor: Tensor) -> None:
     is_dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype in FLOATS.values()
     if not is_dense or (tensor.numel() and not tensor.isfinite().all()):  # isfinite overflows on some empty shapes
         raise ValueError(
-            f"{name} must hold finite floating-point numbers of 16 to 64 bits, got {tensor.dtype}, {tensor.layout}"
+            f"{name} must contain finite floating-point numbers of 16 to 64 bits, got {tensor.dtype}, {tensor.layout}"
         )
 
 
 def _unshared(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors as a safetensors file holds them: contiguous, each with its own memory."""
+    """Return the tensors as safetensors requires them: contiguous, each with its own memory."""
     seen: set[int] = set()
     unshared = {}
     for name, tensor in state_dict.items():

@@ -58,9 +58,9 @@ def read_rfdetr_file(path: str | os.PathLike[str], *, ema: bool = False, trust_c
 
     Args:
         path: The file.
-        ema: Take the EMA weights that the file holds beside the others.
-        trust_checkpoint: Run the file's pickle where it holds more than tensors, plain containers and namespaces. It
-            can run any code with your permissions.
+        ema: Convert the EMA weights that the file contains beside the others.
+        trust_checkpoint: Read a pickle that contains more than tensors, plain containers and namespaces. Such a
+            pickle can run any code with your permissions.
 
     Raises:
         ValueError: The file is not such a checkpoint, is incomplete, or needs `trust_checkpoint`; the message names the
@@ -71,7 +71,7 @@ def read_rfdetr_file(path: str | os.PathLike[str], *, ema: bool = False, trust_c
     content = _unpickle(path, archive, trust_checkpoint)
     if not isinstance(content, dict) or not content:
         raise ValueError(
-            f"{path} must hold the non-empty dict of an RF-DETR checkpoint, got a {type(content).__name__}"
+            f"{path} must contain a non-empty dict, got {type(content).__name__}. Give a checkpoint that rfdetr wrote."
         )
     weights = _ema_weights(path, content) if ema else _weights(path, content)
     _check_memory(path, weights, _unpacked_size(archive) if archive else path.stat().st_size)
@@ -163,11 +163,11 @@ def _unpickle(path: Path, archive: Sequence[zipfile.ZipInfo] | None, trust_check
         names = ", ".join(_unsafe_globals(path, error)) or "what torch does not load as weights"
         if not trust_checkpoint:
             raise ValueError(
-                f"{path} must hold only tensors, plain containers and namespaces, got {names}. The file may be damaged,"
-                " or loading it runs code from it. If you trust its author, pass --trust-checkpoint"
+                f"{path} must contain only tensors, plain containers and namespaces, got {names}. The file may be"
+                " damaged, or it runs code when it is loaded. If you trust its author, pass --trust-checkpoint"
                 " (trust_checkpoint=True)."
             ) from error
-        logger.warning(f"{path}: running the file's pickle with {names}, because of trust_checkpoint")
+        logger.warning(f"{path}: the pickle may run code: it contains {names}, and trust_checkpoint is set")
     except OSError:
         raise
     except Exception as error:  # torch raises half a dozen types for bytes that are not a checkpoint
@@ -206,7 +206,7 @@ def _weights(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
         if _is_state_dict(candidate):
             return candidate
     keys = ", ".join(summarize_value(key) for key in list(content)[:6])
-    raise ValueError(f"{path} must hold weights as 'model' or 'state_dict', got the keys {keys}")
+    raise ValueError(f"{path} must contain weights as 'model' or 'state_dict', got the keys {keys}")
 
 
 def _ema_weights(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
@@ -254,7 +254,9 @@ def _strip_prefixes(path: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str
             continue
         name = _WRAPPED.sub("", key)
         if name in stripped:
-            raise ValueError(f"{path} must hold {summarize_value(name)} once, got it again as {summarize_value(key)}")
+            raise ValueError(
+                f"{path} must contain {summarize_value(name)} once, got it again as {summarize_value(key)}"
+            )
         prefixes |= {match[0] for match in _WRAPPED.finditer(key)}
         stripped[name] = tensor
     return stripped, changes + [Change("names", f"{prefix}*", "*") for prefix in sorted(prefixes)]

@@ -132,7 +132,9 @@ def _read_classes(readers: Mapping[str, "RowReader"], splits: Mapping[str, Any],
     """Return the classes of all splits: those that the features name, or `class_names`, or those found in the rows."""
     types = {name: reader.category_type for name, reader in readers.items()}
     if len(set(types.values())) > 1:
-        raise ValueError(f"categories must have the same type in all splits, got {types}. Use `cast_column`.")
+        raise ValueError(
+            f"category columns must have one type in all splits, got {types}. Convert them with `cast_column`."
+        )
     category_type = next(iter(types.values()))
     if category_type == "ClassLabel":
         classes = common_label_map({name: reader.classes for name, reader in readers.items()})

@@ -64,7 +64,7 @@ def detect(
 def label_to_category_id(config: Any, dataset: Any) -> dict[int, int]:
     """Return a model's label -> the dataset's category id, matched by class name.
 
-    Labels without a category in the dataset are left out. Names are not compared if both maps are equal, or if the
+    Labels without a category in the dataset are omitted. Names are not compared if both maps are equal, or if the
     model has default names (`LABEL_0`, ...) and as many labels as the dataset.
 
     Args:

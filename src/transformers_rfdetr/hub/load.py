@@ -34,8 +34,8 @@ def load(
         name: A folder, a Hub id, or a published checkpoint in any usual spelling (rf-detr-seg-medium, RFDETRSegMedium).
         device: Device of the model: "cpu", "cuda", "cuda:1", "mps", or "auto" for the first GPU, else the CPU. The CPU
             by default.
-        dtype: float32 by default.
-        id2label: Names of the classes by label. If the checkpoint has other classes, the class heads are new ones.
+        dtype: Data type of the weights; float32 by default.
+        id2label: Names of the classes by label. If the checkpoint has other classes, new class heads are initialized.
         **kwargs: For `from_pretrained` of the model: `revision`, `token`, `cache_dir`, `resolution`, ...
 
     Raises:
@@ -57,18 +57,20 @@ def load(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error) or type(error).__name__
         if "ignore_mismatched_sizes" in reason:
-            reason = "Its weights have other shapes than config.json says, as listed above. Correct config.json."
+            reason = "the shapes of its weights differ from config.json, as listed above. Correct config.json."
         raise ValueError(f"{name} cannot be loaded: {reason}") from error
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
-            f"{name} must hold all weights of {model_class.__name__}, lacks {len(missing)}: {', '.join(missing[:3])},"
-            " ... Load a complete checkpoint, such as rf-detr-seg-medium."
+            f"{name} must contain all weights of {model_class.__name__}, but {len(missing)} are missing:"
+            f" {', '.join(missing[:3])}, ... Load a complete checkpoint, such as rf-detr-seg-medium."
         )
     size = {"size": model.config.resolution} if "resolution" in kwargs else {}
     try:
         processor = RfDetrImageProcessor.from_pretrained(name, **hub, **size)
     except OSError:
-        logger.warning(f"{name} has no preprocessor_config.json: images are prepared as its config.json says")
+        logger.warning(
+            f"{name} has no preprocessor_config.json. Images are prepared with the resolution of its config.json."
+        )
         processor = RfDetrImageProcessor.from_config(model.config)
     return model.to(read_device(device)).eval(), processor
 
@@ -91,20 +93,22 @@ def _resolve_name(name: str) -> str:
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise ValueError for a folder without an RF-DETR model; transformers would build its default one."""
+    """Raise ValueError for a folder without an RF-DETR model, for which transformers would build a default model."""
     if (folder / "config.json").is_file():
         check_model_type(str(folder))
     elif (folder / "adapter_config.json").is_file():
         raise ValueError(
-            "the folder must hold a whole model, got an adapter. Merge it into its base model with"
+            "the folder must contain a whole model, got an adapter. Merge it into its base model with"
             " PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(another_folder)."
         )
     else:
-        raise ValueError("the folder must hold config.json, which save_pretrained writes; the file is missing.")
+        raise ValueError(
+            "the folder must contain config.json, which is missing. Give a folder that save_pretrained wrote."
+        )
 
 
 def check_model_type(name: str) -> None:
-    """Raise ValueError if the config.json of a folder or repository is that of another model type."""
+    """Raise ValueError if the config.json of a folder or repository has another model type."""
     model_type = RfDetrConfig.get_config_dict(name)[0].get("model_type")
     if model_type != RfDetrConfig.model_type:
         raise ValueError(f"`model_type` in config.json must be {RfDetrConfig.model_type!r}, got {model_type!r}.")

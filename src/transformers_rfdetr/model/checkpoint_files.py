@@ -48,11 +48,14 @@ def _read_index(path: str) -> list[str]:
             names = sorted(set(json.load(file)["weight_map"].values()))
         outside = [name for name in names if os.path.basename(name) != name]
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as an index: {type(error).__name__} {error!s:.200}") from error
+        raise ValueError(
+            f"{path} must be the JSON index of a sharded checkpoint: {type(error).__name__} {error!s:.200}. Download or"
+            " copy it again."
+        ) from error
     if outside:
         raise ValueError(f"{path} must list files of its own folder, got {', '.join(outside)[:200]}")
     if not names:
-        raise ValueError(f"{path} must name the file of each weight in weight_map, got an empty one")
+        raise ValueError(f"{path} must name the file of each weight in weight_map, got an empty weight_map")
     return names
 
 
@@ -75,7 +78,7 @@ def read_tensors(files: Sequence[str]) -> dict[str, Tensor]:
     """Read the tensors of safetensors files or pickles, without running code in them.
 
     Raises:
-        ValueError: A file cannot be read, or holds anything but dense tensors; weights must be floats.
+        ValueError: A file cannot be read, or contains anything but dense tensors; weights must be floats.
     """
     tensors: dict[str, Tensor] = {}
     for name in files:
@@ -87,7 +90,9 @@ def read_tensors(files: Sequence[str]) -> dict[str, Tensor]:
             raise ValueError(f"{name} cannot be read as weights: {type(error).__name__} {reason:.200}") from error
         for key, tensor in held.items():
             if not isinstance(key, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-                raise ValueError(f"{name} must hold dense tensors by name, got {key!r:.80}: {type(tensor).__name__}")
+                raise ValueError(
+                    f"{name} must contain only dense tensors by name, got {key!r:.80}: {type(tensor).__name__}"
+                )
         _check_dtypes(name, {key: tensor.dtype for key, tensor in held.items()})
         tensors |= held
     return tensors

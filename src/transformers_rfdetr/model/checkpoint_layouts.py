@@ -104,11 +104,11 @@ def to_original_layout(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             split.setdefault(f"{match[1]}.in_proj_{match[3]}", {})[match[2]] = tensor
             continue
         if name in renamed:
-            raise ValueError(f"the checkpoint must hold {name!r} once, got it again as {key!r}")
+            raise ValueError(f"the checkpoint must contain {name!r} once, got it again as {key!r}")
         renamed[name] = tensor
     for name, parts in split.items():
         if set(parts) != set("qkv") or name in renamed:
-            raise ValueError(f"the checkpoint must hold q, k and v of {name!r} once, got {sorted(parts)}")
+            raise ValueError(f"the checkpoint must contain q, k and v of {name!r} once, got {sorted(parts)}")
         if len({tensor.shape for tensor in parts.values()}) > 1 or not parts["q"].ndim:
             shapes = ", ".join(f"{part} {list(parts[part].shape)}" for part in "qkv")
             raise ValueError(f"q, k and v of {name!r} must have one shape, got {shapes}")
@@ -209,7 +209,9 @@ def _fit_queries(state_dict: dict[str, Tensor], groups: int, config: RfDetrConfi
         if table is None or table.shape[1] != width:
             continue
         if len(table) % groups:
-            raise ValueError(f"{name} must have as many rows for each of {groups} groups, got {len(table)} rows")
+            raise ValueError(
+                f"the number of rows of {name} must be a multiple of the {groups} groups, got {len(table)}"
+            )
         queries = len(table) // groups  # the file of seg-large has 13 x 300 rows, its configuration 200 queries
         if (groups, queries) == (config.group_detr, config.num_queries):
             continue

@@ -21,7 +21,7 @@ from .validation import require
 logger = logging.get_logger(__name__)
 
 _URL_TIMEOUT_SECONDS = 60
-# Limits of a download: an untrusted server may send without an end, or a byte now and then.
+# Limits of a download: an untrusted server may send forever, or very slowly.
 MAX_URL_BYTES = 1 << 28
 MAX_URL_SECONDS = 300
 # The formats that Pillow decodes itself. For others, such as EPS, it starts another program.
@@ -206,12 +206,12 @@ def read_image(image: Any, do_rescale: bool, rescale_factor: float, input_data_f
         image, input_data_format = decode_image(image), "channels_last"
     if isinstance(image, np.ndarray):
         if image.dtype.kind not in "biuf":
-            raise ValueError(f"an image array must hold real numbers, got dtype {image.dtype}")
+            raise ValueError(f"an image array must contain real numbers, got dtype {image.dtype}")
         image = torch.from_numpy(np.array(image, dtype=image.dtype.newbyteorder("="), order="C"))
     if not isinstance(image, torch.Tensor):
         raise ValueError(f"an image must be a PIL image, array, tensor, path or URL, got {type(image).__name__}")
     if image.is_complex():
-        raise ValueError(f"an image tensor must hold real numbers, got {image.dtype}")
+        raise ValueError(f"an image tensor must contain real numbers, got {image.dtype}")
     pixels = channels_first(image.detach(), input_data_format)
     if 0 in pixels.shape:
         raise ValueError(f"an image must have at least one pixel, got shape {tuple(image.shape)}")
@@ -241,25 +241,27 @@ def _check_range(values: torch.Tensor, dtype: torch.dtype, do_rescale: bool) -> 
     if not dtype.is_floating_point:
         if lowest < 0 or highest > 255:
             raise ValueError(
-                f"{dtype} pixels must lie in 0..255, got values in [{lowest:g}, {highest:g}]. Pass uint8, uint16 (full"
+                f"{dtype} pixels must be in [0, 255], got values in [{lowest:g}, {highest:g}]. Pass uint8, uint16 (full"
                 " range 65535) or floats in [0, 1]."
             )
     elif not (math.isfinite(lowest) and math.isfinite(highest)):
-        raise ValueError("pixels must be finite, got NaN or infinite values")
+        raise ValueError(
+            f"pixels must be finite, got values in [{lowest:g}, {highest:g}]. Replace NaN and infinite values."
+        )
     elif do_rescale and not (lowest >= -1e-5 and highest <= 1 + 1e-5):  # the caller's own scaling may round
         raise ValueError(
-            f"float pixels must lie in [0, 1] if `do_rescale` is set, got values in [{lowest:g}, {highest:g}]. Scale"
+            f"float pixels must be in [0, 1] if `do_rescale` is set, got values in [{lowest:g}, {highest:g}]. Scale"
             " them, or pass uint8."
         )
 
 
 def channels_first(image: torch.Tensor, input_data_format: str | None) -> torch.Tensor:
-    """(H, W), (H, W, channels) or (channels, H, W) -> (1 or 3, H, W); alpha is dropped."""
+    """Return an image (H, W), (H, W, channels) or (channels, H, W) as (1 or 3, H, W); alpha is dropped."""
     shape = tuple(image.shape)
     if image.ndim == 2:
         return image[None]
     if image.ndim != 3:
-        raise ValueError(f"an image must be (height, width) with at most one axis of channels, got shape {shape}")
+        raise ValueError(f"an image must have the axes height, width and at most channels, got shape {shape}")
     data_format = getattr(input_data_format, "value", input_data_format)
     is_known = data_format in (None, "channels_first", "channels_last")
     require(is_known, "input_data_format", input_data_format, "'channels_first' or 'channels_last'")
@@ -269,7 +271,9 @@ def channels_first(image: torch.Tensor, input_data_format: str | None) -> torch.
         if first or last:
             break
     if first and last:
-        raise ValueError(f"an image of shape {shape} may have its channels first or last. Set `input_data_format`.")
+        raise ValueError(
+            f"the axis of the channels must be unambiguous, got an image of shape {shape}. Set `input_data_format`."
+        )
     if not (first or last):
         raise ValueError(f"an image must have 1, 3 or 4 channels in the first or last axis, got shape {shape}")
     return (image.permute(2, 0, 1) if last else image)[:3]

@@ -243,7 +243,7 @@ class RfDetrImageProcessor(BaseImageProcessor):
             annotations = [annotations]
         if annotations is not None and len(annotations) != len(images):
             raise ValueError(
-                f"`annotations` must hold one dict for each of {len(images)} images, got {len(annotations)}"
+                f"`annotations` must contain one dict for each of {len(images)} images, got {len(annotations)}"
             )
         pixels, sizes = [], []
         for index, image in enumerate(images):
@@ -396,7 +396,7 @@ class RfDetrImageProcessor(BaseImageProcessor):
 def _as_list(images: Any) -> list[Any]:
     if isinstance(images, list | tuple) or (isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4):
         if not len(images):
-            raise ValueError("`images` must hold at least one image, got an empty list")
+            raise ValueError("`images` must contain at least one image, got an empty list")
         return list(images)
     return [images]
 

@@ -85,7 +85,9 @@ def _read_bitmap(segmentation: Any, image_size: tuple[int, int]) -> np.ndarray |
     if fits and binary:
         return (values != 0).astype(np.uint8)
     if fits and (must_be or size[0] > 2):
-        raise ValueError(f"a bitmap must hold 0 and 1 (or 0 and 255), got up to {highest}. Pass `array == object_id`.")
+        raise ValueError(
+            f"a bitmap must contain 0 and 1 (or 0 and 255), got up to {highest}. Pass `array == object_id`."
+        )
     if not fits and (must_be or (binary and (highest in (1, 255) or values.dtype.kind == "b"))):
         raise ValueError(
             f"a bitmap must have the image's size {image_size[0]}x{image_size[1]} (height x width), got"
@@ -107,9 +109,11 @@ def _read_polygons(segmentation: Any) -> list[np.ndarray] | None:
         if polygon.size and (polygon.ndim != 1 or polygon.dtype.kind not in "iuf"):
             raise ValueError(f"polygon {index} must be a flat list of numbers x0, y0, x1, y1, ..., got {row!r:.60}")
         if polygon.size % 2:
-            raise ValueError(f"polygon {index} must hold pairs x, y, got an odd number of {polygon.size} coordinates")
+            raise ValueError(
+                f"polygon {index} must contain pairs x, y, got an odd number of {polygon.size} coordinates"
+            )
         if not (np.abs(polygon, dtype=np.float64, casting="unsafe") <= _MAX_COORDINATE).all():
-            raise ValueError(f"polygon {index} must hold finite coordinates below 1e6, got {row!r:.60}")
+            raise ValueError(f"polygon {index} must contain finite coordinates below 1e6, got {row!r:.60}")
         if polygon.size >= 6:
             polygons.append(polygon.astype(np.float64))
     if not polygons and len(rows) > 2 and all(len(row) == 2 for row in rows):

@@ -54,12 +54,12 @@ def read_target_sizes(target_sizes: Any, batch_size: int) -> list[tuple[int, int
     pairs = target_sizes.tolist() if isinstance(target_sizes, np.ndarray | torch.Tensor) else target_sizes
     if not isinstance(pairs, list | tuple) or len(pairs) != batch_size:
         raise ValueError(
-            f"`target_sizes` must hold one (height, width) for each of {batch_size} images, got {pairs!r:.80}"
+            f"`target_sizes` must contain one (height, width) for each of {batch_size} images, got {pairs!r:.80}"
         )
     for pair in pairs:
         size = to_builtin(pair)
         if not are_numbers(size, 2) or min(size) < 1 or any(side != int(side) for side in size):
-            raise ValueError(f"`target_sizes` must hold pairs (height, width) of positive integers, got {pair!r}")
+            raise ValueError(f"`target_sizes` must contain pairs (height, width) of positive integers, got {pair!r}")
     return [(int(height), int(width)) for height, width in pairs]
 
 
@@ -90,7 +90,7 @@ def segment_instances(
             " post_process_object_detection."
         )
     if not 0 <= overlap_mask_area_threshold <= 1:
-        raise ValueError(f"`overlap_mask_area_threshold` must lie in [0, 1], got {overlap_mask_area_threshold}")
+        raise ValueError(f"`overlap_mask_area_threshold` must be in [0, 1], got {overlap_mask_area_threshold}")
     batch_size = len(outputs.logits)
     if pixel_mask is not None:
         pixel_mask = torch.as_tensor(pixel_mask)

@@ -26,7 +26,7 @@ def read_targets(
             image, field and object.
     """
     if len(labels) != batch_size:
-        raise ValueError(f"`labels` must hold one dictionary for each of {batch_size} images, got {len(labels)}")
+        raise ValueError(f"`labels` must contain one dictionary for each of {batch_size} images, got {len(labels)}")
     fields = list(_RULES)[: 2 + with_masks]
     targets = [
         {field: _read_field(field, target, f"labels[{image}]") for field in fields}

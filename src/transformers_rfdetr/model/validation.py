@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 # The largest values that a configuration may have, far above any published model. A configuration may come from an
-# untrusted file, and one number in it can ask for more memory than there is. To go further, raise an entry.
+# untrusted file, and one number in it can ask for more memory than there is. To allow more, raise an entry.
 LIMITS = {
-    "parameters": 2_000_000_000,  # counted when a model is built, which from_pretrained does without memory
+    "parameters": 2_000_000_000,  # counted when a model is built on the meta device, which takes no memory
     "hidden_size": 16_384,
     "d_model": 16_384,
     "decoder_ffn_dim": 1_000_000,

@@ -68,15 +68,15 @@ ALIASES = {normalize_name(name): name for name in VARIANTS} | {
 
 
 def resolve_variant(name: str) -> str:
-    """The published name behind any usual spelling: `RFDETRSegMedium`, `Roboflow/rf-detr-seg-medium`, ...
+    """Return the published name of any usual spelling: `RFDETRSegMedium`, `Roboflow/rf-detr-seg-medium`, ...
 
     Raises:
-        ValueError: if `name` is no published variant; the message lists the known ones.
+        ValueError: if `name` is not a published variant; the message lists them.
     """
     stem = re.sub(r"\.(pth?|ckpt)$", "", str(name).rstrip("/").rsplit("/", 1)[-1])
     variant = ALIASES.get(normalize_name(stem))
     if variant is None:
-        raise ValueError(f"{name!r} is not a published RF-DETR variant; the known ones are {', '.join(VARIANTS)}")
+        raise ValueError(f"`name` must be a published RF-DETR variant, one of {', '.join(VARIANTS)}, got {name!r}")
     return variant
 
 
@@ -103,7 +103,7 @@ BACKGROUND, PARENT = "__background__", "__parent__"
 
 
 def is_background_label(name: str) -> bool:
-    """Whether a label's name, such as `__background__`, says that it is no class."""
+    """Return whether the name of a label, such as `__background__`, marks a row of the head without a class."""
     return name.startswith("__") and name.endswith("__")
 
 

@@ -106,7 +106,7 @@ def save_report(
 def _worst_and_best(images: Sequence[ImageQuality], num_images: int) -> tuple[list[ImageQuality], list[ImageQuality]]:
     """Select images to show from all images, the worst first. No image is selected twice.
 
-    Images that contain nothing and in which nothing was found are left out. The best images have a correct detection.
+    Images without objects and without detections are omitted. The best images have a correct detection.
     """
     shown = [image for image in images if len(image.objects) or len(image.detections)]
     has_correct = ["correct" in image.detection_outcomes for image in shown]
@@ -195,7 +195,9 @@ def _read_log(folder: Path) -> list[dict[str, Any]]:
     folders = [*sorted(checkpoints, key=lambda path: int(path.name[11:])), folder]
     logs = [path / "trainer_state.json" for path in folders if (path / "trainer_state.json").is_file()]
     if not logs:
-        raise ValueError(f"`training` must be the output folder of a training run, got {folder}, without a log")
+        raise ValueError(
+            f"`training` must be a folder with trainer_state.json, the output of a training run, got {folder}"
+        )
     try:
         history = json.loads(logs[-1].read_text(encoding="utf-8"))["log_history"]
         return [dict(entry) for entry in history]

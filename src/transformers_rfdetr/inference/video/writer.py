@@ -101,7 +101,7 @@ def check_video_output(path: str | os.PathLike[str]) -> Path:
     """Return the path of a video to write; ValueError unless it ends in `.mp4` and its folder exists."""
     path = Path(path)
     if path.suffix.lower() != ".mp4":
-        raise ValueError(f"the name of a video must end in .mp4, got {path}. Name it {path.with_suffix('.mp4')}.")
+        raise ValueError(f"the name of the output video must end in .mp4, got {path}. Pass {path.with_suffix('.mp4')}.")
     if not path.parent.is_dir():
-        raise ValueError(f"the folder of a video must exist, got {path}. Create {path.parent}.")
+        raise ValueError(f"the folder of the output video must exist, got {path}. Create {path.parent}.")
     return path
