@@ -72,7 +72,7 @@ INVALID_ARGUMENTS = [
     ("out_feature_indexes", [[3]], "a list of integers"),
     ("projector_scale", 5, "a list of names"),
     ("projector_scale", [], "a list of names"),
-    ("positional_encoding_size", 10**6, "within 1 .. 512"),
+    ("positional_encoding_size", 10**6, "in .1, 512."),
 ]
 
 

@@ -145,7 +145,9 @@ def draw_grid(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str] | Non
 def _common_length(**parts: Any) -> int:
     lengths = {name: len(part) for name, part in parts.items() if part is not None}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"{', '.join(lengths)} must have the same length, got {lengths}")
+        raise ValueError(
+            f"{', '.join(lengths)} must have the same length, got {lengths}. Pass one of each for every instance."
+        )
     return max(lengths.values(), default=0)
 
 

@@ -21,7 +21,7 @@ from .yolo_layout import YoloFolder, YoloImage, read_yolo_folder
 logger = logging.get_logger(__name__)
 
 _LINE_FORMAT = "'class x0 y0 x1 y1 x2 y2 ...' with at least three points, or 'class center_x center_y width height'"
-_MIN_LINES = 3  # from which on all lines together can show that they are not polygons
+_MIN_LINES = 3  # fewer lines do not show that all lines of a split are of another task
 
 
 def read_yolo_splits(path: Path, image_folder: Any, class_names: Any) -> dict[str, AnnotatedSplit]:
@@ -69,15 +69,15 @@ def _yolo_records(images: Sequence[YoloImage], folder: YoloFolder) -> Iterator[R
 
 
 class LabelReader:
-    """Read the label files of a split, and notice lines that are neither boxes nor polygons.
+    """Read the label files of a split, and detect lines that are neither boxes nor polygons.
 
-    The lines of other tasks also have a class and an even number of values. Some of them show by themselves what they
-    are, and are refused; others only if all lines of a split look alike.
+    Lines of other tasks, such as pose, also have a class and an even number of values. Some of these lines are
+    recognized alone, others only because all lines of a split look alike. Both are refused.
     """
 
     def __init__(self, folder: YoloFolder) -> None:
         self._classes, self._keypoint_values = folder.classes, folder.keypoint_values
-        self._looks: set[tuple[str | None, int]] = set()  # what a line could be, and its number of values
+        self._looks: set[tuple[str | None, int]] = set()  # the task that a line may belong to, and its number of values
         self._num_lines, self._first_place = 0, ""
 
     def read(self, path: Path | None, size: tuple[int, int]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -121,7 +121,8 @@ class LabelReader:
             raise ValueError(f"a line must be {_LINE_FORMAT}, got {' '.join(words)!r:.80}. Correct it.") from error
         if category not in self._classes:
             raise ValueError(
-                f"class must be one of {describe_classes(self._classes)}, got {category}. Correct it or add a name."
+                f"the class must be one of {describe_classes(self._classes)}, got {category}. Correct it or add its"
+                " name."
             )
         if task := self._certain_task(values):
             raise ValueError(_other_task_error(task))
@@ -171,10 +172,10 @@ def _possible_task(values: np.ndarray) -> str | None:
         keypoints = keypoints.reshape(-1, dimension)
         if not np.isin(keypoints[:, 2:], (0, 1, 2)).all():
             continue
-        visible = keypoints[keypoints[:, :2].any(1), :2]  # others are 0 0
+        visible = keypoints[keypoints[:, :2].any(1), :2]  # an invisible keypoint is 0 0
         if len(visible) < 2 or (visible < low - 0.02).any() or (visible > high + 0.02).any():
             continue
-        # The first points of a small polygon make a box that is much larger than the polygon.
+        # If the line is a small polygon, its first points read as a box are much larger than the polygon.
         if dimension == 3 or (np.ptp(visible, axis=0) >= 0.3 * values[2:4]).all():
             return "a box and keypoints"
     return None

@@ -1,4 +1,4 @@
-"""COCO's average precision of masks and boxes, and mean IoU, accumulated image by image.
+"""Compute COCO's average precision of masks and boxes, and mean IoU, image by image.
 
 Axis letters: K detections of an image, T IoU thresholds, R recalls, H W pixels of the image. COCOeval of
 pycocotools or faster-coco-eval computes average precision (AP) and average recall (AR).
@@ -26,14 +26,14 @@ from .mask_records import Detections, pack_detections
 
 logger = logging.get_logger(__name__)
 
-_MAX_IDS_SHOWN = 5  # in an error
+_MAX_IDS_SHOWN = 5  # in an error message
 
 
 class InstanceSegmentationEvaluator:
-    """Compute COCO's average precision of masks and boxes, and mean IoU, of a dataset that is given image by image.
+    """Compute COCO's average precision of masks and boxes, and mean IoU, from detections that are added image by image.
 
-    Each image costs the RLE of its detections and a few arrays, whatever the size of the dataset: about 20 KB for 100
-    simple masks, where the mask logits of rf-detr-seg-medium take 9 MB.
+    For each image it keeps the RLE of the detections and a few arrays: about 20 KB for 100 simple masks. The mask
+    logits of rf-detr-seg-medium would be 9 MB.
 
     Example:
         >>> import numpy as np
@@ -54,12 +54,12 @@ class InstanceSegmentationEvaluator:
         (1.0, 0.9, 1)
 
     Args:
-        coco: Ground truth, the content of a COCO JSON: `images` (`id`, `height`, `width`; RLE does without the sizes),
+        coco: Ground truth, the content of a COCO JSON: `images` (`id`, `height`, `width`; not needed with RLE masks),
             `annotations` (`image_id`, `category_id`, and `segmentation` in any form or `bbox`; missing `area`, `bbox`
-            and `iscrowd` are derived, `id` is not read) and `categories` (`id`, `name`). It is neither changed nor
-            kept. Objects count as in pycocotools, also those whose mask has no pixel or whose box has no area.
+            and `iscrowd` are derived, `id` is not read) and `categories` (`id`, `name`). It is not changed.
+            Objects count as in pycocotools, also those whose mask has no pixel or whose box has no area.
             Annotations with neither a mask nor a box are ignored; those with a box but no mask count in the bbox
-            metrics only. Warnings tell their numbers. The objects of images that are never passed to `update` count
+            metrics only. Warnings count both. The objects of images that are never passed to `update` count
             as missed.
         iou_score_threshold: Detections with a score above it count in the mean IoU; in [0, 1].
         backend: "pycocotools" or "faster-coco-eval", which gives the same metrics in less time. The default is
@@ -100,7 +100,7 @@ class InstanceSegmentationEvaluator:
     def reset(self) -> None:
         """Discard all detections. The ground truth is kept."""
         self._detections: dict[int, Detections] = {}
-        self._detections_have_masks: bool | None = None  # None as long as there is no detection
+        self._detections_have_masks: bool | None = None  # None if there are no detections
 
     def update(self, image_id: int, *, scores: Any, labels: Any, masks: Any = None, boxes: Any = None) -> None:
         """Add the detections of an image. The best 100 of each category are kept; COCO evaluates no more.
@@ -146,10 +146,10 @@ class InstanceSegmentationEvaluator:
                 self._add(image_id, detections)
 
     def predictions(self, kind: str | None = None) -> Iterator[dict[str, Any]]:
-        """Yield the kept detections as rows for `COCO.loadRes`, which JSON can hold.
+        """Yield the kept detections as rows for `COCO.loadRes`, which can be saved as JSON.
 
-        COCOeval of pycocotools computes the same metrics from the rows of a kind as [`compute`] for this kind. The rows
-        of one kind do not serve for the other: `loadRes` takes all areas from the boxes if rows have boxes.
+        From the rows of one kind, COCOeval of pycocotools computes the metrics of this kind that [`compute`] returns.
+        Mask rows have no boxes, because `loadRes` would take the areas from the boxes.
 
         Args:
             kind: "segm" for rows of `image_id`, `category_id`, `score` and `segmentation` (RLE); "bbox" for rows with
@@ -179,7 +179,7 @@ class InstanceSegmentationEvaluator:
               segm_AR_100, segm_AR_small, segm_AR_medium, segm_AR_large`, and the same with `bbox_`: COCO's twelve;
             * `mean_iou` and `mean_iou_class_blind`, see [`mean_iou`];
             * `per_class`, class name -> `segm_AP`, `segm_AP50`, `bbox_AP`, `iou` and `num_objects`, the number of
-              objects that are not crowd regions. A name that several classes have is followed by the id.
+              objects that are not crowd regions. If several classes have the same name, the id is added to it.
             Without masks in the detections or in the ground truth, only the bbox metrics.
         """
         metrics = self.average_precision()
@@ -244,7 +244,10 @@ class InstanceSegmentationEvaluator:
             ValueError: there are boxes only.
         """
         if not self.has_masks:
-            raise ValueError("`mean_iou` requires masks in the ground truth and in `update`, got boxes only")
+            raise ValueError(
+                "`mean_iou` requires masks in the ground truth and in `update`, got boxes only. Call"
+                " `average_precision`."
+            )
         pixels: dict[int | None, np.ndarray] = {
             category: np.zeros(3, np.int64) for category in (*self.ground_truth.category_names, None)
         }
@@ -273,20 +276,23 @@ class InstanceSegmentationEvaluator:
         if unknown := set(detections.labels.tolist()) - set(self.ground_truth.category_names):
             raise ValueError(
                 f"`labels` must be category ids of the ground truth, {list(self.ground_truth.category_names)}, got"
-                f" {sorted(unknown)[:_MAX_IDS_SHOWN]}. Map the model's labels to category ids"
+                f" {sorted(unknown)[:_MAX_IDS_SHOWN]}. Map the model's labels to category ids."
             )
         has_masks = detections.masks is not None
         if len(detections.labels):
             if self._detections_have_masks not in (None, has_masks):
                 here, elsewhere = ("masks", "boxes only") if has_masks else ("boxes only", "masks")
-                raise ValueError(f"all images must have masks or all boxes only, got {here} after {elsewhere}")
+                raise ValueError(
+                    f"either all images or none must have masks, got {here} after {elsewhere}. Pass masks for all"
+                    " images."
+                )
             self._detections_have_masks = has_masks
         if detections.masks is not None:
             self.ground_truth.sizes[image_id] = detections.masks.size
         self._detections[image_id] = detections
 
     def _image_ids_by_category(self) -> dict[int, list[int]]:
-        """Return category id -> sorted ids of the images with its objects or detections; others do not matter to it."""
+        """Return category id -> sorted ids of the images with its objects or detections; no others are needed."""
         image_ids: dict[int, list[int]] = {category: [] for category in self.ground_truth.category_names}
         for image_id in sorted(self.ground_truth.sizes):
             records = (self.ground_truth.objects.get(image_id), self._detections.get(image_id))
@@ -315,10 +321,10 @@ def evaluator_from_rows(
     class_names: Mapping[int, str] | None = None,
     **settings: Any,
 ) -> InstanceSegmentationEvaluator:
-    """Return an evaluator of ground truth and detections that are given as one row each per image.
+    """Return an evaluator of ground truth and detections that are given as one row per image.
 
     Args:
-        predictions: For each image `image_id`, and `scores`, `labels` and `masks` as `update` takes them.
+        predictions: For each image `image_id`, and `scores`, `labels` and `masks` as for `update`.
         references: See [`coco_from_images`].
         class_names: Category id -> name; the id is the default name.
         **settings: Keyword arguments of the evaluator.

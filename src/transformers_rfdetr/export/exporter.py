@@ -38,11 +38,11 @@ _SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
 
 
 class Export(NamedTuple):
-    """A file, and the largest differences of its outputs from PyTorch.
+    """An exported file, and the largest differences of its outputs from PyTorch.
 
-    The difference of a number is absolute up to 1 and relative above. Besides the outputs, `ranking` compares the
-    logits that the top-k of the file selected with those that PyTorch would have selected; see [`find_differences`].
-    In float16, a difference is the larger one of the file and of PyTorch in float16.
+    Differences are absolute for values up to 1 and relative for larger values. `ranking` compares the logits that the
+    top-k of the file selected with those that PyTorch would have selected; see [`find_differences`]. For float16, each
+    difference is the larger one of two: of the file, and of PyTorch in float16.
     """
 
     path: Path
@@ -65,7 +65,7 @@ def export(
 ) -> Export:
     """Export a model for onnxruntime, TensorRT or OpenVINO, and compare the file with PyTorch on images.
 
-    For its inputs, outputs and metadata see the module.
+    The docstring of this module describes inputs, outputs and metadata of the file.
 
     Example:
         >>> model, processor = transformers_rfdetr.load("rf-detr-seg-nano")  # doctest: +SKIP
@@ -75,12 +75,12 @@ def export(
         model: A detection or segmentation model. It is not changed.
         output: The new file: `.onnx`, or `.xml` with the weights in a `.bin` beside it.
         format: "onnx", or "openvino", which is converted from ONNX.
-        resolution: Size of the input in pixels, a side or (height, width); that of the configuration by default.
-        post_process: Whether the file selects the best pairs.
-        top_k: K; Q by default.
+        resolution: Size of the input in pixels, an integer or (height, width); the configuration's by default.
+        post_process: Whether the file selects the best pairs of query and class.
+        top_k: Number K of pairs that `post_process` selects; Q by default.
         dtype: "float32", or "float16" for weights and activations. Prediction heads, references and their sine
             embedding, sampling points and sampled values stay float32, and layer norms accumulate in float32.
-        batch_size: B; any by default.
+        batch_size: Fixed batch size B; by default the file accepts any.
         images: Images for the comparison, in any form that the processor takes; drawn scenes by default.
         processor: The image processor of the model; one from its configuration by default.
         tolerance: Largest differences of `boxes`, `logits` and `masks` instead of `TOLERANCES`.
@@ -114,7 +114,7 @@ def export(
 def _check_arguments(
     model: Any, output: Path, format: str, dtype: str, batch_size: int | None, tolerance: Mapping[str, float] | None
 ) -> dict[str, float]:
-    """Raise an error for what cannot be exported; return the tolerances."""
+    """Check the arguments of [`export`], and return the tolerances."""
     is_model = isinstance(model, RfDetrForObjectDetection)
     rule = "an RfDetrForInstanceSegmentation or an RfDetrForObjectDetection"
     require(is_model, "model", type(model).__name__, rule)
@@ -146,7 +146,7 @@ def _read_top_k(model: RfDetrForObjectDetection, top_k: int | None, post_process
     if top_k is None:
         return min(model.config.num_queries, num_pairs)
     if not post_process:
-        raise ValueError(f"`top_k` requires `post_process`, got top_k={top_k} without it")
+        raise ValueError(f"`top_k` requires `post_process`, got top_k={top_k} without it. Set post_process=True.")
     is_valid = is_index(top_k) and 0 < top_k <= num_pairs
     require(is_valid, "top_k", top_k, f"an integer from 1 to {num_pairs}, the number of pairs of query and class")
     return top_k

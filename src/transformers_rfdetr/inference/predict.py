@@ -23,8 +23,8 @@ from .compiled import InferenceModel
 from .instances import Instances
 
 # Tracking and tiling start from instances with a score above this one, as ByteTrack does
-# (https://arxiv.org/abs/2110.06864): what is occluded or cut often has a low score, and its neighbor in time or space
-# shows what it is.
+# (https://arxiv.org/abs/2110.06864): an occluded or cut object often has a low score, but the next frame or the
+# neighboring tile confirms it.
 WEAK_SCORE = 0.1
 
 
@@ -111,7 +111,7 @@ def category_ids_of(config: RfDetrConfig) -> list[int] | None:
     """Return the category id of each label in the dataset that a model was trained on, or None if it is unknown."""
     ids = getattr(config, "category_ids", None)
     num_classes = 1 + max(class_labels(config.id2label), default=-1)
-    # A shorter list belongs to other classes, which the checkpoint had before.
+    # A shorter list is left from the classes of an earlier checkpoint.
     return ids if isinstance(ids, list) and all(map(is_index, ids)) and len(ids) >= num_classes else None
 
 
@@ -127,7 +127,7 @@ def _predict_batch(
     pixel_mask = inputs.get("pixel_mask")
     stage = model.predict_stage(inputs["pixel_values"], pixel_mask)
     logits = stage.logits
-    if wanted is not None:  # before the top-k selection, in which other classes would take up places
+    if wanted is not None:  # before the top-k selection, which other classes would fill
         unwanted = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
         unwanted[wanted.to(logits.device)] = False
         logits = logits.masked_fill(unwanted, BACKGROUND_LOGIT)

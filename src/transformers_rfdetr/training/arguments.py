@@ -1,4 +1,4 @@
-"""Training arguments: transformers' TrainingArguments with RF-DETR's defaults and fields."""
+"""Define the training arguments: transformers' TrainingArguments with RF-DETR's defaults and fields."""
 
 import math
 from dataclasses import dataclass
@@ -11,39 +11,40 @@ from transformers.trainer_utils import SchedulerType
 
 @dataclass
 class RfDetrTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with RF-DETR's published training settings as defaults, and fields for the rest of them.
+    """Extend `TrainingArguments` by RF-DETR's published training settings, as defaults and as further fields.
 
-    All fields of `TrainingArguments` can be set. These have other defaults: 4 images in a micro-batch, 4 micro-batches
+    All fields of `TrainingArguments` can be set. Some have other defaults: 4 images in a micro-batch, 4 micro-batches
     in an optimizer step, 100 epochs, AdamW at 1e-4 with weight decay 1e-4, gradients clipped at a norm of 0.1, bf16
     (else fp16) on a GPU, evaluation and checkpoint once an epoch, the newest and the best checkpoint kept, the best one
     by mask AP (box AP for detection) loaded at the end, a log entry every 10 steps, no columns removed from the
     samples. If evaluation or checkpoints are not once an epoch, `load_best_model_at_end` is False unless it is set.
 
     Args:
-        learning_rate_encoder: Learning rate of DINOv2 after its last block, before the decays.
-        layer_decay: Factor from one block of DINOv2 to the one before it, in (0, 1].
-        component_decay: Factor of the decoder's learning rate; its square is that of DINOv2's; in (0, 1].
-        lr_scheduler_type: "step", which is "constant_with_warmup" and one drop; or another one of transformers, such
-            as "cosine". `warmup_steps` is a linear warm-up.
+        learning_rate_encoder: Learning rate of DINOv2, which the following decays multiply.
+        layer_decay: Factor of the learning rate from one block of DINOv2 to the block before it, in (0, 1].
+        component_decay: Factor of the decoder's learning rate, in (0, 1]; its square is the factor for DINOv2.
+        lr_scheduler_type: "step", which is "constant_with_warmup" with one drop; or another schedule of transformers,
+            such as "cosine". `warmup_steps` is the length of a linear warm-up.
         lr_drop_epochs: Epochs after which "constant_with_warmup" drops to a tenth.
-        ema: Whether to keep an exponential moving average of the weights. The average is evaluated, saved in every
-            checkpoint and left in the model after training.
-        ema_decay: Decay of the average after many optimizer steps, in [0, 1).
+        ema: Whether to keep an exponential moving average (EMA) of the weights. The EMA weights are evaluated, saved in
+            every checkpoint, and in the model after training.
+        ema_decay: Decay of the EMA after many optimizer steps, in [0, 1).
         ema_tau: Optimizer steps after which the decay has reached 63 % of `ema_decay`.
-        eval_base_model: Whether to evaluate the weights without the average too, as `eval_base_*`.
+        eval_base_model: Whether to evaluate the weights without EMA too, as `eval_base_*`.
         eval_score_threshold: Score that a detection must exceed to be evaluated. COCO's metrics have no threshold; any
             value but 0 is mentioned in the log and the model card.
         early_stopping: Whether to stop when the metric for the best model stops improving.
         early_stopping_patience: Evaluations without an improvement after which training stops.
         early_stopping_min_delta: Change of the metric that an improvement must exceed.
-        early_stopping_use_ema: Whether to compare the average's metric only; otherwise the better of both.
-        multi_scale: Whether each optimizer step draws its resolution from those up to 5 blocks (patch size x windows)
+        early_stopping_use_ema: Whether to compare only the metric of the EMA weights; otherwise the better of EMA and
+            base weights.
+        multi_scale: Whether each optimizer step draws its resolution at random, up to 5 blocks (patch size x windows)
             above and below the model's.
         drop_path: Stochastic depth of DINOv2's last block, in [0, 1); the configuration's by default.
-        freeze_backbone: Whether DINOv2 is not trained.
+        freeze_backbone: Whether to keep the weights of DINOv2 unchanged.
         non_finite_loss: What to do if the loss or the gradient of an optimizer step is NaN or infinite. "stop" ends the
-            run and names the images. "skip" discards the step with a warning, and ends the run after 10 in a row. The
-            weights are not changed by either.
+            run and names the images. "skip" discards the step with a warning, and ends the run after 10 in a row.
+            Neither changes the weights.
 
     Raises:
         ValueError: a value is out of its range.
@@ -113,7 +114,7 @@ class RfDetrTrainingArguments(TrainingArguments):
             ("drop_path", self.drop_path is None or 0 <= self.drop_path < 1, "in [0, 1)"),
             ("non_finite_loss", self.non_finite_loss in ("stop", "skip"), "'stop' or 'skip'"),
             ("early_stopping", not self.early_stopping or self.eval_strategy != "no", "False without eval_strategy"),
-            ("deepspeed", not self.deepspeed, "None; FSDP can shard the averaged weights"),
+            ("deepspeed", not self.deepspeed, "None. FSDP can shard the EMA weights"),
         ):
             if not is_valid:
                 raise ValueError(f"`{name}` must be {rule}, got {getattr(self, name)!r}.")
@@ -131,10 +132,10 @@ class RfDetrTrainingArguments(TrainingArguments):
         if self.metric_for_best_model.removeprefix("eval_").startswith("base_"):
             raise ValueError(
                 "`metric_for_best_model` must be a metric without base_, got"
-                f" {self.metric_for_best_model!r}. eval_base_model=True compares average and weights."
+                f" {self.metric_for_best_model!r}. eval_base_model=True compares EMA and base weights."
             )
         if self.data_seed is None:
-            self.data_seed = self.seed  # the order of the images must not depend on draws before the run
+            self.data_seed = self.seed  # the order of the images must not depend on random numbers drawn before the run
         # A resumed run must continue the count of evaluations without an improvement.
         self.restore_callback_states_from_checkpoint |= self.early_stopping
         if self.lr_scheduler_type == "step":
@@ -143,12 +144,12 @@ class RfDetrTrainingArguments(TrainingArguments):
 
 
 def best_key(args: RfDetrTrainingArguments) -> str:
-    """Return the name that the metric for the best model has in the log."""
+    """Return the name of the metric for the best model in the log."""
     return "eval_" + args.metric_for_best_model.removeprefix("eval_")
 
 
 def non_ema_key(key: str) -> str:
-    """Return the name of a metric of the weights without the average."""
+    """Return the name of a metric of the weights without EMA."""
     return key.replace("eval_", "eval_base_", 1)
 
 
@@ -163,7 +164,7 @@ def note_on_metrics(args: RfDetrTrainingArguments) -> str | None:
 
 
 def best_of_ema_and_base(args: RfDetrTrainingArguments, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Return the metrics, with the better value of average and weights as the metric for the best model."""
+    """Return metrics whose metric for the best model is the better of EMA and base weights, if both are known."""
     key = best_key(args)
     if non_ema_key(key) not in metrics:
         return metrics

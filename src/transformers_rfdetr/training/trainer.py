@@ -1,8 +1,8 @@
-"""Fine-tuning with transformers' Trainer, RF-DETR's training settings, and evaluation that streams.
+"""Fine-tune with transformers' Trainer, RF-DETR's training settings, and streamed evaluation.
 
-What transformers' own Trainer does not do: normalize the losses by the objects of all micro-batches and processes,
-average the weights and evaluate the average, draw an image size for each optimizer step, keep compact records instead
-of masks in evaluation, and resume to the same numbers as a run that was not interrupted.
+RfDetrTrainer adds to Trainer: losses normalized by the objects of all micro-batches and processes, an exponential
+moving average (EMA) of the weights, which is evaluated, an image size drawn for each optimizer step, compact records
+instead of masks in evaluation, and resuming with the same numbers as a run that was not interrupted.
 """
 
 import copy
@@ -39,7 +39,7 @@ _DEFAULT_AUGMENTATION = FlipAndCrop()
 
 
 class RfDetrTrainer(UploadingTrainer):
-    """Trains RF-DETR with its published settings, and evaluates it as COCO does.
+    """Train RF-DETR with its published settings, and evaluate it as COCO does.
 
     Example:
         >>> from transformers import AutoImageProcessor, AutoModelForInstanceSegmentation
@@ -58,9 +58,8 @@ class RfDetrTrainer(UploadingTrainer):
 
     Evaluation returns the metrics of [`InstanceSegmentationEvaluator`] as `eval_segm_AP`, ..., and `eval_loss`, the
     loss divided by the objects of the whole dataset. They do not depend on the batch size and number of processes.
-    The output folder gets `best_ema/` and, with `eval_base_model`, `best_regular/`, and `best_total/`, the better of
-    them: folders for `from_pretrained`. So is every checkpoint: its model has the averaged weights that were evaluated.
-    The rest of the training state is in separate files.
+    The output folder contains `best_ema/`, with `eval_base_model` also `best_regular/`, and `best_total/`, the better
+    of the two. `from_pretrained` loads these and every checkpoint; the weights are the evaluated EMA weights.
 
     Args:
         model: An RF-DETR model of this package.
@@ -73,10 +72,10 @@ class RfDetrTrainer(UploadingTrainer):
             samples. Or a dictionary of these.
         processing_class: The image processor; the model's own by default.
         augmentation: Augmentation of training samples, see `augmentation.py`, or a torchvision.transforms.v2 pipeline;
-            rfdetr's by default, None for none.
-        eval_annotations: A COCO dictionary, the ground truth of prepared samples. `image_id` in their labels is the id
-            of the image, and class indices are category ids.
-        **kwargs: Other arguments of `Trainer`. `compute_metrics` would need all masks in memory and is refused.
+            by default that of rfdetr, None for no augmentation.
+        eval_annotations: The ground truth of prepared samples, a COCO dictionary. `image_id` in the labels of a sample
+            is an image id, and its class labels are category ids.
+        **kwargs: Other arguments of `Trainer`. `compute_metrics` is refused, because it would need all masks in memory.
 
     Raises:
         ValueError: several GPUs in one process; a dataset whose classes are not the model's; training data without an
@@ -148,7 +147,7 @@ class RfDetrTrainer(UploadingTrainer):
             self._check_metric()
 
     def _check_metric(self) -> None:
-        """Raise a ValueError for a metric for the best model that the first evaluation would not have."""
+        """Raise ValueError if the evaluation does not compute `metric_for_best_model`."""
         name = best_key(self.args).removeprefix("eval_")
         known = ["loss"] if self.args.prediction_loss_only else ["loss", *metric_names(self.has_masks)]
         splits = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
@@ -173,7 +172,7 @@ class RfDetrTrainer(UploadingTrainer):
             self.model.set_drop_path(self.args.drop_path)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Return a new model of `model_init`, set up as the first one."""
+        """Return a new model of `model_init`, set up like the first one."""
         model = super().call_model_init(trial)
         if hasattr(self, "sizes"):
             self.model = model
@@ -204,7 +203,7 @@ class RfDetrTrainer(UploadingTrainer):
         if not isinstance(dataset, InstanceDataset | InstanceStream):
             return dataset
         processor = copy.copy(self.processing_class)
-        if self.sizes:  # batches are reduced on the device, so images are prepared at the largest size
+        if self.sizes:  # images are prepared at the largest size, and batches are resized on the device
             processor.size = dict(zip(("height", "width"), self.sizes[-1], strict=True))
         if isinstance(dataset, InstanceStream) and self.args.save_strategy == SaveStrategy.EPOCH:
             logger.warning(
@@ -254,7 +253,7 @@ class RfDetrTrainer(UploadingTrainer):
         is_step_schedule = self.args.lr_scheduler_type == SchedulerType.CONSTANT_WITH_WARMUP
         is_new = self.lr_scheduler is None
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if is_new and is_step_schedule:  # the base class has noted that the next run needs a new schedule
+        if is_new and is_step_schedule:  # the base class has stored that the next run needs a new schedule
             drop = float("inf")
             if not isinstance(self.train_dataset, torch.utils.data.IterableDataset):
                 batches = len(self.train_dataset) / (self.train_batch_size * self.args.world_size)
@@ -312,13 +311,13 @@ class RfDetrTrainer(UploadingTrainer):
             discard_gradients(self.model, self.optimizer, self.accelerator, bool(self.args.max_grad_norm))
 
     def after_optimizer_step(self) -> None:
-        """Update the average of the weights."""
+        """Update the EMA weights."""
         is_taken = self._is_step_taken and not self.accelerator.optimizer_step_was_skipped
         if self.weight_average is not None and is_taken:
             self.weight_average.update()
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Log metrics, with the losses of [`LossLog`] in place of those of Trainer."""
+        """Log metrics, with the losses of [`LossLog`] instead of those of Trainer."""
         if self.is_in_train and "loss" in logs:
             logs = {**logs, **self.loss_log.pop_entry()}
         if "train_loss" in logs:  # transformers 5.0 logs it when `is_in_train` is False already
@@ -329,25 +328,25 @@ class RfDetrTrainer(UploadingTrainer):
 def _checked_arguments(
     args: RfDetrTrainingArguments | None, trainer_options: Mapping[str, Any], train_dataset: Any, eval_dataset: Any
 ) -> RfDetrTrainingArguments:
-    """Return a copy of the arguments, without what cannot be done with these datasets.
+    """Return a copy of the arguments, without settings that these datasets do not allow.
 
     Raises:
-        ValueError: arguments or options of `Trainer` that RfDetrTrainer cannot work with.
+        ValueError: arguments or options of `Trainer` that RfDetrTrainer does not support.
     """
     args = RfDetrTrainingArguments("runs") if args is None else args
     if not isinstance(args, RfDetrTrainingArguments):
         raise ValueError(f"`args` must be RfDetrTrainingArguments, got {type(args).__name__}.")
     if args.n_gpu > 1:
         raise ValueError(
-            f"One process must see one GPU, got {args.n_gpu}: it would split batches of labels wrongly. Start one"
-            f" process for each, `torchrun --nproc_per_node={args.n_gpu} script.py`, or make one visible,"
-            " `CUDA_VISIBLE_DEVICES=0 python script.py`."
+            f"each process must see one GPU, got {args.n_gpu}: nn.DataParallel would split the labels incorrectly."
+            f" Start one process for each GPU, `torchrun --nproc_per_node={args.n_gpu} script.py`, or make one GPU"
+            " visible, `CUDA_VISIBLE_DEVICES=0 python script.py`."
         )
     for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
         if trainer_options.get(name) is not None:
             raise ValueError(
                 f"`{name}` must be None: RfDetrTrainer computes the losses and COCO's metrics itself, without keeping"
-                " masks. Use transformers.Trainer for others."
+                " masks. Use transformers.Trainer for other losses or metrics."
             )
     args = copy.copy(args)  # another trainer may use the caller's
     if eval_dataset is None and args.eval_strategy != "no":
