@@ -158,7 +158,7 @@ def test_arguments_that_contradict_the_weights_are_an_error_with_both_values(nam
 
 def test_counts_that_the_model_does_not_follow_are_reported(model, save, tmp_path):
     done = convert_to_transformers(save(legacy(model, num_classes=90, num_select=3)), tmp_path / "training")
-    assert done.changes == [("num_classes", "90 in the arguments", "4, as the head")]
+    assert done.changes == [("num_classes", "90 in the arguments", "4, as in the head")]
     content = best_file(model)
     content["model_config"]["num_select"] = 3
     done = convert_to_transformers(save(content), tmp_path / "model")
@@ -179,7 +179,7 @@ def test_a_variant_that_contradicts_the_weights_is_an_error_with_both_values(mod
 def test_missing_tensors_are_named(model, save, tmp_path):
     content = legacy(model)
     del content["model"]["bbox_embed.layers.0.weight"], content["model"]["transformer.decoder.norm.bias"]
-    with pytest.raises(ValueError, match=r"lacks 2: .*bbox_embed\.layers\.0\.weight"):
+    with pytest.raises(ValueError, match=r"2 are missing: .*bbox_embed\.layers\.0\.weight"):
         convert_to_transformers(save(content), tmp_path / "there")
     content["model"] = torch.nn.Linear(2, 3).state_dict()
     with pytest.raises(ValueError, match=r"query_feat\.weight.* missing"):

@@ -188,11 +188,11 @@ def test_files_of_another_format_are_refused_with_the_reason(model, save, tmp_pa
             read_rfdetr_file(tmp_path / name)
         assert reason in str(error.value)
     for content, reason in (
-        ([1, 2], r"content\.pth .* got a list"),
-        ({}, r"content\.pth .* got a dict"),
+        ([1, 2], r"content\.pth .* got list"),
+        ({}, r"content\.pth .* got dict"),
         ({"epoch": 3, "lr": 0.1}, r"'state_dict', got the keys 'epoch', 'lr'$"),
         ({"model": {"a": 1}}, r"'state_dict', got the keys 'model'$"),
-        (torch.ones(2), r"content\.pth .* got a Tensor"),
+        (torch.ones(2), r"content\.pth .* got Tensor"),
     ):
         with pytest.raises(ValueError, match=reason):
             read_rfdetr_file(save(content, "content.pth"))

@@ -86,7 +86,7 @@ def test_an_unloadable_path_is_an_error_with_the_remedy(tmp_path):
     (tmp_path / "config.json").write_text(
         config.replace(RfDetrForObjectDetection.__name__, RfDetrForInstanceSegmentation.__name__)
     )
-    with pytest.raises(ValueError, match=r"RfDetrForInstanceSegmentation, lacks \d+: segmentation_head"):
+    with pytest.raises(ValueError, match=r"RfDetrForInstanceSegmentation.* \d+ .*: segmentation_head"):
         load(str(tmp_path))
 
 
@@ -94,7 +94,7 @@ def test_weights_of_other_shapes_are_blamed_on_the_configuration(tmp_path):
     small_model().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"decoder_ffn_dim": 2 * config["decoder_ffn_dim"]}))
-    with pytest.raises(ValueError, match=r"other shapes than config\.json"):
+    with pytest.raises(ValueError, match=r"shapes .* config\.json"):
         load(str(tmp_path))
 
 
