@@ -24,6 +24,17 @@ ENCODERS = {
     "dinov2_windowed_base": (768, 12, 0),
     "dinov2_registers_windowed_small": (384, 6, 4),
 }
+# The fields of the configuration that arguments of rfdetr set.
+_BACKBONE_FIELD_OF = {"out_feature_indexes": "out_indices", "patch_size": "patch_size", "num_windows": "num_windows"}
+_FIELD_OF = {
+    "projector_scale": "projector_scale",
+    "hidden_dim": "d_model",
+    "dec_layers": "decoder_layers",
+    "sa_nheads": "decoder_self_attention_heads",
+    "ca_nheads": "decoder_cross_attention_heads",
+    "dec_n_points": "decoder_n_points",
+    "num_queries": "num_queries",
+}
 # Arguments that have this value in every RF-DETR model.
 _FIXED = {
     "two_stage": True,
@@ -253,21 +264,13 @@ def _build_config(arguments: Mapping[str, Any]) -> RfDetrConfig:
             "hidden_size": hidden_size,
             "num_hidden_layers": 12,
             "num_attention_heads": heads,
-            "image_size": arguments["positional_encoding_size"] * arguments["patch_size"],
-            "patch_size": arguments["patch_size"],
-            "num_windows": arguments["num_windows"],
             "num_register_tokens": registers,
-            "out_indices": list(arguments["out_feature_indexes"]),
+            "image_size": arguments["positional_encoding_size"] * arguments["patch_size"],
+            **{field: arguments[name] for name, field in _BACKBONE_FIELD_OF.items()},
         },
-        projector_scale=list(arguments["projector_scale"]),
-        d_model=arguments["hidden_dim"],
-        num_queries=arguments["num_queries"],
+        **{field: arguments[name] for name, field in _FIELD_OF.items()},
         group_detr=arguments["group_detr"],
-        decoder_layers=arguments["dec_layers"],
         decoder_ffn_dim=arguments["dim_feedforward"],
-        decoder_self_attention_heads=arguments["sa_nheads"],
-        decoder_cross_attention_heads=arguments["ca_nheads"],
-        decoder_n_points=arguments["dec_n_points"],
         mask_downsample_ratio=arguments["mask_downsample_ratio"],
         resolution=arguments["resolution"],
         num_labels=arguments["num_classes"] + 1,
@@ -283,57 +286,42 @@ def rfdetr_arguments(config: RfDetrConfig, num_classes: int, *, has_masks: bool)
     backbone: RfDetrDinov2Config = config.backbone_config
     sizes = (backbone.hidden_size, backbone.num_attention_heads, backbone.num_register_tokens)
     encoder = next((name for name, known in ENCODERS.items() if known == sizes), None)
-    grid, resolution = set(backbone.position_grid), set(as_pair(config.resolution))
     rules = {
         "encoder (width, heads, registers)": (sizes, f"one of {list(ENCODERS.values())}", encoder is not None),
         "number of encoder layers": (backbone.num_hidden_layers, 12, backbone.num_hidden_layers == 12),
         "decoder_ffn_dim": (config.decoder_ffn_dim, 2048, config.decoder_ffn_dim == 2048),
-        "resolution": (config.resolution, "a square", len(resolution) == 1),
-        "position table": (backbone.position_grid, "a square", len(grid) == 1),
+        "resolution": (config.resolution, "a square", len({*as_pair(config.resolution)}) == 1),
+        "position table": (backbone.position_grid, "a square", len({*backbone.position_grid}) == 1),
     }
     for name, (value, rule, is_met) in rules.items():
         if not is_met:
             raise ValueError(f"rfdetr cannot build this model: {name} must be {rule}, got {value}")
     return {
         "encoder": encoder,
-        "out_feature_indexes": list(backbone.out_indices),
-        "patch_size": backbone.patch_size,
-        "num_windows": backbone.num_windows,
-        "positional_encoding_size": grid.pop(),
-        "resolution": resolution.pop(),
-        "projector_scale": list(config.projector_scale),
-        "hidden_dim": config.d_model,
-        "dec_layers": config.decoder_layers,
-        "sa_nheads": config.decoder_self_attention_heads,
-        "ca_nheads": config.decoder_cross_attention_heads,
-        "dec_n_points": config.decoder_n_points,
-        "num_queries": config.num_queries,
+        "segmentation_head": has_masks,
+        **_arguments_of(config),
         "num_select": config.num_queries,
         "group_detr": config.group_detr,
         "num_classes": num_classes,
-        "segmentation_head": has_masks,
         "mask_downsample_ratio": config.mask_downsample_ratio,
     }
 
 
 def _variant_arguments(variant: str) -> dict[str, Any]:
     """Return the arguments of rfdetr's class of a published variant."""
-    config, row = RfDetrConfig.from_variant(variant), VARIANTS[variant]
+    config = RfDetrConfig.from_variant(variant)
+    encoder = {384: "dinov2_windowed_small", 768: "dinov2_windowed_base"}[config.backbone_config.hidden_size]
+    return {"encoder": encoder, "segmentation_head": "-seg-" in variant, **_arguments_of(config)}
+
+
+def _arguments_of(config: RfDetrConfig) -> dict[str, Any]:
+    """Return the arguments that rfdetr has for fields of a configuration of square images."""
+    backbone = config.backbone_config
     return {
-        "segmentation_head": "-seg-" in variant,
-        "encoder": {384: "dinov2_windowed_small", 768: "dinov2_windowed_base"}[row.hidden_size],
-        "patch_size": row.patch_size,
-        "hidden_dim": config.d_model,
-        "dec_layers": row.decoder_layers,
-        "positional_encoding_size": row.position_grid,
-        "num_queries": row.num_queries,
-        "resolution": row.resolution,
-        "num_windows": row.num_windows,
-        "out_feature_indexes": list(row.out_indices),
-        "projector_scale": config.projector_scale,
-        "sa_nheads": config.decoder_self_attention_heads,
-        "ca_nheads": config.decoder_cross_attention_heads,
-        "dec_n_points": config.decoder_n_points,
+        **{name: getattr(backbone, field) for name, field in _BACKBONE_FIELD_OF.items()},
+        **{name: getattr(config, field) for name, field in _FIELD_OF.items()},
+        "positional_encoding_size": backbone.position_grid[0],
+        "resolution": as_pair(config.resolution)[0],
     }
 
 
