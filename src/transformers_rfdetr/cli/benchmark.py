@@ -29,11 +29,12 @@ def benchmark(
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.FLOAT32,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile the model for this size and batch size.")
+        bool, typer.Option("--compile", help="Compile the model for this size and batch size. Default: off.")
     ] = False,
-    runs: Annotated[int, typer.Option(help="Number of runs that are timed, after three warm-up runs.", min=1)] = 20,
+    runs: Annotated[int, typer.Option(help="Number of timed runs, after three warm-up runs.", min=1)] = 20,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers to this file as JSON.")
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the numbers to this file as JSON. Default: not written."),
     ] = None,
 ) -> None:
     """Measure time, FLOPs and memory of a model: the forward pass alone, and prediction from images to instances."""

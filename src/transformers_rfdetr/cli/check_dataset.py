@@ -21,7 +21,8 @@ transformers-rfdetr check-dataset train.json --image-folder images --fix repaire
 @terminated_as_interrupted()
 def check_dataset(
     source: Annotated[
-        str, typer.Argument(help="A COCO JSON, a folder with one for each split, a data.yaml of YOLO, or a Hub id.")
+        str,
+        typer.Argument(help="A COCO JSON file, a folder with one for each split, a data.yaml of YOLO, or a Hub id."),
     ],
     fix: Annotated[
         Path | None,
@@ -33,19 +34,24 @@ def check_dataset(
     ] = None,
     overlays: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Draw up to 50 annotated images there, those with problems first."),
+        typer.Option(
+            metavar="FOLDER", help="Draw up to 50 annotated images to this folder, those with problems first."
+        ),
     ] = None,
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", metavar="FILE", help="Write the report as JSON. With -, print it, and nothing else."),
+        typer.Option("--json", metavar="FILE", help="Write the report as JSON to this file; with -, print only JSON."),
     ] = None,
     image_folder: Annotated[
-        Path | None, typer.Option(help="The images of a COCO JSON; for YOLO, the root of its paths.")
+        Path | None,
+        typer.Option(
+            help="Folder of the images of a COCO JSON, or root of the paths in data.yaml. Default: the file's folder."
+        ),
     ] = None,
     num_queries: Annotated[
-        int, typer.Option(help="The queries of the model: images with more objects are reported.", min=1)
+        int, typer.Option(help="Number of queries of the model; images with more objects are reported.", min=1)
     ] = 200,
-    workers: Annotated[int | None, typer.Option(help="Threads. The default is the number of cores.", min=1)] = None,
+    workers: Annotated[int | None, typer.Option(help="Number of threads. Default: the number of cores.", min=1)] = None,
 ) -> None:
     """Check every image and annotation, and list what would be lost, change its meaning, or is unusual.
 

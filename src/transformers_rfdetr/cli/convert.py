@@ -23,13 +23,18 @@ TO_RFDETR_EXAMPLE = "example: transformers-rfdetr convert-back my-model my-model
 
 @one_line_errors
 def convert(
-    source: Annotated[str, typer.Argument(help="A checkpoint file of rfdetr, or the name of a published one.")],
+    source: Annotated[str, typer.Argument(help="A checkpoint file of rfdetr, or the name of a published checkpoint.")],
     output: Annotated[Path, typer.Argument(help="The new folder.")],
     variant: VariantOption = None,
     class_names: ClassNamesOption = None,
-    ema: Annotated[bool, typer.Option("--ema", help="Take the EMA weights of the file.")] = False,
+    ema: Annotated[
+        bool, typer.Option("--ema", help="Convert the EMA weights of the file. Default: its other weights.")
+    ] = False,
     trust_checkpoint: Annotated[
-        bool, typer.Option("--trust-checkpoint", help="Run code from the file, with your permissions.")
+        bool,
+        typer.Option(
+            "--trust-checkpoint", help="Also read a file that runs code, with your permissions. Default: refuse it."
+        ),
     ] = False,
     push_to_hub: PushToHubOption = None,
     private: PrivateOption = False,
@@ -54,7 +59,9 @@ def convert(
 
 @one_line_errors
 def convert_back(
-    source: Annotated[str, typer.Argument(help="A folder or Hub id, of this package or of transformers' port.")],
+    source: Annotated[
+        str, typer.Argument(help="A folder or Hub id of a model of this package or of transformers' port.")
+    ],
     output: Annotated[Path, typer.Argument(help="The new file, such as model.pth.")],
 ) -> None:
     """Convert a folder of transformers to a checkpoint file that rfdetr loads."""

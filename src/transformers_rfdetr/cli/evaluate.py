@@ -30,10 +30,10 @@ def evaluate(
         str, typer.Argument(help="A folder, a COCO JSON file, a data.yaml of YOLO, or a dataset on the Hub.")
     ],
     split: Annotated[
-        str, typer.Option(help="Split of the data; a single JSON file is the split train.")
+        str, typer.Option(help="Split of the dataset. A single JSON file has only the split train.")
     ] = "validation",
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write all metrics to this file, as JSON.")
+        Path | None, typer.Option(metavar="FILE", help="Write all metrics to this file as JSON. Default: print only.")
     ] = None,
     predictions: Annotated[
         Path | None,
@@ -43,7 +43,9 @@ def evaluate(
             " for a detection model.",
         ),
     ] = None,
-    per_class: Annotated[bool, typer.Option("--per-class", help="Also print the metrics of each class.")] = False,
+    per_class: Annotated[
+        bool, typer.Option("--per-class", help="Also print the metrics of each class. Default: off.")
+    ] = False,
     batch_size: BatchSizeOption = 8,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.FLOAT32,
@@ -53,7 +55,9 @@ def evaluate(
     image_folder: ImageFolderOption = None,
     report: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write an HTML page of metrics, curves, errors and images to this folder."),
+        typer.Option(
+            metavar="DIR", help="Write a report with curves, errors and images to this folder, as HTML. Default: none."
+        ),
     ] = None,
     min_score: Annotated[
         float, typer.Option(min=0, max=1, help="Score that a detection must exceed to be shown in the report.")

@@ -25,7 +25,7 @@ def export(
     post_process: Annotated[
         bool,
         typer.Option(
-            "--post-process", help="Output the scores, labels and boxes of the best detections instead of all logits."
+            "--post-process", help="Output the scores, labels and boxes of the best detections. Default: all logits."
         ),
     ] = False,
     top_k: Annotated[
@@ -35,7 +35,9 @@ def export(
     batch_size: Annotated[int | None, typer.Option(help="Fixed batch size. Default: any batch size.")] = None,
     image: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATH_OR_URL", help="Image for the comparison with PyTorch. May be repeated."),
+        typer.Option(
+            metavar="PATH_OR_URL", help="Image for the comparison with PyTorch; may be repeated. Default: drawn images."
+        ),
     ] = None,
 ) -> None:
     """Export a model to ONNX or OpenVINO; the file is kept only if its outputs agree with PyTorch."""

@@ -25,7 +25,9 @@ def info(
     model: Annotated[
         str, typer.Argument(help="A folder, a Hub id, a published name, or a file of rfdetr (.pth, .pt, .ckpt).")
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, with all classes.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print everything as JSON, with all classes. Default: a table.")
+    ] = False,
 ) -> None:
     """Describe a model: variant, task, classes, sizes, parameters, file. A published name is not downloaded."""
     from ..conversion.describe import describe

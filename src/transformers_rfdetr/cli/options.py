@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and how their values are read."""
+"""Define the arguments and options that several commands share, and read their values."""
 
 import os
 import re
@@ -10,7 +10,7 @@ import typer
 
 
 class Dtype(StrEnum):
-    """The data types that a model can run in, by the names that torch gives them."""
+    """The data types that a model can run in, by their names in torch."""
 
     FLOAT32 = "float32"
     FLOAT16 = "float16"
@@ -20,25 +20,25 @@ class Dtype(StrEnum):
 ModelArgument = Annotated[
     str, typer.Argument(help="A folder, a Hub id, or a published name such as rf-detr-seg-medium.")
 ]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto, which takes a GPU if there is one.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto, which uses a GPU if there is one.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Data type of the weights and the computation.")]
 BatchSizeOption = Annotated[int, typer.Option(help="Number of images in a batch.", min=1)]
 ResolutionOption = Annotated[
     str | None, typer.Option(metavar="N|HxW", help="Size of the model's input in pixels. Default: the model's own.")
 ]
 VariantOption = Annotated[
-    str | None, typer.Option(help="The published variant of the model, if the file does not determine it.")
+    str | None, typer.Option(help="Published variant of the model. Default: determined by the file.")
 ]
 ClassNamesOption = Annotated[
-    str | None, typer.Option(help="'cat,dog,...' or a text file with one name per line, instead of the stored names.")
+    str | None, typer.Option(help="'cat,dog,...' or a text file with one name per line. Default: the stored names.")
 ]
 ImageFolderOption = Annotated[
-    str | None, typer.Option(help="Folder of the images, if it is not that of the JSON file or data.yaml.")
+    str | None, typer.Option(help="Folder of the images. Default: the folder of the JSON file or data.yaml.")
 ]
 PushToHubOption = Annotated[
-    str | None, typer.Option(metavar="USER/NAME", help="Upload the model to this repository on the Hub.")
+    str | None, typer.Option(metavar="USER/NAME", help="Upload the model to this Hub repository. Default: no upload.")
 ]
-PrivateOption = Annotated[bool, typer.Option("--private", help="Create that repository as a private one.")]
+PrivateOption = Annotated[bool, typer.Option("--private", help="Make a new repository private. Default: public.")]
 
 
 def read_size(option: str, text: str) -> int | tuple[int, int]:

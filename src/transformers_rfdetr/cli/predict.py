@@ -49,36 +49,41 @@ _MAX_LISTED = 20  # unreadable images
 
 SourcesArgument = Annotated[
     list[str] | None,
-    typer.Argument(help="Files, folders, patterns and URLs of images and videos; a camera's number; rtsp:// streams."),
+    typer.Argument(
+        help="Files, folders, patterns and URLs of images and videos; the number of a camera; rtsp:// streams."
+    ),
 ]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder of the results.")]
 DatasetOption = Annotated[
-    str | None, typer.Option(metavar="USER/NAME|PATH", help="Dataset to predict instead of files; image ids are kept.")
+    str | None,
+    typer.Option(metavar="USER/NAME|PATH", help="Dataset to predict instead of sources; its image ids are kept."),
 ]
 SplitOption = Annotated[str, typer.Option(help="Split of the dataset.")]
 ThresholdOption = Annotated[float, typer.Option(help="Score above which an instance is kept.")]
 ClassesOption = Annotated[str | None, typer.Option(metavar="NAME,NAME", help="Classes to predict. Default: all.")]
 TileOption = Annotated[
     str | None,
-    typer.Option(metavar="auto|N|HxW", help="Predict images in tiles of this size in pixels; auto: the model's size."),
+    typer.Option(metavar="auto|N|HxW", help="Size of tiles in pixels; auto: the model's size. Default: no tiles."),
 ]
 OverlapOption = Annotated[
-    float | None, typer.Option(help="Least overlap of neighboring tiles, as a fraction of their side. Default: 0.2.")
+    float | None, typer.Option(help="Minimum overlap of neighboring tiles, as a fraction of their side. Default: 0.2.")
 ]
 ImagesOption = Annotated[bool, typer.Option(help="Write each image and video with the instances drawn on it.")]
-CropsOption = Annotated[bool, typer.Option("--save-crops", help="Write a crop of each instance.")]
+CropsOption = Annotated[bool, typer.Option("--save-crops", help="Write a crop of each instance. Default: off.")]
 ColorOption = Annotated[
     str | None, typer.Option(help="class or instance. Default: class, or with --track instance (one color per track).")
 ]
-TrackOption = Annotated[bool, typer.Option("--track", help="Give objects in videos an id that they keep.")]
-FramesOption = Annotated[int | None, typer.Option(help="Number of frames after which to stop a video or stream.")]
-PatienceOption = Annotated[float, typer.Option(help="Seconds without a frame after which a stream has ended.")]
-ShowOption = Annotated[bool, typer.Option("--show", help="Show results in a window; any key continues, q quits.")]
-StrictOption = Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be read.")]
+TrackOption = Annotated[bool, typer.Option("--track", help="Track objects in videos: each keeps its id. Default: off.")]
+FramesOption = Annotated[int | None, typer.Option(help="Maximum number of frames of a video or stream. Default: all.")]
+PatienceOption = Annotated[float, typer.Option(help="Seconds without a frame after which a stream counts as ended.")]
+ShowOption = Annotated[
+    bool, typer.Option("--show", help="Show results in a window: any key continues, q quits. Default: off.")
+]
+StrictOption = Annotated[bool, typer.Option("--strict", help="Stop at the first unreadable image. Default: skip it.")]
 
 
 class _Inputs(NamedTuple):
-    """What to predict, and its name in the settings. The source of an image is a row of `dataset` if that is given."""
+    """The images and videos to predict, and their names in the settings; sources are rows of `dataset` if given."""
 
     names: list[str]
     images: "list[InputImage]"
@@ -88,7 +93,7 @@ class _Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class _Run:
-    """What predicting images and predicting videos have in common. `shard` is the rank and number of processes."""
+    """The settings for both images and videos. `shard` is the rank and the number of processes."""
 
     model: Any
     processor: Any
@@ -218,7 +223,7 @@ def _read_inputs(sources: list[str] | None, dataset: str | None, split: str, out
 
 
 def _is_stream(source: str, is_alone: bool) -> bool:
-    """Whether a source is a camera, a stream, or a video on a server; a single URL without a suffix is requested."""
+    """Return whether a source is a camera, a stream or a video on a server; request a single URL without a suffix."""
     if _STREAM.match(source) or (source.isdecimal() and not Path(source).exists()):
         return True
     if not source.startswith(("http://", "https://")):
@@ -239,7 +244,7 @@ def _is_stream(source: str, is_alone: bool) -> bool:
 
 
 def _is_endless(source: str) -> bool:
-    """Whether a video is a camera or a stream, not a file on this machine or on a server."""
+    """Return whether a video is a camera or a stream, not a file on this machine or on a server."""
     address = urlsplit(source)
     is_remote_file = address.scheme.startswith("http") and Path(address.path).suffix.lower() in _VIDEO_FILES
     return not is_remote_file and not Path(source).is_file()

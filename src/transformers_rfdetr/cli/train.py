@@ -24,8 +24,10 @@ _Data = Annotated[
     str | None, typer.Argument(help="A folder, a COCO JSON file, a data.yaml of YOLO, or a dataset on the Hub.")
 ]
 _Model = Annotated[str | None, typer.Option(help="A folder, a Hub id, or a published name such as rf-detr-seg-medium.")]
-_Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder for the run.")]
-_Config = Annotated[Path | None, typer.Option(metavar="FILE", help="YAML file of settings. Options override it.")]
+_Output = Annotated[str | None, typer.Option("--output", "-o", help="Output folder of the run.")]
+_Config = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="YAML file of settings; options override it. Default: none.")
+]
 _Epochs = Annotated[float | None, typer.Option(help="Number of epochs. Default: 100.")]
 _BatchSize = Annotated[
     int | None, typer.Option(help="Images in a micro-batch; an optimizer step takes 4 micro-batches. Default: 4.")
@@ -33,11 +35,11 @@ _BatchSize = Annotated[
 _LearningRate = Annotated[float | None, typer.Option(help="Learning rate of the decoder and the heads. Default: 1e-4.")]
 _Seed = Annotated[int | None, typer.Option(help="Seed of new heads, data order and augmentation. Default: 42.")]
 _Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, mps or auto, which takes a GPU if there is one. Default: auto.")
+    str | None, typer.Option(help="cpu, cuda, mps or auto, which uses a GPU if there is one. Default: auto.")
 ]
 _ClassNames = Annotated[
     str | None,
-    typer.Option(help="'cat,dog,...' or a text file with one name a line, for data without class names."),
+    typer.Option(help="'cat,dog,...' or a text file with one name per line. Default: the names in the data."),
 ]
 _Settings = Annotated[
     list[str] | None,
@@ -45,11 +47,14 @@ _Settings = Annotated[
 ]
 _Resume = Annotated[
     bool,
-    typer.Option(help="Resume from the newest checkpoint in OUTPUT, or move an earlier run aside and start anew."),
+    typer.Option(help="Resume from the newest checkpoint in OUTPUT, or rename an earlier run and start a new one."),
 ]
 _PushToHub = Annotated[
     str | None,
-    typer.Option(metavar="USER/NAME", help="Upload the model there in the end. Its card shows validation images."),
+    typer.Option(
+        metavar="USER/NAME",
+        help="Upload the final model to this Hub repository, with validation images. Default: no upload.",
+    ),
 ]
 
 
