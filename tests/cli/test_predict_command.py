@@ -1,4 +1,4 @@
-"""`transformers-rfdetr predict` on images: bad files, restarts, shards, datasets, URLs, and what it writes."""
+"""`transformers-rfdetr predict`: unreadable files, resuming, processes, datasets, URLs, videos, and what it writes."""
 
 import http.server
 import itertools
@@ -29,6 +29,7 @@ from transformers_rfdetr.inference.instances import Instances
 from transformers_rfdetr.inference.video.predict_video import VideoSummary
 from transformers_rfdetr.inference.video.reader import VideoReader
 from transformers_rfdetr.inference.video.writer import VideoWriter
+from transformers_rfdetr.model.masks import region_to_rle
 
 from small_models import small_model
 
@@ -60,7 +61,7 @@ def photo(seed: int) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two hundred files, of which seven are no images."""
+    """Return a folder of 200 files, of which 7 cannot be read as images."""
     folder = tmp_path_factory.mktemp("photos")
     (folder / "deep").mkdir()
     for seed in range(NUM_GOOD):
@@ -95,7 +96,7 @@ def first_run(model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactor
     return output, run(model, photos, "-o", output)
 
 
-def test_bad_files_are_named_the_rest_is_done_and_the_code_is_1(first_run: tuple[Path, Result]):
+def test_unreadable_files_are_listed_the_others_are_predicted_and_the_exit_code_is_1(first_run: tuple[Path, Result]):
     output, done = first_run
     assert done.exit_code == 1, done.output
     assert f"in {NUM_GOOD} images" in done.output
@@ -106,7 +107,7 @@ def test_bad_files_are_named_the_rest_is_done_and_the_code_is_1(first_run: tuple
     assert len(list((output / "images").rglob("*.*"))) == NUM_GOOD
 
 
-def test_what_is_written_is_what_predict_finds(first_run: tuple[Path, Result], model: Path, photos: Path):
+def test_the_written_instances_are_those_of_predict(first_run: tuple[Path, Result], model: Path, photos: Path):
     output, _ = first_run
     loaded, processor = load(str(model))
     good = [record for record in records(output) if "error" not in record]
@@ -142,7 +143,7 @@ def test_pycocotools_reads_the_coco_file(first_run: tuple[Path, Result], photos:
     assert len(coco.loadRes(coco.dataset["annotations"]).anns) == len(coco.anns) > NUM_GOOD
 
 
-def test_the_same_command_again_does_only_what_could_not_be_read(
+def test_the_same_command_again_only_retries_unreadable_files(
     first_run: tuple[Path, Result], model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ):
     output, _ = first_run
@@ -175,7 +176,7 @@ def test_every_option_that_changes_what_is_written_is_refused_in_the_same_folder
     assert difference in done.output
 
 
-def test_strict_stops_at_the_first(model: Path, photos: Path, tmp_path: Path):
+def test_strict_stops_at_the_first_unreadable_file(model: Path, photos: Path, tmp_path: Path):
     done = run(model, photos / "deep", "-o", tmp_path, "--strict", "--batch-size", "4")
     assert done.exit_code == 1
     assert "half.png" in done.output
@@ -183,7 +184,7 @@ def test_strict_stops_at_the_first(model: Path, photos: Path, tmp_path: Path):
     assert not (tmp_path / "predictions.jsonl").exists()
 
 
-def test_a_folder_with_other_files_is_no_output(model: Path, few: Path, photos: Path):
+def test_an_output_folder_with_other_files_is_refused(model: Path, few: Path, photos: Path):
     done = run(model, few, "-o", photos)
     assert done.exit_code == 2
     assert "contains other files" in done.output
@@ -196,7 +197,7 @@ def whole(model: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return output
 
 
-def test_a_run_that_was_killed_goes_on_from_its_last_whole_line(model: Path, few: Path, whole: Path, tmp_path: Path):
+def test_a_killed_run_resumes_after_its_last_complete_line(model: Path, few: Path, whole: Path, tmp_path: Path):
     written = (whole / "predictions.jsonl").read_bytes()
     settings = (whole / "settings.json").read_bytes()
     for number, cut in enumerate((0, 1, len(written) // 2, len(written) - 1, len(written))):
@@ -213,7 +214,7 @@ def test_a_run_that_was_killed_goes_on_from_its_last_whole_line(model: Path, few
         assert not list((output / "parts").iterdir())
 
 
-def test_processes_take_their_shares_and_the_last_one_writes_the_results(
+def test_each_process_predicts_its_share_and_the_last_one_writes_the_results(
     model: Path, few: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("WORLD_SIZE", "3")
@@ -229,7 +230,7 @@ def test_processes_take_their_shares_and_the_last_one_writes_the_results(
     assert "0 images, 3 done before" in run(model, few, "-o", tmp_path).output
 
 
-def test_cut_outs_are_written_under_names_that_are_safe(model: Path, few: Path, whole: Path, tmp_path: Path):
+def test_class_names_in_the_file_names_of_crops_are_escaped(model: Path, few: Path, whole: Path, tmp_path: Path):
     assert run(model, few / "3.png", "-o", tmp_path, "--save-crops", "--no-images").exit_code == 0
     [record] = records(tmp_path)
     crops = sorted((tmp_path / "crops").iterdir())
@@ -240,7 +241,25 @@ def test_cut_outs_are_written_under_names_that_are_safe(model: Path, few: Path, 
     assert not (tmp_path / "images").exists()
 
 
-def test_patterns_and_equal_names_are_kept_apart(model: Path, few: Path, tmp_path: Path):
+def test_instances_with_an_empty_mask_are_only_in_the_json_lines(
+    model: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def find(model: object, processor: object, images: list, **_: object) -> list[Instances]:
+        size = images[0].size[::-1]
+        boxes, scores, labels = np.array([[2, 3, 8, 9], [4, 5, 20, 15]], np.float32), np.ones(2), np.zeros(2, int)
+        masks = [region_to_rle(np.full((10, 16), has_pixels), 5, 4, size) for has_pixels in (False, True)]
+        return [Instances(boxes, scores, labels, ["cat", "cat"], masks, size)]
+
+    monkeypatch.setattr(bulk_prediction, "predict", find)
+    assert run(model, few / "3.png", "-o", tmp_path, "--save-crops").exit_code == 0
+    [record] = records(tmp_path)
+    assert Instances.from_dict(record).areas.tolist() == [0, 160]
+    assert [crop.name for crop in (tmp_path / "crops").iterdir()] == ["3.png-001-cat.png"]
+    [annotation] = COCO(tmp_path / "predictions.coco.json").dataset["annotations"]
+    assert (annotation["area"], annotation["bbox"]) == (160, [4, 5, 16, 10])
+
+
+def test_images_with_the_same_name_get_different_names_in_the_output(model: Path, few: Path, tmp_path: Path):
     (tmp_path / "other").mkdir()
     photo(50).save(tmp_path / "other" / "3.png")
     output = tmp_path / "out"
@@ -253,8 +272,8 @@ def test_patterns_and_equal_names_are_kept_apart(model: Path, few: Path, tmp_pat
     assert len(list((tmp_path / "both" / "images" / few.name).iterdir())) == 7
 
 
-def test_what_is_drawn_over_two_images_are_two_files(model: Path, tmp_path: Path):
-    """A GIF becomes a PNG, whose name another image has already."""
+def test_two_images_are_not_drawn_to_the_same_file(model: Path, tmp_path: Path):
+    """A GIF is drawn to a PNG, whose name is that of another image."""
     (tmp_path / "photos").mkdir()
     for side, name in ((40, "a.gif"), (20, "a.gif.png"), (30, "a.jpg")):
         photo(0).resize((side, side)).save(tmp_path / "photos" / name)
@@ -279,7 +298,7 @@ def test_another_source_or_other_weights_are_refused_in_the_same_folder(
     assert "other settings: weights" in again.output
 
 
-def test_results_inside_the_folder_of_images_are_no_images(model: Path, few: Path, tmp_path: Path):
+def test_an_output_folder_inside_the_folder_of_images_is_not_predicted(model: Path, few: Path, tmp_path: Path):
     shutil.copytree(few, tmp_path / "photos")
     for done_before in (0, 7):
         done = run(model, tmp_path / "photos", "-o", tmp_path / "photos" / "predictions")
@@ -287,7 +306,7 @@ def test_results_inside_the_folder_of_images_are_no_images(model: Path, few: Pat
         assert f"in {7 - done_before} images" in done.output
 
 
-def test_names_that_are_no_utf8_or_long_do_not_end_a_run(model: Path, few: Path, tmp_path: Path):
+def test_file_names_that_are_not_utf8_or_too_long_do_not_stop_a_run(model: Path, few: Path, tmp_path: Path):
     folder = tmp_path / "odd"
     shutil.copytree(few, folder)
     names = [os.fsdecode(b"b\xff.png"), f"{'x' * 250}.png", "new\nline #1?.png"]
@@ -304,7 +323,7 @@ def test_names_that_are_no_utf8_or_long_do_not_end_a_run(model: Path, few: Path,
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's device that is always full")
-def test_a_full_disk_is_named_with_the_file_and_the_same_command_goes_on(
+def test_a_full_disk_is_reported_with_the_file_and_the_same_command_resumes(
     model: Path, few: Path, whole: Path, tmp_path: Path
 ):
     part = tmp_path / "out" / "parts" / "0-of-1.jsonl"
@@ -319,7 +338,7 @@ def test_a_full_disk_is_named_with_the_file_and_the_same_command_goes_on(
     assert (tmp_path / "out" / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
 
 
-def test_a_class_with_a_comma_in_its_name_can_be_chosen(tmp_path: Path, few: Path):
+def test_a_class_with_a_comma_in_its_name_can_be_selected(tmp_path: Path, few: Path):
     model = small_model(id2label={0: "cat", 1: "dog, big", 2: "dog", 3: "bird"})
     model.save_pretrained(tmp_path / "model")
     done = run(tmp_path / "model", few, "-o", tmp_path / "out", "--classes", "dog, big")
@@ -336,7 +355,7 @@ def test_category_ids_of_other_classes_are_not_used(tmp_path: Path, few: Path):
     assert [category["id"] for category in coco["categories"]] == [0, 1, 2, 3]
 
 
-def test_of_several_processes_one_with_unreadable_images_does_not_stop_the_others(
+def test_one_of_several_processes_with_unreadable_images_does_not_stop_the_others(
     model: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     shutil.copytree(few, tmp_path / "photos")
@@ -350,7 +369,7 @@ def test_of_several_processes_one_with_unreadable_images_does_not_stop_the_other
     assert "number of processes 2, got 2" in run(model, tmp_path / "photos", "-o", tmp_path / "out").output
 
 
-def test_videos_of_one_name_and_a_broken_one_beside_them_are_all_looked_at(
+def test_videos_of_the_same_name_and_an_unreadable_one_are_all_processed(
     model: Path, video: Path, few: Path, tmp_path: Path
 ):
     for name in ("a", "b"):
@@ -366,7 +385,7 @@ def test_videos_of_one_name_and_a_broken_one_beside_them_are_all_looked_at(
     assert "max_frames 2 instead of None" in other.output
 
 
-def test_classes_are_looked_for_by_name(model: Path, few: Path, whole: Path, tmp_path: Path):
+def test_classes_are_selected_by_name(model: Path, few: Path, whole: Path, tmp_path: Path):
     assert run(model, few, "-o", tmp_path, "--classes", "dogs, cat").exit_code == 0
     names = [one["name"] for record in records(tmp_path) for one in record["instances"]]
     assert set(names) == {"dogs", "cat"}
@@ -461,7 +480,7 @@ def server(few: Path) -> Iterator[str]:
         http_server.shutdown()
 
 
-def test_images_come_from_urls_with_and_without_an_ending(model: Path, whole: Path, server: str, tmp_path: Path):
+def test_images_are_read_from_urls_with_and_without_a_suffix(model: Path, whole: Path, server: str, tmp_path: Path):
     addresses = [f"{server}/0.png?size=large", f"{server}/1", f"{server}/missing.png"]
     done = run(model, *addresses, "-o", tmp_path, "--batch-size", "1")
     assert done.exit_code == 1, done.output
@@ -480,7 +499,7 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_video_comes_out_as_a_video_and_lines_once(model: Path, few: Path, video: Path, tmp_path: Path):
+def test_a_video_is_written_as_a_video_and_as_json_lines_once(model: Path, few: Path, video: Path, tmp_path: Path):
     done = run(model, video, few / "1.png", "-o", tmp_path, "--track")
     assert done.exit_code == 0, done.output
     assert "10 frames at" in done.output
@@ -496,9 +515,7 @@ def test_a_video_comes_out_as_a_video_and_lines_once(model: Path, few: Path, vid
     assert "done before" in again.output
 
 
-def test_a_video_that_was_stopped_is_begun_again(
-    model: Path, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_stopped_video_is_started_again(model: Path, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     shown: list[int] = []
 
     def window(_: Image.Image, milliseconds: int) -> None:
@@ -516,8 +533,8 @@ def test_a_video_that_was_stopped_is_begun_again(
     assert len((tmp_path / "videos" / "street.jsonl").read_text().splitlines()) == 10
 
 
-def test_a_process_may_begin_while_another_one_has_found_nothing_yet(model: Path, video: Path, tmp_path: Path):
-    """It has made a folder, a hidden file and an empty one for its lines."""
+def test_a_process_may_start_while_another_one_has_no_results_yet(model: Path, video: Path, tmp_path: Path):
+    """The other one has created a folder, a hidden file and an empty file for its lines."""
     videos = tmp_path / "videos"
     videos.mkdir()
     for name in (".x.partial", "other.unfinished.jsonl"):
@@ -525,8 +542,8 @@ def test_a_process_may_begin_while_another_one_has_found_nothing_yet(model: Path
     assert run(model, video, "-o", tmp_path).exit_code == 0
 
 
-def test_sigterm_ends_a_video_as_ctrl_c_does(model: Path, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Schedulers and containers send it, and a live stream is not there a second time."""
+def test_sigterm_stops_a_video_like_ctrl_c(model: Path, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Schedulers and containers send it, and a live stream cannot be read again."""
     shown = itertools.count(1)
 
     def window(_: Image.Image, milliseconds: int) -> None:
@@ -549,7 +566,7 @@ def test_a_video_in_a_folder_of_images_is_a_video(model: Path, video: Path, tmp_
     assert len(records(tmp_path)) == 1
 
 
-def test_large_images_are_cut_into_tiles(model: Path, tmp_path: Path):
+def test_large_images_are_predicted_in_tiles(model: Path, tmp_path: Path):
     large = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 110, 3), np.uint8))
     large.save(tmp_path / "large.png")
     done = run(model, tmp_path / "large.png", "-o", tmp_path / "out", "--tile", "auto", "--overlap", "0.25")
@@ -561,7 +578,7 @@ def test_large_images_are_cut_into_tiles(model: Path, tmp_path: Path):
     assert "1.5 x as high and 2.3 x as wide" in done.output  # 70 / 48, 110 / 48
 
 
-def test_passwords_in_urls_are_written_nowhere(model: Path, server: str, tmp_path: Path):
+def test_passwords_in_urls_are_never_written(model: Path, server: str, tmp_path: Path):
     port = server.rpartition(":")[2]
     addresses = [f"http://me:hush@127.0.0.1:{port}/missing.png?key=hush", f"{server}/1.png?key=hush"]
     done = run(model, *addresses, "-o", tmp_path / "out")
@@ -575,7 +592,7 @@ def test_passwords_in_urls_are_written_nowhere(model: Path, server: str, tmp_pat
 
 
 @pytest.mark.parametrize(("name", "is_done"), [("http://h/a/x.mp4", False), ("rtsp://h/live", True)])
-def test_a_video_on_a_server_that_was_stopped_is_not_done_and_a_stream_is(
+def test_a_stopped_video_on_a_server_is_unfinished_and_a_stopped_stream_is_finished(
     name: str, is_done: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def stop(*arguments, jsonl, **_):
@@ -589,7 +606,7 @@ def test_a_video_on_a_server_that_was_stopped_is_not_done_and_a_stream_is(
     assert lines[0].endswith(".unfinished.jsonl") is not is_done
 
 
-def test_a_video_of_which_the_connection_was_lost_is_no_result(
+def test_a_video_whose_connection_was_lost_is_not_a_result(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     cut = VideoSummary(1, 1.0, 1.0, 0, 0, 0, interrupted=False, is_cut=True)
@@ -628,10 +645,10 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_arguments_end_with_one_line_and_code_2(
+def test_wrong_arguments_give_one_line_and_exit_code_2(
     case: str, model: Path, few: Path, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """And leave a folder in which the right command can begin."""
+    """The output folder can then be used by the right command."""
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     arguments, message = WRONG[case]
@@ -648,7 +665,7 @@ def test_wrong_arguments_end_with_one_line_and_code_2(
 def test_a_window_shows_each_image_until_q_is_pressed(
     model: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """With a stand-in for OpenCV: there is no display here."""
+    """OpenCV is replaced, because there is no display here."""
     shown = []
     keys = iter([-1, -1, ord("q")])
     stand_in = types.ModuleType("cv2")

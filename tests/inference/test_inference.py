@@ -1,4 +1,4 @@
-"""Images to instances at once, and the fast copies of a model."""
+"""`predict`, and models compiled for inference."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def processor_of(model, **settings):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_prediction_is_the_model_and_the_post_processing(images, batch_size):
+def test_predict_returns_what_model_and_post_processing_return(images, batch_size):
     model = confident_model()
     processor = processor_of(model)
     found = predict(model, processor, images, threshold=0.3, top_k=9, batch_size=batch_size)
@@ -74,7 +74,7 @@ def test_padded_images_have_the_same_masks(images):
         assert (instances.dense_masks() != result["segmentation"].numpy()).mean() < 1e-3
 
 
-def test_a_detection_model_has_boxes_only(images):
+def test_instances_of_a_detection_model_have_boxes_only(images):
     model = confident_model(DETECTION)
     instances = predict(model, processor_of(model), images[0], threshold=0.0)[0]
     assert len(instances) == 6
@@ -157,7 +157,7 @@ def test_only_masks_of_detections_are_materialized(images):
     assert max(len(instances) for instances in found) < 40
 
 
-def test_images_of_every_kind_are_read_and_a_broken_one_is_named(images, tmp_path):
+def test_all_forms_of_images_are_read_and_the_error_for_an_unreadable_one_has_its_index(images, tmp_path):
     model = confident_model()
     processor = processor_of(model)
     images[0].save(tmp_path / "image.png")
@@ -177,7 +177,7 @@ def test_images_of_every_kind_are_read_and_a_broken_one_is_named(images, tmp_pat
         predict(model, processor, kinds, batch_size=0)
 
 
-def test_a_model_in_training_is_in_training_again_afterwards(images):
+def test_predict_restores_training_mode(images):
     model = confident_model()
     expected = predict(model, processor_of(model), images[0], threshold=0.1)[0]
     model.train()
@@ -186,7 +186,7 @@ def test_a_model_in_training_is_in_training_again_afterwards(images):
     assert model.training
 
 
-def test_crops_show_what_the_mask_covers_and_nothing_else(images):
+def test_crops_show_the_pixels_of_the_mask_and_nothing_else(images):
     model = confident_model()
     instances = predict(model, processor_of(model), images[0], threshold=0.2)[0]
     for crop, mask in zip(instances.crops(images[0]), instances.dense_masks(), strict=True):
@@ -199,7 +199,7 @@ def test_crops_show_what_the_mask_covers_and_nothing_else(images):
         instances.crops(Image.new("RGB", (48, 48)))
 
 
-def test_polygons_go_around_the_masks(images):
+def test_polygons_follow_the_outlines_of_the_masks(images):
     pytest.importorskip("supervision")
     from pycocotools import mask as coco_mask
 

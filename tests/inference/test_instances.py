@@ -1,4 +1,4 @@
-"""What was found in an image, in all its forms, against supervision, pycocotools and hand-made masks."""
+"""Instances and their conversions, compared with supervision, pycocotools and masks made by hand."""
 
 import json
 
@@ -46,13 +46,13 @@ def equal(one: Instances, other: Instances) -> bool:
 
 @pytest.mark.parametrize("masks", [True, False])
 @pytest.mark.parametrize("tracked", [True, False])
-def test_json_gives_back_the_same(tracked: bool, masks: bool):
+def test_instances_survive_a_round_trip_through_json(tracked: bool, masks: bool):
     instances = found(tracked, masks)
     assert equal(Instances.from_dict(json.loads(json.dumps(instances.to_dict()))), instances)
 
 
 @pytest.mark.parametrize("chosen", [[2, 0], np.array([True, False, True]), np.array([1]), [0, 1, 2]])
-def test_a_selection_keeps_everything_in_step(chosen):
+def test_select_applies_to_all_fields(chosen):
     instances = found(tracked=True)
     some = instances.select(chosen)
     numbers = np.arange(3)[np.asarray(chosen)]
@@ -64,7 +64,7 @@ def test_a_selection_keeps_everything_in_step(chosen):
     assert some.category_ids.tolist() == instances.category_ids[numbers].tolist()
 
 
-def test_no_instances_go_through_every_form():
+def test_all_conversions_accept_zero_instances():
     none = found(tracked=True).select([])
     assert len(none) == 0
     assert none.dense_masks().shape == (0, *SIZE)
@@ -73,7 +73,7 @@ def test_no_instances_go_through_every_form():
     assert len(none.to_supervision()) == 0
 
 
-def test_supervision_draws_the_detections_with_its_own_annotator():
+def test_supervision_can_draw_its_detections():
     supervision = pytest.importorskip("supervision")
     detections = found(tracked=True).to_supervision()
     assert detections["class_name"].tolist() == ["dog", "cat", "dog"]
@@ -129,7 +129,7 @@ def test_an_image_of_another_size_is_refused(method: str):
         getattr(found(), method)(Image.new("RGB", (60, 80)))
 
 
-def test_colours_follow_classes_instances_or_tracks():
+def test_colors_are_chosen_by_class_instance_or_track():
     image = Image.new("RGB", SIZE[::-1], (90, 90, 90))
 
     def outline(drawn: Image.Image) -> tuple[tuple[int, ...], ...]:
@@ -179,7 +179,7 @@ def test_ground_truth_is_drawn_from_polygons_and_from_boxes():
     assert draw_annotations(image, [], {}).tobytes() == image.tobytes()
 
 
-def test_images_stand_in_rows_under_the_titles_of_their_columns():
+def test_a_grid_has_rows_of_images_under_the_titles_of_its_columns():
     red, blue = (Image.new("RGB", (80, 60), colour) for colour in ("red", "blue"))
     grey = Image.new("RGB", (30, 20), (128, 128, 128))
     grid = draw_grid([(red, blue), (grey, grey)], ["truth", "found"])
@@ -193,7 +193,7 @@ def test_images_stand_in_rows_under_the_titles_of_their_columns():
         assert min(grid.crop((left, 0, left + 80, head)).convert("L").getextrema()) < 100  # letters
 
 
-def test_a_column_is_as_wide_as_its_title_and_without_titles_there_is_no_line_of_text():
+def test_a_column_is_as_wide_as_its_title_and_without_titles_there_is_no_header():
     small = Image.new("RGB", (100, 60))
     assert draw_grid([(small,)], ["a title that is wider than the image"]).width > 150
     assert draw_grid([(small, small)]).size == (2 * 100 + 4, 60)

@@ -213,11 +213,12 @@ def _draw_texts(
     font = ImageFont.load_default(max(10, round(min(pen.im.size) / 30)))
     margin = max(1, int(font.size) // 5)
     plates: list[Extent] = []
+    is_crowded = sum(extent is not None for extent in extents) > _MAX_UNCROWDED
     for text, extent, color in zip(texts, extents, colors, strict=True):
         if not text or extent is None:
             continue
         size = round(pen.textlength(text, font)) + 2 * margin, sum(font.getmetrics()) + margin
-        plate = _place_plate(size, extent, plates, pen.im.size, is_crowded=len(texts) > _MAX_UNCROWDED)
+        plate = _place_plate(size, extent, plates, pen.im.size, is_crowded=is_crowded)
         if plate is None:
             continue
         plates.append(plate)
