@@ -36,9 +36,9 @@ app = typer.Typer()
 for command in (train.train, evaluate.evaluate, benchmark.benchmark, info.info):
     app.command()(command)
 
-# One micro-batch an update, and no process for each of the few images.
+# One micro-batch in an optimizer step, and no data loader workers.
 QUICK = ["gradient_accumulation_steps=1", "dataloader_num_workers=0", "multi_scale=false", "disable_tqdm=true"]
-# A checkpoint after each of two updates.
+# A checkpoint after each of two optimizer steps.
 TWO_STEPS = ["max_steps=2", *(f"{kind}_strategy=steps" for kind in ("save", "eval")), "save_steps=1"]
 
 
@@ -100,7 +100,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(data, checkpoint, tmp_path_factory):
-    """A run of two updates, with a checkpoint after each."""
+    """A run of two optimizer steps, with a checkpoint after each."""
     output = tmp_path_factory.mktemp("runs") / "first"
     arguments = ["train", data, "--model", checkpoint, "--output", output, "--batch-size", 2, "--device", "cpu"]
     arguments += ["--lr", "1e-3", "--seed", 3, *settings(*QUICK, *TWO_STEPS)]
@@ -118,7 +118,7 @@ def copied(finished, tmp_path):
 # train
 
 
-def test_training_leaves_a_model_of_the_data_s_classes_and_says_its_numbers(finished, data):
+def test_train_saves_a_model_with_the_classes_of_the_data_and_prints_its_metrics(finished, data):
     assert finished.result.exit_code == 0, finished.result.output
     model, processor = load(str(finished.output / "model"))
     assert model.config.id2label == {0: "building"}
@@ -131,7 +131,7 @@ def test_training_leaves_a_model_of_the_data_s_classes_and_says_its_numbers(fini
     assert 0 < (after - before).abs().max() < 0.1  # of the checkpoint, trained
 
 
-def test_all_that_was_set_lies_beside_every_model(finished, data, checkpoint):
+def test_all_settings_are_stored_beside_every_model(finished, data, checkpoint):
     stored = yaml.safe_load((finished.output / "train.yaml").read_text())
     assert stored.pop("versions").keys() == {"transformers_rfdetr", "transformers", "torch"}
     assert stored == {
@@ -158,13 +158,13 @@ def test_all_that_was_set_lies_beside_every_model(finished, data, checkpoint):
     assert folders >= {"model", "checkpoint-1", "checkpoint-2", "best_total"}
 
 
-def test_the_file_of_a_run_repeats_it_elsewhere(finished, tmp_path):
+def test_the_settings_file_of_a_run_repeats_it_in_another_folder(finished, tmp_path):
     result = run("train", "--config", finished.output / "train.yaml", "--output", tmp_path / "again")
     assert result.exit_code == 0, result.output
     assert_equal(weights(tmp_path / "again" / "model"), weights(finished.output / "model"))
 
 
-def test_a_run_that_was_stopped_goes_on_from_its_last_checkpoint(finished, copied):
+def test_a_stopped_run_resumes_from_its_last_checkpoint(finished, copied):
     output, arguments = copied
     for folder in ("checkpoint-2", "model"):
         shutil.rmtree(output / folder)
@@ -194,14 +194,14 @@ def test_a_run_with_other_settings_is_refused_until_the_old_one_may_be_moved(fin
     assert not torch.equal(*heads)
 
 
-def test_where_it_runs_and_how_it_looks_may_change_when_a_run_goes_on(finished):
+def test_a_run_resumes_with_another_device_output_and_logging(finished):
     stored = yaml.safe_load((finished.output / "train.yaml").read_text())
     free = {"device": "auto", "dataloader_num_workers": 2, "report_to": "none", "versions": {}, "output": "there"}
     found = training_run.find_checkpoint(finished.output, stored | free)
     assert found == str(finished.output / "checkpoint-2")
 
 
-def test_a_folder_with_a_model_of_unknown_origin_is_not_written_into(copied):
+def test_a_folder_with_checkpoints_but_without_settings_is_not_written_to(copied):
     output, arguments = copied
     (output / "train.yaml").unlink()
     assert f"{output} must have a train.yaml beside checkpoint-1" in refusal(*arguments)
@@ -219,7 +219,7 @@ def test_a_dataset_without_masks_is_refused_before_the_output_folder_is_written(
     assert not output.exists() or not list(output.iterdir())
 
 
-def test_a_name_on_the_hub_is_pushed_to_once_in_the_end(tmp_path):
+def test_push_to_hub_uploads_once_at_the_end(tmp_path):
     arguments = training_run._training_arguments({"output": str(tmp_path), "device": "cpu", "push_to_hub": "me/barns"})
     assert (arguments.push_to_hub, arguments.hub_model_id, arguments.hub_strategy) == (True, "me/barns", "end")
     assert arguments.use_cpu
@@ -238,7 +238,7 @@ def read(path, *given):
     return training_run.read_recipe(path, given)
 
 
-def test_options_go_before_the_file_and_defaults_are_left_out(tmp_path, monkeypatch):
+def test_options_override_the_file_and_defaults_are_omitted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
     path = tmp_path / "recipe.yaml"

@@ -73,7 +73,7 @@ def test_with_eval_base_model_both_best_models_and_the_better_of_them_are_kept(t
     assert all(torch.equal(total[name], tensor) for name, tensor in trainer.model.state_dict().items())
 
 
-def test_of_several_eval_datasets_the_first_chooses_the_best_model(tmp_path):
+def test_the_first_of_several_eval_datasets_chooses_the_best_model(tmp_path):
     sets = {"near": drawn(2, 100), "far": drawn(2, 200)}
     trainer = build_trainer(
         tmp_path,

@@ -7,7 +7,7 @@ import torch.distributed
 from torch.utils.data import ConcatDataset, Subset
 from transformers import TrainingArguments
 
-from transformers_rfdetr import RfDetrConfig, RfDetrForObjectDetection
+from transformers_rfdetr import RfDetrConfig, RfDetrForObjectDetection, analyse
 from transformers_rfdetr.data.dataset import InstanceDataset, InstanceDatasets
 from transformers_rfdetr.data.synthetic import draw_dataset
 from transformers_rfdetr.training.optimization import parameter_groups
@@ -201,6 +201,9 @@ def test_subsets_and_concatenations_are_trained_and_evaluated_as_the_images_that
     metrics, same_metrics = (trainer.evaluate() for trainer in trainers)
     assert_same_metrics(metrics, same_metrics, "eval_", "eval_")
     assert_same_metrics(trainers[0].evaluate(Subset(seven, [3, 4, 5])), metrics, "eval_", "eval_")
+    analysis = analyse(trainers[0].model, trainers[0].processing_class, Subset(seven, [3, 4, 5]), progress=False)
+    assert_same_metrics(metrics, analysis.metrics, "eval_")
+    assert sorted(image.name for image in analysis.images) == ["000100.png", "000101.png", "000102.png"]
 
 
 def test_concatenated_datasets_must_have_the_same_classes(tmp_path):

@@ -92,7 +92,11 @@ def draw_dataset(
         images.append(image)
         entries.append({"id": seed, "file_name": f"{seed:06d}.png", "height": size[0], "width": size[1]})
         annotations += [{**item, "id": len(annotations) + i} for i, item in enumerate(objects, start=1)]
-    return images, {"images": entries, "annotations": annotations, "categories": CATEGORIES}
+    return images, {
+        "images": entries,
+        "annotations": annotations,
+        "categories": [dict(category) for category in CATEGORIES],
+    }
 
 
 def save_dataset(folder: str | os.PathLike[str], num_images: int) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from ..data.dataset import as_instance_dataset
 from ..inference.instances import Instances
 from ..model.validation import require
 from .coco_evaluator import InstanceSegmentationEvaluator
@@ -120,6 +121,7 @@ def analyse(
         ValueError: the model does not know a category of the dataset, or `min_score` is outside [0, 1].
     """
     require(0 <= min_score <= 1, "min_score", min_score, "in [0, 1]")
+    dataset = as_instance_dataset(dataset)
     evaluator = evaluate_dataset(
         model, processor, dataset, batch_size=batch_size, score_threshold=score_threshold, progress=progress
     )

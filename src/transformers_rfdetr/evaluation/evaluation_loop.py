@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from ..data.dataset import as_instance_dataset
 from ..model.image_io import decode_image
 from ..model.masks import region_to_rle, upsample_masks
 from ..model.post_processing_rf_detr import read_target_sizes, select_detections, valid_size
@@ -121,6 +122,7 @@ def evaluate_dataset(
 
     The arguments are those of [`evaluate_instance_segmentation`].
     """
+    dataset = as_instance_dataset(dataset)
     evaluator = InstanceSegmentationEvaluator(dataset.coco())
     category_ids = label_to_category_id(model.config, dataset)
     was_training, original_device = model.training, model.device
@@ -158,7 +160,8 @@ def evaluate_instance_segmentation(
         model: A model for instance segmentation, or for object detection, which has bbox metrics only. It is put into
             evaluation mode and on `device`; both are restored.
         processor: Its image processor.
-        dataset: An `InstanceDataset`: samples with `image` and `image_id`, and `coco()`, `id2label`, `category_ids`.
+        dataset: An `InstanceDataset`, a `Subset` or `ConcatDataset` of them, or a dataset of samples with `image` and
+            `image_id` that has `coco()`, `id2label` and `category_ids`.
         batch_size: Images per batch.
         score_threshold: Score that a detection must exceed; by default all count, as in COCO.
         device: By default the model's.
