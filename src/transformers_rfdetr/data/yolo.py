@@ -145,7 +145,7 @@ class LabelReader:
             return None
         if self._keypoint_values is not None and len(values) == 4 + self._keypoint_values:
             return "a box and the keypoints that `kpt_shape` declares"
-        if len(values) == 6 and values[5] >= 2 and values[5] == round(values[5]) and _inside(values[:5]):
+        if len(values) == 6 and values[5] >= 2 and values[5] % 1 == 0 and _inside(values[:5]):
             return "a box, a confidence and a track number"
         if len(values) % 3 == 1 and (values[6::3] == 2).any() and _possible_task(values):
             return "a box and keypoints with visibilities"

@@ -168,7 +168,7 @@ def _read_description(path: Path, notes: list[str]) -> dict[str, Any]:
 
 def _find_splits(folder: Path) -> dict[str, str]:
     """Return the image folders of a dataset without a description, by split."""
-    found = {}
+    found: dict[str, str] = {}
     for parent in (folder, folder / "images"):
         for path in sorted(parent.iterdir()) if parent.is_dir() else []:
             split = canonical_split_name(path.name.lower())
