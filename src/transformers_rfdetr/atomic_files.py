@@ -1,7 +1,7 @@
-"""Files and folders that are there whole or not at all, whatever stops the process that writes them.
+"""Write files and folders atomically: they are complete or do not exist, even if the process is killed.
 
-What is being written has a hidden name, `.<random>.partial`, beside the one that it takes when all of it is there. A
-process that is killed leaves that hidden file; nothing reads it, and it may be deleted.
+A file is written as `.<random>.partial` in the same folder, and renamed when it is complete. A killed process leaves
+this hidden file, which is never read and may be deleted.
 """
 
 import errno
@@ -15,9 +15,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-# What the system says where it is the disk that stops a write, and not its caller.
+# Errors of a full or broken disk, which the caller cannot avoid.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
-_REMEDY = "free some space, or give another place"
+_REMEDY = "Free some space, or pass another path."
 
 
 class DiskError(OSError):
@@ -26,15 +26,15 @@ class DiskError(OSError):
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str], remedy: str = _REMEDY) -> Iterator[Path]:
-    """A path to write to; the file there takes the place of `path` when the block ends, or goes when it fails.
+    """Yield a path to write to. Its file replaces `path` when the block ends, and is deleted if the block fails.
 
     Args:
-        path: In a folder that exists. Of a link what it points to is replaced. Pipes and devices are written as they
-            are, and so is a file in a folder that nothing may be added to.
-        remedy: What an error about the disk says at its end.
+        path: A file in an existing folder. The target of a link is replaced. Pipes, devices and files in folders
+            without write permission are written directly.
+        remedy: The end of the message of a DiskError.
 
     Raises:
-        DiskError: `path` is what it was.
+        DiskError: The disk is full or broken; `path` is unchanged.
     """
     path, given = Path(path).resolve(), Path(path).absolute()
     check_writable(path)
@@ -51,7 +51,7 @@ def atomic_file(path: str | os.PathLike[str], remedy: str = _REMEDY) -> Iterator
                 shutil.copymode(path, partial)
             try:
                 os.replace(partial, path)
-            except OSError as error:  # a file that is mounted, as into a container
+            except OSError as error:  # a mounted file, as in a container, cannot be replaced
                 if error.errno != errno.EBUSY:
                     raise
                 shutil.copyfile(partial, path)
@@ -60,49 +60,48 @@ def atomic_file(path: str | os.PathLike[str], remedy: str = _REMEDY) -> Iterator
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise OSError where [`atomic_file`] could not write: before long work, and with the name that was given."""
+    """Raise OSError if [`atomic_file`] could not write, for a check before long work."""
     path = Path(path)
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give the name of a file")
+        raise IsADirectoryError(f"{path} is a folder. Pass the path of a file.")
     above = path if path.exists() else path.absolute().parent
-    while not above.exists():  # it will be made
+    while not above.exists():  # it will be created
         above = above.parent
     if above != path and not above.is_dir():
-        raise NotADirectoryError(f"{path} cannot be written, because {above} is a file; give another place")
+        raise NotADirectoryError(f"{path} cannot be written, because {above} is a file. Pass another path.")
     if not os.access(above, os.W_OK):
-        what = "it" if above == path else above
-        raise PermissionError(f"{path} cannot be written, because {what} may not be changed; give another place")
+        raise PermissionError(f"{path} cannot be written: no write permission for {above}. Pass another path.")
 
 
 def make_directory(path: str | os.PathLike[str]) -> None:
-    """Make a folder, and those above it, unless it is there; raise OSError with the name that was given."""
+    """Create a folder and its parents if they do not exist; raise OSError with the path that was given."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise FileExistsError(f"{path} is a file, or lies in one; give a folder") from error
+        raise FileExistsError(f"{path} must be a folder, but it or one of its parents is a file") from error
     except PermissionError as error:
-        raise PermissionError(f"{path} cannot be made: {error.strerror}; give another place") from error
+        raise PermissionError(f"{path} cannot be created: {error.strerror}. Pass another path.") from error
 
 
 def write_text(path: str | os.PathLike[str], text: str, errors: str = "strict") -> None:
-    """Write a text file in UTF-8, by [`atomic_file`]."""
+    """Write a text file in UTF-8 with [`atomic_file`]."""
     with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8", errors=errors)
 
 
 @contextmanager
 def atomic_directory(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to fill; it takes the name `folder` when the block ends, or goes when it fails.
+    """Yield a folder to fill. It is renamed to `folder` when the block ends, and deleted if the block fails.
 
     Args:
-        folder: One that does not exist, or an empty one. Folders above it are made.
+        folder: A folder that does not exist or is empty. Its parents are created.
 
     Raises:
-        DiskError: nothing is left.
+        DiskError: The disk is full or broken; no partial folder remains.
     """
     folder = Path(folder).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # What is mounted cannot be renamed over, and a folder may be all that one is allowed to write to.
+    # A mounted folder cannot be replaced, and its parent may not be writable.
     is_fixed = folder.exists() and (folder.is_mount() or not os.access(folder.parent, os.W_OK))
     partial = _partial(folder / "inside" if is_fixed else folder)
     try:
@@ -122,42 +121,42 @@ def atomic_directory(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def translate_disk_errors(path: Path, remedy: str = _REMEDY) -> Iterator[None]:
-    """Raise a DiskError with file and remedy for what a full or broken disk raises inside, by whatever library."""
+    """Convert errors of a full or broken disk, raised by any library, to a DiskError with the path and the remedy."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = disk_error(error)
         if reason is None:
             raise
-        told = DiskError(f"{path} cannot be written: {reason}; {remedy}")
-        told.errno = _errno(error)
-        raise told from error
+        disk_failure = DiskError(f"{path} cannot be written: {reason}. {remedy}")
+        disk_failure.errno = _errno(error)
+        raise disk_failure from error
 
 
 def disk_error(error: BaseException) -> str | None:
-    """What a full or broken disk has to do with an error of a write, or None if it is of another kind, or was told."""
+    """Return the OS message if a full or broken disk caused the error, else None; None for a DiskError too."""
     if isinstance(error, OSError | SafetensorError):
         number = _errno(error)
         return os.strerror(number) if number in _DISK_ERRORS and not isinstance(error, DiskError) else None
-    # torch.save has no error of its own, and does not say what the system said.
-    is_of_torch = any(words in str(error) for words in ("inline_container", "PytorchStreamWriter", "iostream error"))
-    return "the disk took a part only" if is_of_torch else None
+    # torch.save raises a RuntimeError without the OS message.
+    is_from_torch = any(words in str(error) for words in ("inline_container", "PytorchStreamWriter", "iostream error"))
+    return "the disk took only a part" if is_from_torch else None
 
 
 def _errno(error: BaseException) -> int | None:
-    """The system's number of an error, which safetensors and shutil.copytree have in their texts only."""
+    """Return the OS error number, which safetensors and shutil.copytree give only in their messages."""
     number = getattr(error, "errno", None)
     found = re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", str(error)) if number is None else None
     return int(found[1] or found[2]) if found else number
 
 
 def escape_unprintable(text: str) -> str:
-    """Text without what moves the cursor or cannot be written: the name of a file or class may hold anything."""
+    """Escape control characters, which names of files and classes from untrusted sources may contain."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def is_partial(path: Path) -> bool:
-    """Whether a file or folder is what a process that was killed had begun."""
+    """Return whether a path is the partial file or folder of a killed process."""
     return path.name.startswith(".") and path.name.endswith(".partial")
 
 

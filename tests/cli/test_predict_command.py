@@ -332,7 +332,9 @@ def test_a_full_disk_is_reported_with_the_file_and_the_same_command_resumes(
     part.symlink_to("/dev/full")
     done = run(model, few, "-o", tmp_path / "out", "--batch-size", "1")
     assert done.exit_code == 2, done.output
-    assert f"{part} cannot be written: No space left on device; free some space, and the same command" in done.output
+    assert (
+        f"{part} cannot be written: No space left on device. Free some space, and run the same command" in done.output
+    )
     part.unlink()
     assert run(model, few, "-o", tmp_path / "out", "--batch-size", "1").exit_code == 0
     assert (tmp_path / "out" / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()

@@ -38,7 +38,7 @@ from .tiling import predict_tiled
 
 _NUM_READERS = 4  # threads; Pillow releases Python's lock while it decodes
 _MAX_CLASS_NAME = 40  # characters of a class name in a file name
-_REMEDY = "free some space, and the same command resumes"
+_REMEDY = "Free some space, and run the same command again to resume."
 
 
 class UnreadableImageError(ValueError):

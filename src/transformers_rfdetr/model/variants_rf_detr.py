@@ -1,4 +1,4 @@
-"""The published variants: one row each, their names, and the classes of their heads."""
+"""The published variants: their architectures, names and classes."""
 
 import re
 from collections.abc import Mapping
@@ -7,17 +7,17 @@ from typing import NamedTuple
 
 
 class Variant(NamedTuple):
-    """One published model: what differs between the rows of the family. All sizes are in pixels."""
+    """The settings of one published model that differ between the variants. Sizes are in pixels."""
 
     patch_size: int
     num_windows: int
     decoder_layers: int
     resolution: int
-    position_grid: int  # side of the stored position table, in patches
+    position_grid: int  # side of the stored position table in patches
     num_queries: int
     out_indices: tuple[int, ...] = (3, 6, 9, 12)
-    hidden_size: int = 384  # of the backbone, whose heads are 64 wide
-    decoder: MappingProxyType = MappingProxyType({})  # fields that differ from the defaults of RfDetrConfig
+    hidden_size: int = 384  # of the backbone, 64 for each attention head
+    decoder: MappingProxyType = MappingProxyType({})  # other fields of RfDetrConfig
 
 
 _LARGE_DEPRECATED = MappingProxyType(
@@ -48,12 +48,12 @@ VARIANTS = {
 
 
 def normalize_name(name: str) -> str:
-    """A name's letters and digits, which are the same in all its usual spellings."""
+    """Return the letters and digits of a name in lower case, equal for all its usual spellings."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-# Every usual spelling differs from the name above in case and punctuation only (RFDETRSegMedium, rfdetr-seg-medium),
-# or is one of these.
+# A usual spelling differs from the name in case and punctuation only (RFDETRSegMedium, rfdetr-seg-medium), or is one of
+# these.
 ALIASES = {normalize_name(name): name for name in VARIANTS} | {
     "rfdetrlarge2026": "rf-detr-large",
     "rfdetrsegn": "rf-detr-seg-nano",
@@ -95,10 +95,10 @@ COCO_NAMES = {
     85: "clock", 86: "vase", 87: "scissors", 88: "teddy bear", 89: "hair drier", 90: "toothbrush",
 }
 # fmt: on
-# The published heads have one slot per COCO category id, 0 to 90; eleven of the ids name nothing.
-COCO_ID2LABEL = {slot: COCO_NAMES.get(slot, f"unused {slot}") for slot in range(91)}
-# Rows of the class heads that rfdetr's fine-tuned checkpoints have besides their classes: one after them, or, before
-# 1.6, one in front of them for Roboflow's category 0. No object was ever of these, so they are not reported.
+# The published heads have one row for each COCO category id, 0 to 90; eleven of the ids are not used.
+COCO_ID2LABEL = {label: COCO_NAMES.get(label, f"unused {label}") for label in range(91)}
+# Checkpoints that rfdetr fine-tuned have one more row in their class heads: after the classes, or, before rfdetr 1.6,
+# in front of them for Roboflow's category 0. No object was trained with these labels, so they are not predicted.
 BACKGROUND, PARENT = "__background__", "__parent__"
 
 
