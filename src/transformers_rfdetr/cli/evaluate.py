@@ -23,45 +23,53 @@ _KINDS = {"segm": "mask", "bbox": "box"}
 _CLASS_METRICS = {"segm_AP": "mask AP", "segm_AP50": "mask AP50", "iou": "mask IoU", "bbox_AP": "box AP"}
 
 
+DataArgument = Annotated[
+    str, typer.Argument(help="A folder, a COCO JSON file, a data.yaml of YOLO, or a dataset on the Hub.")
+]
+SplitOption = Annotated[str, typer.Option(help="Split of the dataset. A single JSON file has only the split train.")]
+OutputOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write all metrics to this file as JSON. Default: print only.")
+]
+PredictionsOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Write the detections to this file, as JSON for COCO.loadRes of pycocotools: with masks, or with boxes"
+        " for a detection model.",
+    ),
+]
+PerClassOption = Annotated[
+    bool, typer.Option("--per-class", help="Also print the metrics of each class. Default: off.")
+]
+ThresholdOption = Annotated[
+    float | None, typer.Option(help="Score that a detection must exceed to count. Default: all count, as in COCO.")
+]
+ReportOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="Write a report with curves, errors and images to this folder, as HTML. Default: none."
+    ),
+]
+MinScoreOption = Annotated[
+    float, typer.Option(min=0, max=1, help="Score that a detection must exceed to be shown in the report.")
+]
+
+
 @one_line_errors
 def evaluate(
     model: ModelArgument,
-    data: Annotated[
-        str, typer.Argument(help="A folder, a COCO JSON file, a data.yaml of YOLO, or a dataset on the Hub.")
-    ],
-    split: Annotated[
-        str, typer.Option(help="Split of the dataset. A single JSON file has only the split train.")
-    ] = "validation",
-    output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write all metrics to this file as JSON. Default: print only.")
-    ] = None,
-    predictions: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Write the detections to this file, as JSON for COCO.loadRes of pycocotools: with masks, or with boxes"
-            " for a detection model.",
-        ),
-    ] = None,
-    per_class: Annotated[
-        bool, typer.Option("--per-class", help="Also print the metrics of each class. Default: off.")
-    ] = False,
+    data: DataArgument,
+    split: SplitOption = "validation",
+    output: OutputOption = None,
+    predictions: PredictionsOption = None,
+    per_class: PerClassOption = False,
     batch_size: BatchSizeOption = 8,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.FLOAT32,
-    threshold: Annotated[
-        float | None, typer.Option(help="Score that a detection must exceed to count. Default: all count, as in COCO.")
-    ] = None,
+    threshold: ThresholdOption = None,
     image_folder: ImageFolderOption = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Write a report with curves, errors and images to this folder, as HTML. Default: none."
-        ),
-    ] = None,
-    min_score: Annotated[
-        float, typer.Option(min=0, max=1, help="Score that a detection must exceed to be shown in the report.")
-    ] = 0.5,
+    report: ReportOption = None,
+    min_score: MinScoreOption = 0.5,
 ) -> None:
     """Evaluate a model as COCO does: AP and AR of masks and boxes, and mean IoU."""
     import torch
@@ -94,11 +102,7 @@ def evaluate(
     typer.echo(format_numbers(metrics))
     if per_class:
         typer.echo(format_classes(metrics["per_class"]))
-    highest_score = evaluator.highest_score
-    if highest_score is None:
-        typer.echo("the model detects nothing in these images")
-    elif highest_score <= min_score:
-        typer.echo(f"no detection has a score above {min_score}; the highest score is {highest_score:.3f}")
+    _note_low_scores(evaluator.highest_score, min_score)
     if output is not None:
         facts = {"model": model, "data": data, "split": split, "num_images": len(dataset), "threshold": threshold}
         write_text(output, json.dumps(facts | metrics, indent=1))
@@ -109,6 +113,14 @@ def evaluate(
         title = f"{model} on {split} of {data}"
         page = save_report(report, analysis, dataset, training=_find_training_run(model), title=title)
         typer.echo(f"the report is {page}")
+
+
+def _note_low_scores(highest_score: float | None, min_score: float) -> None:
+    """Print why the report shows no detection, if no score exceeds `min_score`."""
+    if highest_score is None:
+        typer.echo("the model detects nothing in these images")
+    elif highest_score <= min_score:
+        typer.echo(f"no detection has a score above {min_score}; the highest score is {highest_score:.3f}")
 
 
 def _find_training_run(model: str) -> Path | None:

@@ -6,8 +6,8 @@ import re
 import shutil
 import types
 import typing
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -246,14 +246,8 @@ def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
     if is_first:
         _prepare_folder(output, recipe, resume)
         typer.echo(f"Resuming from {checkpoint}" if checkpoint else f"Starting a new run in {output}")
-    try:
+    with _explain_out_of_memory(arguments):
         trainer.train(resume_from_checkpoint=checkpoint)
-    except torch.cuda.OutOfMemoryError as error:
-        size, steps = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
-        raise ValueError(
-            f"--batch-size {size} needs more memory than the device has. Lower it, and raise"
-            f" gradient_accumulation_steps ({steps}) in proportion; or lower --resolution. {error}"
-        ) from error
     saved = output / _MODEL_NAME
     trainer.write_model(str(saved))
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
@@ -264,6 +258,19 @@ def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
         typer.echo(f"The model is in {saved}")
     if "push_to_hub" in recipe:
         trainer.push_to_hub(private=recipe.get("private"))
+
+
+@contextmanager
+def _explain_out_of_memory(arguments: Any) -> Iterator[None]:
+    """Raise a ValueError that names the settings to change, for memory of a GPU that ran out."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        size, steps = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+        raise ValueError(
+            f"--batch-size {size} needs more memory than the device has. Lower it, and raise"
+            f" gradient_accumulation_steps ({steps}) in proportion; or lower --resolution. {error}"
+        ) from error
 
 
 def _training_arguments(recipe: Mapping[str, Any]) -> Any:

@@ -78,10 +78,9 @@ def rf_detr_loss(
             loss_dict |= {name + suffix: loss.detach() for name, loss in losses.items()}
         with torch.no_grad():
             loss_dict |= _matching_errors(float_stages[""], targets, pairs[""])
-            num_broken = sum(_count_non_finite(stage) for stage in stages.values())
-            loss_dict["non_finite_predictions"] = num_broken
+            loss_dict["non_finite_predictions"] = sum(_count_non_finite(stage) for stage in stages.values())
     # A broken prediction that is not matched is in no loss, but the trainer must see it: it looks at the sum.
-    return total.masked_fill(num_broken > 0, float("nan")), loss_dict
+    return total.masked_fill(loss_dict["non_finite_predictions"] > 0, float("nan")), loss_dict
 
 
 def count_boxes(targets: Sequence[Mapping], num_groups: int, device: torch.device, across_ranks: bool) -> Tensor:
