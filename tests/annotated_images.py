@@ -1,4 +1,4 @@
-"""Three annotated images in the formats that are read, for the tests of data/."""
+"""Provide three annotated images in all formats that are read, for the tests of data/."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def make_images() -> list[PIL.Image.Image]:
 
 
 def make_annotations() -> list[list[dict]]:
-    """The annotations of each image."""
+    """Return the annotations of each image."""
     return [
         [{**item, "segmentation": shape} for item, shape in zip(*pair, strict=True)]
         for pair in zip(OBJECTS, SHAPES, strict=True)
@@ -47,7 +47,7 @@ def make_annotations() -> list[list[dict]]:
 
 
 def make_coco(**changes) -> dict:
-    """The data as COCO's JSON."""
+    """Return the data as a COCO JSON."""
     images = [
         {"id": 100 + i, "file_name": f"{i}.png", "height": height, "width": width}
         for i, (height, width) in enumerate(SIZES)
@@ -79,7 +79,7 @@ def drawn_dataset(num_images: int = 8) -> InstanceDataset:
 
 
 def check_samples(dataset: InstanceDataset) -> None:
-    """The dataset holds images and objects as they stand above, with labels for categories."""
+    """Check that a dataset contains the images and objects above, with labels instead of category ids."""
     assert len(dataset) == 3
     label_of = {3: 0, 7: 1}
     for index, expected in enumerate(make_annotations()):
@@ -101,7 +101,7 @@ def columns(items: list[dict]) -> dict[str, list]:
 
 
 def rows(category=lambda number: number, as_columns: bool = False, **more) -> list[dict]:
-    """The data as rows; `category` turns a category id into what the rows hold."""
+    """Return the data as rows; `category` maps a category id to the value in the rows."""
     result = []
     for index, items in enumerate(make_annotations()):
         named = [{**item, "category": category(item.pop("category_id"))} for item in items]
@@ -130,7 +130,7 @@ ID_TO_NAME = {3: "roof", 7: "tree"}
 
 
 def equal(first, second) -> bool:
-    """Whether two samples or batches hold the same tensors."""
+    """Return whether two samples or batches contain equal tensors."""
     if isinstance(first, dict):
         return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
     if isinstance(first, list):

@@ -1,4 +1,4 @@
-"""Small COCO files without defects, for tests to add defects to, and summaries of reports."""
+"""Provide small COCO files without defects, to which tests add defects, and summaries of reports."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Ground truth, detections and models for the tests of evaluation, and pycocotools' metrics as their oracle."""
+"""Provide ground truth, detections and models for the tests of evaluation, with pycocotools as the oracle."""
 
 import copy
 import io
@@ -30,12 +30,12 @@ def read(name):
 
 
 def coco_updates(kind):
-    """The arguments of `update` for each image of the sample."""
+    """Return the arguments of `update` for each image of the sample."""
     return updates_of(read(f"instances_val2014_fake{kind}100_results.json"))
 
 
 def updates_of(results):
-    """The arguments of `update` for each image: masks, or boxes for results without masks."""
+    """Return the arguments of `update` for each image: masks, or boxes for results without masks."""
     grouped = {}
     for result in results:
         grouped.setdefault(result["image_id"], []).append(result)
@@ -71,7 +71,7 @@ def rectangle(rows, columns, size=(100, 100)):
 
 
 def ground_truth(*annotations, images=((1, 100, 100),), categories=(1,)):
-    """Each annotation: a mask (H, W), its category, and what else it has."""
+    """Return annotations, each given by a mask (H, W), its category and further fields."""
     return {
         "images": [{"id": i, "height": h, "width": w} for i, h, w in images],
         "annotations": [
@@ -83,7 +83,7 @@ def ground_truth(*annotations, images=((1, 100, 100),), categories=(1,)):
 
 
 def random_case(seed):
-    """Ground truth and COCO results of 8 images: ties, crowds, empty masks, more than 100 a class."""
+    """Return ground truth and COCO results of 8 images: ties, crowds, empty masks, more than 100 per class."""
     rng = np.random.default_rng(seed)
     height, width = (int(side) for side in rng.integers(20, 140, 2))
 
@@ -140,7 +140,7 @@ SCENE = (40, 40)  # size of the images
 
 
 class ScriptedModel(torch.nn.Module):
-    """A model that finds the given (label, score, mask) in each image, one image after the other."""
+    """A model that returns the given (label, score, mask) for each image, in the order of the images."""
 
     def __init__(self, found, names, masks=True):
         super().__init__()
@@ -191,7 +191,7 @@ IMAGES = {
 
 
 def scene(names=("house", "pool"), files=tuple(IMAGES)):
-    """The images above as a dataset, with category ids 3 and 7."""
+    """Return the images above as a dataset, with category ids 3 and 7."""
     images, annotations = [], []
     for index, (objects, _) in enumerate(IMAGES.values()):
         images.append({"id": index, "file_name": files[index], "height": SCENE[0], "width": SCENE[1]})
@@ -206,7 +206,7 @@ def scene(names=("house", "pool"), files=tuple(IMAGES)):
 
 
 def scene_model(names=("house", "pool"), **settings):
-    """The model that finds what the scene says."""
+    """Return the model with the detections of the scene."""
     return ScriptedModel([found for _, found in IMAGES.values()], names, **settings)
 
 

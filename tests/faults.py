@@ -30,7 +30,7 @@ _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os
 
 
 class Ended(NamedTuple):
-    """How a fork ended: by a signal, with an error, or without; and how much it changed the disk."""
+    """How a fork ended (by a signal, with an error, or normally), and how much it changed the disk."""
 
     signal: int
     error: Exception | None

@@ -1,4 +1,4 @@
-"""A Hub on loopback, in memory: repositories, revisions, LFS, tokens, and faults on request.
+"""Run a Hub on loopback, in memory, with repositories, revisions, LFS, tokens, and faults on request.
 
 It answers the requests of `huggingface_hub` for models. Tests control it by two more: `POST /_faults` with a list of
 faults replaces the earlier ones, and `GET /_log` returns the requests since then.
@@ -38,7 +38,7 @@ class File(NamedTuple):
 
 @dataclass
 class Repository:
-    """Commits by hash, and names of some of them such as `main`."""
+    """Commits by hash, and the names of some, such as `main`."""
 
     private: bool
     commits: dict[str, dict[str, File]] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Refusal(Exception):
 
 
 class Cut(Exception):
-    """The connection ends here."""
+    """Raised to close the connection."""
 
 
 class HubServer(ThreadingHTTPServer):
@@ -125,7 +125,7 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = handle_request
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing on stderr."""
+        """Print nothing on stderr."""
 
     # Requests and answers
 
@@ -371,5 +371,5 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def code_blocks(card: str) -> list[str]:
-    """The Python blocks of a model card."""
+    """Return the Python blocks of a model card."""
     return [part.partition("```")[0] for part in card.split("```python\n")[1:]]

@@ -1,4 +1,4 @@
-"""Checkpoint files of rfdetr that the conversion tests make: small models in the forms that circulate."""
+"""Build checkpoint files of rfdetr for the conversion tests: small models in all forms that exist."""
 
 import argparse
 
@@ -22,7 +22,7 @@ def model_of(variant="rf-detr-seg-nano", **overrides):
 
 
 def arguments_of(model, **changed):
-    """The arguments that rfdetr stores of such a model."""
+    """Return the arguments that rfdetr stores for the model."""
     config = model.config
     backbone = config.backbone_config
     return {
@@ -81,7 +81,7 @@ def assert_equal(stored, expected):
 
 
 def nested(levels, kind=list):
-    """A list of two references to a list of two references to ...: some bytes in a file, 2^levels texts when shown."""
+    """Return a list of two references to a list of two references, and so on, with 2^levels texts in total."""
     value = kind(["x"])
     for _ in range(levels):
         value = kind([value, value])

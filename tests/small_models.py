@@ -1,4 +1,4 @@
-"""What the tests share: small models, inputs and targets for them, and the photographs beside the repository."""
+"""Provide small models, their inputs and targets, and the datasets beside the repository, for all tests."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def small_config(**overrides: Any) -> RfDetrConfig:
-    """Two decoder layers, 48 px, patch 12 in 2 x 2 windows; a few thousand parameters."""
+    """Return a configuration of a few thousand parameters: 2 decoder layers, 48 px, patches of 12 in 2 x 2 windows."""
     backbone = {
         "hidden_size": 32,
         "num_hidden_layers": 4,
@@ -49,7 +49,7 @@ STAND_IN_DECODER = {
 
 
 def stand_in_config(variant: str, grid: int | None = None, **overrides: Any) -> RfDetrConfig:
-    """A small configuration with the branches of `variant`, its position table of `grid` x `grid` patches."""
+    """Return a small configuration with the branches of `variant` and a position table of `grid` x `grid` patches."""
     row = VARIANTS[variant]
     grid = grid or 2 * row.num_windows
     backbone = {"image_size": grid * row.patch_size, **STAND_IN_BACKBONE, **overrides.pop("backbone_config", {})}
@@ -61,7 +61,7 @@ def stand_in_config(variant: str, grid: int | None = None, **overrides: Any) -> 
 
 
 def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Move every parameter from its initial value, so that nothing hides behind a zero."""
+    """Move every parameter from its initial value, so that zeros do not hide errors."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -75,7 +75,7 @@ def small_model(kind: type = RfDetrForInstanceSegmentation, **overrides: Any) ->
 
 
 def targets(*counts: int, num_labels: int = 4, size: tuple[int, int] = (48, 48), seed: int = 0) -> list[dict]:
-    """Labels with rectangular objects, `counts` of them in each image."""
+    """Return labels with `counts` rectangular objects in each image."""
     generator = torch.Generator().manual_seed(seed)
     rows, columns = (torch.arange(side) / side for side in size)
     labels = []
@@ -100,14 +100,14 @@ def pixels(batch: int = 2, height: int = 48, width: int = 48, seed: int = 1) -> 
 
 
 def shared_folder(name: str) -> Path:
-    """A dataset beside the repository; the test is skipped where there is none."""
+    """Return the folder of a dataset beside the repository; skip the test if there is none."""
     if not (SHARED / name).is_dir():
         pytest.skip(f"needs {SHARED / name}, which does not come with the repository")
     return SHARED / name
 
 
 def _fields(config: Any) -> dict[str, Any]:
-    """The fields of a configuration that describe the model."""
+    """Return the fields of a configuration that describe the model."""
     stored = config.to_dict() if hasattr(config, "to_dict") else config
     ignored = {"_name_or_path", "transformers_version", "architectures", "dtype", "auto_map", "use_cache"}
     return {
@@ -116,7 +116,7 @@ def _fields(config: Any) -> dict[str, Any]:
 
 
 def assert_same_model(model: torch.nn.Module, expected: torch.nn.Module) -> None:
-    """Class, weights and configuration are equal."""
+    """Check that class, weights and configuration are equal."""
     assert type(model) is type(expected)
     weights, expected_weights = model.state_dict(), expected.state_dict()
     assert weights.keys() == expected_weights.keys()

@@ -1,4 +1,4 @@
-"""Local servers of live streams, for the tests of video: MJPEG over HTTP, MPEG-4 over RTSP, and files.
+"""Run local servers of live streams for the tests of video: MJPEG over HTTP, MPEG-4 over RTSP, and files.
 
 Each connection of a live server sends the images of the next entry of `connections` and is then closed. After the last
 entry, or if an entry is None, the server accepts the connection and sends nothing.

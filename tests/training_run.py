@@ -1,4 +1,4 @@
-"""One small fine-tuning run on drawn images, the same in this process, in a process that dies, and on two."""
+"""Run one small fine-tuning on drawn images: in this process, in a process that is killed, or on two processes."""
 
 import copy
 import functools
@@ -61,7 +61,7 @@ def drawn(num_images: int, first_seed: int = 0) -> InstanceDataset:
 
 
 def build_trainer(folder: Path | str, trainer: dict[str, Any] | None = None, **settings: Any) -> RfDetrTrainer:
-    """A fresh model of 48 px, 10 images to train on and 7 to evaluate."""
+    """Return a trainer with a new model of 48 px, 10 training images and 7 validation images."""
     torch.manual_seed(0)
     model = RfDetrForInstanceSegmentation(small_config(num_labels=1))
     with torch.no_grad():
@@ -83,7 +83,7 @@ def assert_same_metrics(metrics: dict[str, Any], others: dict[str, Any], prefix:
 
 
 class Die(TrainerCallback):
-    """Kills the process at a step as `kill -9` does."""
+    """Kill the process at a step, like `kill -9`."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -100,18 +100,18 @@ def note_free_port(folder: Path) -> None:
 
 
 def run_rank(rank: int, folder: str, job: Callable[[str], Any]) -> None:
-    """One process of two that find each other at the port noted in the folder."""
+    """Run one process of two, which connect through the port stored in the folder."""
     port = Path(folder, "port").read_text()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)  # of the process that this one is a fork of
+    AcceleratorState._reset_state(reset_partial_state=True)  # state of the parent process
     torch.save(job(folder), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def on_two_processes(folder: Path, job: Callable[[str], Any]) -> list[Any]:
-    """What `job(folder)` returns on each of two processes, which find each other as torchrun's do."""
+    """Return the results of `job(folder)` on two processes, which connect like those of torchrun."""
     note_free_port(folder)
     torch.multiprocessing.start_processes(run_rank, (str(folder), job), nprocs=2, start_method="fork")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]

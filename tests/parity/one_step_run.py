@@ -1,12 +1,12 @@
-"""What rfdetr's own training leaves behind: a tiny fine-tuning run of it, and a listing of its files.
+"""Run a tiny fine-tuning with rfdetr, and list the files that it writes.
 
     python tests/parity/one_step_run.py OUT_FOLDER [--listing]
 
 The model is rfdetr's RFDETRSegNano with random weights at 48 px, the images are drawn, and nothing is downloaded.
-OUT_FOLDER gets 1.2 GB of checkpoints, and the dataset. `--listing` writes `one_step_run_keys.txt` anew.
+OUT_FOLDER receives 1.2 GB of checkpoints and the dataset. `--listing` rewrites `one_step_run_keys.txt`.
 
-The one epoch has the five optimizer steps that rfdetr takes at least. A single one would not do: the first update sets
-the average of the weights to the weights, so that a reader which takes one for the other would go unnoticed.
+The epoch has five optimizer steps, the minimum of rfdetr. A single step would not be sufficient: the first step sets
+the EMA weights to the weights, so that confusing the two would not be noticed.
 """
 
 import json
@@ -36,7 +36,7 @@ SIZES = (
 
 
 def write_dataset(folder: Path) -> None:
-    """Drawn images as Roboflow exports them: category 0 is the classes' parent, which no object belongs to.
+    """Write drawn images as Roboflow exports them: category 0 is the parent of the classes, without objects.
 
     Raises:
         FileExistsError: if the dataset is there already.
@@ -55,7 +55,7 @@ def write_dataset(folder: Path) -> None:
 
 
 def fine_tune(folder: Path | str) -> None:
-    """Train for one epoch on the CPU, in about 10 seconds; `folder` gets what `FILES` names."""
+    """Train for one epoch on the CPU, in about 10 seconds; `folder` receives the files in `FILES`."""
     folder = Path(folder)
     write_dataset(folder / "dataset")
     torch.manual_seed(0)
@@ -78,7 +78,7 @@ def fine_tune(folder: Path | str) -> None:
 
 
 def listing(folder: Path | str) -> str:
-    """The keys in the files that `fine_tune` wrote, and which of their weights are the same; free of paths."""
+    """Return the keys in the files of `fine_tune`, and which of their weights are equal; without paths."""
     lines: list[str] = []
     trees: dict[str, str] = {}
     weights: dict[str, dict[str, torch.Tensor]] = {}
@@ -95,7 +95,7 @@ def listing(folder: Path | str) -> str:
 
 
 def _tree(content: dict[str, Any], trees: dict[str, str], name: str) -> list[str]:
-    """The entries of a file; those that read as in an earlier file are given by its name, which `trees` remembers."""
+    """Return the entries of a file; those equal to an earlier file's are replaced by its name, from `trees`."""
     lines: list[str] = []
     for key, value in content.items():
         head, *below = _describe(key, value, depth=1)
@@ -105,7 +105,7 @@ def _tree(content: dict[str, Any], trees: dict[str, str], name: str) -> list[str
 
 
 def _describe(key: Any, value: Any, depth: int) -> list[str]:
-    """A line for the value, and one for each of its items down to the third level; state dicts have one line."""
+    """Return a line for the value and one for each of its items, down to the third level; one line for a state dict."""
     head = f"{'  ' * depth}{key!r}: {type(value).__name__}"
     if isinstance(value, torch.Tensor):
         return [f"{head} {value.dtype} {tuple(value.shape)}" + (f" = {value.item()}" if value.ndim == 0 else "")]
@@ -122,7 +122,7 @@ def _describe(key: Any, value: Any, depth: int) -> list[str]:
 
 
 def _weights(content: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
-    """The sets of weights in a file, by their place; names without their prefixes."""
+    """Return the sets of weights in a file by their place, with names without prefixes."""
     average = dict(content["callbacks"]["RFDETREMACallback"]["average_model_state_dict"])
     del average["n_averaged"]
     found = {"model": content["model"]} if "model" in content else {}
@@ -132,7 +132,7 @@ def _weights(content: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def _equal(weights: dict[str, dict[str, torch.Tensor]]) -> list[list[str]]:
-    """The places of equal weights together, each list in the order of the files."""
+    """Return groups of places with equal weights, in the order of the files."""
     groups: list[list[str]] = []
     for place, state in weights.items():
         for group in groups:

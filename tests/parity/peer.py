@@ -1,4 +1,4 @@
-"""The original implementation beside ours: `rfdetr` models with random weights, small or full-size, and our twin."""
+"""Build `rfdetr` models with random weights, small or full-size, and our models with the same weights."""
 
 from contextlib import contextmanager
 from typing import Any
@@ -49,7 +49,7 @@ def narrow_dinov2(config: RfDetrConfig):
 
 
 def peer_config(variant: str, config: RfDetrConfig) -> Any:
-    """rfdetr's configuration of the same model."""
+    """Return rfdetr's configuration of the same model."""
     backbone = config.backbone_config
     return getattr(rfdetr_config, PEER_CLASSES[variant])(
         device="cpu",
@@ -91,7 +91,7 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
 
 
 def build_peer(variant: str, config: RfDetrConfig | None = None) -> tuple[Any, Any]:
-    """(rfdetr's model with random weights in evaluation mode, its configuration); full-size without `config`."""
+    """Return rfdetr's model with random weights in evaluation mode, and its configuration; full size by default."""
     if config is None:
         settings = getattr(rfdetr_config, PEER_CLASSES[variant])(device="cpu")
         peer = build_model_from_config(settings)
@@ -104,7 +104,7 @@ def build_peer(variant: str, config: RfDetrConfig | None = None) -> tuple[Any, A
 
 
 def twins(variant: str, config: RfDetrConfig | None = None) -> tuple[Any, Any, Any]:
-    """(rfdetr's model, its configuration, ours), with the same random weights, both in evaluation mode."""
+    """Return rfdetr's model, its configuration, and our model with the same random weights, in evaluation mode."""
     peer, settings = build_peer(variant, config)
     config = config or RfDetrConfig.from_variant(variant)
     ours = (RfDetrForInstanceSegmentation if "-seg-" in variant else RfDetrForObjectDetection)(config)
@@ -114,7 +114,7 @@ def twins(variant: str, config: RfDetrConfig | None = None) -> tuple[Any, Any, A
 
 
 def peer_criterion(settings: Any) -> Any:
-    """rfdetr's criterion with the weights of its training configuration."""
+    """Return rfdetr's criterion with the weights of its training configuration."""
     train = rfdetr_config.SegmentationTrainConfig if settings.segmentation_head else rfdetr_config.TrainConfig
     return build_criterion_from_config(settings, train(dataset_dir=".", output_dir="."))[0]
 
@@ -123,13 +123,13 @@ _TABLE = torch.rand(20_000, 2, generator=torch.Generator().manual_seed(7))
 
 
 def table_points(num_sets: int, num_points: int, device: torch.device) -> torch.Tensor:
-    """The first rows of one fixed table, the same for every set: our source of points in the tests."""
+    """Return the first rows of a fixed table, equal for every set, as our random points in the tests."""
     return _TABLE[:num_points].to(device).expand(num_sets, -1, -1)
 
 
 @contextmanager
 def table_rand():
-    """rfdetr's source of points, from the same table."""
+    """Let rfdetr take its random points from the same table."""
 
     def rand(num_sets: int, num_points: int, two: int, device: Any = None) -> torch.Tensor:
         assert two == 2
@@ -140,7 +140,7 @@ def table_rand():
 
 
 def random_targets(config: RfDetrConfig, counts: list[int], size: tuple[int, int], seed: int = 0) -> list[dict]:
-    """Targets with `counts` objects an image; their masks are ellipses in their boxes, on a grid of `size`."""
+    """Return targets with `counts` objects per image; masks are ellipses in the boxes, on a grid of `size`."""
     generator = torch.Generator().manual_seed(seed)
     y, x = torch.meshgrid(torch.arange(size[0]) + 0.5, torch.arange(size[1]) + 0.5, indexing="ij")
     targets = []
@@ -161,7 +161,7 @@ def random_targets(config: RfDetrConfig, counts: list[int], size: tuple[int, int
 
 @contextmanager
 def record_choices(choices: list[torch.Tensor]):
-    """Collect which tokens rfdetr's first stage chooses: for each group, (B, K) indices."""
+    """Collect the tokens that rfdetr's first stage selects: for each group, (B, K) indices."""
     original = torch.topk
 
     def topk(scores: torch.Tensor, count: int, dim: int) -> Any:
@@ -175,7 +175,7 @@ def record_choices(choices: list[torch.Tensor]):
 
 @contextmanager
 def replay_choices(choices: list[torch.Tensor]):
-    """Let ours choose the same tokens, having checked that they are its own best ones up to rounding.
+    """Let our model select the same tokens, after checking that they are its own best ones up to rounding.
 
     Two tokens whose scores differ by less than the rounding of the layers before would else change places, and every
     query after them would belong to another object.

@@ -1,4 +1,4 @@
-"""The benchmarks: that they run, that the three implementations do the same in them, that what counts counts right."""
+"""The benchmarks run, compare equal work of the three implementations, and measure correctly."""
 
 import importlib
 import json

@@ -33,12 +33,12 @@ FULL_SIZE = ["rf-detr-nano", "rf-detr-seg-nano", "rf-detr-seg-large", "rf-detr-l
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """rfdetr's small encoder with the width of the stand-ins, on our side; `narrow_dinov2` is its counterpart."""
+    """Give our table of rfdetr's small encoder the width of the stand-ins; `narrow_dinov2` does the same in rfdetr."""
     monkeypatch.setitem(architecture.ENCODERS, "dinov2_windowed_small", (32, 2, 0))
 
 
 def described(model, settings, variant, **args):
-    """The dictionary that rfdetr 1.11 writes, without Lightning's part."""
+    """Return the dictionary that rfdetr 1.11 writes, without the part of Lightning."""
     return {
         "model": model.state_dict(),
         "args": args,

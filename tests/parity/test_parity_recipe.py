@@ -1,4 +1,4 @@
-"""The recipe against rfdetr's own: parameter groups, schedule, scales, average of the weights."""
+"""The training settings equal those of rfdetr: parameter groups, schedule, scales, EMA."""
 
 from types import SimpleNamespace
 

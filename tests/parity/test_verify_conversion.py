@@ -30,7 +30,7 @@ NAMES = ["barn", "house", "shed", "silo"]  # the heads have a fifth row, which i
 
 @pytest.fixture
 def write_checkpoint(monkeypatch, tmp_path):
-    """Writes what rfdetr's training would write of a stand-in with random weights; rfdetr and ours can then load it."""
+    """Write the checkpoint that rfdetr's training would write for a stand-in, with random weights."""
 
     def write(variant: str) -> Path:
         config = stand_in_config(variant, grid=8)
@@ -57,7 +57,7 @@ def write_checkpoint(monkeypatch, tmp_path):
 
 @pytest.fixture
 def run(monkeypatch):
-    """Runs the command, and returns its exit code and what it compared."""
+    """Run the command, and return its exit code and its comparison."""
     kept: list[Any] = []
     compare = script.compare
     monkeypatch.setattr(script, "compare", lambda *args, **named: kept.append(compare(*args, **named)) or kept[-1])

@@ -88,7 +88,7 @@ def measure() -> dict[str, float]:
 
 
 class Work:
-    """The work of one cycle: fine-tuning that is resumed once, and every way to use the resulting model."""
+    """Do the work of one cycle: fine-tuning that is resumed once, and every way to use the resulting model."""
 
     def __init__(self, folder: Path) -> None:
         self.data = {"train_dataset": drawn(6), "eval_dataset": drawn(4, 100)}
@@ -140,7 +140,7 @@ class Work:
 
 
 def soak(seconds: float) -> list[dict[str, float]]:
-    """Work in cycles for `seconds`; return what was measured after each."""
+    """Work in cycles for `seconds`; return the measurements after each."""
     with tempfile.TemporaryDirectory() as name:
         work, cycles, start = Work(Path(name)), [], time.monotonic()
         while (passed := time.monotonic() - start) < seconds:
