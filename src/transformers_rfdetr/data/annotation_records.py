@@ -19,7 +19,10 @@ from ..model.image_io import read_rgb
 from ..model.masks import box_and_area, read_segmentation
 from ..model.validation import are_numbers, error_context, is_index, to_builtin
 from .image_files import is_outside
+from .image_folder import ImageFolder
 from .label_maps import describe_classes
+
+logger = logging.get_logger(__name__)
 
 Record = dict[str, Any]
 
@@ -217,24 +220,32 @@ class PackedRecords:
 
     def __init__(self, records: Iterable[Record], images: Any) -> None:
         self.images = os.fspath(images) if isinstance(images, str | os.PathLike) else images
-        buffer, ends, missing, outside = bytearray(), array("q", [0]), [], []
+        buffer, ends, missing, outside, renamed = bytearray(), array("q", [0]), [], [], []
+        folder = ImageFolder(self.images) if isinstance(self.images, str) else None
         for index, record in enumerate(logging.tqdm(records, desc="Reading annotations", unit=" images", delay=2)):
+            name = record.get("file_name")
+            if folder is not None and (found := folder.find(name)) is not None:
+                record["file_name"] = found
+                renamed += [(name, found)] * (found != name)
+            elif folder is not None and is_outside(folder.folder, name):
+                outside.append(name)
+            elif not self._has_image(record, index):
+                missing.append(name or record.get("image_id"))
             buffer += json.dumps(record, separators=(",", ":"), default=_json_default).encode()
             ends.append(len(buffer))
-            if isinstance(self.images, str) and is_outside(self.images, record.get("file_name")):
-                outside.append(record["file_name"])
-            elif not self._has_image(record, index):
-                missing.append(record.get("file_name") or record.get("image_id"))
         self.buffer, self.ends = np.frombuffer(buffer, np.uint8), np.array(ends)
         self._check_images(missing, outside)
+        if renamed:
+            name, found = renamed[0]
+            logger.warning(
+                f"{len(renamed)} of {len(self.ends) - 1} images were found in {self.images!r} under other names than"
+                f" annotated, such as {found!r:.200} for {name!r:.200}. Check that they are the same images."
+            )
 
     def _has_image(self, record: Record, index: int) -> bool:
-        if isinstance(self.images, str):
-            name = record.get("file_name")
-            return isinstance(name, str) and os.path.isfile(os.path.join(self.images, name))
         if isinstance(self.images, Mapping):
             return record.get("image_id") in self.images or record.get("file_name") in self.images
-        return index < len(self.images)
+        return not isinstance(self.images, str) and index < len(self.images)
 
     def _check_images(self, missing: list[Any], outside: list[Any]) -> None:
         count = len(self.ends) - 1

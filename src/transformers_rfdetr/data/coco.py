@@ -6,15 +6,32 @@ has the lists `images`, `annotations` and `categories`.
 
 import os
 import re
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from transformers.utils import logging
 
 from ..model.validation import are_numbers, error_context, is_index, to_builtin
 from .annotation_records import AnnotatedSplit, Record, check_annotations, describe_image
-from .label_maps import canonical_split_name, check_class_names, common_label_map, validate_classes
+from .image_folder import ImageFolder
+from .label_maps import (
+    canonical_split_name,
+    category_id_shift,
+    check_class_names,
+    common_label_map,
+    describe_classes,
+    validate_classes,
+)
 from .text_files import read_json_object
 
+logger = logging.get_logger(__name__)
+
+_KNOWN_SPLITS = ("train", "validation", "test")
+_MAX_OTHER_FILES = 20  # a folder with more JSONs has one for each image, in another format
+_NUM_TRIED_IMAGES = 50  # whose files are looked for to choose their folder
+_NO_PARENT = ("", "none", "null")  # what tools write as the supercategory of a category without a parent
 _ANNOTATION_FIELDS = ("id", "category_id", "bbox", "segmentation", "area", "iscrowd")
 
 
@@ -26,31 +43,68 @@ class CocoFile(NamedTuple):
 
 
 def find_coco_files(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, CocoFile]:
-    """Return the COCO JSON of each split; empty if the source is not in COCO format.
+    """Return the COCO JSON of each split; empty if the source is not in a layout of COCO or Roboflow.
 
     Args:
         source: A COCO JSON; a mapping from splits to COCO JSONs; a folder with `train/_annotations.coco.json`, as
             Roboflow exports it; or a folder with `annotations/instances_train2017.json`, as COCO publishes it.
     """
     if isinstance(source, Mapping):
-        paths = {canonical_split_name(split): Path(path).expanduser() for split, path in source.items()}
-        return {split: CocoFile(path, [path.parent, path.parent / "images"]) for split, path in paths.items()}
+        return _by_split([(canonical_split_name(str(name)), Path(path).expanduser()) for name, path in source.items()])
     source = Path(source).expanduser()
     if source.suffix.lower() == ".json":
-        return {"train": CocoFile(source, [source.parent, source.parent / "images"])}
-    exported = [source / split / "_annotations.coco.json" for split in ("train", "valid", "test")]
-    if files := {
-        canonical_split_name(path.parent.name): CocoFile(path, [path.parent]) for path in exported if path.is_file()
-    }:
-        return files
-    if (source / "_annotations.coco.json").is_file():
-        return {"train": CocoFile(source / "_annotations.coco.json", [source])}
-    official = {}
-    for path in sorted(source.glob("annotations/instances_*.json")):
-        name = path.stem.removeprefix("instances_")  # such as train2017
-        folders = [source / name, source / "images" / name, source / "images"]
-        official[canonical_split_name(re.sub(r"\d+$", "", name))] = CocoFile(path, folders)
-    return {split: official[split] for split in sorted(official, key=lambda split: (split != "train", split))}
+        return _by_split([("train", source)])
+    for pattern in ("*/_annotations.coco.json", "_annotations.coco.json", "annotations/instances_*.json"):
+        if paths := sorted(path for path in source.glob(pattern) if path.is_file()):
+            return _by_split(_name_splits(source, paths), source)
+    return {}
+
+
+def find_other_coco_files(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, CocoFile]:
+    """Return the COCO JSONs that lie in a folder under any other name; they are recognised by their keys."""
+    if isinstance(source, Mapping):
+        return {}
+    source = Path(source).expanduser()
+    paths = [path for pattern in ("*.json", "*/*.json") for path in sorted(source.glob(pattern)) if path.is_file()]
+    if len(paths) > _MAX_OTHER_FILES:
+        return {}
+    paths = [path for path in paths if all(key in path.read_bytes() for key in (b'"images"', b'"categories"'))]
+    files = _by_split(_name_splits(source, paths), source)
+    if files:
+        listed = ", ".join(f"{name!r} from {file.path}" for name, file in files.items())
+        logger.warning(f"Reading the COCO JSONs that were found in {source}: {listed}.")
+    return files
+
+
+def _name_splits(source: Path, paths: Sequence[Path]) -> list[tuple[str, Path]]:
+    """Name the split of each COCO JSON by its folder, or else by its file; a single unknown name means "train"."""
+    named = []
+    for path in paths:
+        folder = "" if path.parent == source else path.parent.name
+        name = folder if path.name == "_annotations.coco.json" else path.stem.removeprefix("instances_")
+        words = map(canonical_split_name, re.split(r"[\W_\d]+", f"{folder} {name}"))
+        named.append((next((word for word in words if word in _KNOWN_SPLITS), name), path))
+    unknown = [name for name, _ in named if name not in _KNOWN_SPLITS]
+    if len(unknown) == 1 and "train" not in dict(named):
+        named = [("train" if name == unknown[0] else name, path) for name, path in named]
+    return sorted(named, key=lambda pair: (*_KNOWN_SPLITS, pair[0]).index(pair[0]))
+
+
+def _by_split(named: Sequence[tuple[str, Path]], source: Path | None = None) -> dict[str, CocoFile]:
+    """Return the COCO JSON of each split, with the folders of the usual layouts that its images may be in."""
+    files: dict[str, CocoFile] = {}
+    for name, path in named:
+        if name in files:
+            raise ValueError(
+                f"each split must have one COCO JSON, got {files[name].path} and {path} for {name!r}. Give a dict"
+                " {split: COCO JSON}."
+            )
+        folders = [path.parent, path.parent / "images"]
+        if source is not None and path.parent != source:
+            stem = path.stem.removeprefix("instances_")  # such as train2017
+            folders += [source / stem, source / "images" / stem, source / "images", source]
+        files[name] = CocoFile(path, folders)
+    return files
 
 
 def read_coco_splits(files: Mapping[str, CocoFile], image_folder: Any, class_names: Any) -> dict[str, AnnotatedSplit]:
@@ -73,26 +127,65 @@ def read_coco_splits(files: Mapping[str, CocoFile], image_folder: Any, class_nam
             classes[split] = coco_categories(coco)
             categories = [annotation.get("category_id") for annotation in coco_entries(coco, "annotations")]
         used[split] = {category for category in categories if isinstance(category, Hashable)}
-    for parent in parent_category_ids(cocos.values()) - set().union(*used.values()):
+    for parent in parent_category_ids(cocos.values(), set().union(*used.values())):
         for defined in classes.values():
             defined.pop(parent, None)
     for split, ids in used.items():  # name image and annotation, which `common_label_map` cannot
         if ids - classes[split].keys():
             with error_context(str(files[split].path)):
                 defined = validate_classes(classes[split])
+                _check_shift(defined, ids)
                 for index, record in enumerate(coco_records(cocos[split])):
                     with error_context(describe_image(record, index)):
                         check_annotations(record["annotations"], defined)
     label_map = common_label_map(classes, used)
     check_class_names(class_names, label_map)
     splits = {}
-    for split, (path, folders) in files.items():
-        given = image_folder.get(split) if isinstance(image_folder, Mapping) else image_folder
-        folders = folders if given is None else [Path(given).expanduser()]
-        with error_context(str(path)):
-            folder = _find_image_folder(cocos[split], folders)
-        splits[split] = AnnotatedSplit(str(path), label_map, coco_records(cocos.pop(split)), folder)
+    for split, folders in candidate_folders(files, image_folder).items():
+        coco = cocos.pop(split)
+        folder = choose_image_folder(folders, coco_entries(coco, "images"))
+        splits[split] = AnnotatedSplit(str(files[split].path), label_map, coco_records(coco), folder)
     return splits
+
+
+def _check_shift(classes: Mapping[int, str], used: Collection[Any]) -> None:
+    if shift := category_id_shift(classes, used):
+        raise ValueError(
+            f"`category_id` must be one of {describe_classes(classes)}, got {sorted(used)[:12]}, as if the annotations"
+            f" counted from {min(classes) + shift}. Add {-shift} to each `category_id`, or define the missing category."
+        )
+
+
+def candidate_folders(files: Mapping[str, CocoFile], image_folder: Any) -> dict[str, list[Path]]:
+    """Return the folders that the images of each split may be in.
+
+    Raises:
+        ValueError: `image_folder` names a split that does not exist.
+    """
+    if not isinstance(image_folder, Mapping):
+        image_folder = {} if image_folder is None else dict.fromkeys(files, image_folder)
+    given = {canonical_split_name(str(name)): [Path(folder).expanduser()] for name, folder in image_folder.items()}
+    if unknown := given.keys() - files.keys():
+        raise ValueError(f"`image_folder` must name splits of {list(files)}, got {sorted(unknown)}. Rename them.")
+    return {split: given.get(split, file.image_folders) for split, file in files.items()}
+
+
+def choose_image_folder(folders: Sequence[Path], images: Sequence[Any]) -> Path:
+    """Return the folder that contains the most of the first images; the first one if none contains any."""
+    names = [image_name(image) for image in images[:_NUM_TRIED_IMAGES] if isinstance(image, Mapping)]
+    tried = [ImageFolder(folder) for folder in folders]
+    best = max(tried, key=lambda folder: sum(map(folder.contains, names)))
+    if not any(map(best.contains, names)):
+        best = max(tried, key=lambda folder: sum(folder.find(name) is not None for name in names))
+    return best.folder
+
+
+def image_name(image: Mapping[str, Any]) -> Any:
+    """Return the file name of an entry of `images`; without one, as in LVIS, the path of its `coco_url`."""
+    name, url = image.get("file_name"), image.get("coco_url")
+    if name is None and isinstance(url, str):
+        return unquote(urlsplit(url).path).lstrip("/")
+    return name
 
 
 def coco_categories(coco: Mapping[str, Any]) -> dict[int, str]:
@@ -114,8 +207,13 @@ def coco_categories(coco: Mapping[str, Any]) -> dict[int, str]:
             raise ValueError(f"category id must be an integer >= 0, got {category_id!r:.60}. Number the categories.")
         if category_id in classes:
             raise ValueError(f"category ids must be unique, got {category_id!r} twice. Remove one of the definitions.")
-        classes[category_id] = str(category.get("name", category_id))
+        classes[category_id] = category_name(category)
     return classes
+
+
+def category_name(category: Mapping[str, Any]) -> str:
+    """Return the name of a category; without a name, its id."""
+    return str(category["id"] if category.get("name") is None else category["name"])
 
 
 def coco_entries(coco: Mapping[str, Any], key: str) -> Sequence[Mapping[str, Any]]:
@@ -156,7 +254,8 @@ def coco_records(coco: Mapping[str, Any]) -> Iterator[Record]:
             )
         by_image[image_id].append(annotation)
     for image in coco["images"]:
-        fields = {name: image[name] for name in ("file_name", "width", "height") if image.get(name) is not None}
+        given = {"file_name": image_name(image), "width": image.get("width"), "height": image.get("height")}
+        fields = {name: value for name, value in given.items() if value is not None}
         annotations = [
             {field: annotation[field] for field in _ANNOTATION_FIELDS if annotation.get(field) is not None}
             for annotation in by_image[image["id"]]
@@ -175,19 +274,18 @@ def _check_image(image: Mapping[str, Any]) -> None:
                 raise ValueError(f"`{side}` must be a whole number of pixels, got {value!r:.60}. Correct it.")
 
 
-def parent_category_ids(cocos: Iterable[Mapping[str, Any]]) -> set[int]:
-    """Return the ids of the categories that only group others, which the exports of Roboflow contain."""
+def parent_category_ids(cocos: Iterable[Mapping[str, Any]], used: Collection[Any]) -> set[int]:
+    """Return the ids of the categories that only group others, which the exports of Roboflow contain.
+
+    The rule is rfdetr's: another category names them as its supercategory, and no annotation has them (`used`). If this
+    holds for all categories, none only groups others.
+    """
     categories = [category for coco in cocos for category in coco_entries(coco, "categories")]
-    groups = [category.get("supercategory") for category in categories]
-    return {
-        category["id"]
+    parents = {
+        category["supercategory"]
         for category in categories
-        if category.get("supercategory") == "none" and category.get("name") in groups
+        if isinstance(category.get("supercategory"), str)
+        and category["supercategory"] not in (*_NO_PARENT, category.get("name"))
     }
-
-
-def _find_image_folder(coco: Mapping[str, Any], folders: Sequence[Path]) -> Path:
-    """Return the first folder that contains the first image, or else the first folder."""
-    name = next((image.get("file_name") for image in coco_entries(coco, "images")), None)
-    name = name if isinstance(name, str) else ""
-    return next((folder for folder in folders if os.path.isfile(folder / name)), folders[0])
+    grouping = {category["id"] for category in categories if str(category.get("name")) in parents} - set(used)
+    return set() if len(grouping) == len({category["id"] for category in categories}) else grouping

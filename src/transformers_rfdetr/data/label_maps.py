@@ -9,12 +9,16 @@ from typing import Any
 
 from ..model.validation import is_index
 
-_SPLIT_ALIASES = {"valid": "validation", "val": "validation", "dev": "validation"}
+_SPLIT_ALIASES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 
 
 def canonical_split_name(name: str) -> str:
-    """Return "validation" for its usual abbreviations, and any other name unchanged."""
-    return _SPLIT_ALIASES.get(name, name)
+    """Return "train", "validation" or "test" for their usual names in any case, and any other name unchanged."""
+    return _SPLIT_ALIASES.get(name.lower(), name)
 
 
 class HasLabelMap:
@@ -97,6 +101,18 @@ def common_label_map(
                 f" {split!r} and {describe_classes(names)} in split {reference!r}. Correct one of the splits."
             )
     return validate_classes(expected)
+
+
+def category_id_shift(defined: Iterable[int], used: Iterable[int]) -> int:
+    """Return 1 or -1 if the annotations' category ids seem to be that much above the defined ones, else 0.
+
+    They seem so if the defined ids have no gap, and the used ids are defined only after the shift is subtracted.
+    """
+    defined, used = set(defined), set(used)
+    has_gap = len(defined) != max(defined, default=0) - min(defined, default=1) + 1
+    if has_gap or used <= defined:
+        return 0
+    return next((shift for shift in (1, -1) if used <= {category + shift for category in defined}), 0)
 
 
 def describe_classes(classes: Mapping[Any, str], limit: int = 12) -> str:

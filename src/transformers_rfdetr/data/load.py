@@ -1,8 +1,8 @@
 """Load annotated images in any of the supported formats.
 
 To add a format, write a module with a function that recognises a source, like `coco.find_coco_files`, and a function
-that reads what was found into one `AnnotatedSplit` per split, like `coco.read_coco_splits`; then add them to
-`_FILE_FORMATS`, and a reader for the dataset check to `checks.readers`.
+that reads what was found into one `AnnotatedSplit` per split, like `coco.read_coco_splits`; then add them to `_FINDERS`
+and `_READERS`, and a reader for the dataset check to `checks.readers`.
 """
 
 import os
@@ -13,21 +13,24 @@ from typing import Any
 from ..model.validation import error_context
 from .annotation_records import AnnotationIndex, PackedRecords
 from .box_layout import with_checked_boxes
-from .coco import find_coco_files, read_coco_splits
+from .coco import find_coco_files, find_other_coco_files, read_coco_splits
 from .dataset import InstanceDataset, InstanceDatasets
 from .hub_rows import SUPPORTED_SOURCES, ArrowRows, is_hub_source, is_streamed, load_rows, read_hub_rows
 from .streams import InstanceStream
 from .yolo import read_yolo_splits
 from .yolo_layout import find_yolo_file
 
-_FILE_FORMATS: dict[str, tuple[Any, Any]] = {
-    "coco": (find_coco_files, read_coco_splits),
-    "yolo": (find_yolo_file, read_yolo_splits),
-}
+# The first function that finds files decides the format.
+_FINDERS: tuple[tuple[str, Any], ...] = (
+    ("coco", find_coco_files),
+    ("yolo", find_yolo_file),
+    ("coco", find_other_coco_files),
+)
+_READERS: dict[str, Any] = {"coco": read_coco_splits, "yolo": read_yolo_splits}
 
 
 def recognise_format(source: Any) -> tuple[str | None, Any]:
-    """Return the key of `_FILE_FORMATS` and the files that were found; (None, None) if `datasets` must read the source.
+    """Return the name of the format and the files that were found; (None, None) if `datasets` must read the source.
 
     Raises:
         ValueError: the source has a type that cannot be read.
@@ -36,7 +39,7 @@ def recognise_format(source: Any) -> tuple[str | None, Any]:
         return None, None
     if not isinstance(source, str | os.PathLike | Mapping) or not source:
         raise ValueError(f"`source` must be {SUPPORTED_SOURCES}, got {source!r:.200}. Give one of these.")
-    found = ((name, find(source)) for name, (find, _) in _FILE_FORMATS.items())
+    found = ((name, find(source)) for name, find in _FINDERS)
     return next(((name, files) for name, files in found if files), (None, None))
 
 
@@ -50,8 +53,8 @@ def load_instance_dataset(
 ) -> InstanceDatasets:
     """Load annotated images in any of the usual formats, with one label map for all splits.
 
-    Labels are 0 to N - 1 in the order of the category ids; `print` the result for a table of them. The splits "valid"
-    and "val" are called "validation". The README shows the formats.
+    Labels are 0 to N - 1 in the order of the category ids; `print` the result for a table of them. The usual names of
+    splits, such as "Train" or "val2017", become "train", "validation" and "test". The README shows the formats.
 
     Example:
         >>> import tempfile
@@ -62,12 +65,14 @@ def load_instance_dataset(
         ([], {0: 'building'})
 
     Args:
-        source: A COCO JSON, a dict {split: COCO JSON}, or a folder in the layout of COCO or of Roboflow; the data.yaml
-            of a YOLO dataset, or its folder; or a dataset id on the Hub, a folder that the `datasets` library reads, or
-            one of its datasets. A row of these has an image and `objects`, a dict of lists or a list of dicts with
-            `category`, `bbox`, `segmentation` and, optionally, `id`, `area` and `iscrowd`, or other usual names.
+        source: A COCO JSON, a dict {split: COCO JSON}, or a folder with COCO JSONs, as COCO, Roboflow or CVAT lay it
+            out; the data.yaml of a YOLO dataset, or its folder; or a dataset id on the Hub, a folder that the
+            `datasets` library reads, or one of its datasets. A row of these has an image and `objects`, a dict of lists
+            or a list of dicts with `category`, `bbox`, `segmentation` and, optionally, `id`, `area` and `iscrowd`, or
+            other usual names.
         image_folder: The folder of the images, or a dict {split: folder}. By default that of the COCO JSON or `images`
-            in it; for YOLO, `path` of the data.yaml if it is inside the folder of that. No file outside is read.
+            in it; for YOLO, `path` of the data.yaml if it is inside the folder of that. No file outside is read. An
+            image that is missing is replaced by the only one of its name in the sub-folders, with a warning.
         class_names: A list of names or a dict {category id: name}, for data that do not name their classes. By default
             numbers are their own names, and names that the objects contain are sorted.
         streaming: Read rows from the Hub when they are needed. The classes must then have names in the data or here.
@@ -79,15 +84,16 @@ def load_instance_dataset(
         ImportError: the `datasets` library is needed and not installed.
     """
     name, files = recognise_format(source)
+    if name is None and image_folder is not None:
+        raise ValueError(f"`image_folder` requires COCO or YOLO files, got {source!s:.200}. Remove `image_folder`.")
     if name is None:
         rows = source if is_hub_source(source) else load_rows(source, streaming, load_dataset_arguments)
         return _load_hub_rows(rows, class_names)
     if streaming or load_dataset_arguments:
         given = [*(["streaming"] if streaming else []), *load_dataset_arguments]
         raise ValueError(f"{given} require a source for `datasets.load_dataset`, got {source!s}. Remove them.")
-    _, read_splits = _FILE_FORMATS[name]
     splits = {}
-    for split_name, split in read_splits(files, image_folder, class_names).items():
+    for split_name, split in _READERS[name](files, image_folder, class_names).items():
         index = AnnotationIndex(split.classes)
         with error_context(split.source):
             records = PackedRecords(index.validated(with_checked_boxes(split.records)), split.image_folder)

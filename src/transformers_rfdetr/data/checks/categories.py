@@ -3,26 +3,25 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..coco import parent_category_ids
-from ..label_maps import common_label_map
-from .raw_split import RawSplit, category_name
+from ..coco import category_name, parent_category_ids
+from ..label_maps import category_id_shift, common_label_map, describe_classes
+from .raw_split import RawSplit
 
 
 def check_categories(splits: Sequence[RawSplit]) -> None:
     """Fill in the classes of each split, and note the problems of its categories."""
     used = {split.name: split.used_category_ids() for split in splits}
-    named = [
-        {**category, "name": category_name(category), "supercategory": str(category.get("supercategory"))}
-        for split in splits
-        for category in split.categories
-    ]
-    groups = parent_category_ids([{"categories": named}]) - set().union(*used.values())
+    groups = parent_category_ids([{"categories": split.categories} for split in splits], set().union(*used.values()))
     for split in splits:
         split.group_ids = groups
         if not split.categories and any(image.annotations for image in split.images):
             split.note("no_categories", "", change=None)
         _check_split(split, used[split.name])
-    inconsistent = {"no_categories", "duplicate_category_id", "duplicate_category_name"}
+        if shift := category_id_shift(split.classes, used[split.name]):
+            split.ambiguous_ids |= split.classes.keys()
+            detail = f"used are {sorted(used[split.name])[:12]}, defined {describe_classes(split.classes)}"
+            split.note("shifted_category_ids", f"{detail}: add {-shift} to each category_id, or define what is missing")
+    inconsistent = {"no_categories", "duplicate_category_id", "duplicate_category_name", "shifted_category_ids"}
     if not inconsistent & {problem.kind for split in splits for problem in split.problems}:
         _compare_splits(splits, used, groups)
 
@@ -65,6 +64,6 @@ def _compare_splits(splits: Sequence[RawSplit], used: Mapping[str, set[int]], gr
     for split in splits:
         both = {s.name: {n: name for n, name in s.classes.items() if n not in groups} for s in (first, split)}
         try:
-            common_label_map(both, {name: used[name] for name in both})
+            common_label_map(both, {name: used[name] & defined.keys() for name, defined in both.items()})
         except ValueError as error:
             split.note("categories_differ", str(error), change=f"numbered by name, as in {first.name!r}")

@@ -34,6 +34,7 @@ KINDS = {
     "invalid_image_id": ("error", "an image id must be a number or a string; number the images"),
     "duplicate_image_id": ("error", "an image id must be unique; renumber one of the images and its annotations"),
     "missing_file": ("error", "the image file must exist; correct the image folder or the name, or remove the entry"),
+    "renamed_file": ("warning", "the image was found under another name than its entry gives; correct the name"),
     "unsafe_file_name": ("error", "the file name points outside the image folder and is not read; correct it"),
     "duplicate_file_name": ("warning", "two images share one file, each with some of its objects; merge them"),
     "unlisted_file": ("warning", "an image file beside the others has no entry; it is not used"),
@@ -46,6 +47,7 @@ KINDS = {
     "duplicate_category_name": ("error", "a category name must be unique; rename one, or merge the categories"),
     "categories_differ": ("error", "all splits must have the same categories as the first, with the same ids"),
     "unknown_category": ("error", "the category of the annotation must be defined; define it, or correct its id"),
+    "shifted_category_ids": ("error", "the category ids must be the defined ones, and are all one too high or too low"),
     "unused_category": ("info", "no annotation of the split has this category"),
     "class_imbalance": ("info", "some classes have at least ten times as many objects as others"),
     # annotations

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...model.validation import are_numbers, is_index
 from ..box_layout import BoxLayout
+from ..coco import category_name, image_name
 from .findings import DROPPED, Problem
 
 
@@ -79,19 +80,14 @@ class RawSplit:
         categories = [entry | {"name": category_name(entry)} for entry in usable]
         return {**self.other_keys, "images": [], "annotations": [], "categories": categories}
 
-    def used_category_ids(self) -> set[Any]:
-        """Return the defined category ids that annotations have."""
+    def used_category_ids(self) -> set[int]:
+        """Return the category ids of the annotations, also those that are not defined."""
         given = (as_index(annotation.get("category_id")) for image in self.images for annotation in image.annotations)
-        return set(given) & {category["id"] for category in self.categories}
+        return {category_id for category_id in given if category_id is not None}
 
 
 # (position, entry of `images`) -> the source of the image, and the problem with it
 FindSource = Callable[[int, Mapping[str, Any]], tuple[Any, Problem | None]]
-
-
-def category_name(category: Mapping[str, Any]) -> str:
-    """Return the name of a category with a usable id; without a name, its id."""
-    return str(category.get("name", int(category["id"])))
 
 
 def build_split(name: str, coco: Mapping[str, Any], folder: Path | None, find_source: FindSource) -> RawSplit:
@@ -132,11 +128,12 @@ def _add_images(
             split.note("invalid_image", f"entry {position} is {entry!r:.60}")
             continue
         source, problem = find_source(position, entry)
-        image = RawImage(dict(entry), entry.get("id"), entry.get("file_name"), source, copy_id=entry.get("id"))
+        image = RawImage(dict(entry), entry.get("id"), image_name(entry), source, copy_id=entry.get("id"))
         split.images.append(image)
         if problem is not None:
             image.problems.append(problem)
-            image.is_copied = False
+            image.is_copied = source is not None
+            image.file_name = image.file_name if source is None else os.path.relpath(source, split.folder)
         if not _is_image_id(image.id):
             image.drop("invalid_image_id", f"id {image.id!r:.40}")
             continue

@@ -10,8 +10,10 @@ from transformers.utils import logging
 
 from ...model.validation import is_index
 from ..annotation_records import with_box_and_area
+from ..coco import candidate_folders, choose_image_folder, image_name
 from ..hub_rows import ArrowRows, is_hub_source, is_hub_split, is_streamed, load_rows, read_hub_rows
 from ..image_files import is_outside, upright_size
+from ..image_folder import ImageFolder
 from ..load import recognise_format
 from ..text_files import read_json_object
 from ..yolo import LabelReader
@@ -24,7 +26,8 @@ def read_source(source: Any, image_folder: Any) -> list[RawSplit]:
     """Read what `load_instance_dataset` reads, except streams."""
     name, files = recognise_format(source)
     if name == "coco":
-        return [_read_coco(split, *found, image_folder) for split, found in files.items()]
+        folders = candidate_folders(files, image_folder)
+        return [_read_coco(split, found.path, folders[split]) for split, found in files.items()]
     if name == "yolo":
         return _read_yolo(files, image_folder)
     if image_folder is not None:
@@ -35,27 +38,27 @@ def read_source(source: Any, image_folder: Any) -> list[RawSplit]:
 # COCO
 
 
-def _read_coco(name: str, path: Path, folders: Sequence[Path], image_folder: Any) -> RawSplit:
-    given = image_folder.get(name) if isinstance(image_folder, Mapping) else image_folder
+def _read_coco(name: str, path: Path, folders: Sequence[Path]) -> RawSplit:
     coco = read_json_object(path)
     for key in ("images", "annotations", "categories"):
         if not isinstance(coco.get(key), list) and (key != "annotations" or coco.get(key) is not None):
             kind = type(coco[key]).__name__ if key in coco else "nothing"
             raise ValueError(f"{path}: '{key}' must be a list, as COCO's instances JSON has it, got {kind}.")
-    folders = folders if given is None else [Path(given).expanduser()]
-    first = [entry for entry in coco["images"] if isinstance(entry, Mapping)][:50]
-    folder = max(folders, key=lambda folder: sum(_find_file(folder, 0, entry)[1] is None for entry in first))
-    return build_split(name, coco, folder, partial(_find_file, folder))
+    folder = choose_image_folder(folders, coco["images"])
+    return build_split(name, coco, folder, partial(_find_file, ImageFolder(folder)))
 
 
-def _find_file(folder: Path, position: int, entry: Mapping[str, Any]) -> tuple[Path | None, Problem | None]:
-    name = entry.get("file_name")
+def _find_file(folder: ImageFolder, position: int, entry: Mapping[str, Any]) -> tuple[Path | None, Problem | None]:
+    name = image_name(entry)
     if not isinstance(name, str) or not name:
         return None, Problem("missing_file", f"file_name is {name!r:.60}", change=DROPPED)
-    if is_outside(folder, name):
-        return None, Problem("unsafe_file_name", f"{name!r:.200} in {folder}", change=DROPPED)
-    path = folder / name
-    return (path, None) if os.path.isfile(path) else (None, _missing(path))
+    found = folder.find(name)
+    if found is None and is_outside(folder.folder, name):
+        return None, Problem("unsafe_file_name", f"{name!r:.200} in {folder.folder}", change=DROPPED)
+    if found is None:
+        return None, _missing(folder.folder / name)
+    problem = Problem("renamed_file", f"{found!r:.200} for {name!r:.200}", change=f"file_name {found!r:.200}")
+    return folder.folder / found, problem if found != name else None
 
 
 def _missing(path: Path) -> Problem:
