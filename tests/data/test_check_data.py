@@ -110,10 +110,13 @@ CATEGORIES = [
 ]
 ELSEWHERE = {  # kinds that other tests cover
     *("categories_differ", "no_categories", "shifted_category_ids", "invalid_label_line", "renamed_file"),
-    *("layout", "shared_label_file", "box_layout"),
+    *("layout", "shared_label_file", "box_layout", "no_images", "nothing_repaired", "dark_16_bit", "multiple_frames"),
+    *("overlapping_crops_across_splits",),
+    *("fractional_coordinates", "area_of_box", "object_vanishes", "small_self_intersection"),
 }
 ONCE = KINDS.keys() - {
     *("image_without_objects", "object_without_mask", "near_duplicate_across_splits", "rle_corrupt"),
+    "duplicate_object",
     *ELSEWHERE,
 }
 EXPECTED = {(kind, "train"): 1 for kind in ONCE} | {
@@ -121,6 +124,8 @@ EXPECTED = {(kind, "train"): 1 for kind in ONCE} | {
     ("image_without_objects", "train"): 3,  # the two of id 11, and the one without an id
     ("object_without_mask", "train"): 2,  # 12 and 25
     ("near_duplicate_across_splits", "validation"): 1,
+    # Of image 1, 14 have the mask of the square, 7 only its box, and 2 the mask at the right edge; of image 16, two.
+    ("duplicate_object", "train"): 13 + 6 + 1 + 1,
 }
 
 
@@ -252,7 +257,7 @@ def test_all_changes_and_what_is_left_are_listed(defects):
     assert left.keys() == {
         *("exif_frame_unknown", "duplicate_file_name", "unlisted_file", "duplicate_image", "too_many_objects"),
         *("near_duplicate_across_splits", "box_mask_mismatch", "self_intersecting_polygon", "polygon_outside"),
-        "object_without_mask",
+        *("object_without_mask", "duplicate_object"),
     }
     assert [entry["change"] for entry in listed["changes"] if entry["file_name"] == "cut.jpg"] == ["dropped"]
     [entry] = [entry for entry in listed["changes"] if entry["kind"] == "box_beyond_edge"]
@@ -347,10 +352,11 @@ def test_the_size_at_which_all_objects_lie_inside_is_taken(tmp_path, stated, sha
     path = write_coco(tmp_path / "data" / "train.json", [image_entry(1, "a.jpg", stated)], [item])
     save_rotated(path.parent / "a.jpg", 0, orientation)
     report = check_dataset(path, fix=tmp_path / "fixed")
-    assert errors_of(report) == {"exif_swapped_size" if orientation == 6 else "size_mismatch": 1}
-    copy = json.loads((tmp_path / "fixed" / "train" / "_annotations.coco.json").read_text())
-    assert [(item["height"], item["width"]) for item in copy["images"]] == ([] if change is None else [change])
+    kind = "exif_swapped_size" if orientation == 6 else "size_mismatch"
+    assert errors_of(report) == ({kind: 1, "nothing_repaired": 1} if change is None else {kind: 1})
     if change is not None:
+        copy = json.loads((tmp_path / "fixed" / "train" / "_annotations.coco.json").read_text())
+        assert [(item["height"], item["width"]) for item in copy["images"]] == [change]
         [sample] = load_instance_dataset(tmp_path / "fixed")["train"]
         assert sample["image"].size == change[::-1]
 
@@ -377,11 +383,14 @@ def test_a_copy_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_two_files_with_one_id_and_objects_are_both_dropped(tmp_path):
-    path = write_coco(tmp_path / "data" / "train.json", [image_entry(1, "a.png"), image_entry(1, "b.png")], [square(1)])
-    for seed, name in enumerate(("a.png", "b.png")):
+    names = ["a.png", "b.png", "c.png"]
+    images = [image_entry(number, name) for number, name in zip((1, 1, 2), names, strict=True)]
+    path = write_coco(tmp_path / "data" / "train.json", images, [square(1), square(2, image_id=2)])
+    for seed, name in enumerate(names):
         draw_image(seed).save(path.parent / name)
     assert errors_of(check_dataset(path, fix=tmp_path / "fixed")) == {"duplicate_image_id": 1}
-    assert json.loads((tmp_path / "fixed" / "train" / "_annotations.coco.json").read_text())["images"] == []
+    copy = json.loads((tmp_path / "fixed" / "train" / "_annotations.coco.json").read_text())
+    assert [item["file_name"] for item in copy["images"]] == ["c.png"]
 
 
 def test_a_repeated_entry_is_kept_once(tmp_path):
@@ -460,7 +469,7 @@ def test_a_dataset_of_boxes_does_not_lack_masks(tmp_path):
     path = write_coco(tmp_path / "train.json", [image_entry(1, "a.png")], items)
     draw_image(0).save(tmp_path / "a.png")
     # An area inside the box may be that of a mask that is not here; one of 900 is not inside 400.
-    assert counts_of(check_dataset(path)) == {("area_mismatch", "train"): 1}
+    assert counts_of(check_dataset(path)) == {("area_mismatch", "train"): 1, ("duplicate_object", "train"): 2}
 
 
 @pytest.mark.parametrize(

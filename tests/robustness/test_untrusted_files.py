@@ -299,7 +299,7 @@ def test_a_name_that_leaves_and_reenters_the_folder_is_read(name, tmp_path):
     assert len(load_instance_dataset(path)["train"]) == 1
 
 
-@pytest.mark.parametrize("name", [5, ["a.png"], "a\x00.png", "a" * 5_000, "", None, "http://127.0.0.1:1/a.png"])
+@pytest.mark.parametrize("name", [5, ["a.png"], "a\x00.png", "a" * 5_000, "", None, "http://127.0.0.1:1/b.png"])
 def test_invalid_file_names_are_refused(name, tmp_path):
     with pytest.raises(ValueError, match=r"file_name|(image|image)s?.*not "):
         load_instance_dataset(save_coco(tmp_path, name))
@@ -336,7 +336,9 @@ def test_deeply_nested_json_is_refused(tmp_path):
 
 
 def test_a_split_name_cannot_be_a_path(tmp_path):
-    path = write_coco(tmp_path / "data" / "annotations" / "instances_...json", [image_entry(1, "a.png")], [square(1)])
+    annotations = tmp_path / "data" / "annotations"
+    for name in ("instances_train.json", "instances_...json"):
+        path = write_coco(annotations / name, [image_entry(1, "a.png")], [square(1)])
     (tmp_path / "data" / "images").mkdir()
     draw_image(0).save(tmp_path / "data" / "images" / "a.png")
     before = folder_content(tmp_path)

@@ -307,7 +307,6 @@ def test_a_repair_requires_a_usable_category(tmp_path, one):
     [
         ({"name": "mouse"}, {"name": "mouse"}, True),
         ({"name": "mouse", "supercategory": "animal"}, {"name": "mouse", "supercategory": "electronic"}, False),
-        ({"name": None}, {"name": None}, False),
         ({"name": "2"}, {}, False),
         ({}, {"name": "1"}, False),
         ({"name": " "}, {"name": " "}, False),
@@ -404,12 +403,11 @@ def test_image_folder_decides_which_names_are_inside(tmp_path, one):
             written.rmdir() if written.is_dir() else written.unlink()
 
 
-def test_a_folder_with_a_json_beside_images_is_refused_with_the_remedy(one):
-    pytest.importorskip("datasets")
+def test_a_coco_json_of_any_name_in_a_folder_is_read_and_named(one, hf_log):
     path = one()
-    for read in (check_dataset, load_instance_dataset):
-        with pytest.raises(ValueError, match=r"COCO JSON"):
-            read(path.parent)
+    assert not check_dataset(path.parent).has_errors
+    assert len(load_instance_dataset(path.parent)["train"]) == 1
+    assert str(path) in hf_log.text
 
 
 def test_a_byte_order_mark_is_ignored(one):

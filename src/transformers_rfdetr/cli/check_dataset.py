@@ -51,6 +51,10 @@ def check_dataset(
     num_queries: Annotated[
         int, typer.Option(help="Number of queries of the model; images with more objects are reported.", min=1)
     ] = 200,
+    resolution: Annotated[
+        int | None,
+        typer.Option(help="Resolution of the model in pixels; objects without a pixel there are reported.", min=1),
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Number of threads. Default: the number of cores.", min=1)] = None,
 ) -> None:
     """Check every image and annotation, and list what would be lost, change its meaning, or is unusual.
@@ -65,7 +69,13 @@ def check_dataset(
         if json_file.is_file() and json_file.stat().st_size and not _is_report(json_file):
             raise ValueError(f"--json must be a new file or an earlier report, got {json_file}. Give another name.")
     report = check.check_dataset(
-        source, image_folder=image_folder, num_queries=num_queries, workers=workers, fix=fix, overlays=overlays
+        source,
+        image_folder=image_folder,
+        num_queries=num_queries,
+        resolution=resolution,
+        workers=workers,
+        fix=fix,
+        overlays=overlays,
     )
     as_json = None if json_file is None else json.dumps(report.to_dict(), indent=1)
     if str(json_file) == "-":
@@ -75,7 +85,9 @@ def check_dataset(
             make_directory(json_file.parent)
             write_text(json_file, as_json)
         typer.echo(str(report))
-        if fix is not None:
+        if fix is not None and not (fix / "changes.json").is_file():
+            typer.echo("No repaired copy was written, because no image can be repaired.")
+        elif fix is not None:
             typer.echo(f"The repaired copy is in {fix}; {fix / 'changes.json'} lists the changes.")
     if report.has_errors:
         raise typer.Exit(1)

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..model.coco_labels import clip_box
 from ..model.image_io import read_rgb
 from ..model.masks import box_and_area, read_segmentation
-from ..model.validation import are_numbers, error_context, is_index, to_builtin
+from ..model.validation import are_numbers, error_context, is_index, is_number, to_builtin
 from .image_files import is_outside
 from .image_folder import ImageFolder
 from .label_maps import describe_classes
@@ -117,6 +117,19 @@ def has_segmentation(segmentation: Any) -> bool:
     return any(not isinstance(part, Sequence | np.ndarray) or len(part) for part in segmentation)
 
 
+def has_fractions(annotation: Mapping[str, Any]) -> bool:
+    """Return whether all coordinates of an annotation lie in [0, 1], and not only 0 and 1: they are no pixels."""
+    box, segmentation = to_builtin(annotation.get("bbox")), annotation.get("segmentation")
+    if isinstance(box, list) and not all(is_number(value) and 0 <= value <= 1 for value in box):
+        return False
+    if isinstance(segmentation, Mapping):
+        return False
+    rows = segmentation if isinstance(segmentation, list | tuple) else []
+    polygons = [value for row in rows for value in (row if isinstance(row, list | tuple) else [row])]
+    values = [*(box if isinstance(box, list) else []), *polygons]
+    return all(is_number(value) and 0 <= value <= 1 for value in values) and any(0 < value < 1 for value in values)
+
+
 def check_annotations(annotations: Sequence[Mapping[str, Any]], classes: Mapping[int, str]) -> None:
     """Raise ValueError for an invalid category, box, area or iscrowd; a segmentation is checked when it is read."""
     for position, annotation in enumerate(annotations):
@@ -163,15 +176,17 @@ class AnnotationIndex:
         """Yield each record after validating it; the other attributes exist when the iteration has ended.
 
         Raises:
-            ValueError: an annotation is invalid, or two images have the same id.
+            ValueError: an annotation is invalid, all coordinates are fractions, or two images have the same id.
         """
         labels, ids, image_ids = array("i"), array("q"), array("q")
         is_crowd, has_mask = array("b"), array("b")
+        only_fractions = True
         for index, record in enumerate(records):
             image_id = record.get("image_id")
             image_ids.append(image_id if is_index(image_id) else -1)
             with error_context(describe_image(record, index)):
                 check_annotations(record["annotations"], self.classes)
+            only_fractions = only_fractions and all(map(has_fractions, record["annotations"]))
             for annotation in record["annotations"]:
                 ids.append(annotation["id"] if is_index(annotation.get("id")) else 0)
                 labels.append(self.label_of[annotation["category_id"]])
@@ -179,6 +194,11 @@ class AnnotationIndex:
                 has_mask.append(has_segmentation(annotation.get("segmentation")))
             self.offsets.append(len(ids))
             yield record
+        if ids and only_fractions:
+            raise ValueError(
+                f"coordinates must be in pixels, got only numbers from 0 to 1 in {len(ids)} annotations. Multiply x and"
+                " width by the width of the image, y and height by its height."
+            )
         self.labels = np.array(labels, np.int32)
         self.is_crowd, self.has_mask = np.array(is_crowd, bool), np.array(has_mask, bool)
         self.has_annotation_ids = min(ids, default=1) > 0 and len(np.unique(ids)) == len(ids)

@@ -153,6 +153,8 @@ def _read_rle(rle: Mapping[str, Any], image_size: tuple[int, int]) -> dict[str, 
     if isinstance(counts, str):
         counts = counts.encode("ascii", "replace")
     runs = _decompress(counts) if isinstance(counts, bytes) else np.asarray(counts)
+    if runs is not None and runs.dtype.kind == "f" and np.array_equal(runs, runs.clip(0, height * width).round()):
+        runs = runs.astype(np.int64)
     # pycocotools reads uninitialized memory if the runs do not fill the image.
     if (
         runs is None

@@ -1,24 +1,29 @@
 """One annotation: its category, segmentation, box and area, and what a repaired copy has instead."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from pycocotools import mask as coco_mask
 
 from ...model.coco_labels import clip_box
-from ...model.masks import box_and_area, read_segmentation
+from ...model.masks import box_and_area, rasterize, read_segmentation, to_rle
 from ...model.validation import are_numbers, is_index, to_builtin
-from ..annotation_records import has_segmentation
+from ..annotation_records import has_fractions, has_segmentation
 from .findings import DROPPED, Problem
 from .images import UNREADABLE
 from .raw_split import as_index
 
 _MAX_EDGE_PAIRS = 1 << 20  # of one polygon that are compared for a crossing: half a second
+_MIN_DUPLICATE_IOU = 0.95
+_MIN_LOST_SHARE = 0.005  # of the area of a polygon that crosses itself
+_MAX_VANISHING_AREA = 16  # pixels of the model's input, above which no mask is drawn to see if it vanishes
 
 
 class Mask(NamedTuple):
-    """What is measured of a mask."""
+    """A mask of at least one pixel, and what is measured of it."""
 
+    rle: dict[str, Any]
     box: list[float]  # [x, y, width, height] in pixels
     area: float
 
@@ -30,25 +35,41 @@ class AnnotationCheck:
         annotation: One of COCO's annotations.
         size: (H, W) of the image in pixels; None if it is unknown.
         classes: Names by category id.
+        resolution: Side of the model's square input in pixels, at which masks must have a pixel; None if it is unknown.
 
     Attributes:
         problems: What was found.
         repaired: The annotation for a repaired copy, unless it `is_dropped`.
         class_name: None if the category is not defined.
+        box: [x, y, width, height] inside the image; None if there is none.
+        mask: None if there is none.
     """
 
-    def __init__(self, annotation: Mapping[str, Any], size: tuple[int, int] | None, classes: Mapping[int, str]) -> None:
+    def __init__(
+        self,
+        annotation: Mapping[str, Any],
+        size: tuple[int, int] | None,
+        classes: Mapping[int, str],
+        resolution: int | None = None,
+    ) -> None:
         self.annotation, self.repaired = annotation, dict(annotation)
         self.problems: list[Problem] = []
-        self.is_dropped = self.has_mask = False
+        self.is_dropped = False
+        self.box: list[float] | None = None
+        self.mask: Mask | None = None
         self.class_name = self._check_category(classes)
         self.is_crowd = self._check_crowd()
-        if size is not None:
-            mask = self._check_segmentation(size)
-            self.has_mask = mask is not None
-            box = self._check_box(size, mask)
-            if box is not None:
-                self._check_area(box, mask)
+        if has_fractions(annotation):
+            self._drop("fractional_coordinates", f"bbox {annotation.get('bbox')!r:.80}")
+        elif size is not None:
+            self.mask = self._check_segmentation(size, resolution)
+            self.box = self._check_box(size, self.mask)
+            if self.box is not None:
+                self._check_area(self.box, self.mask)
+
+    def note_duplicate(self, earlier_id: Any, iou: float) -> None:
+        """Note that an earlier annotation is nearly the same."""
+        self._note("duplicate_object", f"IoU {iou:.3f} with annotation {earlier_id!r:.40}")
 
     def _note(self, kind: str, detail: str = "", change: str | None = None) -> None:
         self.problems.append(Problem(kind, detail, self.annotation.get("id"), change))
@@ -78,16 +99,19 @@ class AnnotationCheck:
             self._note("crowd")
         return bool(crowd)
 
-    def _check_segmentation(self, size: tuple[int, int]) -> Mask | None:
+    def _check_segmentation(self, size: tuple[int, int], resolution: int | None) -> Mask | None:
         given = self.annotation.get("segmentation")
+        mask = None
         try:
             segmentation = read_segmentation(given, size)
-            mask = Mask([], 0.0) if segmentation is None else Mask(*box_and_area(segmentation, size))
+            if segmentation is not None:
+                rle = to_rle(segmentation, size)
+                mask = Mask(rle, *box_and_area(rle, size))
         except UNREADABLE as error:
             self._note(_segmentation_problem(given, size), str(error)[:300], "segmentation removed")
             del self.repaired["segmentation"]
             return None
-        if segmentation is None or not mask.area:
+        if segmentation is None or mask is None or not mask.area:
             if has_segmentation(given):
                 self._note("empty_segmentation", f"{given!r:.80}", "segmentation removed")
             elif not self.is_crowd:
@@ -96,6 +120,9 @@ class AnnotationCheck:
             return None
         if isinstance(segmentation, list):
             self._check_polygons(given, segmentation, size)
+        is_small = resolution is not None and mask.area * resolution**2 < _MAX_VANISHING_AREA * size[0] * size[1]
+        if is_small and not self.is_crowd and not rasterize([segmentation], size, (resolution, resolution)).any():
+            self._note("object_vanishes", f"area {mask.area:g} in {size[0]} x {size[1]}")
         return mask
 
     def _check_polygons(self, given: Any, polygons: list[np.ndarray], size: tuple[int, int]) -> None:
@@ -108,8 +135,10 @@ class AnnotationCheck:
         beyond = max(-points.min(), (points - size[::-1]).max())
         if beyond > 1:
             self._note("polygon_outside", f"by {beyond:.0f} pixels")
-        if num_crossing := sum(map(crosses_itself, polygons)):
-            self._note("self_intersecting_polygon", f"{num_crossing} of {len(polygons)} polygons")
+        if crossing := [polygon for polygon in polygons if crosses_itself(polygon)]:
+            lost = max(map(share_lost_to_crossings, crossing))
+            kind = "self_intersecting_polygon" if lost >= _MIN_LOST_SHARE else "small_self_intersection"
+            self._note(kind, f"{len(crossing)} of {len(polygons)} polygons, {lost:.1%} of the area")
 
     def _check_box(self, size: tuple[int, int], mask: Mask | None) -> list[float] | None:
         """Return the box within the image; None if there is none."""
@@ -154,8 +183,32 @@ class AnnotationCheck:
             excess = given - measured if mask is None else abs(given - measured)
             if excess <= tolerance:
                 return
-            self._note("area_mismatch", f"area {given:g}, that of the {source} {measured:g}", f"area {measured:g}")
+            is_of_box = mask is not None and abs(given - box[2] * box[3]) <= max(1, 0.01 * given)
+            kind = "area_of_box" if is_of_box else "area_mismatch"
+            self._note(kind, f"area {given:g}, that of the {source} {measured:g}", f"area {measured:g}")
         self.repaired["area"] = measured
+
+
+def find_duplicate_objects(
+    checks: Sequence[AnnotationCheck],
+) -> Iterator[tuple[AnnotationCheck, AnnotationCheck, float]]:
+    """Yield each object of an image that is nearly an earlier one, that earlier one, and their IoU.
+
+    Objects that have masks are compared by these, others by their boxes.
+    """
+    objects = [check for check in checks if check.box is not None and not check.is_crowd and check.class_name]
+    boxes = np.array([check.box if check.mask is None else check.mask.box for check in objects]).reshape(-1, 4)
+    corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
+    for index, check in enumerate(objects):
+        distance = np.abs(corners[:index] - corners[index]).max(1)
+        for near in np.flatnonzero(distance < 1 + 0.1 * boxes[index, 2:].max()):
+            earlier = objects[near]
+            if earlier.class_name == check.class_name and (earlier.mask is None) == (check.mask is None):
+                shapes = [one.box if one.mask is None else one.mask.rle for one in (earlier, check)]
+                iou = float(coco_mask.iou(shapes[:1], shapes[1:], [0])[0, 0])
+                if iou > _MIN_DUPLICATE_IOU:
+                    yield check, earlier, iou
+                    break
 
 
 def _segmentation_problem(segmentation: Any, size: tuple[int, int]) -> str:
@@ -213,6 +266,25 @@ def crosses_itself(polygon: np.ndarray) -> bool:
         if ((_side(a, b, c) * _side(a, b, d) < 0) & (_side(c, d, a) * _side(c, d, b) < 0)).any():
             return True
     return False
+
+
+def share_lost_to_crossings(polygon: np.ndarray) -> float:
+    """Return how far the area of a polygon's mask is from the area that its outline (2P,) goes around, as a share.
+
+    A part that the outline goes around twice is not in the mask; a part that it goes around the other way is the rest
+    of a crossing in the wrong order. Measured along 256 rows.
+    """
+    start = polygon.reshape(-1, 2)
+    end = np.roll(start, -1, axis=0)
+    low, high = start[:, 1].min(), start[:, 1].max()
+    mask_area = signed_area = 0.0
+    for y in low + (np.arange(256) + 0.5) / 256 * (high - low):
+        crossed = (start[:, 1] <= y) != (end[:, 1] <= y)
+        (x0, y0), (x1, y1) = start[crossed].T, end[crossed].T
+        x = x0 + (y - y0) / (y1 - y0) * (x1 - x0)
+        mask_area += np.diff(np.sort(x))[::2].sum()
+        signed_area += (x * np.sign(y1 - y0)).sum()
+    return float(abs(mask_area - abs(signed_area)) / max(mask_area, 1e-9))
 
 
 def _side(start: np.ndarray, end: np.ndarray, points: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,9 @@ from typing import Any
 from transformers.utils import logging
 
 from ...atomic_files import atomic_directory, is_partial
-from .annotations import AnnotationCheck
+from .annotations import AnnotationCheck, find_duplicate_objects
 from .categories import check_categories
-from .duplicates import DuplicateFinder, find_unlisted_files
+from .duplicates import CropFinder, DuplicateFinder, find_unlisted_files
 from .findings import DROPPED, DataReport, FindingCollector, Problem
 from .images import ImageFile, find_frame, read_image_file
 from .overlays import OverlayWriter
@@ -34,6 +34,7 @@ def check_dataset(
     *,
     image_folder: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None = None,
     num_queries: int = 200,
+    resolution: int | None = None,
     workers: int | None = None,
     fix: str | os.PathLike[str] | None = None,
     overlays: str | os.PathLike[str] | None = None,
@@ -58,10 +59,12 @@ def check_dataset(
         source: What `load_instance_dataset` reads, except streams.
         image_folder: The images of a COCO JSON, or a mapping of splits to folders. For YOLO, the root of its paths.
         num_queries: Of the model; images with more objects are reported.
+        resolution: Side of the model's input in pixels; objects whose masks have no pixel there are reported.
         workers: Threads that read images. The default is the number of cores.
         fix: A new folder for a repaired copy as COCO files, in which a check finds no error. Images are hard links
             where possible. Annotations that cannot be repaired unambiguously are dropped, and so are images that
-            cannot, or that lose all annotations. `changes.json` lists `changes`, and problems that are `left`.
+            cannot, or that lose all annotations, and splits without images. If no image is left, nothing is written.
+            `changes.json` lists `changes`, and problems that are `left`.
         overlays: A folder for up to 50 images with their annotations, those with errors or warnings first.
 
     Raises:
@@ -71,14 +74,24 @@ def check_dataset(
     splits = read_source(source, image_folder)
     _check_arguments(source, splits, fix, overlays)
     check_categories(splits)
-    with nullcontext() if fix is None else atomic_directory(Path(fix).expanduser()) as folder:
+    run = _Run(
+        FindingCollector(fix is not None), None if overlays is None else OverlayWriter(), num_queries, resolution
+    )
+    with suppress(_NothingRepaired), _copy_directory(fix) as folder:
         copy = None if folder is None else RepairedCopy(folder, _heads(splits))
-        run = _Run(FindingCollector(lists_changes=fix is not None), copy, None if overlays is None else OverlayWriter())
-        counts = {split.name: run.check(split, num_queries, workers) for split in splits}
-        run.finish(splits, has_masks=any(count["objects_with_mask"] for count in counts.values()))
+        counts = {split.name: run.check(split, copy, workers) for split in splits}
+        run.finish(splits, copy, has_masks=any(count["objects_with_mask"] for count in counts.values()))
     if run.overlays is not None:
         run.overlays.write(Path(overlays).expanduser())
     return DataReport(str(source), counts, run.collector.sorted())
+
+
+class _NothingRepaired(Exception):
+    """Leaves the directory of a repaired copy without images, so that it is not written."""
+
+
+def _copy_directory(fix: str | os.PathLike[str] | None) -> AbstractContextManager[Path | None]:
+    return nullcontext() if fix is None else atomic_directory(Path(fix).expanduser())
 
 
 def _heads(splits: Sequence[RawSplit]) -> dict[str, dict[str, Any]]:
@@ -117,23 +130,28 @@ def _check_output(option: str, folder: Path, roots: Iterable[Path]) -> None:
 
 @dataclass
 class _Run:
-    """Where the results of all splits go."""
+    """Where the results of all splits go, and what the checks need to know of the model."""
 
     collector: FindingCollector
-    copy: RepairedCopy | None
     overlays: OverlayWriter | None
+    num_queries: int
+    resolution: int | None
     duplicates: DuplicateFinder = field(default_factory=DuplicateFinder)
+    crops: CropFinder = field(default_factory=CropFinder)
 
-    def check(self, split: RawSplit, num_queries: int, workers: int | None) -> dict[str, Any]:
+    def check(self, split: RawSplit, copy: RepairedCopy | None, workers: int | None) -> dict[str, Any]:
         """Check the images of a split; return its counts for the report."""
         for problem in split.problems:
             self.collector.add(split.name, problem)
+        if not split.images:
+            self.collector.add(split.name, Problem("no_images", change=DROPPED))
         counts, classes = Counter(dict.fromkeys(_COUNTS, 0)), Counter[str]()
-        for image, result in _check_images(split, num_queries, workers):
+        for image, result in _check_images(split, self.num_queries, self.resolution, workers):
             counts.update(result.counts)
             classes.update(result.classes)
-            self._add(split, image, result)
+            self._add(split, image, result, copy)
         self.duplicates.end_split()
+        self.crops.end_split()
         if len(classes) > 1:
             (most, many), *_, (least, few) = classes.most_common()
             if many >= _IMBALANCE * few:
@@ -141,25 +159,34 @@ class _Run:
                 self.collector.add(split.name, Problem("class_imbalance", detail))
         return {"images": len(split.images), **counts, "classes": dict(classes)}
 
-    def _add(self, split: RawSplit, image: RawImage, result: "_ImageResult") -> None:
+    def _add(self, split: RawSplit, image: RawImage, result: "_ImageResult", copy: RepairedCopy | None) -> None:
         file, mode = result.file, result.copy_mode
         result.problems += self.duplicates.add(split.name, image.label, file.digest, file.perceptual_hash)
+        if file.size is not None:
+            result.problems += self.crops.add(split.name, image.label, file.size)
         for problem in result.problems:
             self.collector.add(split.name, problem, image.id, image.file_name, is_copied=mode is not None)
-        if self.copy is not None and mode is not None:
+        if copy is not None and mode is not None:
             entry = image.copied_entry(result.size, split.folder)
-            self.copy.add(split.name, entry, result.repaired, image.source, mode)
+            copy.add(split.name, entry, result.repaired, image.source, mode)
         if self.overlays is not None and file.size is not None:
             self.overlays.offer(split, image, result.problems)
 
-    def finish(self, splits: Sequence[RawSplit], *, has_masks: bool) -> None:
+    def finish(self, splits: Sequence[RawSplit], copy: RepairedCopy | None, *, has_masks: bool) -> None:
         """Add what only all splits together show, and complete the copy."""
         for split, path in find_unlisted_files(splits):
             self.collector.add(split.name, Problem("unlisted_file", str(path)))
         if not has_masks:  # a dataset of boxes
             self.collector.remove("object_without_mask")
-        if self.copy is not None:
-            self.copy.write(self.collector.changes, self.collector.left)
+        if copy is None:
+            return
+        for split in splits:
+            if split.images and split.name not in copy.splits:
+                detail = f"none of {len(split.images)} images"
+                self.collector.add(split.name, Problem("nothing_repaired", detail, change=DROPPED))
+        if not copy.splits:
+            raise _NothingRepaired
+        copy.write(self.collector.changes, self.collector.left)
 
 
 @dataclass
@@ -175,10 +202,12 @@ class _ImageResult:
     classes: Counter[str] = field(default_factory=Counter)  # objects by class name
 
 
-def _check_images(split: RawSplit, num_queries: int, workers: int | None) -> Iterator[tuple[RawImage, _ImageResult]]:
+def _check_images(
+    split: RawSplit, num_queries: int, resolution: int | None, workers: int | None
+) -> Iterator[tuple[RawImage, _ImageResult]]:
     with warnings.catch_warnings(), ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         warnings.simplefilter("ignore")  # Pillow warns about unusual EXIF and large images
-        results = pool.map(partial(_check_image, split, num_queries), split.images)
+        results = pool.map(partial(_check_image, split, num_queries, resolution), split.images)
         images = logging.tqdm(split.images, desc=f"Checking {split.name}", unit=" images")
         try:
             yield from zip(images, results, strict=True)
@@ -186,25 +215,12 @@ def _check_images(split: RawSplit, num_queries: int, workers: int | None) -> Ite
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _check_image(split: RawSplit, num_queries: int, image: RawImage) -> _ImageResult:
+def _check_image(split: RawSplit, num_queries: int, resolution: int | None, image: RawImage) -> _ImageResult:
     file = ImageFile() if image.source is None else read_image_file(image.source)
     size, copy_mode, frame_problems = find_frame(image, file)
-    problems = [*image.problems, *filter(None, [file.problem]), *frame_problems]
+    problems = [*image.problems, *file.problems, *frame_problems]
     result = _ImageResult(file, problems, size, copy_mode if image.is_copied else None)
-    for annotation, copy_id in zip(image.annotations, image.annotation_copy_ids, strict=True):
-        try:
-            check = AnnotationCheck(annotation, size, split.classes)
-        except Exception as error:  # the values come from JSON and may be anything
-            detail = f"{type(error).__name__} {error}"[:200]
-            result.problems.append(Problem("invalid_annotation", detail, annotation.get("id"), DROPPED))
-            continue
-        result.problems += check.problems
-        if not check.is_dropped and check.repaired["category_id"] not in split.ambiguous_ids:
-            result.repaired.append({**check.repaired, "id": copy_id})
-        result.counts["crowds" if check.is_crowd else "objects"] += 1
-        if not check.is_crowd:
-            result.counts["objects_with_mask"] += check.has_mask
-            result.classes.update(filter(None, [check.class_name]))
+    _check_annotations(split, image, resolution, result)
     num_unreadable = sum(problem.kind == "invalid_label_line" for problem in image.problems)
     num_annotations, num_objects = len(image.annotations) + num_unreadable, result.counts["objects"]
     result.counts["images_without_objects"] = int(not num_objects)
@@ -216,3 +232,26 @@ def _check_image(split: RawSplit, num_queries: int, image: RawImage) -> _ImageRe
     if num_objects > num_queries:
         result.problems.append(Problem("too_many_objects", f"{num_objects} objects, {num_queries} queries"))
     return result
+
+
+def _check_annotations(split: RawSplit, image: RawImage, resolution: int | None, result: _ImageResult) -> None:
+    """Add the annotations of an image, their counts and problems to its result."""
+    checks = []
+    for annotation, copy_id in zip(image.annotations, image.annotation_copy_ids, strict=True):
+        try:
+            check = AnnotationCheck(annotation, result.size, split.classes, resolution)
+        except Exception as error:  # the values come from JSON and may be anything
+            detail = f"{type(error).__name__} {error}"[:200]
+            result.problems.append(Problem("invalid_annotation", detail, annotation.get("id"), DROPPED))
+            continue
+        check.repaired["id"] = copy_id
+        check.is_dropped = check.is_dropped or check.repaired["category_id"] in split.ambiguous_ids
+        checks.append(check)
+        result.counts["crowds" if check.is_crowd else "objects"] += 1
+        if not check.is_crowd:
+            result.counts["objects_with_mask"] += check.mask is not None
+            result.classes.update(filter(None, [check.class_name]))
+    for check, earlier, iou in find_duplicate_objects(checks):
+        check.note_duplicate(earlier.annotation.get("id"), iou)
+    result.problems += [problem for check in checks for problem in check.problems]
+    result.repaired = [check.repaired for check in checks if not check.is_dropped]

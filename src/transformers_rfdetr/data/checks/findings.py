@@ -21,6 +21,11 @@ KINDS = {
     "exif_swapped_size": ("error", "height and width must be those after EXIF's rotation; swap them, or drop the tag"),
     "size_mismatch": ("error", "height and width must be those of the file; correct them, or the file name"),
     "missing_size": ("info", "height or width is missing and is read from the file; other programs may need it"),
+    "dark_16_bit": (
+        "warning",
+        "the values use less than an eighth of 16 bits, so that the image is read as black; scale them",
+    ),
+    "multiple_frames": ("warning", "only the first frame or page of the file is read; save the others as files"),
     "image_without_objects": ("info", "the image is used as background in training"),
     "all_objects_lost": ("warning", "no annotation of the image can be used, so that its objects count as background"),
     "too_many_objects": ("warning", "the image has more objects than the model has queries; cut it into tiles"),
@@ -40,6 +45,12 @@ KINDS = {
     "unlisted_file": ("warning", "an image file beside the others has no entry; it is not used"),
     "duplicate_image": ("warning", "two files of the split have the same content; remove one"),
     "near_duplicate_across_splits": ("warning", "an image of another split looks the same; keep both in one split"),
+    "overlapping_crops_across_splits": (
+        "warning",
+        "by its name, the image overlaps one of another split, or is a frame beside it; keep a scene in one split",
+    ),
+    "no_images": ("error", "the split must have an image; add some, or remove the split"),
+    "nothing_repaired": ("error", "no image of the split can be repaired, so that a repaired copy lacks the split"),
     # categories
     "no_categories": ("error", "no category can be used, so that all objects are lost; define and number categories"),
     "invalid_category": ("error", "a category id must be a whole number of at least 0; number the categories"),
@@ -57,6 +68,8 @@ KINDS = {
     "annotation_of_missing_image": ("error", "the image of the annotation must exist; add it, or correct the id"),
     "invalid_label_line": ("error", "a line of a YOLO label file cannot be read; correct or remove it"),
     "invalid_iscrowd": ("error", "iscrowd must be 0 or 1; correct it"),
+    "duplicate_object": ("warning", "another object of the class has almost the same mask or box; remove one"),
+    "fractional_coordinates": ("error", "coordinates must be in pixels; multiply them by the image's width and height"),
     "crowd": ("info", "crowds are not used in training, and ignored in evaluation"),
     # boxes and areas
     "invalid_box": ("error", "a box must be four finite numbers [x, y, width, height] in pixels; correct or remove it"),
@@ -70,6 +83,7 @@ KINDS = {
     "no_box_or_mask": ("error", "neither a box nor a mask can be read, so that the object is lost; add one"),
     "invalid_area": ("error", "an area must be a finite number of at least 0; correct or remove it"),
     "area_mismatch": ("warning", "the area is not that of the mask, or exceeds the box; metrics by size depend on it"),
+    "area_of_box": ("info", "the area is that of the box and not that of the mask; metrics by size depend on it"),
     "missing_area": ("info", "the area is missing and is computed from the mask or the box"),
     # segmentations
     "polygon_odd_numbers": ("error", "a polygon must be x0, y0, x1, y1, ...: an even number of values; correct it"),
@@ -77,6 +91,8 @@ KINDS = {
     "short_polygon": ("warning", "a polygon of fewer than three points has no area; remove it"),
     "empty_segmentation": ("error", "the segmentation must cover a pixel of the image, or the mask is lost; redraw it"),
     "self_intersecting_polygon": ("warning", "edges of a polygon cross, so that parts may be missing; redraw it"),
+    "small_self_intersection": ("info", "edges of a polygon cross, and less than 0.5 % of its area is affected"),
+    "object_vanishes": ("warning", "at the model's resolution, the mask covers no pixel, so that the object is lost"),
     "polygon_outside": ("warning", "a polygon extends more than a pixel beyond the image; it is clipped"),
     "rle_of_another_size": ("error", "the size of the RLE must be that of the image; encode the mask again"),
     "rle_corrupt": ("error", "the RLE cannot be decoded; encode the mask again"),
@@ -139,6 +155,13 @@ class DataReport:
         """Return the report as values that JSON can hold."""
         return asdict(self)
 
+    def _share(self, finding: Finding) -> str:
+        """Return the share of annotations that a finding about annotations has, if it is at least 1 %."""
+        counts = self.splits[finding.split]
+        share = finding.count / max(counts["objects"] + counts["crowds"], 1)
+        is_of_annotations = any(example["annotation_id"] is not None for example in finding.examples)
+        return f", {min(share, 1):.0%} of the annotations" if is_of_annotations and share >= 0.01 else ""
+
     def __str__(self) -> str:
         lines = []
         for name, counts in self.splits.items():
@@ -152,7 +175,10 @@ class DataReport:
         totals: Counter[str] = Counter()
         for finding in self.findings:
             totals[finding.severity] += finding.count
-            lines.append(f"{finding.severity:8}{finding.count:>7}  {finding.kind} ({finding.split}): {finding.rule}")
+            share = self._share(finding)
+            lines.append(
+                f"{finding.severity:8}{finding.count:>7}  {finding.kind} ({finding.split}{share}): {finding.rule}"
+            )
             lines += [f"{'':17}{_describe(example)}" for example in finding.examples]
         lines.append(", ".join(f"{severity}: {totals[severity]}" for severity in SEVERITIES))
         return "\n".join(map(escape_unprintable, lines))

@@ -4,7 +4,7 @@ Sizes are (H, W) in pixels. `actual` is that of the upright file, `stated` that 
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from io import BufferedReader, BytesIO
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ class ImageFile(NamedTuple):
     orientation: int = 1  # of EXIF: 1 is upright; from 5 on, height and width are swapped
     digest: bytes | None = None  # of the content
     perceptual_hash: int | None = None
-    problem: Problem | None = None
+    problems: tuple[Problem, ...] = ()
 
 
 class Frame(NamedTuple):
@@ -57,7 +57,7 @@ def read_image_file(source: Any) -> ImageFile:
     try:
         with open_source(source) as file:
             if not file.read(1):
-                return ImageFile(problem=Problem("empty_file", change=DROPPED))
+                return ImageFile(problems=(Problem("empty_file", change=DROPPED),))
             file.seek(0)
             image = open_image(file)
             kind = "truncated_image"
@@ -68,13 +68,24 @@ def read_image_file(source: Any) -> ImageFile:
             kind = "unreadable_image"
             if image.mode[0] in "IF":
                 read_rgb(image)  # which refuses pixel values of an unknown range
+            problems = tuple(_unusual_pixels(image))
             file.seek(0)
             digest = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).digest()
-            return ImageFile((rotated.height, rotated.width), orientation, digest, perceptual_hash(rotated))
+            size = (rotated.height, rotated.width)
+            return ImageFile(size, orientation, digest, perceptual_hash(rotated), problems)
     except PIL.Image.DecompressionBombError as error:
-        return ImageFile(problem=Problem("huge_image", str(error), change=DROPPED))
+        return ImageFile(problems=(Problem("huge_image", str(error), change=DROPPED),))
     except Exception as error:  # Pillow raises SyntaxError, struct.error, zlib.error and others for damaged files
-        return ImageFile(problem=Problem(kind, str(error)[:200] or type(error).__name__, change=DROPPED))
+        return ImageFile(problems=(Problem(kind, str(error)[:200] or type(error).__name__, change=DROPPED),))
+
+
+def _unusual_pixels(image: PIL.Image.Image) -> Iterator[Problem]:
+    """Yield what is unusual about the pixels of a decoded image."""
+    if image.mode.startswith("I;16") and (highest := int(np.asarray(image).max())) < 1 << 13:
+        yield Problem("dark_16_bit", f"the largest value is {highest}")
+    # Further images of an MPO are previews or depth maps, and those of a PSD are layers.
+    if image.format not in ("MPO", "PSD") and (num_frames := getattr(image, "n_frames", 1)) > 1:
+        yield Problem("multiple_frames", f"{num_frames} frames")
 
 
 def find_frame(image: RawImage, file: ImageFile) -> Frame:

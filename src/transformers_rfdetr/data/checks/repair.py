@@ -92,11 +92,18 @@ class RepairedCopy:
             _write_image(source, target, mode)
         return str(path)
 
+    @property
+    def splits(self) -> list[str]:
+        """The splits that have images; the others are not written."""
+        return [split for split, content in self._content.items() if content["images"]]
+
     def write(self, changes: Sequence[Mapping[str, Any]], left: Sequence[Mapping[str, Any]]) -> None:
         """Write the annotations and `changes.json`, with what was changed and the problems that are left."""
         for path, split in self._annotation_files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
             content = self._content[split]
+            if not content["images"]:
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 text = json.dumps(content, allow_nan=False)
             except ValueError:  # NaN or infinity in a field that is not checked
