@@ -1,18 +1,22 @@
 """An unusual or broken dataset is read completely or refused, and loader and check agree about what is lost."""
 
 import io
+import itertools
+import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import strategies as st
+from pycocotools import mask as coco_mask
 
 from transformers_rfdetr import check_dataset, load_instance_dataset
 
-from coco_files import draw_image
+from coco_files import draw_image, image_entry, square
 from properties import holds, outcome
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -212,3 +216,201 @@ def test_loader_and_check_agree_about_a_yolo_dataset_with_several_changes(change
         apply(files, change)
     with tempfile.TemporaryDirectory() as folder:
         check_that_loader_and_check_agree(files.write(Path(folder)), {"train": 4, "validation": 2})
+
+
+# -- COCO --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class CocoFiles:
+    """The files of a COCO dataset: two images in "train" and one in "val", with two objects each."""
+
+    annotation_files: dict[str, str] = field(
+        default_factory=lambda: {name: f"annotations/instances_{name}2017.json" for name in ("train", "val")}
+    )
+    image_folder: str = "images"
+    names: dict[str, str] = field(default_factory=dict)  # stated name -> name on disk, where they differ
+    content: dict[str, dict[str, Any]] = field(
+        default_factory=lambda: {
+            split: {
+                "images": [image_entry(number, f"{split}_{number}.png") for number in numbers],
+                "annotations": [
+                    square(2 * number + is_second, image_id=number, category=is_second, **(LEFT if is_second else {}))
+                    for number in numbers
+                    for is_second in (0, 1)
+                ],
+                "categories": [{"id": 0, "name": "roof"}, {"id": 1, "name": "tree"}],
+            }
+            for split, numbers in (("train", [1, 2]), ("val", [3]))
+        }
+    )
+
+    def write(self, folder: Path) -> Path:
+        """Write the files, and return the folder."""
+        for split, name in self.annotation_files.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(self.content[split]))
+        for split, first in (("train", 1), ("val", 3)):
+            for number in range(first, 4 if first == 3 else 3):
+                name = f"{split}_{number}.png"
+                path = folder / self.image_folder / self.names.get(name, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                draw_image(number).save(path)
+        return folder
+
+
+LEFT = {"bbox": [2, 4, 6, 30], "area": 180, "segmentation": [[2, 4, 8, 4, 8, 34, 2, 34]]}
+
+
+def name_files(files: CocoFiles, train: str, val: str) -> None:
+    """Give the annotation files other names."""
+    files.annotation_files = {"train": train, "val": val}
+
+
+def state_names(files: CocoFiles, pattern: str) -> None:
+    """Write the names of the images as another computer has them."""
+    for content in files.content.values():
+        for image in content["images"]:
+            image["file_name"] = pattern.format(image["file_name"])
+
+
+def store_names(files: CocoFiles, pattern: str) -> None:
+    """Give the images other names on disk."""
+    names = [f"{split}_{number}.png" for split, number in (("train", 1), ("train", 2), ("val", 3))]
+    files.names = {name: pattern.format(name) for name in names}
+
+
+def change_case(files: CocoFiles) -> None:
+    """Write the names of the images in upper case."""
+    for content in files.content.values():
+        for image in content["images"]:
+            image["file_name"] = image["file_name"].upper()
+
+
+def use_addresses(files: CocoFiles) -> None:
+    """Replace the names of the images by addresses, as LVIS does."""
+    for content in files.content.values():
+        for image in content["images"]:
+            image["coco_url"] = f"http://images.cocodataset.org/val2017/{image.pop('file_name')}"
+
+
+def change_annotations(files: CocoFiles, **changes: Any) -> None:
+    """Change the first annotation of each image; a function gets the old value."""
+    for content in files.content.values():
+        for annotation in content["annotations"][::2]:
+            for key, value in changes.items():
+                annotation[key] = value(annotation.get(key)) if callable(value) else value
+            for key in [key for key, value in annotation.items() if value is ...]:
+                del annotation[key]
+
+
+def change_all_annotations(files: CocoFiles, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Replace all annotations of all splits."""
+    for content in files.content.values():
+        content["annotations"] = [change(annotation) for annotation in content["annotations"]]
+
+
+def to_fractions(annotation: dict[str, Any]) -> dict[str, Any]:
+    """Divide coordinates by the size of the images, 40 x 60."""
+    x, y, width, height = annotation["bbox"]
+    [polygon] = annotation["segmentation"]
+    polygon = [value / (40 if index % 2 else 60) for index, value in enumerate(polygon)]
+    return annotation | {"bbox": [x / 60, y / 40, width / 60, height / 40], "segmentation": [polygon]}
+
+
+def to_float_runs(segmentation: Any) -> dict[str, Any]:
+    """Return polygons as an RLE whose counts are floats; anything else is returned unchanged."""
+    if not isinstance(segmentation, list) or not isinstance(segmentation[0], list):
+        return segmentation
+    [encoded] = coco_mask.frPyObjects(segmentation, 40, 60)
+    flat = coco_mask.decode(encoded).ravel(order="F")
+    edges = [0, *(np.flatnonzero(np.diff(flat)) + 1).tolist(), flat.size]
+    return {"size": [40, 60], "counts": [float(end - start) for start, end in itertools.pairwise(edges)]}
+
+
+def repeat_annotations(files: CocoFiles) -> None:
+    """Annotate each object twice."""
+    for content in files.content.values():
+        content["annotations"] += [{**item, "id": item["id"] + 100} for item in content["annotations"]]
+
+
+def change_images(files: CocoFiles, **changes: Any) -> None:
+    """Change the first image of each split."""
+    for content in files.content.values():
+        content["images"][0] |= changes
+
+
+def add_category(files: CocoFiles, **category: Any) -> None:
+    """Define another category in all splits, whose name is the supercategory of the others."""
+    for content in files.content.values():
+        children = [{**child, "supercategory": category["name"]} for child in content["categories"]]
+        content["categories"] = [*children, category]
+
+
+COCO_READ_AS_MEANT = [
+    (name_files, "annotations/instances_Train.json", "annotations/instances_Validation.json"),
+    (name_files, "Train/_annotations.coco.json", "VALID/_annotations.coco.json"),
+    (name_files, "annotations/lvis_v1_train.json", "annotations/lvis_v1_val.json"),
+    (name_files, "trainval.json", "coco_val.json"),
+    (name_files, "train/labels.json", "val/labels.json"),
+    *((state_names, pattern) for pattern in ("images\\{}", "C:\\data\\{}", "/home/me/{}", "upload/{}", "./{}")),
+    *((store_names, pattern) for pattern in ("sub/{}", "a/b/{}")),
+    (change_case,),
+    (use_addresses,),
+    (repeat_annotations,),
+    (add_category, {"id": 7, "name": "thing", "supercategory": "none"}),
+    *((change_annotations, changes) for changes in ({"area": 0}, {"area": ...}, {"bbox": ...}, {"iscrowd": 1})),
+    (change_annotations, {"segmentation": lambda polygons: polygons[0]}),
+    (change_annotations, {"segmentation": to_float_runs}),
+    (change_annotations, {"segmentation": ...}),
+]
+COCO_REFUSED = [
+    (change_all_annotations, to_fractions),
+    (change_all_annotations, lambda annotation: annotation | {"category_id": annotation["category_id"] + 1}),
+    (change_annotations, {"category_id": 9}),
+    (change_annotations, {"image_id": 77}),
+    (change_annotations, {"bbox": [1, 2, float("inf"), 4]}),
+    (change_images, {"id": 2}),
+    (change_images, {"file_name": "absent.png"}),
+    (change_images, {"file_name": "../absent.png"}),
+    (name_files, "annotations/train2014.json", "annotations/train2017.json"),
+]
+
+
+def apply_to_coco(files: CocoFiles, change: tuple[Any, ...]) -> None:
+    function, *arguments = change
+    by_name = function in (change_annotations, change_images, add_category)
+    function(files, **arguments[0]) if by_name else function(files, *arguments)
+
+
+@pytest.mark.parametrize("change", [*COCO_READ_AS_MEANT, *COCO_REFUSED])
+def test_a_change_of_a_coco_dataset_is_read_as_meant_or_refused(change, tmp_path):
+    files = CocoFiles()
+    apply_to_coco(files, change)
+    num_objects = {"train": len(files.content["train"]["annotations"]), "validation": 2}
+    refused = check_that_loader_and_check_agree(files.write(tmp_path), num_objects)
+    assert (refused is not None) == (change in COCO_REFUSED), refused
+    if refused is None:
+        data = load_instance_dataset(tmp_path)
+        assert data.id2label == {0: "roof", 1: "tree"}
+        assert {name: len(split) for name, split in data.items()} == {"train": 2, "validation": 1}
+
+
+@holds(
+    40,
+    changes=st.lists(st.sampled_from([*COCO_READ_AS_MEANT * 2, *COCO_REFUSED]), min_size=2, max_size=4, unique_by=repr),
+)
+def test_loader_and_check_agree_about_a_coco_dataset_with_several_changes(changes):
+    files = CocoFiles()
+    try:
+        for change in changes:
+            apply_to_coco(files, change)
+    except (KeyError, TypeError, ValueError):  # a change of what another one removed
+        return
+    num_objects = {
+        {"train": "train", "val": "validation"}[split]: len(content["annotations"])
+        for split, content in files.content.items()
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        check_that_loader_and_check_agree(files.write(Path(folder)), num_objects)
