@@ -116,13 +116,18 @@ def random_case(seed):
     return {"images": images, "annotations": annotations, "categories": categories}, results
 
 
-def plain_cocoeval(truth, rows, kind):
-    """Return pycocotools' COCOeval of all images at once, with the rows as they are; `stats` are the twelve metrics."""
+def plain_cocoeval(truth, predictions, kind):
+    """Return pycocotools' COCOeval of all images at once; `stats` are the twelve metrics.
+
+    The predictions are a COCO dataset or results, as they are.
+    """
     with redirect_stdout(io.StringIO()):
         coco = COCO()
         coco.dataset = copy.deepcopy(truth)
         coco.createIndex()
-        evaluation = COCOeval(coco, coco.loadRes(copy.deepcopy(rows)), kind)
+        if not isinstance(predictions, COCO):
+            predictions = coco.loadRes(copy.deepcopy(predictions))
+        evaluation = COCOeval(coco, predictions, kind)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

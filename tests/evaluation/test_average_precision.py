@@ -46,7 +46,7 @@ def backend(request):
 
 class TestAgainstPycocotools:
     @pytest.mark.parametrize("kind", ["segm", "bbox"])
-    def test_the_sample_of_coco_has_the_numbers_of_pycocotools(self, truth, expected, kind, backend):
+    def test_the_sample_of_coco_has_the_metrics_of_pycocotools(self, truth, expected, kind, backend):
         evaluator = evaluated(truth, coco_updates(kind), backend=backend)
         numbers = evaluator.compute()
         assert twelve(numbers, kind) == pytest.approx(expected[kind]["stats"], abs=1e-9)
@@ -61,7 +61,7 @@ class TestAgainstPycocotools:
         assert per_iou == pytest.approx(expected[kind]["ap_per_iou"], abs=1e-9)
 
     @pytest.mark.parametrize("seed", range(6))
-    def test_random_cases_have_the_numbers_of_pycocotools(self, seed, backend):
+    def test_random_cases_have_the_metrics_and_curves_of_pycocotools(self, seed, backend):
         truth, results = random_case(seed)
         truth["categories"].append({"id": 9, "name": "without objects"})
         updates = updates_of(results)
@@ -96,13 +96,13 @@ class TestAgainstPycocotools:
             assert len(merged) == len(updates)
             assert merged.compute() == whole
 
-    def test_predictions_are_coco_results(self, truth, expected):
+    def test_predictions_are_results_for_pycocotools(self, truth, expected):
         results = json.loads(json.dumps(list(evaluated(truth, coco_updates("segm")).predictions())))
         assert len(results) == 734
         assert results[0].keys() == {"image_id", "category_id", "score", "segmentation"}
         assert plain_cocoeval(truth, results, "segm").stats == pytest.approx(expected["segm"]["stats"], abs=1e-9)
 
-    def test_the_ground_truth_stays_as_it_is(self, truth):
+    def test_the_given_ground_truth_is_not_changed(self, truth):
         before = copy.deepcopy(truth)
         evaluated(truth, coco_updates("segm")).compute()
         assert truth == before
@@ -117,7 +117,7 @@ class TestAgainstPycocotools:
 
 
 class TestByHand:
-    def test_a_detection_in_a_crowd_region_is_neither_right_nor_wrong(self):
+    def test_a_detection_in_a_crowd_region_is_ignored(self):
         thing, crowd = rectangle((0, 40), (0, 40)), rectangle((50, 100), (0, 100))
         masks = [rectangle((60, 80), (10, 30)), rectangle((60, 80), (50, 70)), thing]
         found = {1: {"scores": [0.9, 0.8, 0.7], "labels": [1, 1, 1], "masks": masks}}
@@ -131,7 +131,7 @@ class TestByHand:
         assert numbers["segm_AP"] == pytest.approx(51 / 101 / 3)
         assert numbers["per_class"]["class 1"]["num_objects"] == 2
 
-    def test_of_each_class_the_100_best_detections_count(self):
+    def test_the_100_best_detections_of_each_class_count(self):
         thing, elsewhere = rectangle((0, 40), (0, 40)), rectangle((50, 90), (50, 90))
         truth = ground_truth((thing, 1, {}), (thing, 2, {}), categories=(1, 2))
 
@@ -153,7 +153,7 @@ class TestByHand:
         scores, labels = np.array([0.5] * 150 + [0.7]), np.zeros(151, int)
         assert best_per_class(scores, labels).tolist() == [150, *range(99)]
 
-    def test_what_the_ground_truth_has_nothing_of_is_minus_1(self):
+    def test_a_metric_without_objects_is_minus_1(self):
         mask = rectangle((0, 20), (0, 20))  # 400 pixels: small
         truth = ground_truth((mask, 1, {}), categories=(1, 2))
         numbers = evaluated(truth, {1: {"scores": [0.6, 0.9], "labels": [1, 2], "masks": [mask, mask]}}).compute()
@@ -173,7 +173,7 @@ class TestByHand:
         # The wrong one is large too (96 x 96 = 9,216) and comes first.
         assert [numbers[f"segm_AP_{area}"] for area in AREAS] == pytest.approx([-1, -1, 0.5])
 
-    def test_images_that_never_come_are_missed(self):
+    def test_objects_of_images_without_update_are_missed(self):
         mask = rectangle((0, 50), (0, 50))
         truth = ground_truth((mask, 1, {}), images=((1, 100, 100), (2, 100, 100)))
         truth["annotations"].append({**truth["annotations"][0], "image_id": 2})
@@ -181,7 +181,7 @@ class TestByHand:
         assert numbers["segm_AR_100"] == 0.5
         assert numbers["mean_iou"] == 0.5
 
-    def test_nothing_found_is_zero_and_nothing_to_find_is_minus_1(self):
+    def test_without_detections_metrics_are_0_and_without_objects_minus_1(self):
         truth = ground_truth((rectangle((0, 50), (0, 50)), 1, {}))
         numbers = InstanceSegmentationEvaluator(truth).compute()
         assert (numbers["segm_AP"], numbers["bbox_AR_100"], numbers["mean_iou"]) == (0, 0, 0)
@@ -191,7 +191,7 @@ class TestByHand:
         assert numbers["bbox_AP"] == -1
         assert "segm_AP" not in numbers
 
-    def test_numbers_are_plain(self, truth):
+    def test_metrics_are_python_numbers(self, truth):
         numbers = evaluated(truth, coco_updates("segm")).compute()
         assert json.loads(json.dumps(numbers)) == numbers
         assert {type(value) for name, value in numbers.items() if name != "per_class"} == {float}

@@ -70,7 +70,7 @@ def test_the_legend_of_many_classes_has_the_mean_only():
         assert [curve.label for curve in chart.curves if curve.in_legend] == ["mean of classes 0.500"]
 
 
-def test_a_curve_is_drawn_where_its_values_are():
+def test_a_curve_is_drawn_through_its_values():
     x = np.array([0.0, 100.0])
     chart = Chart("Loss", "optimizer step", "loss", [Curve("rising", x, np.array([0.0, 8.0]), "#ff0000")])
     other = Chart("Other", "optimizer step", "loss", [Curve("one point", np.array([5.0]), np.array([1.0]), "#0000ff")])
@@ -127,7 +127,7 @@ def test_hostile_labels_are_text_in_svg_and_in_png():
     assert Image.open(io.BytesIO(draw_png([Chart("Loss", "step", "loss", drawable)]))).size == (560, 340)
 
 
-def test_two_charts_on_a_page_share_no_id_and_drawing_twice_gives_the_same():
+def test_charts_on_a_page_share_no_id_and_drawing_is_deterministic():
     charts = precision_recall_charts({"roof": np.full((10, 101), 0.5)})
     first, second = ([part.split('"')[0] for part in draw_svg(chart).split(' id="')[1:]] for chart in charts)
     assert set(first).isdisjoint(second)

@@ -60,7 +60,7 @@ def test_a_lower_minimum_score_lets_more_detections_count():
 
 
 @pytest.mark.parametrize(("width", "outcome"), [(10, "correct"), (9, "false")])
-def test_an_iou_of_one_half_is_enough(width, outcome):
+def test_an_iou_of_0_5_is_a_match(width, outcome):
     house = {"category_id": 3, "segmentation": rle(rectangle((0, 20), (0, 20), SCENE))}
     image = analysed_image([house], [(0, 0.9, rectangle((0, 20), (0, width), SCENE))])
     assert image.detection_outcomes == [outcome]

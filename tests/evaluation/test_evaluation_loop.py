@@ -61,7 +61,7 @@ class TestDetect:
         with pytest.raises(ValueError, match="target_sizes"):
             detect(outputs, None)
 
-    def test_of_a_class_at_most_100_are_kept(self):
+    def test_at_most_100_detections_of_a_class_are_kept(self):
         outputs = SimpleNamespace(logits=torch.zeros(1, 150, 2), pred_boxes=torch.rand(1, 150, 4))
         outputs.logits[..., 1] = -torch.linspace(1, 2, 150)
         outputs.logits[0, 120:, 1] = 1
@@ -131,7 +131,7 @@ class Drawn:
 
 
 class TestEvaluateAModel:
-    def test_a_model_that_shows_the_objects_under_other_labels_has_an_ap_of_1(self):
+    def test_a_model_that_finds_the_objects_with_other_labels_has_an_ap_of_1(self):
         dataset = Drawn()
         # Three queries: the two objects, and a third with a label that the dataset does not have.
         masks = torch.cat([dataset.masks, dataset.masks[:, :1]], dim=1)
@@ -147,7 +147,7 @@ class TestEvaluateAModel:
         assert numbers["per_class"]["pool"]["num_objects"] == 3
         assert model.training
 
-    def test_images_count_upright_and_padding_is_cut(self):
+    def test_images_are_evaluated_upright_and_without_padding(self):
         stored, turned = io.BytesIO(), Image.new("RGB", (40, 20))
         turned.getexif()[0x0112] = 6  # by 90 degrees: it is 40 high and 20 wide
         turned.save(stored, "png", exif=turned.getexif())
@@ -165,7 +165,7 @@ class TestEvaluateAModel:
         numbers = evaluate_instance_segmentation(Answers([answer], {0: "class 4"}), processor, dataset, progress=False)
         assert (numbers["segm_AP"], numbers["mean_iou"]) == pytest.approx((1, 1))
 
-    def test_a_model_has_the_numbers_of_pycocotools_on_its_instances(self):
+    def test_a_model_has_the_metrics_of_pycocotools_on_its_instances(self):
         model = small_model(num_labels=2)
         processor = RfDetrImageProcessor.from_config(model.config)
         noise = np.random.default_rng(0).integers(0, 256, (3, 60, 80, 3), np.uint8)
@@ -195,7 +195,7 @@ class TestEvaluateAModel:
         )
         assert 0.1 < numbers["segm_AP"] < 1
 
-    def test_the_numbers_of_a_detection_model_are_of_boxes(self):
+    def test_a_detection_model_has_metrics_of_boxes(self):
         answer = outputs_of(Drawn().masks, torch.full((3, 2), 0.9), torch.tensor([[0, 1]] * 3), 2)
         answer.pred_masks = None
         model = Answers([answer], {0: "roof", 1: "pool"}).eval()
@@ -214,13 +214,13 @@ class TestLabels:
         config = SimpleNamespace(id2label={0: "__background__", 1: "roof", 2: "tree", 3: "pool"})
         assert label_to_category_id(config, self.dataset("pool", "roof")) == {3: 10, 1: 20}
 
-    def test_without_names_they_are_taken_in_order(self):
+    def test_labels_without_names_are_matched_in_order(self):
         config = SimpleNamespace(id2label={0: "LABEL_0", 1: "LABEL_1"})
         assert label_to_category_id(config, self.dataset("pool", "roof")) == {0: 10, 1: 20}
         with pytest.raises(ValueError, match=r"LABEL_0.*\['pool', 'roof', 'tree'\].*id2label"):
             label_to_category_id(config, self.dataset("pool", "roof", "tree"))
 
-    def test_the_same_map_may_name_classes_twice(self):
+    def test_equal_maps_may_repeat_a_name(self):
         config = SimpleNamespace(id2label={0: "roof", 1: "roof"})
         assert label_to_category_id(config, self.dataset("roof", "roof")) == {0: 10, 1: 20}
 
@@ -232,7 +232,7 @@ class TestLabels:
             (["roof", "tree"], ["roof", "roof"], r"unique.*\['roof'\]"),
         ],
     )
-    def test_names_that_do_not_tell_are_refused(self, model_names, names, message):
+    def test_ambiguous_and_unknown_names_are_refused(self, model_names, names, message):
         config = SimpleNamespace(id2label=dict(enumerate(model_names)))
         with pytest.raises(ValueError, match=message):
             label_to_category_id(config, self.dataset(*names))

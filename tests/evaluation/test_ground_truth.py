@@ -74,7 +74,7 @@ class TestGroundTruth:
             not annotation["iscrowd"] for annotation in truth["annotations"]
         )
 
-    def test_rle_does_without_the_size_of_the_image(self):
+    def test_rle_does_not_require_the_size_of_the_image(self):
         mask = rectangle((10, 20), (30, 70))
         truth = ground_truth((mask, 1, {}))
         truth["images"] = [{"id": 1}]
@@ -83,7 +83,7 @@ class TestGroundTruth:
         with pytest.raises(ValueError, match=r"image's size 100x100.*got 9x9"):
             evaluated(truth, {1: {"scores": [0.9], "labels": [1], "masks": [np.ones((9, 9), bool)]}})
 
-    def test_an_image_without_size_and_objects_takes_that_of_its_masks(self):
+    def test_an_image_without_size_and_objects_has_the_size_of_its_detected_masks(self):
         truth = ground_truth((rectangle((10, 20), (30, 70)), 1, {}), images=((1, 100, 100), (2, None, None)))
         evaluator = evaluated(truth, {2: {"scores": [0.9], "labels": [1], "masks": [np.ones((10, 10), bool)]}})
         other = InstanceSegmentationEvaluator(truth)
@@ -91,7 +91,7 @@ class TestGroundTruth:
         assert other.mean_iou() == evaluator.mean_iou()
         assert other.mean_iou()["mean_iou"] == 0
 
-    def test_categories_of_the_same_name_are_told_apart(self):
+    def test_categories_with_the_same_name_are_distinguished_by_id(self):
         truth = ground_truth(categories=(1, 2, 3))
         truth["categories"][2]["name"] = "class 1"
         assert list(InstanceSegmentationEvaluator(truth).compute()["per_class"]) == [
@@ -112,12 +112,12 @@ class TestGroundTruth:
             ("segmentation", [[1, 2, 3]], "annotation 77: polygon 0 .* 3 coordinates"),
         ],
     )
-    def test_annotations_that_cannot_be_read_are_named(self, field, value, message):
+    def test_an_error_names_the_invalid_annotation(self, field, value, message):
         truth = ground_truth((rectangle((10, 20), (30, 70)), 1, {"id": 77, field: value}))
         with pytest.raises(ValueError, match=message):
             InstanceSegmentationEvaluator(truth)
 
-    def test_ids_that_are_there_twice_and_missing_sizes_are_refused(self):
+    def test_repeated_ids_and_missing_sizes_are_refused(self):
         truth = ground_truth(images=((1, 9, 9), (2, 9, 9), (1, 9, 9)))
         with pytest.raises(ValueError, match=r"image ids .*unique.*\[1\]"):
             InstanceSegmentationEvaluator(truth)

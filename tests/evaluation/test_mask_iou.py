@@ -9,7 +9,7 @@ from transformers_rfdetr.evaluation.coco_evaluator import InstanceSegmentationEv
 
 
 class TestMeanIou:
-    def test_two_classes_a_crowd_and_two_images_by_hand(self):
+    def test_two_classes_with_a_crowd_in_two_images_by_hand(self):
         size = (10, 10)
         truth = ground_truth(
             (rectangle((0, 4), (0, 10), size), 1, {}),  # 40 pixels
@@ -40,7 +40,7 @@ class TestMeanIou:
         # Image 2: 20 of 40.
         assert numbers["mean_iou_class_blind"] == pytest.approx((40 + 20) / (50 + 10 + 40))
 
-    def test_a_threshold_of_its_own(self):
+    def test_the_score_threshold_can_be_changed(self):
         mask, half = rectangle((0, 10), (0, 10)), rectangle((0, 10), (0, 5))
         found = {1: {"scores": [0.3, 0.6], "labels": [1, 1], "masks": [mask, half]}}
         for threshold, iou in ((0.2, 1), (0.3, 0.5), (0.6, 0)):

@@ -13,7 +13,7 @@ from transformers_rfdetr.evaluation.coco_evaluator import InstanceSegmentationEv
 
 
 class TestUpdate:
-    def test_every_form_of_masks_and_numbers_gives_the_same(self):
+    def test_every_form_of_masks_and_numbers_gives_the_same_record(self):
         masks = np.stack([rectangle((0, 40), (0, 40)), rectangle((30, 80), (20, 60))])
         truth = ground_truth((masks[0], 1, {}), (masks[1], 1, {}))
         runs = {"size": [100, 100], "counts": [0, *[40, 60] * 39, 40, 6060]}
@@ -32,7 +32,7 @@ class TestUpdate:
         assert all(state == states[0] for state in states)
         assert [row["bbox"] for row in states[0][2:]] == [[0, 0, 40, 40], [20, 30, 40, 50]]
 
-    def test_given_boxes_are_those_of_the_bbox_numbers(self):
+    def test_given_boxes_are_used_for_the_bbox_metrics(self):
         mask = rectangle((0, 40), (0, 40))
         found = {"scores": [0.5], "labels": [1], "masks": [mask], "boxes": [[0, 0, 40, 20]]}
         numbers = evaluated(ground_truth((mask, 1, {})), {1: found}).compute()
@@ -40,7 +40,7 @@ class TestUpdate:
         assert numbers["bbox_AP50"] == pytest.approx(1)  # an IoU of one half
         assert numbers["bbox_AP"] == pytest.approx(0.1)
 
-    def test_boxes_alone_give_bbox_numbers_alone(self):
+    def test_detections_without_masks_have_bbox_metrics_only(self):
         mask = rectangle((0, 40), (0, 40))
         found = {1: {"scores": [0.5], "labels": [1], "boxes": torch.tensor([[0.0, 0, 40, 40]])}}
         evaluator = evaluated(ground_truth((mask, 1, {})), found)
@@ -53,7 +53,7 @@ class TestUpdate:
         with pytest.raises(ValueError, match="mean_iou"):
             evaluator.mean_iou()
 
-    def test_a_ground_truth_of_boxes_gives_bbox_numbers_alone(self):
+    def test_a_ground_truth_without_masks_has_bbox_metrics_only(self):
         truth = ground_truth()
         truth["annotations"] = [{"image_id": 1, "category_id": 1, "bbox": [0, 0, 40, 40], "segmentation": []}]
         found = {1: {"scores": [0.5], "labels": [1], "masks": [rectangle((0, 40), (0, 40))]}}
@@ -62,7 +62,7 @@ class TestUpdate:
         assert not any(name.startswith(("segm", "mean")) for name in numbers)
 
     @pytest.mark.parametrize("order", [(1, 2, 3), (3, 2, 1)])
-    def test_masks_of_some_images_and_boxes_alone_of_others_are_refused(self, order):
+    def test_masks_in_some_images_and_only_boxes_in_others_are_refused(self, order):
         mask = rectangle((0, 40), (0, 40))
         truth = ground_truth((mask, 1, {}), images=[(i, 100, 100) for i in (1, 2, 3)])
         found = {
@@ -81,7 +81,7 @@ class TestUpdate:
         evaluator.reset()
         evaluator.update(order[2], **found[order[2]])
 
-    def test_an_image_that_comes_twice_counts_once(self, hf_log):
+    def test_a_repeated_image_counts_once(self, hf_log):
         mask = rectangle((0, 40), (0, 40))
         evaluator = InstanceSegmentationEvaluator(ground_truth((mask, 1, {}), images=((1, 100, 100), (2, 9, 9))))
         for _ in range(3):
@@ -94,7 +94,7 @@ class TestUpdate:
         assert len(evaluator) == 0
         assert list(evaluator.predictions()) == []
 
-    def test_two_different_records_of_an_image_merge_alike_in_either_order(self):
+    def test_two_records_of_an_image_merge_to_the_same_in_either_order(self):
         masks = [rectangle((0, 40), (0, width)) for width in (30, 40)]
         truth = ground_truth((masks[1], 1, {}))
         one, other = (evaluated(truth, {1: {"scores": [0.5], "labels": [1], "masks": [mask]}}) for mask in masks)
@@ -122,7 +122,7 @@ class TestUpdate:
             ({"boxes": [[0, 0, 9], [0, 0, 9]]}, r"`boxes` .*\[0\.0, 0\.0, 9\.0\]"),
         ],
     )
-    def test_what_cannot_be_is_refused_and_leaves_no_trace(self, change, message):
+    def test_invalid_detections_are_refused_and_change_nothing(self, change, message):
         mask = rectangle((0, 40), (0, 40))
         evaluator = InstanceSegmentationEvaluator(ground_truth((mask, 1, {})))
         found = {"image_id": 1, "scores": [0.5, 0.4], "labels": [1, 1], "masks": [mask, mask]} | change

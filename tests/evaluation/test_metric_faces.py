@@ -16,7 +16,6 @@ import torch.distributed
 import torch.multiprocessing
 from pycocotools import mask as coco_mask
 
-from transformers_rfdetr.evaluation import torchmetrics_metric as torch_metric
 from transformers_rfdetr.evaluation.coco_evaluator import InstanceSegmentationEvaluator
 from transformers_rfdetr.evaluation.evaluate_modules import MASK_MAP, MEAN_IOU
 from transformers_rfdetr.evaluation.torchmetrics_metric import InstanceSegmentationMetric
@@ -103,7 +102,7 @@ def without_classes(numbers):
 
 
 class TestTorchmetrics:
-    def test_the_sample_of_coco_has_the_numbers_of_pycocotools_and_of_the_evaluator(self, sample, expected):
+    def test_the_sample_of_coco_has_the_metrics_of_pycocotools_and_of_the_evaluator(self, sample, expected):
         images, categories = sample
         metric = InstanceSegmentationMetric({category["id"]: category["name"] for category in categories})
         for index in range(0, 100, 7):
@@ -115,7 +114,7 @@ class TestTorchmetrics:
         assert numbers["per_class"] == theirs["per_class"]
         assert without_classes(numbers) == pytest.approx(without_classes(theirs), abs=1e-12)
 
-    def test_the_mean_average_precision_of_torchmetrics_is_another_number(self, sample, expected):
+    def test_the_mean_average_precision_of_torchmetrics_differs(self, sample, expected):
         pytest.importorskip("torchvision")
         detection = pytest.importorskip("torchmetrics.detection")
         theirs = detection.MeanAveragePrecision(iou_type="segm", backend="pycocotools")
@@ -145,7 +144,7 @@ class TestTorchmetrics:
         assert "segm_AP" not in numbers
         assert list(numbers["per_class"]) == ["3"]
 
-    def test_images_without_an_id_are_all_different_and_the_others_count_once(self):
+    def test_images_without_an_id_are_all_counted_and_repeated_ids_once(self):
         box, labels, scores = torch.tensor([[10.0, 10, 30, 30]]), torch.tensor([1]), torch.tensor([0.9])
         found, nothing = {"boxes": box, "scores": scores, "labels": labels}, torch.zeros(0)
         missed = {"boxes": nothing.reshape(0, 4), "scores": nothing, "labels": nothing.long()}
@@ -156,7 +155,7 @@ class TestTorchmetrics:
         assert metric.compute()["per_class"]["1"]["num_objects"] == 3
         assert metric.compute()["bbox_AR_100"] == pytest.approx(2 / 3)
 
-    def test_reset_forgets_and_forward_gives_the_numbers_of_the_batch(self):
+    def test_reset_discards_images_and_forward_returns_the_metrics_of_the_batch(self):
         box, labels = torch.tensor([[10.0, 10, 30, 30]]), torch.tensor([1])
         found = {"boxes": box, "scores": torch.tensor([0.9]), "labels": labels}
         metric = InstanceSegmentationMetric()
@@ -171,22 +170,17 @@ class TestTorchmetrics:
         ("prediction", "target", "message"),
         [
             ({"scores": [0.5, 0.4]}, {}, "image 0: .*got {'scores': 2, 'labels': 1"),
-            ({}, {"iscrowd": [0, 0]}, "image 0: different numbers of {'labels': 1, 'boxes': 1, 'iscrowd': 2}"),
-            ({}, {"boxes": None}, "image 0: 1 objects have neither masks nor boxes"),
+            ({}, {"iscrowd": [0, 0]}, "image 0: labels, boxes, iscrowd .* {'labels': 1, 'boxes': 1, 'iscrowd': 2}"),
+            ({}, {"boxes": None}, "image 0: `masks` or `boxes` .* 1 objects"),
         ],
     )
-    def test_what_does_not_fit_is_refused(self, prediction, target, message):
+    def test_predictions_and_targets_that_do_not_match_are_refused(self, prediction, target, message):
         box = torch.tensor([[10.0, 10, 30, 30]])
         prediction = {"boxes": box, "scores": [0.5], "labels": [1]} | prediction
         with pytest.raises(ValueError, match=message):
             InstanceSegmentationMetric().update([prediction], [{"boxes": box, "labels": [1]} | target])
-        with pytest.raises(ValueError, match="1 predictions for 0 targets"):
+        with pytest.raises(ValueError, match=r"`preds` and `target` .* 1 and 0"):
             InstanceSegmentationMetric().update([prediction], [])
-
-    def test_the_example_runs(self):
-        results = doctest.testmod(torch_metric)
-        assert results.attempted
-        assert not results.failed
 
 
 def evaluate_share(rank, folder):
@@ -213,7 +207,7 @@ def evaluate_share(rank, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_have_the_numbers_of_one(sample, tmp_path):
+def test_two_processes_have_the_metrics_of_one(sample, tmp_path):
     sample = (sample[0][:40], sample[1])
     # Half each, with 4 images in both, as padding samplers deal them; and everything against nothing.
     shares = [((0, 22), (18, 40)), ((0, 40), (0, 0))]
@@ -257,7 +251,7 @@ class TestEvaluate:
         for part in (slice(0, 1), slice(1, 40), slice(40, 100)):
             yield {"predictions": predictions[part], "references": references[part]}
 
-    def test_mask_map_has_the_numbers_of_pycocotools(self, load, sample, expected, tmp_path):
+    def test_mask_map_has_the_metrics_of_pycocotools(self, load, sample, expected, tmp_path):
         metric = load(str(MASK_MAP), cache_dir=str(tmp_path))
         for batch in self.rows(sample):
             metric.add_batch(**batch)

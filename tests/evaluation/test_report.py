@@ -124,7 +124,7 @@ def page(folder):
 
 
 class TestPage:
-    def test_names_are_words_and_nothing_else(self, page):
+    def test_names_are_text_whatever_characters_they_have(self, page):
         words = "".join(page.words)
         for name in (*NASTY[:2], "a & b's {0} %s ?", "</b></figure>.png"):
             assert name in words
@@ -143,7 +143,7 @@ class TestPage:
         assert "@import" not in page.style
         assert {link["href"][1:] for link in page.of("a")} == {one["id"] for one in page.of("section")}
 
-    def test_its_policy_allows_its_script_alone(self, page):
+    def test_its_policy_allows_only_its_own_script(self, page):
         [policy] = [one["content"] for one in page.of("meta") if one.get("http-equiv") == "Content-Security-Policy"]
         digest = base64.b64encode(hashlib.sha256(page.script.encode()).digest()).decode()
         assert policy.split("; ") == [
@@ -153,7 +153,7 @@ class TestPage:
             f"script-src 'sha256-{digest}'",
         ]
 
-    def test_the_worst_and_the_best_are_shown_once_and_those_that_show_nothing_are_not(self, page):
+    def test_worst_and_best_images_are_shown_once_and_empty_ones_are_not(self, page):
         assert len(page.of("image")) == 3
         names = [one["aria-label"] for one in page.of("svg") if one["aria-label"] in {"</b></figure>.png", *NASTY[:1]}]
         assert names == ["</b></figure>.png", NASTY[0]]  # the missed one is the worst, the correct one the best
@@ -173,7 +173,7 @@ class TestPage:
             ]
         )
 
-    def test_the_training_curve_leaves_out_what_is_no_number(self, page):
+    def test_the_training_curve_leaves_out_nan(self, page):
         start = page.elements.index(next(one for one in page.elements if one[1].get("aria-label") == "Loss"))
         chart = page.elements[start:]
         curve = next(index for index, (_, attrs) in enumerate(chart) if attrs.get("class") == "curve")
@@ -211,7 +211,7 @@ class TestPage:
             "pool, score 0.60, in a crowd",
         } <= set(titles)
 
-    def test_it_stays_small_whatever_the_images_hold(self, tmp_path):
+    def test_the_page_is_small_whatever_the_images_contain(self, tmp_path):
         rng = np.random.default_rng(0)
         size = (500, 700)
         masks = [rng.random(size) < share for share in rng.random(3)]
@@ -241,7 +241,7 @@ class TestPage:
         with pytest.raises(ValueError, match=r"`training` must be the output folder of a training run, got .*nowhere"):
             save_report(tmp_path, analysis, scene(), training=tmp_path / "nowhere")
 
-    def test_many_classes_are_told_apart_in_numbers_and_cut_in_the_matrix(self, tmp_path):
+    def test_the_confusion_matrix_shows_20_of_many_classes(self, tmp_path):
         names = [f"class {number}" for number in range(30)]
         coco = {
             "images": [{"id": 0, "height": SCENE[0], "width": SCENE[1], "file_name": "all.png"}],
@@ -307,7 +307,7 @@ def in_the_browser(folder, screenshots=False):
 
 
 @needs_chromium
-def test_in_a_browser_layers_and_instances_come_and_go(tmp_path):
+def test_layers_and_instances_can_be_hidden_in_a_browser(tmp_path):
     files = ("many.png", NASTY[0], NASTY[1], "missed.png")
     write_report(
         tmp_path, scene_model(NASTY[:2]), SCENE_PROCESSOR, scene(NASTY[:2], files), title=NASTY[0], progress=False
@@ -316,7 +316,7 @@ def test_in_a_browser_layers_and_instances_come_and_go(tmp_path):
 
 
 @needs_chromium
-def test_a_script_that_is_not_the_pages_own_does_not_run_and_is_heard_on_the_console(tmp_path):
+def test_a_foreign_script_does_not_run_and_is_reported_on_the_console(tmp_path):
     page = write_report(tmp_path, scene_model(), SCENE_PROCESSOR, scene(), progress=False)
     stranger = "<script>document.title = 'taken over'</script>"
     page.write_text(page.read_text(encoding="utf-8").replace("</main>", f"{stranger}</main>"), encoding="utf-8")
@@ -338,7 +338,7 @@ def test_tables_that_are_wider_than_a_phone_say_that_they_scroll(tmp_path):
 
 
 @pytest.mark.long
-def test_in_a_browser_masks_are_seen_and_hidden(tmp_path):
+def test_hidden_masks_are_not_visible_in_a_browser(tmp_path):
     assert CHROMIUM, "needs a browser: apt-get install chromium"
     write_report(tmp_path, scene_model(), SCENE_PROCESSOR, scene(), progress=False)
     in_the_browser(tmp_path, screenshots=True)

@@ -12,6 +12,7 @@ from pycocotools import mask as coco_mask
 
 from ..data.dataset import as_instance_dataset
 from ..inference.instances import Instances
+from ..model.masks import box_xyxy_to_xywh
 from ..model.validation import require
 from .coco_evaluator import InstanceSegmentationEvaluator
 from .evaluation_loop import evaluate_dataset
@@ -206,8 +207,7 @@ def _pairwise_ious(detections: Instances, objects: Instances, is_crowd: np.ndarr
         return np.zeros((len(detections), len(objects)))
     if detections.masks is not None and objects.masks is not None:
         return coco_mask.iou(detections.masks, objects.masks, is_crowd.tolist())
-    boxes = [one.boxes.astype(np.float64) for one in (detections, objects)]
-    boxes_xywh = [np.concatenate([xyxy[:, :2], xyxy[:, 2:] - xyxy[:, :2]], axis=1) for xyxy in boxes]
+    boxes_xywh = [box_xyxy_to_xywh(one.boxes.astype(np.float64)) for one in (detections, objects)]
     return coco_mask.iou(*boxes_xywh, is_crowd.tolist())
 
 

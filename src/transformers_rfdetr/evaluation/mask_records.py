@@ -157,7 +157,7 @@ def _boxes_xyxy_to_xywh(boxes: np.ndarray, num_detections: int) -> np.ndarray:
 
 
 def _read_detected_mask(mask: Any, image_size: tuple[int, int] | None) -> dict[str, Any]:
-    """Return an RLE or a bitmap (H, W) as RLE. Unlike the mask of an object, it may be empty."""
+    """Return an RLE or a bitmap (H, W), which may have no pixel, as RLE."""
     if isinstance(mask, torch.Tensor):
         mask = mask.numpy(force=True)
     if not isinstance(mask, Mapping):

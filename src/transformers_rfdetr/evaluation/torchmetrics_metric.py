@@ -1,4 +1,7 @@
-"""The numbers of `metrics.py` as a torchmetrics metric, synchronised among processes by torchmetrics."""
+"""The metrics of `InstanceSegmentationEvaluator` as a torchmetrics metric, which torchmetrics synchronises.
+
+Axis letters: K detections and N objects of an image, H W pixels of the image.
+"""
 
 import io
 import itertools
@@ -18,14 +21,14 @@ from .mask_records import Detections, pack_detections
 try:
     from torchmetrics import Metric
 except ImportError as error:
-    raise ImportError('this needs torchmetrics: pip install "transformers-rfdetr[train]"') from error
+    raise ImportError('torchmetrics is required: pip install "transformers-rfdetr[train]"') from error
 
 
 class InstanceSegmentationMetric(Metric):
-    """COCO's average precision of masks and boxes, and mean IoU, in the form of torchmetrics' detection metrics.
+    """Compute COCO's average precision of masks and boxes, and mean IoU, with the interface of torchmetrics.
 
-    Ground truth and detections both come in `update`, as they do in `torchmetrics.detection.MeanAveragePrecision`; the
-    numbers are those of `InstanceSegmentationEvaluator.compute`. Masks are kept as RLE.
+    `update` takes ground truth and detections, as `torchmetrics.detection.MeanAveragePrecision` does; `compute` returns
+    the metrics of `InstanceSegmentationEvaluator.compute`. Masks are kept as RLE.
 
     Example:
         >>> import torch
@@ -41,10 +44,10 @@ class InstanceSegmentationMetric(Metric):
         1.0
 
     Args:
-        class_names: Names of the labels for `per_class`; without one a label is named by its number.
-        iou_score_threshold: As of the evaluator.
-        backend: As of the evaluator.
-        **kwargs: As of `torchmetrics.Metric`.
+        class_names: Label -> name in `per_class`; the label is the default name.
+        iou_score_threshold: See the evaluator.
+        backend: See the evaluator.
+        **kwargs: For `torchmetrics.Metric`.
     """
 
     is_differentiable = False
@@ -63,48 +66,47 @@ class InstanceSegmentationMetric(Metric):
         self.class_names = dict(class_names or {})
         self.iou_score_threshold = iou_score_threshold
         self.backend = backend
-        # Pickled records of images, one after the other, as uint8.
+        # Concatenated pickles of the records of the images, as uint8.
         self.add_state("records", default=[], dist_reduce_fx="cat")
         self.reset()
 
     def reset(self) -> None:
-        """Forget all images."""
+        """Discard all images."""
         super().reset()
-        # torchmetrics gives a process without any image an empty float tensor, which does not fit into the others'.
+        # For a process without images torchmetrics would gather an empty float tensor, which cannot be concatenated.
         self.records = [torch.empty(0, dtype=torch.uint8, device=self.device)]
 
     def update(self, preds: Sequence[Mapping[str, Any]], target: Sequence[Mapping[str, Any]]) -> None:
         """Add images.
 
         Args:
-            preds: Of each image `scores` (K,), `labels` (K,) and `masks` (K, H, W) bool or K COCO RLEs, or `boxes`
+            preds: For each image `scores` (K,), `labels` (K,) and `masks` (K, H, W) bool or K COCO RLEs, or `boxes`
                 (K, 4) boxes_xyxy in pixels, or both.
-            target: Of each image `labels` (N,) and `masks` or `boxes` in the same forms; optionally `iscrowd` (N,),
-                `area` (N,) and `image_id`, by which an image that comes again is known.
+            target: For each image `labels` (N,) and `masks` or `boxes` in the same forms; optionally `iscrowd` (N,),
+                `area` (N,) and `image_id`. An image with a repeated id is ignored.
 
         Raises:
-            ValueError: as `InstanceSegmentationEvaluator.update`.
+            ValueError: the errors of `InstanceSegmentationEvaluator.update`.
         """
         if len(preds) != len(target):
-            raise ValueError(f"{len(preds)} predictions for {len(target)} targets; pass one of each for every image")
-        for index, (found, truth) in enumerate(zip(preds, target, strict=True)):
+            raise ValueError(f"`preds` and `target` must have the same length, got {len(preds)} and {len(target)}")
+        for index, (prediction, of_image) in enumerate(zip(preds, target, strict=True)):
             with error_context(f"image {index}"):
-                image_size = _image_size(truth.get("masks")) or _image_size(found.get("masks"))
-                detections = pack_detections(
-                    found["scores"], found["labels"], found.get("masks"), found.get("boxes"), image_size
-                )
-                reference = _read_target(truth, image_size)
+                image_size = _image_size(of_image.get("masks")) or _image_size(prediction.get("masks"))
+                fields = [prediction["scores"], prediction["labels"], prediction.get("masks"), prediction.get("boxes")]
+                detections = pack_detections(*fields, image_size)
+                reference = _read_target(of_image, image_size)
             record = bytearray(pickle.dumps((reference, detections)))
             self.records.append(torch.frombuffer(record, dtype=torch.uint8).to(self.device))
 
     def compute(self) -> dict[str, Any]:
-        """The numbers of all images, of all processes: see `InstanceSegmentationEvaluator.compute`."""
+        """Return the metrics of the images of all processes; see `InstanceSegmentationEvaluator.compute`."""
         records = list(self._read_records())
-        named = [reference["image_id"] for reference, _ in records if reference["image_id"] is not None]
-        numbers = itertools.count(max(named, default=0) + 1)
+        given_ids = [reference["image_id"] for reference, _ in records if reference["image_id"] is not None]
+        new_ids = itertools.count(max(given_ids, default=0) + 1)
         for reference, _ in records:
             if reference["image_id"] is None:
-                reference["image_id"] = next(numbers)
+                reference["image_id"] = next(new_ids)
         labels = {label for _, detections in records for label in detections.labels.tolist()}
         coco = coco_from_images((reference for reference, _ in records), labels, self.class_names)
         evaluator = InstanceSegmentationEvaluator(
@@ -115,16 +117,16 @@ class InstanceSegmentationMetric(Metric):
         return evaluator.compute()
 
     def _read_records(self) -> Iterator[tuple[dict[str, Any], Detections]]:
-        parts = self.records if isinstance(self.records, list) else [self.records]  # synchronised: one tensor
-        for part in parts:
-            content = part.to("cpu", torch.uint8).numpy().tobytes()
+        tensors = self.records if isinstance(self.records, list) else [self.records]  # one tensor when synchronised
+        for tensor in tensors:
+            content = tensor.to("cpu", torch.uint8).numpy().tobytes()
             stream = io.BytesIO(content)
             while stream.tell() < len(content):
                 yield pickle.load(stream)
 
 
 def _image_size(masks: Any) -> tuple[int, int] | None:
-    """(H, W) of masks in any form, or None."""
+    """Return (H, W) of masks in any form, or None without a mask."""
     if masks is None or not len(masks):
         return None
     size = masks[0]["size"] if isinstance(masks[0], Mapping) else masks[0].shape
@@ -133,32 +135,32 @@ def _image_size(masks: Any) -> tuple[int, int] | None:
 
 
 def _read_target(target: Mapping[str, Any], image_size: tuple[int, int] | None) -> dict[str, Any]:
-    """A target in torchmetrics' form -> the image and its objects in COCO's form, masks as RLE."""
-    labels = _plain_list(target["labels"])
+    """Return a target in torchmetrics' form as an image and its objects in COCO's form, with masks as RLE."""
+    labels = _to_list(target["labels"])
     optional = ("masks", "boxes", "iscrowd", "area")
     lengths = {name: len(target[name]) for name in ("labels", *optional) if target.get(name) is not None}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"different numbers of {lengths} in the target; pass one of each for every object")
+        raise ValueError(f"{', '.join(lengths)} of the target must have the same length, got {lengths}")
     masks, boxes, crowds, areas = map(target.get, optional)
-    objects: list[dict[str, Any]] = [{"category_id": label} for label in labels]
     if labels and masks is None and boxes is None:
-        raise ValueError(f"{len(labels)} objects have neither masks nor boxes; pass one of the two")
+        raise ValueError(f"`masks` or `boxes` is required in the target, got neither for {len(labels)} objects")
+    objects: list[dict[str, Any]] = [{"category_id": label} for label in labels]
     for index, one in enumerate(objects):
         if masks is not None:
             one["segmentation"] = _encode(masks[index])
         if boxes is not None:
-            x0, y0, x1, y1 = _plain_list(boxes[index])
+            x0, y0, x1, y1 = _to_list(boxes[index])
             one["bbox"] = [x0, y0, x1 - x0, y1 - y0]
         if crowds is not None:
             one["iscrowd"] = int(crowds[index])
-        if areas is not None and float(areas[index]) > 0:  # torchmetrics derives it where it is 0
+        if areas is not None and float(areas[index]) > 0:  # torchmetrics derives an area of 0, too
             one["area"] = float(areas[index])
     height, width = image_size or (None, None)
     return {"image_id": to_builtin(target.get("image_id")), "height": height, "width": width, "objects": objects}
 
 
 def _encode(mask: Any) -> Any:
-    """A mask (H, W) -> RLE, which stays as it is."""
+    """Return a mask (H, W) as RLE; RLE is returned as it is."""
     if isinstance(mask, Mapping):
         return mask
     if isinstance(mask, torch.Tensor):
@@ -166,5 +168,5 @@ def _encode(mask: Any) -> Any:
     return coco_mask.encode(np.asfortranarray(np.asarray(mask), np.uint8))
 
 
-def _plain_list(values: Any) -> list[Any]:
+def _to_list(values: Any) -> list[Any]:
     return [to_builtin(value) for value in values]

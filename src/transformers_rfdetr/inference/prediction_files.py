@@ -6,6 +6,9 @@
       predictions.jsonl       all lines, in the order of the images
       predictions.coco.json   the same as a COCO dataset with scores, for pycocotools and annotation tools
 
+COCOeval takes `COCO("predictions.coco.json")` as detections. `loadRes` is not for it: with boxes beside the masks, it
+would take the areas from the boxes. `Instances.to_coco` returns results for `loadRes`.
+
 A process that is killed leaves complete lines and at most one partial line, which is never treated as complete.
 """
 

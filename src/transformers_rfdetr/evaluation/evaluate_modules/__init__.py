@@ -8,17 +8,17 @@ MASK_MAP = Path(__file__).parent / "mask_map"
 
 INPUTS = """
 Args:
-    predictions: Of each image a dict of `image_id`, `scores` (K,), `labels` (K,), category ids, and `masks`, K COCO
-        RLEs {"size": [height, width], "counts": str} of the image's size, as
+    predictions: For each image a dict of `image_id`, `scores` (K,), `labels` (K,), which are category ids, and `masks`,
+        K COCO RLEs {"size": [height, width], "counts": str} of the image's size, as
         `post_process_instance_segmentation(..., return_coco_annotation=True)` returns them.
-    references: Of each image a dict of `image_id`, `height`, `width` and `objects`, a list of dicts of `category_id`,
+    references: For each image a dict of `image_id`, `height`, `width` and `objects`, a list of dicts of `category_id`,
         `segmentation` (COCO RLE), `iscrowd` and `area`; the last two may be None.
-    class_names: Dict of names by category id, for `per_class`; a category without one is named by its id.
+    class_names: Category id -> name in `per_class`; the id is the default name.
 """
 
 
 def features() -> Any:
-    """The columns of `predictions` and `references`."""
+    """Return the columns of `predictions` and `references`."""
     from datasets import Features, Value
 
     rle = {"size": [Value("int64")], "counts": Value("string")}

@@ -1,4 +1,4 @@
-"""COCO's average precision of masks and of their boxes, for `evaluate.load`. (One import a line: it reads them so.)"""
+"""COCO's average precision of masks and of their boxes, for `evaluate.load`, which reads imports line by line."""
 
 import evaluate
 
@@ -7,12 +7,12 @@ from transformers_rfdetr.evaluation.evaluate_modules import INPUTS, features
 
 _DESCRIPTION = """
 Average precision and recall of instance masks, and of the boxes around them, as COCOeval computes them: crowd regions
-are ignored, and of each image and class the best 100 detections count.
+are ignored, and the best 100 detections of each class in an image count.
 """
 
 _KWARGS_DESCRIPTION = f"""{INPUTS}
 Returns:
-    COCO's twelve numbers with `segm_` and with `bbox_`, such as `segm_AP`, -1 where there is nothing to find, and
+    COCO's twelve metrics with the prefixes `segm_` and `bbox_`, such as `segm_AP`, -1 where there is no object, and
     `per_class`: a dict of `segm_AP`, `segm_AP50`, `bbox_AP` and `num_objects` for each class name.
 
 Example:
@@ -32,7 +32,7 @@ Example:
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class MaskMap(evaluate.Metric):
-    """Mask AP."""
+    """Average precision of masks and of their boxes."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

@@ -1,4 +1,4 @@
-"""Mean IoU of predicted instances, for `evaluate.load`. (It reads the imports line by line: one each.)"""
+"""Mean IoU of predicted instances, for `evaluate.load`, which reads imports line by line."""
 
 import evaluate
 
@@ -6,12 +6,12 @@ from transformers_rfdetr.evaluation.coco_evaluator import evaluator_from_rows
 from transformers_rfdetr.evaluation.evaluate_modules import INPUTS, features
 
 _DESCRIPTION = """
-Mean intersection over union of the union of the masks of each class, pooled over all images, with crowd regions
-ignored, and the same with all classes taken as one. transformers_rfdetr.evaluation.coco_evaluator defines it.
+Mean intersection over union of the united masks of each class, summed over all images, without crowd regions, and the
+same with all classes as one. `InstanceSegmentationEvaluator.mean_iou` of transformers_rfdetr defines it.
 """
 
 _KWARGS_DESCRIPTION = f"""{INPUTS}
-    iou_score_threshold: Detections above this score count, 0.5 by default.
+    iou_score_threshold: Score that a detection must exceed to count; 0.5 by default.
 
 Returns:
     `mean_iou`, `mean_iou_class_blind`, and `per_class`: a dict of `iou` for each class name.
@@ -33,7 +33,7 @@ Example:
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class MeanIou(evaluate.Metric):
-    """Mean IoU."""
+    """Mean IoU of the united masks of each class."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
