@@ -143,7 +143,8 @@ def _write_image(source: Path, target: Path, mode: CopyMode) -> None:
         return
     with open(source, "rb") as file, open_image(file) as opened:
         orientation = read_orientation(opened)
-        image = upright(opened) if mode == "upright" else opened.copy()
+        # A copy, because the EXIF data of an open TIFF has its width and height as they are stored.
+        image = (upright(opened) if mode == "upright" else opened).copy()
         if mode == "stored" and opened.format == "TIFF":  # which Pillow rotates when it loads it
             image = image.transpose(_TO_STORED[orientation])
         image.info.pop("xmp", None)  # which may hold the orientation too
