@@ -240,13 +240,14 @@ def test_a_table_of_the_classes_is_printed_before_the_first_step(tmp_path, capsy
     assert "building" in capsys.readouterr().out
 
 
-def test_images_with_more_objects_than_queries_are_named(tmp_path, hf_log):
+def test_objects_without_a_mask_and_images_with_more_objects_than_queries_are_reported(tmp_path, hf_log):
     images, coco = draw_dataset(1, (96, 96))
     box = {"image_id": 0, "category_id": 1, "iscrowd": 0, "bbox": [0, 0, 9, 9], "area": 81.0}
     square = {"segmentation": [[0, 0, 9, 0, 9, 9, 0, 9]]}
-    coco["annotations"] = [{**box, **square, "id": i} for i in range(1, 9)]
+    coco["annotations"] = [{**box, **square, "id": i} for i in range(1, 8)] + [{**box, "id": 8}]
     data = InstanceDataset(coco, images)
     settings = {"max_steps": 1, "eval_strategy": "no", "save_strategy": "no"}
     build_trainer(tmp_path, trainer={"train_dataset": data}, **settings).train()
     assert "more objects than the model has queries (6)" in hf_log.text
     assert "000000.png (8)" in hf_log.text
+    assert "1 of 8 training objects have no mask" in hf_log.text
