@@ -72,7 +72,7 @@ def test_the_usual_spellings_name_the_variant(spelling, name):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"'rf-detr-huge' is not .* rf-detr-nano, .*rf-detr-seg-2xlarge"):
+    with pytest.raises(ValueError, match=r"rf-detr-nano, .*rf-detr-seg-2xlarge, got 'rf-detr-huge'"):
         RfDetrConfig.from_variant("rf-detr-huge")
 
 

@@ -58,7 +58,7 @@ class TestPilModes:
 
     def test_of_32_bit_integers_are_8_bit_values_or_refused(self):
         assert raw(PIL.Image.new("I", (2, 2), 51))[0, 0, 0] == pytest.approx(0.2)
-        with pytest.raises(ValueError, match=r"image 0: .*0\.\.255.*uint16"):
+        with pytest.raises(ValueError, match=r"image 0: .*\[0, 255\].*uint16"):
             raw(PIL.Image.new("I", (2, 2), 40000))
 
     def test_of_floats_are_in_0_1_or_refused(self):
@@ -149,8 +149,8 @@ class TestArrays:
             (np.full((4, 5), np.inf), "infinite"),
             (np.full((4, 5), 200.0), r"\[0, 1\].*got.*\[200, 200\].*uint8"),
             (np.full((4, 5), -0.5), r"\[-0\.5, -0\.5\]"),
-            (np.full((4, 5), 256), r"0\.\.255"),
-            (np.full((4, 5), -1), r"0\.\.255"),
+            (np.full((4, 5), 256), r"\[0, 255\]"),
+            (np.full((4, 5), -1), r"\[0, 255\]"),
             (np.full((4, 5), 1j), "complex"),
             (torch.zeros((4, 5), dtype=torch.complex64), "complex64"),
             (np.full((4, 5), None), "object"),

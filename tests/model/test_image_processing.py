@@ -30,7 +30,7 @@ class TestSettings:
         wide = small_config(backbone_config={"image_size": [48, 96]})
         assert RfDetrImageProcessor.from_config(wide).size == {"height": 48, "width": 96}
         assert RfDetrImageProcessor.from_config(RfDetrConfig.from_variant("rf-detr-base")).size["height"] == 560
-        with pytest.raises(ValueError, match="known"):
+        with pytest.raises(ValueError, match="rf-detr-huge"):
             RfDetrImageProcessor.from_variant("rf-detr-huge")
 
     @pytest.mark.parametrize(
