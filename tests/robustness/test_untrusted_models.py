@@ -149,7 +149,7 @@ TENSORS = [  # of a model of 16 patches and 3 groups of 6 queries, all 32 wide
     (POSITIONS, torch.zeros(1, 0, 32), r"position_embeddings.* \[1, 0, 32\]"),
     (POSITIONS, torch.zeros(1, 8, 32), r" 4 x 4 .*7 patches"),
     (POSITIONS, torch.zeros(1, 1 + 513**2, 32), r"patches.* 51[23].* 51[23]"),
-    ("transformer.enc_output.3.bias", torch.zeros(32), r"4 groups.* 18 rows"),
+    ("transformer.enc_output.3.bias", torch.zeros(32), r"refpoint_embed.* 4 groups.* 18"),
     *(
         (
             "class_embed.bias",

@@ -120,7 +120,7 @@ def _check_arguments(
     require(is_model, "model", type(model).__name__, rule)
     require(format in _SUFFIXES, "format", format, " or ".join(_SUFFIXES))
     require(
-        output.suffix == _SUFFIXES[format], "output", str(output), f"a file {_SUFFIXES[format]} for format {format}"
+        output.suffix == _SUFFIXES[format], "output", output.name, f"a file {_SUFFIXES[format]} for format {format}"
     )
     for path in {output, output.with_suffix(".bin")} if format == "openvino" else {output}:
         require(not path.exists(), "output", str(path), "new", "Give another name, or remove the file.")
