@@ -103,9 +103,9 @@ class TestGroundTruth:
     @pytest.mark.parametrize(
         ("field", "value", "message"),
         [
-            ("image_id", 9, r"1 annotations have an unknown image_id, .*\[\(77, 9\)\]"),
-            ("category_id", 9, r"1 annotations have an unknown category_id, .*\[\(77, 9\)\]"),
-            ("category_id", None, r"unknown category_id, .*\[\(77, None\)\]"),
+            ("image_id", 9, r"image_id .* got 1 .*\[\(77, 9\)\]"),
+            ("category_id", 9, r"category_id .* got 1 .*\[\(77, 9\)\]"),
+            ("category_id", None, r"category_id .*\[\(77, None\)\]"),
             ("bbox", [1, 2, 3], r"image 1, annotation 77: `bbox` .*\[1, 2, 3\]"),
             ("bbox", [1, 2, 3, float("nan")], "annotation 77: `bbox` .*finite.*nan"),
             ("area", -4, "annotation 77: `area` .*-4"),

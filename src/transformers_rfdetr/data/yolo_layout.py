@@ -209,7 +209,7 @@ def _read_classes(description: Mapping[str, Any], folder: Path, class_names: Any
     if not (names or class_names or count):
         raise ValueError(
             "the names of the classes are missing. Add `names: [...]` to the data.yaml or a file classes.txt with one"
-            " name a line, or give `class_names`."
+            " name per line, or give `class_names`."
         )
     given = names or class_names or [str(label) for label in range(count or 0)]
     classes = {key: name.strip() if isinstance(name, str) else name for key, name in read_class_names(given).items()}

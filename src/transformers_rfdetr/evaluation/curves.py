@@ -109,7 +109,7 @@ def require_matplotlib() -> Any:
     try:
         import matplotlib.figure
     except ImportError as error:
-        raise ImportError('curves require matplotlib; pip install "transformers-rfdetr[report]"') from error
+        raise ImportError('curves require matplotlib: pip install "transformers-rfdetr[report]"') from error
     return matplotlib
 
 

@@ -89,8 +89,8 @@ class GroundTruth:
         for field, pairs in unknown.items():
             if pairs:
                 raise ValueError(
-                    f"{len(pairs)} annotations have an unknown {field}, (annotation id, {field}):"
-                    f" {pairs[:_MAX_IDS_SHOWN]}. Add the missing entries or drop the annotations"
+                    f"the {field} of each annotation must exist in the ground truth, got {len(pairs)} unknown ones,"
+                    f" (annotation id, {field}): {pairs[:_MAX_IDS_SHOWN]}. Add the entries or drop the annotations."
                 )
         return grouped
 

@@ -206,5 +206,7 @@ def _supervision() -> Any:
     try:
         import supervision
     except ImportError as error:
-        raise ImportError('supervision is required: pip install "transformers-rfdetr[vision]"') from error
+        raise ImportError(
+            '`polygons` and `to_supervision` require supervision: pip install "transformers-rfdetr[vision]"'
+        ) from error
     return supervision

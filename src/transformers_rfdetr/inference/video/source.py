@@ -67,7 +67,7 @@ def import_av() -> Any:
     try:
         import av
     except ImportError as error:
-        raise ImportError(f'video needs PyAV: pip install "transformers-rfdetr[vision]" ({error})') from error
+        raise ImportError(f'video requires PyAV: pip install "transformers-rfdetr[vision]" ({error})') from error
     return av
 
 

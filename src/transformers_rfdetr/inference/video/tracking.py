@@ -23,7 +23,9 @@ class Tracker:
             import supervision
             from trackers import ByteTrackTracker
         except ImportError as error:
-            raise ImportError(f'tracking needs trackers: pip install "transformers-rfdetr[track]" ({error})') from error
+            raise ImportError(
+                f'tracking requires trackers: pip install "transformers-rfdetr[track]" ({error})'
+            ) from error
         self._detections = supervision.Detections
         self._tracker = ByteTrackTracker(
             frame_rate=frame_rate, track_activation_threshold=start_score, high_conf_det_threshold=start_score

@@ -70,7 +70,7 @@ class VideoWriter:
         av = import_av()
         if self._container is None:
             if self._last_pts >= 0:
-                raise ValueError(f"{self.path} is closed; create another VideoWriter")
+                raise ValueError(f"the VideoWriter of {self.path} must be open, got a closed one. Create another.")
             self._open(av)
         if image.size != self.size:
             image = image.resize(self.size)
