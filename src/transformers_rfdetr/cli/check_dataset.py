@@ -17,45 +17,52 @@ transformers-rfdetr check-dataset train.json --image-folder images --fix repaire
 """
 
 
+SourceArgument = Annotated[
+    str, typer.Argument(help="A COCO JSON file, a folder with one for each split, a data.yaml of YOLO, or a Hub id.")
+]
+FixOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Write a repaired copy to this folder, with a list of all changes. Images are hard links to the same"
+        " files: editing one changes both.",
+    ),
+]
+OverlaysOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Draw up to 50 annotated images to this folder, those with problems first."),
+]
+JsonOption = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write the report as JSON to this file; with -, print only JSON."),
+]
+ImageFolderOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of the images of a COCO JSON, or root of the paths in data.yaml. Default: the file's folder."
+    ),
+]
+NumQueriesOption = Annotated[
+    int, typer.Option(help="Number of queries of the model; images with more objects are reported.", min=1)
+]
+ResolutionOption = Annotated[
+    int | None,
+    typer.Option(help="Resolution of the model in pixels; objects without a pixel there are reported.", min=1),
+]
+WorkersOption = Annotated[int | None, typer.Option(help="Number of threads. Default: the number of cores.", min=1)]
+
+
 @one_line_errors
 @terminated_as_interrupted()
 def check_dataset(
-    source: Annotated[
-        str,
-        typer.Argument(help="A COCO JSON file, a folder with one for each split, a data.yaml of YOLO, or a Hub id."),
-    ],
-    fix: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Write a repaired copy to this folder, with a list of all changes. Images are hard links to the"
-            " same files: editing one changes both.",
-        ),
-    ] = None,
-    overlays: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="Draw up to 50 annotated images to this folder, those with problems first."
-        ),
-    ] = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Write the report as JSON to this file; with -, print only JSON."),
-    ] = None,
-    image_folder: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of the images of a COCO JSON, or root of the paths in data.yaml. Default: the file's folder."
-        ),
-    ] = None,
-    num_queries: Annotated[
-        int, typer.Option(help="Number of queries of the model; images with more objects are reported.", min=1)
-    ] = 200,
-    resolution: Annotated[
-        int | None,
-        typer.Option(help="Resolution of the model in pixels; objects without a pixel there are reported.", min=1),
-    ] = None,
-    workers: Annotated[int | None, typer.Option(help="Number of threads. Default: the number of cores.", min=1)] = None,
+    source: SourceArgument,
+    fix: FixOption = None,
+    overlays: OverlaysOption = None,
+    json_file: JsonOption = None,
+    image_folder: ImageFolderOption = None,
+    num_queries: NumQueriesOption = 200,
+    resolution: ResolutionOption = None,
+    workers: WorkersOption = None,
 ) -> None:
     """Check every image and annotation, and list what would be lost, change its meaning, or is unusual.
 

@@ -10,7 +10,7 @@ from datetime import datetime
 from http.client import HTTPException
 from itertools import starmap
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
 from urllib.parse import urlsplit
 
 import typer
@@ -154,7 +154,7 @@ def predict(
         overlap=0.2 if overlap is None else overlap,
         draw=images,
         crops=save_crops,
-        color_by=color_by or ("instance" if track else "class"),
+        color_by=cast(Any, color_by or ("instance" if track else "class")),  # FolderOptions checks it
     )
     tracking = {"track": track, "max_frames": max_frames}
     origin = {"model": absolute(model), "sources": inputs.names, "dtype": dtype.value, **tracking}
@@ -266,6 +266,7 @@ def _read_dataset(name: str, split: str) -> "tuple[list[InputImage], Sequence[An
     from ..data.load import load_instance_dataset, recognise_format
     from ..inference.image_list import InputImage
 
+    rows: Sequence[Any]
     ids: Sequence[int | None]
     if recognise_format(name)[0] is not None:
         splits = load_instance_dataset(name)

@@ -131,8 +131,8 @@ def _fields() -> tuple[dict[str, set[Any]], dict[str, Any]]:
         if field.init and not field.name.startswith(excluded):
             is_optional = field.default is None
             types_of[field.name] = _split_union(hints[field.name]) | ({types.NoneType} if is_optional else set())
-            has_factory = field.default_factory is not dataclasses.MISSING
-            defaults[field.name] = field.default_factory() if has_factory else field.default
+            factory = field.default_factory
+            defaults[field.name] = field.default if factory is dataclasses.MISSING else factory()
     return types_of, defaults
 
 

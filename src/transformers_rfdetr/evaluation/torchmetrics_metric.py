@@ -93,8 +93,8 @@ class InstanceSegmentationMetric(Metric):
         for index, (prediction, of_image) in enumerate(zip(preds, target, strict=True)):
             with error_context(f"image {index}"):
                 image_size = _image_size(of_image.get("masks")) or _image_size(prediction.get("masks"))
-                fields = [prediction["scores"], prediction["labels"], prediction.get("masks"), prediction.get("boxes")]
-                detections = pack_detections(*fields, image_size)
+                masks, boxes = prediction.get("masks"), prediction.get("boxes")
+                detections = pack_detections(prediction["scores"], prediction["labels"], masks, boxes, image_size)
                 reference = _read_target(of_image, image_size)
             record = bytearray(pickle.dumps((reference, detections)))
             self.records.append(torch.frombuffer(record, dtype=torch.uint8).to(self.device))

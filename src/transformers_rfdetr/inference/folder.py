@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 from transformers.utils import logging
@@ -67,7 +67,7 @@ class FolderOptions:
     overlap: float = 0.2
     draw: bool = True
     crops: bool = False
-    color_by: str = "class"
+    color_by: Literal["class", "instance"] = "class"
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

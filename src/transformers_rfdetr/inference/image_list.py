@@ -55,8 +55,8 @@ def list_images(sources: Sequence[str], exclude: str | os.PathLike[str] | None =
         elif source and path.is_file():
             found.setdefault(str(path), path.name)
         elif source and (matches := sorted(glob.glob(str(path), recursive=True))):
-            names = {match: Path(match).name for match in matches if os.path.isfile(match) and not _is_skipped(match)}
-            found = names | found
+            files = [match for match in matches if os.path.isfile(match) and not _is_skipped(match)]
+            found = {file: Path(file).name for file in files} | found
         else:
             rule = "files, folders, patterns with matches or http(s) URLs"
             raise ValueError(f"`sources` must be {rule}, got {source!r}. Check the spelling.")

@@ -126,7 +126,11 @@ class Instances:
                 category_id = category_ids[label]
             else:
                 category_id = label if self.category_ids is None else int(self.category_ids[index])
-            result = {"image_id": image_id, "category_id": category_id, "score": float(self.scores[index])}
+            result: dict[str, Any] = {
+                "image_id": image_id,
+                "category_id": category_id,
+                "score": float(self.scores[index]),
+            }
             if self.masks is None:
                 result["bbox"] = box_xyxy_to_xywh(self.boxes[index].astype(float)).tolist()
             else:

@@ -174,9 +174,9 @@ def _confusion(analysis: Analysis) -> dict[str, Any]:
     counts = analysis.confusion
     errors = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
     shown = np.sort(np.argsort(-errors[:-1], kind="stable")[:_MAX_CONFUSION_CLASSES])
-    counts = counts[np.append(shown, -1)]
+    columns: np.ndarray = np.append(shown, -1)
+    counts = counts[columns]
     shares = counts / counts.sum(1, keepdims=True).clip(1)
-    columns = np.append(shown, -1)
     return {
         "names": [analysis.class_names[label] for label in shown],
         "counts": counts[:, columns].tolist(),
