@@ -340,6 +340,17 @@ def test_a_killed_worker_is_reported_and_the_run_resumes(use, tmp_path):
         assert math.isfinite(build().evaluate()["eval_loss"])
 
 
+@pytest.mark.parametrize("lost", [ConnectionResetError, ConnectionRefusedError, EOFError])
+def test_a_worker_that_dies_while_its_tensor_is_fetched_is_reported(lost, tmp_path):
+    def rebuild_storage_fd():  # of torch.multiprocessing.reductions, where the socket of the worker is read
+        raise lost("the socket was closed")
+
+    with pytest.raises(ChildProcessError, match="the socket was closed"), translate_worker_errors(1, tmp_path):
+        rebuild_storage_fd()
+    with pytest.raises(lost, match="of another server"), translate_worker_errors(1, tmp_path):
+        raise lost("of another server")
+
+
 def test_the_error_of_a_worker_has_no_traceback_in_its_message(tmp_path):
     images, coco = draw_dataset(2, (96, 96))
     paths = []

@@ -3,6 +3,7 @@
 import os
 import re
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Listener
@@ -166,12 +167,13 @@ def translate_worker_errors(num_processes: int, output_dir: str | os.PathLike[st
         if text.startswith("Caught ") and "in DataLoader worker process" in text.partition("\n")[0]:
             message = re.split(rf"\n(?:[\w.]+\.)?{type(error).__name__}: ", text.strip())[-1]
             raise type(error)(message) from error
-        if not isinstance(error, RuntimeError):
+        is_cut_off = isinstance(error, ConnectionError | EOFError) and _is_from_worker(error)
+        if not isinstance(error, RuntimeError) and not is_cut_off:
             raise
         if output_dir is not None:
             with suppress(ValueError):
                 remedy = f" resume_from_checkpoint=True resumes from {newest_checkpoint(output_dir)}."
-        if "DataLoader worker" in text and ("killed" in text or "exited unexpectedly" in text):
+        if is_cut_off or ("DataLoader worker" in text and ("killed" in text or "exited unexpectedly" in text)):
             raise ChildProcessError(
                 f"A data loader worker died: {text.rstrip('. ')}. The usual cause is too little memory: lower"
                 " dataloader_num_workers (0 reads in this process) or per_device_train_batch_size, or give a container"
@@ -183,6 +185,11 @@ def translate_worker_errors(num_processes: int, output_dir: str | os.PathLike[st
                 f" memory?), has the reason.{remedy} This process got: {text}"
             ) from error
         raise
+
+
+def _is_from_worker(error: BaseException) -> bool:
+    """Return whether the error occurred while a tensor of a data loader worker was fetched: the worker was dead."""
+    return any(frame.name == "rebuild_storage_fd" for frame in traceback.extract_tb(error.__traceback__))
 
 
 # What gloo and NCCL say.
