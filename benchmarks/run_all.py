@@ -96,7 +96,7 @@ NOTES: dict[tuple[str, str, str], str] = {
     ),
     ("training step", "time, B=2", "ours"): (
         "60 % of the step is matrix products at the processor's rate: 432 GFLOP per image, against 496 in rfdetr (the"
-        " counter says 501 and 565, because it counts the backward pass of depthwise convolutions as of full ones);"
+        " counter says 501 and 565, because it counts depthwise convolutions as full ones in the backward pass);"
         " 13 % is attention. The ratio was 0.846, 0.89 and 0.99 in three runs, and 0.847 in processor time, one thread,"
         " one image"
     ),

@@ -1,6 +1,7 @@
 """Locate image files, and read their sizes from the headers."""
 
 import os
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,16 @@ def is_image_name(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
 
+def visible_files(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder, those of each folder in the order of their names; hidden ones are skipped."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
+
+
 def find_images(folder: Path) -> list[Path]:
     """Return the images below a folder in the order of their paths; hidden files and folders are skipped."""
-    paths = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths += [Path(parent, name) for name in names if is_image_name(name)]
-    return sorted(paths)
+    return sorted(path for path in visible_files(folder) if is_image_name(path.name))
 
 
 def is_outside(folder: str | os.PathLike[str], name: Any) -> bool:

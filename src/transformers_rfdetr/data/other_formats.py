@@ -4,14 +4,13 @@ A folder of the user that no reader knows must not reach `datasets`, which would
 """
 
 import json
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .image_files import is_image_name
+from .image_files import is_image_name, visible_files
 
 _MAX_BYTES = 1 << 26  # of a JSON that is parsed
 _MAX_FILES = 20  # of each kind that are looked at
@@ -93,7 +92,7 @@ def refuse_other_formats(folder: Path, supported: str) -> None:
         supported: The sources that are read, which the error lists.
     """
     num_images, num_read = 0, dict.fromkeys((".json", ".xml", ".csv"), 0)
-    for path in _files_below(folder):
+    for path in visible_files(folder):
         suffix = path.suffix.lower()
         num_images += is_image_name(path.name)
         if num_read.get(suffix, _MAX_FILES) < _MAX_FILES:
@@ -107,9 +106,3 @@ def refuse_other_formats(folder: Path, supported: str) -> None:
             f"`source` must be {supported}, got {folder} with {num_images} images and no annotations that are read. If"
             " it contains a COCO JSON, give the path of the JSON."
         )
-
-
-def _files_below(folder: Path) -> Iterator[Path]:
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
