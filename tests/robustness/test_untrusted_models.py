@@ -21,6 +21,7 @@ import transformers_rfdetr
 from transformers_rfdetr import (
     RfDetrConfig,
     RfDetrForInstanceSegmentation,
+    RfDetrForObjectDetection,
     RfDetrImageProcessor,
     load,
 )
@@ -278,10 +279,16 @@ def test_a_value_above_its_limit_is_refused_by_name(name, folder):
 @pytest.mark.parametrize("fields", HEAVY, ids=str)
 def test_a_model_of_too_many_parameters_is_refused_before_it_takes_memory(fields, folder):
     rewrite(folder / "config.json", **fields)
-    for model in (RfDetrForInstanceSegmentation, AutoModelForInstanceSegmentation):
+    config = RfDetrConfig.from_pretrained(folder)
+    for build in (
+        lambda: RfDetrForInstanceSegmentation.from_pretrained(folder),
+        lambda: AutoModelForInstanceSegmentation.from_pretrained(folder),
+        lambda: RfDetrForInstanceSegmentation(config),
+        lambda: RfDetrForObjectDetection(config),
+    ):
         before = memory()
         with pytest.raises(ValueError, match=r"parameters.*LIMITS\['parameters'\]"):
-            model.from_pretrained(folder)
+            build()
         assert memory() - before < 500
     with pytest.raises(ValueError, match=rf"{re.escape(str(folder))}.*LIMITS\['parameters'\]"):
         load(str(folder))

@@ -258,17 +258,19 @@ class RfDetrModel(RfDetrPreTrainedModel):
 
     def __init__(self, config: RfDetrConfig) -> None:
         super().__init__(config)
+        with torch.device("meta"):  # too many parameters are refused before they take memory
+            self._add_modules(config)
+        check_limit("parameters", self.num_parameters())
+        self._add_modules(config)
+        self.post_init()
+
+    def _add_modules(self, config: RfDetrConfig) -> None:
+        """Create the modules, before the weights are initialised; models with heads add these."""
         num_rows = config.group_detr * config.num_queries
         self.backbone = nn.ModuleList([RfDetrBackbone(config)])
         self.transformer = RfDetrTransformer(config)
         self.refpoint_embed = ZeroEmbedding(num_rows, 4)
         self.query_feat = nn.Embedding(num_rows, config.d_model)
-        self._add_heads(config)
-        check_limit("parameters", self.num_parameters())
-        self.post_init()
-
-    def _add_heads(self, config: RfDetrConfig) -> None:
-        """Create the heads of the task, before the weights are initialised."""
 
     @property
     def num_groups(self) -> int:
@@ -393,7 +395,8 @@ class RfDetrForObjectDetection(RfDetrModel):
         (torch.Size([1, 300, 91]), torch.Size([1, 300, 4]))
     """
 
-    def _add_heads(self, config: RfDetrConfig) -> None:
+    def _add_modules(self, config: RfDetrConfig) -> None:
+        super()._add_modules(config)
         self.class_embed = ClassHead(config.d_model, config.num_labels)
         self.bbox_embed = box_head(config.d_model)
 
@@ -532,8 +535,8 @@ class RfDetrForInstanceSegmentation(RfDetrForObjectDetection):
         torch.Size([1, 100, 78, 78])
     """
 
-    def _add_heads(self, config: RfDetrConfig) -> None:
-        super()._add_heads(config)
+    def _add_modules(self, config: RfDetrConfig) -> None:
+        super()._add_modules(config)
         self.segmentation_head = RfDetrSegmentationHead(config)
 
     def last_stage(self, base: RfDetrOutput, image_size: tuple[int, int]) -> StagePrediction:
