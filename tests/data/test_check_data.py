@@ -113,6 +113,7 @@ ELSEWHERE = {  # kinds that other tests cover
     *("layout", "shared_label_file", "box_layout", "no_images", "nothing_repaired", "dark_16_bit", "multiple_frames"),
     *("overlapping_crops_across_splits",),
     *("fractional_coordinates", "area_of_box", "object_vanishes", "small_self_intersection"),
+    *("boxes_only", "no_objects"),
 }
 ONCE = KINDS.keys() - {
     *("image_without_objects", "object_without_mask", "near_duplicate_across_splits", "rle_corrupt"),
@@ -464,12 +465,18 @@ def test_splits_with_other_names_are_copied_as_coco_names_them(tmp_path):
 # Boxes alone, polygons
 
 
-def test_a_dataset_of_boxes_does_not_lack_masks(tmp_path):
+def test_a_split_without_masks_is_one_warning(tmp_path):
     items = [square(1, segmentation=...), square(2, segmentation=[], area=150), square(3, segmentation=[], area=900)]
-    path = write_coco(tmp_path / "train.json", [image_entry(1, "a.png")], items)
-    draw_image(0).save(tmp_path / "a.png")
+    boxes = write_coco(tmp_path / "boxes.json", [image_entry(1, "a.png")], items)
+    masks = write_coco(tmp_path / "masks.json", [image_entry(2, "b.png")], [square(4, image_id=2)])
+    for seed, name in enumerate(["a.png", "b.png"]):
+        draw_image(seed).save(tmp_path / name)
+    report = check_dataset({"train": masks, "validation": boxes})
     # An area inside the box may be that of a mask that is not here; one of 900 is not inside 400.
-    assert counts_of(check_dataset(path)) == {("area_mismatch", "train"): 1, ("duplicate_object", "train"): 2}
+    expected = {"boxes_only": 1, "area_mismatch": 1, "duplicate_object": 2}
+    assert counts_of(report) == {(kind, "validation"): count for kind, count in expected.items()}
+    assert "3 objects" in str(report)
+    assert "detection model" in str(report)
 
 
 @pytest.mark.parametrize(
@@ -571,6 +578,7 @@ def test_yolo_files_are_read_line_by_line(tmp_path, yolo):
         ("object_without_mask", "train"): 2,
         ("image_without_objects", "train"): 1,
         ("image_without_objects", "validation"): 1,
+        ("no_objects", "validation"): 1,
         ("unused_category", "validation"): 2,
     }
     assert errors_of(check_dataset(tmp_path / "fixed")) == {}

@@ -252,6 +252,14 @@ def test_a_split_of_which_nothing_can_be_repaired_is_not_in_the_copy(tmp_path):
     assert {"validation"} == {entry["split"] for entry in changes if entry["kind"] == "nothing_repaired"}
 
 
+def test_a_split_of_crowds_is_one_warning(one):
+    report = check_dataset(one([square(1, iscrowd=1), square(2, iscrowd=1)]))
+    counts = counts_of(report)
+    assert (counts["no_objects", "train"], counts["crowd", "train"]) == (1, 2)
+    assert "1 images, 2 crowds" in str(report)
+    assert "crowds that are single objects need iscrowd 0" in str(report)
+
+
 def test_a_split_without_images_is_an_error(tmp_path):
     assert counts_of(check_dataset(write_coco(tmp_path / "train.json", [], []))) == {("no_images", "train"): 1} | {
         ("unused_category", "train"): 1

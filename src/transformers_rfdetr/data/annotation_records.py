@@ -19,7 +19,7 @@ from ..model.image_io import read_rgb
 from ..model.masks import box_and_area, read_segmentation
 from ..model.validation import are_numbers, error_context, is_index, is_number, to_builtin
 from .image_files import is_outside
-from .image_folder import ImageFolder
+from .image_folder import ImageFolder, describe_renaming
 from .label_maps import describe_classes
 
 logger = logging.get_logger(__name__)
@@ -246,7 +246,7 @@ class PackedRecords:
             name = record.get("file_name")
             if folder is not None and (found := folder.find(name)) is not None:
                 record["file_name"] = found
-                renamed += [(name, found)] * (found != name)
+                renamed += [(found, str(name))] * (found != name)
             elif folder is not None and is_outside(folder.folder, name):
                 outside.append(name)
             elif not self._has_image(record, index):
@@ -256,10 +256,9 @@ class PackedRecords:
         self.buffer, self.ends = np.frombuffer(buffer, np.uint8), np.array(ends)
         self._check_images(missing, outside)
         if renamed:
-            name, found = renamed[0]
             logger.warning(
                 f"{len(renamed)} of {len(self.ends) - 1} images were found in {self.images!r} under other names than"
-                f" annotated, such as {found!r:.200} for {name!r:.200}. Check that they are the same images."
+                f" annotated, such as {describe_renaming(*renamed[0])}. Check that they are the same images."
             )
 
     def _has_image(self, record: Record, index: int) -> bool:

@@ -56,6 +56,12 @@ class ImageFolder:
         return files
 
 
+def describe_renaming(found: str, name: str) -> str:
+    """Return "'found' for 'name'", with escaped letters if the names look the same."""
+    is_visible = unicodedata.normalize("NFC", found) != unicodedata.normalize("NFC", name)
+    return f"{found!r:.200} for {name!r:.200}" if is_visible else f"{found!a:.200} for {name!a:.200}"
+
+
 def _comparable(name: str) -> str:
     """Return what is equal for names that only operating systems distinguish."""
     name = posixpath.normpath(re.sub(r"\\+", "/", name))

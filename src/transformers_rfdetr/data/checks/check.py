@@ -80,7 +80,7 @@ def check_dataset(
     with suppress(_NothingRepaired), _copy_directory(fix) as folder:
         copy = None if folder is None else RepairedCopy(folder, _heads(splits))
         counts = {split.name: run.check(split, copy, workers) for split in splits}
-        run.finish(splits, copy, has_masks=any(count["objects_with_mask"] for count in counts.values()))
+        run.finish(splits, copy, counts)
     if run.overlays is not None:
         run.overlays.write(Path(overlays).expanduser())
     return DataReport(str(source), counts, run.collector.sorted())
@@ -172,12 +172,18 @@ class _Run:
         if self.overlays is not None and file.size is not None:
             self.overlays.offer(split, image, result.problems)
 
-    def finish(self, splits: Sequence[RawSplit], copy: RepairedCopy | None, *, has_masks: bool) -> None:
-        """Add what only all splits together show, and complete the copy."""
+    def finish(
+        self, splits: Sequence[RawSplit], copy: RepairedCopy | None, counts: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        """Add what only all images of a split or all splits together show, and complete the copy."""
         for split, path in find_unlisted_files(splits):
             self.collector.add(split.name, Problem("unlisted_file", str(path)))
-        if not has_masks:  # a dataset of boxes
-            self.collector.remove("object_without_mask")
+        for name, count in counts.items():
+            if count["images"] and not count["objects"]:
+                self.collector.add(name, Problem("no_objects", f"{count['images']} images, {count['crowds']} crowds"))
+            elif count["objects"] and not count["objects_with_mask"]:
+                self.collector.remove("object_without_mask", name)
+                self.collector.add(name, Problem("boxes_only", f"{count['objects']} objects"))
         if copy is None:
             return
         for split in splits:

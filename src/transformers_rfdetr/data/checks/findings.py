@@ -27,6 +27,7 @@ KINDS = {
     ),
     "multiple_frames": ("warning", "only the first frame or page of the file is read; save the others as files"),
     "image_without_objects": ("info", "the image is used as background in training"),
+    "no_objects": ("warning", "no object of the split can be used; crowds that are single objects need iscrowd 0"),
     "all_objects_lost": ("warning", "no annotation of the image can be used, so that its objects count as background"),
     "too_many_objects": ("warning", "the image has more objects than the model has queries; cut it into tiles"),
     # files and entries of `images`
@@ -97,6 +98,7 @@ KINDS = {
     "rle_of_another_size": ("error", "the size of the RLE must be that of the image; encode the mask again"),
     "rle_corrupt": ("error", "the RLE cannot be decoded; encode the mask again"),
     "invalid_segmentation": ("error", "a segmentation must be polygons, an RLE or a bitmap of 0 and 1; convert it"),
+    "boxes_only": ("warning", "no object of the split has a mask: only a detection model can be trained with it"),
     "object_without_mask": ("warning", "other objects have masks; in training with masks this one is background"),
 }
 DROPPED = "dropped"
@@ -236,10 +238,10 @@ class FindingCollector:
         elif severity != "info" and is_copied:
             self.left.append(entry)
 
-    def remove(self, kind: str) -> None:
-        """Remove all problems of a kind."""
-        self._findings = {key: finding for key, finding in self._findings.items() if finding.kind != kind}
-        self.left = [entry for entry in self.left if entry["kind"] != kind]
+    def remove(self, kind: str, split: str) -> None:
+        """Remove all problems of a kind in a split."""
+        self._findings.pop((kind, split), None)
+        self.left = [entry for entry in self.left if (entry["kind"], entry["split"]) != (kind, split)]
 
     def sorted(self) -> list[Finding]:
         """Return errors first; within a severity, the most frequent first."""

@@ -13,7 +13,7 @@ from ..annotation_records import with_box_and_area
 from ..coco import candidate_folders, choose_image_folder, image_name
 from ..hub_rows import ArrowRows, is_hub_source, is_hub_split, is_streamed, load_rows, read_hub_rows
 from ..image_files import is_outside, upright_size
-from ..image_folder import ImageFolder
+from ..image_folder import ImageFolder, describe_renaming
 from ..load import recognise_format
 from ..text_files import read_json_object
 from ..yolo import LabelReader
@@ -57,7 +57,7 @@ def _find_file(folder: ImageFolder, position: int, entry: Mapping[str, Any]) -> 
         return None, Problem("unsafe_file_name", f"{name!r:.200} in {folder.folder}", change=DROPPED)
     if found is None:
         return None, _missing(folder.folder / name)
-    problem = Problem("renamed_file", f"{found!r:.200} for {name!r:.200}", change=f"file_name {found!r:.200}")
+    problem = Problem("renamed_file", describe_renaming(found, name), change=f"file_name {found!r:.200}")
     return folder.folder / found, problem if found != name else None
 
 
