@@ -203,6 +203,7 @@ def test_folders_of_parquet_and_saved_datasets_are_read(tmp_path):
     data = load_instance_dataset(tmp_path / "parquet", cache_dir=str(tmp_path / "cache"))
     assert data.id2label == {0: "roof", 1: "tree"}
     check_samples(data["train"])
+    assert len(list((tmp_path / "cache").rglob("*.arrow"))) == 1  # for random access without reading it into memory
     one = load_instance_dataset(tmp_path / "parquet", split="train", cache_dir=str(tmp_path / "cache"))
     assert list(one) == ["train"]
     datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "saved")

@@ -14,7 +14,7 @@ def test_an_empty_folder_is_refused_with_what_can_be_read(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("/not/there/at/all", "source. must be a dataset id on the Hub.*got '/not/there/at/all'"),
+        ("/not/there/at/all", "source. must be a dataset id on the Hub.*got '/not/there/at/all', which does not exist"),
         ("not/there/train.json", r"not/there/train\.json"),
         (5, "source. .*got 5"),
         ({}, r"source. .*got \{\}"),

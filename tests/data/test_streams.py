@@ -134,11 +134,12 @@ def test_a_stream_may_declare_no_features():
     assert len(list(split.with_processor(processor(), repeat=False))) == 3
 
 
-def test_folders_are_streamed(tmp_path):
+def test_folders_are_streamed_without_a_copy_in_the_cache(tmp_path):
     table = datasets.Dataset.from_list(
         rows(INDEX.get), features=features(datasets.ClassLabel(names=NAMES), as_columns=False)
     )
     table.to_parquet(tmp_path / "train.parquet")
-    data = load_instance_dataset(tmp_path, streaming=True)
+    data = load_instance_dataset(tmp_path, streaming=True, cache_dir=str(tmp_path / "cache"))
     assert data.id2label == {0: "roof", 1: "tree"}
     assert len(list(data["train"].with_processor(processor(), repeat=False))) == 3
+    assert list((tmp_path / "cache").rglob("*.arrow")) == []

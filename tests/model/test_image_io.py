@@ -118,7 +118,7 @@ class TestArrays:
 
     def test_that_fit_both_layouts_need_input_data_format(self):
         array = random_image(3, 5)  # (3, 5, 3)
-        with pytest.raises(ValueError, match="input_data_format"):
+        with pytest.raises(ValueError, match="Pass a PIL image, or `input_data_format` to the image processor"):
             raw(array)
         assert raw(array, input_data_format="channels_first").shape == (3, 5, 3)
         assert raw(array, input_data_format="channels_last").shape == (3, 3, 5)

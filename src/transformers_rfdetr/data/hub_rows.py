@@ -89,7 +89,8 @@ def load_rows(source: Any, streaming: bool, arguments: Mapping[str, Any]) -> Any
     if path.is_file() and (found := recognise_file(path)):
         raise ValueError(found.error(path))
     if path.is_file() or not (path.is_dir() or is_hub_id):
-        raise ValueError(f"`source` must be {SUPPORTED_SOURCES}, got {name!r:.200}. Give one of these.")
+        remark = "" if path.is_file() else ", which does not exist"
+        raise ValueError(f"`source` must be {SUPPORTED_SOURCES}, got {name!r:.200}{remark}. Give one of these.")
     is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
     if path.is_dir() and not is_saved:
         refuse_other_formats(path, SUPPORTED_SOURCES)

@@ -76,7 +76,9 @@ def load_instance_dataset(
         class_names: A list of names or a dict {category id: name}, for data that do not name their classes. By default
             numbers are their own names, and names that the objects contain are sorted.
         streaming: Read rows from the Hub when they are needed. The classes must then have names in the data or here.
-        **load_dataset_arguments: Passed to `datasets.load_dataset`: `split`, `revision`, `data_files`, ...
+        **load_dataset_arguments: Passed to `datasets.load_dataset`: `split`, `revision`, `data_files`, ... It converts
+            Parquet files, also local ones, once to Arrow files in `cache_dir`, because only these allow random access
+            without being in memory; `streaming` reads the Parquet files themselves.
 
     Raises:
         ValueError: the source cannot be read, images are missing or outside their folder, or the splits' categories

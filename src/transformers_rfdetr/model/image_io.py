@@ -272,7 +272,8 @@ def channels_first(image: torch.Tensor, input_data_format: str | None) -> torch.
             break
     if first and last:
         raise ValueError(
-            f"the axis of the channels must be unambiguous, got an image of shape {shape}. Set `input_data_format`."
+            f"the axis of the channels must be unambiguous, got an image of shape {shape}. Pass a PIL image, or"
+            " `input_data_format` to the image processor."
         )
     if not (first or last):
         raise ValueError(f"an image must have 1, 3 or 4 channels in the first or last axis, got shape {shape}")
