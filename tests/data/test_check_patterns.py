@@ -56,7 +56,8 @@ def test_fractions_of_the_image_are_no_pixels(one, tmp_path):
 def test_whole_floats_are_counts_of_an_rle(one, last, is_valid):
     runs = {"size": [40, 60], "counts": [1000.0, 200.0, last]}
     path = one([square(1, segmentation=runs, bbox=..., area=...)])
-    assert check_dataset(path).count("rle_corrupt") == (not is_valid)
+    report = check_dataset(path)
+    assert (report.count("rle_corrupt"), report.count("boxes_only")) == (not is_valid, 0)
     if is_valid:
         [annotation] = load_instance_dataset(path)["train"][0]["annotations"]
         assert (annotation["area"], annotation["bbox"]) == (200, [25, 0, 5, 40])  # columns 25 to 29

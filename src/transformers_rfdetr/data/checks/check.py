@@ -181,7 +181,7 @@ class _Run:
         for name, count in counts.items():
             if count["images"] and not count["objects"]:
                 self.collector.add(name, Problem("no_objects", f"{count['images']} images, {count['crowds']} crowds"))
-            elif count["objects"] and not count["objects_with_mask"]:
+            elif count["objects"] and count["objects"] == self.collector.count("object_without_mask", name):
                 self.collector.remove("object_without_mask", name)
                 self.collector.add(name, Problem("boxes_only", f"{count['objects']} objects"))
         if copy is None:

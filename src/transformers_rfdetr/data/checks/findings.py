@@ -238,6 +238,10 @@ class FindingCollector:
         elif severity != "info" and is_copied:
             self.left.append(entry)
 
+    def count(self, kind: str, split: str) -> int:
+        """Return how many problems of a kind a split has."""
+        return self._findings[kind, split].count if (kind, split) in self._findings else 0
+
     def remove(self, kind: str, split: str) -> None:
         """Remove all problems of a kind in a split."""
         self._findings.pop((kind, split), None)
