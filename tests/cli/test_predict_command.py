@@ -588,6 +588,17 @@ def test_a_video_in_a_folder_of_images_is_a_video(model: Path, video: Path, tmp_
     assert len(records(tmp_path)) == 1
 
 
+def test_videos_of_cameras_and_discs_are_recognised_by_their_suffix(model: Path, video: Path, tmp_path: Path):
+    suffixes = (".ts", ".MTS", ".m2ts", ".3gp", ".asf", ".vob")
+    (tmp_path / "in").mkdir()
+    for suffix in suffixes:
+        shutil.copyfile(video, tmp_path / "in" / f"street{suffix}")
+    done = run(model, tmp_path / "in", "-o", tmp_path / "out", "--no-images", "--max-frames", "1")
+    assert done.exit_code == 0, done.output
+    written = {path.name for path in (tmp_path / "out" / "videos").iterdir()}
+    assert written == {f"street{suffix}.jsonl" for suffix in suffixes}
+
+
 def test_large_images_are_predicted_in_tiles(model: Path, tmp_path: Path):
     large = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 110, 3), np.uint8))
     large.save(tmp_path / "large.png")

@@ -211,3 +211,10 @@ def test_the_folder_is_uploaded_on_request(model, save, tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"me/barns was not pushed: 401; .*again"):
         convert_to_transformers(save(legacy(model)), tmp_path / "again", push_to_hub="me/barns")
     assert_equal(weights_in(tmp_path / "again"), model.state_dict())
+
+
+def test_a_file_that_cannot_be_converted_creates_no_repository(tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "create_repository", lambda *_, **__: pytest.fail("a repository is created"))
+    (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(ValueError, match=r"cut\.pth"):
+        convert_to_transformers(tmp_path / "cut.pth", tmp_path / "there", push_to_hub="me/barns")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from transformers_rfdetr import (
     RfDetrForInstanceSegmentation,
@@ -55,6 +56,19 @@ def test_heads_are_new_only_for_other_classes(tmp_path):
     changed = {name for name, tensor in new.state_dict().items() if tensor.shape != saved.state_dict()[name].shape}
     assert changed
     assert all("class_embed" in name for name in changed)
+
+
+def test_the_weights_are_read_once_also_for_other_classes(tmp_path, monkeypatch):
+    small_model().save_pretrained(tmp_path)
+    calls, original = [], PreTrainedModel.from_pretrained.__func__
+
+    def counted(cls, *arguments, **named):
+        calls.append(cls)
+        return original(cls, *arguments, **named)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(counted))
+    load(str(tmp_path), id2label={0: "barn", 1: "house"})
+    assert calls == [RfDetrForInstanceSegmentation]
 
 
 @pytest.mark.parametrize("name", ["RFDETRSegMedium", "rfdetr-seg-medium", "rf-detr-seg-medium"])

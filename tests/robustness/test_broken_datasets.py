@@ -157,7 +157,7 @@ READ_AS_MEANT = [
     *((list_images, prefix) for prefix in ("", "./", "/content/roofs/", "data/")),
     (move_labels, lambda name: name.replace(".txt", ".png.txt")),
     (move_labels, lambda name: name.replace("/labels/", "/images/")),
-    *((rename_images, suffix) for suffix in (".jfif", ".jpe", ".gif", ".ppm", ".JPG")),
+    *((rename_images, suffix) for suffix in (".jfif", ".jpe", ".gif", ".ppm", ".jp2", ".avif", ".JPG")),
     (remove_description,),
     (rename_key, "val", "valid"),
     (rename_key, "val", "Validation"),
