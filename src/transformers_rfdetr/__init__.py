@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .data.dataset import InstanceDataset
     from .data.load import load_instance_dataset
     from .data.prepared import FollowEpoch, collate_fn
+    from .data.splits import folds, split_dataset
     from .evaluation.coco_evaluator import InstanceSegmentationEvaluator
     from .evaluation.error_analysis import analyse
     from .evaluation.evaluation_loop import evaluate_instance_segmentation
@@ -54,12 +55,14 @@ __all__ = [
     "collate_fn",
     "compile_for_inference",
     "evaluate_instance_segmentation",
+    "folds",
     "load",
     "load_instance_dataset",
     "predict",
     "predict_tiled",
     "predict_video",
     "resolve_variant",
+    "split_dataset",
     "write_report",
 ]
 # Public name -> the module that has it.
@@ -83,12 +86,14 @@ _LATER = {
     "collate_fn": "data.prepared",
     "compile_for_inference": "inference.compiled",
     "evaluate_instance_segmentation": "evaluation.evaluation_loop",
+    "folds": "data.splits",
     "load": "hub.load",
     "load_instance_dataset": "data.load",
     "predict": "inference.predict",
     "predict_tiled": "inference.tiling",
     "predict_video": "inference.video.predict_video",
     "resolve_variant": "model.variants_rf_detr",
+    "split_dataset": "data.splits",
     "write_report": "evaluation.report",
 }
 

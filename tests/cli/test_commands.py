@@ -219,6 +219,22 @@ def test_a_dataset_without_masks_is_refused_before_the_output_folder_is_written(
     assert not output.exists() or not list(output.iterdir())
 
 
+def test_a_fraction_of_the_training_images_can_be_the_validation_split(data, checkpoint, tmp_path):
+    given = [*settings(*QUICK, *TWO_STEPS), "--output", tmp_path / "run", "--model", checkpoint, "--validation", 0.5]
+    result = run("train", data / "train", *given, "--device", "cpu", "--batch-size", 1)
+    assert result.exit_code == 0, result.output
+    assert "mean IoU" in result.output
+    stored = yaml.safe_load((tmp_path / "run" / "train.yaml").read_text())
+    assert stored["validation"] == 0.5
+    [evaluated] = (tmp_path / "run").glob("checkpoint-2/trainer_state.json")
+    assert any("eval_segm_AP" in entry for entry in json.loads(evaluated.read_text())["log_history"])
+
+
+def test_a_second_validation_split_is_refused(data, checkpoint, tmp_path):
+    line = refusal("train", data, "--model", checkpoint, "--output", tmp_path, "--device", "cpu", "--validation", 0.2)
+    assert "--validation requires data without a validation split, got 3 validation images" in line
+
+
 def test_push_to_hub_uploads_once_at_the_end(tmp_path):
     arguments = training_run._training_arguments({"output": str(tmp_path), "device": "cpu", "push_to_hub": "me/barns"})
     assert (arguments.push_to_hub, arguments.hub_model_id, arguments.hub_strategy) == (True, "me/barns", "end")

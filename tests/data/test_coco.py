@@ -133,7 +133,7 @@ def test_an_image_is_found_under_the_name_that_it_has_here(tmp_path, hf_log, sta
     [sample] = load_instance_dataset(path, image_folder=tmp_path / "data")["train"]
     assert sample["file_name"] == found
     is_visible = unicodedata.normalize("NFC", stated) != unicodedata.normalize("NFC", found)
-    renaming = f"{found!r} for {stated!r}" if is_visible else f"{ascii(found)} for {ascii(stated)}"
+    renaming = f"{found!r} for {stated!r}" if is_visible else f"{found!a} for {stated!a}"
     assert "1 of 1 images" in hf_log.text
     assert f"such as {renaming}. " in hf_log.text
     report = check_dataset(path, image_folder=tmp_path / "data", fix=tmp_path / "fixed")

@@ -28,6 +28,13 @@ _Output = Annotated[str | None, typer.Option("--output", "-o", help="Output fold
 _Config = Annotated[
     Path | None, typer.Option(metavar="FILE", help="YAML file of settings; options override it. Default: none.")
 ]
+_Validation = Annotated[
+    float | None,
+    typer.Option(
+        help="Fraction of the training images to validate on instead of to train on, if the data have no validation"
+        " split. Default: train without validation."
+    ),
+]
 _Epochs = Annotated[float | None, typer.Option(help="Number of epochs. Default: 100.")]
 _BatchSize = Annotated[
     int | None, typer.Option(help="Images in a micro-batch; an optimizer step takes 4 micro-batches. Default: 4.")
@@ -64,6 +71,7 @@ def train(
     model: _Model = None,
     output: _Output = None,
     config: _Config = None,
+    validation: _Validation = None,
     epochs: _Epochs = None,
     batch_size: _BatchSize = None,
     lr: _LearningRate = None,
@@ -88,6 +96,7 @@ def train(
         "data": data,
         "model": model,
         "output": output,
+        "validation": validation,
         "epochs": epochs,
         "batch_size": batch_size,
         "lr": lr,

@@ -19,7 +19,9 @@ from transformers import TrainerCallback, set_seed
 
 from .. import __version__
 from ..atomic_files import make_directory, write_text
+from ..data.dataset import InstanceDatasets
 from ..data.load import load_instance_dataset
+from ..data.splits import split_dataset
 from ..data.text_files import read_text, read_yaml
 from ..hub.load import load
 from .evaluate import format_numbers
@@ -32,6 +34,7 @@ _OPTIONS: dict[str, set[Any]] = {
     "model": {str},
     "data": {str, dict},
     "output": {str},
+    "validation": {float},
     "device": {str},
     "resolution": {int, str, list},
     "class_names": {list, dict},
@@ -220,13 +223,7 @@ def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
 
     arguments = _training_arguments(recipe)
     is_first, output = arguments.process_index == 0, Path(recipe["output"])
-    data = load_instance_dataset(
-        recipe["data"], class_names=recipe.get("class_names"), image_folder=recipe.get("image_folder")
-    )
-    if "train" not in data:
-        raise ValueError(
-            f"`data` must have a split named train, got {', '.join(data)} in {recipe['data']}. Rename one."
-        )
+    data = _load_data(recipe, arguments.seed)
     names = dict(zip(data.category_ids, data.id2label.values(), strict=True))
     recipe = {**recipe, "class_names": names, "versions": _versions()}
     checkpoint = None
@@ -258,6 +255,25 @@ def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
         typer.echo(f"The model is in {saved}")
     if "push_to_hub" in recipe:
         trainer.push_to_hub(private=recipe.get("private"))
+
+
+def _load_data(recipe: Mapping[str, Any], seed: int) -> InstanceDatasets:
+    """Load the data, and split off the validation images if the recipe says so."""
+    data = load_instance_dataset(
+        recipe["data"], class_names=recipe.get("class_names"), image_folder=recipe.get("image_folder")
+    )
+    if "train" not in data:
+        raise ValueError(
+            f"`data` must have a split named train, got {', '.join(data)} in {recipe['data']}. Rename one."
+        )
+    if "validation" not in recipe:
+        return data
+    if "validation" in data:
+        raise ValueError(
+            f"--validation requires data without a validation split, got {len(data['validation'])} validation images in"
+            f" {recipe['data']}. Omit it."
+        )
+    return InstanceDatasets({**data, **split_dataset(data["train"], validation=recipe["validation"], seed=seed)})
 
 
 @contextmanager

@@ -133,6 +133,13 @@ class InstanceDataset(HasLabelMap, torch.utils.data.Dataset):
             counts[label] = ClassCount(int(is_object.sum()), crowds, len(np.unique(image_indices[is_object])))
         return counts
 
+    def classes_of_images(self) -> np.ndarray:
+        """Return whether each image has an object of each label, (N, C) bool, crowds excluded."""
+        has_class: np.ndarray = np.zeros((len(self), len(self.id2label)), bool)
+        is_object = ~self._index.is_crowd
+        has_class[self._index.image_indices()[is_object], self._index.labels[is_object]] = True
+        return has_class
+
     def num_objects(self, *, with_mask: bool = False) -> int:
         """Return the number of objects, crowds excluded: of all, or of those that have a mask."""
         is_counted = ~self._index.is_crowd & (self._index.has_mask | (not with_mask))

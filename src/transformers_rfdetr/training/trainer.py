@@ -351,7 +351,10 @@ def _checked_arguments(
     args = copy.copy(args)  # another trainer may use the caller's
     if eval_dataset is None and args.eval_strategy != "no":
         if train_dataset is not None:
-            logger.warning("Without `eval_dataset` nothing is evaluated, and the last model is kept.")
+            logger.warning(
+                "Without `eval_dataset` nothing is evaluated, and the last model is kept. `split_dataset` (on the"
+                " command line, --validation 0.2) sets images aside for it."
+            )
         args.eval_strategy = IntervalStrategy.NO
         args.load_best_model_at_end = args.early_stopping = False
     if isinstance(eval_dataset, dict):

@@ -43,6 +43,34 @@ def _to_grey(image: PIL.Image.Image) -> PIL.Image.Image:
     return PIL.Image.fromarray((values.clip(0) * (255 / max(values.max(), 1e-9))).astype(np.uint8))
 
 
+def count_different_bits(hashes: np.ndarray, hash_bits: int) -> np.ndarray:
+    """Return in how many bits each of the hashes (N,) uint64 differs from another."""
+    different = hashes ^ np.uint64(hash_bits)
+    return np.unpackbits(different.view(np.uint8).reshape(-1, 8), axis=1).sum(1)
+
+
+def find_similar(hashes: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Yield the pairs of hashes (N,) uint64 of images that look the same."""
+    for index in range(1, len(hashes)):
+        for other in np.flatnonzero(count_different_bits(hashes[:index], hashes[index]) <= _MAX_DIFFERENT_BITS):
+            yield index, int(other)
+
+
+def place_of_crop(name: Any) -> tuple[str, tuple[int, int]] | None:
+    """Return the scene that the name of an image contains, and its place there; None for other names."""
+    stem = os.path.splitext(os.path.basename(str(name)))[0]
+    match = _ROBOFLOW_NAME.fullmatch(stem) or _CROP_NAME.fullmatch(stem)
+    if match is None:
+        return None
+    scene, *numbers = match.groups()
+    return scene, (int(numbers[0]), int(numbers[1])) if numbers else (0, 0)
+
+
+def do_crops_overlap(places: np.ndarray, place: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """Return whether crops of `size` (H, W) of one scene overlap: those at `places` (N, 2), and one at `place`."""
+    return (np.sort(np.abs(places - place)) < sorted(size)).all(1)
+
+
 class DuplicateFinder:
     """Finds the same file twice in a split, and images that look like one of an earlier split."""
 
@@ -66,8 +94,7 @@ class DuplicateFinder:
         elif first != place:
             yield Problem("duplicate_image", f"the same file as {first[1]!s:.80}")
         elif hash_bits is not None and len(self._earlier):
-            different = self._earlier ^ np.uint64(hash_bits)
-            counts = np.unpackbits(different.view(np.uint8).reshape(-1, 8), axis=1).sum(1)
+            counts = count_different_bits(self._earlier, hash_bits)
             nearest = int(counts.argmin())
             if counts[nearest] <= _MAX_DIFFERENT_BITS:
                 other_split, other = self._hashed[nearest]
@@ -92,14 +119,12 @@ class CropFinder:
 
     def add(self, split: str, image: Any, size: tuple[int, int]) -> Iterator[Problem]:
         """Yield the problem of an image of `size` (H, W), given by its name, and remember it."""
-        stem = os.path.splitext(os.path.basename(str(image)))[0]
-        match = _ROBOFLOW_NAME.fullmatch(stem) or _CROP_NAME.fullmatch(stem)
-        if match is None:
+        crop = place_of_crop(image)
+        if crop is None:
             return
-        scene, *numbers = match.groups()
-        place = (int(numbers[0]), int(numbers[1])) if numbers else (0, 0)
-        distance = np.sort(np.abs(self._earlier.get(scene, np.zeros((0, 2))) - place))
-        overlapping = np.flatnonzero((distance < sorted(size)).all(1))
+        scene, place = crop
+        earlier = self._earlier.get(scene, np.zeros((0, 2)))
+        overlapping = np.flatnonzero(do_crops_overlap(earlier, place, size))
         if len(overlapping):
             yield Problem("overlapping_crops_across_splits", self._images[scene][overlapping[0]])
         self._images[scene].append(f"{image!s:.80} of {split}")
