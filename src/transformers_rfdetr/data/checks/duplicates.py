@@ -52,7 +52,7 @@ def count_different_bits(hashes: np.ndarray, hash_bits: int) -> np.ndarray:
 def find_similar(hashes: np.ndarray) -> Iterator[tuple[int, int]]:
     """Yield the pairs of hashes (N,) uint64 of images that look the same."""
     for index in range(1, len(hashes)):
-        for other in np.flatnonzero(count_different_bits(hashes[:index], hashes[index]) <= _MAX_DIFFERENT_BITS):
+        for other in np.flatnonzero(count_different_bits(hashes[:index], int(hashes[index])) <= _MAX_DIFFERENT_BITS):
             yield index, int(other)
 
 
