@@ -1,5 +1,7 @@
 """Ground truth that an evaluator reads: what is derived, what is ignored with a warning, and what is refused."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -29,6 +31,20 @@ class TestGroundTruth:
         assert objects.areas.tolist() == [400, 1600, 1200]
         assert objects.is_crowd.tolist() == [False] * 3
 
+    @pytest.mark.parametrize("backend", ["pycocotools", "faster-coco-eval"])
+    def test_a_detection_of_an_object_without_a_mask_is_neither_right_nor_wrong(self, backend):
+        mask, inside, elsewhere = (rectangle(rows, (30, 70)) for rows in ((10, 20), (42, 58), (80, 90)))
+        truth = ground_truth((mask, 1, {}))
+        truth["annotations"].append({"image_id": 1, "category_id": 1, "bbox": [28, 40, 44, 20]})
+        found = {"scores": [0.9, 0.8, 0.7], "labels": [1, 1, 1], "masks": [inside, elsewhere, mask]}
+        evaluator = InstanceSegmentationEvaluator(truth, backend=backend)
+        evaluator.update(1, **found)
+        numbers = evaluator.compute()
+        # Of the two detections that count, the better one is wrong: the precision is 1/2 at every recall.
+        assert numbers["segm_AP"] == pytest.approx(0.5)
+        # By hand: 10 x 40 pixels are both, 10 x 40 are only predicted, and those inside the box are ignored.
+        assert numbers["per_class"]["class 1"]["iou"] == pytest.approx(400 / 800)
+
     def test_annotations_without_mask_and_box_are_ignored_and_counted(self, hf_log):
         mask = rectangle((10, 20), (30, 70))
         truth = ground_truth((mask, 1, {}))
@@ -38,7 +54,7 @@ class TestGroundTruth:
         truth["annotations"].append(head | {"bbox": [0, 0, 9, 9]})
         truth["annotations"].append(head | {"bbox": [5, 5, 0, 9]})
         evaluator = evaluated(truth, {1: {"scores": [0.9], "labels": [1], "masks": [mask]}})
-        assert [record.message.split(" and ")[0] for record in hf_log.records] == [
+        assert [re.split(" and |: ", record.message)[0] for record in hf_log.records] == [
             "3 annotations have neither a mask nor a box",
             "2 annotations have a box but no mask",
             "1 annotations have a box without an area",

@@ -143,10 +143,24 @@ class TestObjectsThatLeave:
         assert labels["masks"].flatten(1).sum(1).tolist() == [960, 400]
         assert labels["boxes"][:, 2].tolist() == pytest.approx([0.4, 0.2])
 
+    def test_crowds_become_regions_of_their_class(self):
+        runs = {"size": [30, 50], "counts": [300, 600, 600]}  # columns 10 to 29
+        crowds = [annotation(category_id=5, iscrowd=1, segmentation=runs)]
+        crowds.append(annotation(category_id=2, iscrowd=1, bbox=[40, 0, 10, 15], segmentation=None))
+        for masks in (True, False):
+            labels = labels_of(*crowds, annotation(), masks=masks, size=(60, 100))
+            assert labels["crowd_labels"].tolist() == [5, 2]
+            first, second = labels["crowd_regions"]
+            assert first.shape == (60, 100)
+            assert torch.equal(first.any(0).nonzero()[:, 0], torch.arange(20, 60))
+            assert torch.equal(second.nonzero().amin(0), torch.tensor([0, 80]))
+            assert second.sum() == 30 * 20
+        assert "crowd_labels" not in labels_of(annotation())
+
     @pytest.mark.parametrize(
         "segmentation",
         [
-            *([], [[]], None, [[1, 2]], [[1, 2, 3, 4]], [[5, 5, 20, 5, 9, 5]], [[90, 90, 99, 90, 99, 99]]),
+            *([[1, 2]], [[1, 2, 3, 4]], [[5, 5, 20, 5, 9, 5]], [[90, 90, 99, 90, 99, 99]]),
             *(np.zeros((30, 50), bool), {"size": [30, 50], "counts": [1500]}),
         ],
     )
@@ -155,11 +169,22 @@ class TestObjectsThatLeave:
         assert labels["class_labels"].tolist() == [1]
         assert len(labels["boxes"]) == len(labels["masks"]) == len(labels["area"]) == len(labels["iscrowd"]) == 1
 
+    @pytest.mark.parametrize("segmentation", [[], [[]], None])
+    def test_objects_with_a_box_only_stay_without_a_mask(self, segmentation):
+        labels = labels_of(annotation(category_id=1), annotation(category_id=5, segmentation=segmentation))
+        assert labels["class_labels"].tolist() == [1, 5]
+        assert labels["has_mask"].tolist() == [True, False]
+        assert labels["masks"].flatten(1).any(1).tolist() == [True, False]
+        assert torch.equal(labels["boxes"][0], labels["boxes"][1])
+        assert "has_mask" not in labels_of(annotation())  # all have one
+        assert "has_mask" not in labels_of(annotation(segmentation=segmentation), masks=False)
+
     def test_a_missing_key_is_no_segmentation(self):
         shapeless = annotation()
         del shapeless["segmentation"]
-        assert len(labels_of(shapeless)["boxes"]) == 0
+        assert labels_of(shapeless)["has_mask"].tolist() == [False]
         del shapeless["bbox"]
+        assert len(labels_of(shapeless)["boxes"]) == 0
         assert len(labels_of(shapeless, masks=False)["boxes"]) == 0
 
     @pytest.mark.parametrize("bbox", [[5, 5, 0, 9], [5, 5, 9, 0], [5, 5, -3, 9], [60, 5, 9, 9], [5, -20, 9, 9]])
@@ -192,13 +217,13 @@ class TestObjectsThatLeave:
         type(transformers_logging.get_logger("x")).warning_once.cache_clear()
         with hf_log.at_level(logging.INFO, logger="transformers_rfdetr.model.coco_labels"):
             for _ in range(3):
-                labels_of(annotation(segmentation=[]))
+                labels_of(annotation(segmentation=[[1, 2]]))
         assert [record.levelname for record in hf_log.records].count("WARNING") == 1
         assert hf_log.text.count("image 0 (image_id 7): dropped 1 of 1 annotations") == 3
 
     def test_nothing_leaves_in_silence(self, hf_log):
         with hf_log.at_level(logging.INFO, logger="transformers_rfdetr.model.coco_labels"):
-            labels_of(annotation(segmentation=[]), annotation())
+            labels_of(annotation(segmentation=[[1, 2]]), annotation())
         assert "image 0 (image_id 7): dropped 1 of 2 annotations" in hf_log.text
 
 

@@ -7,7 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from transformers_rfdetr.model.boxes_rf_detr import box_cxcywh_to_xyxy, iou_and_giou
-from transformers_rfdetr.model.loss_rf_detr import class_loss, count_boxes, mask_losses, rf_detr_loss
+from transformers_rfdetr.model.loss_rf_detr import (
+    class_loss,
+    count_boxes,
+    fraction_inside,
+    mask_losses,
+    rf_detr_loss,
+)
 from transformers_rfdetr.model.mask_points_rf_detr import (
     fixed_points,
     random_points,
@@ -49,6 +55,111 @@ def perfect(
             pixel_features[image, index] = torch.where(target["masks"][index], 10.0, -10.0)
     masks = MaskFactors(pixel_features, queries.flatten(1, 2), as_they_are)
     return StagePrediction(logits.flatten(1, 2), boxes.flatten(1, 2), masks)
+
+
+# -- objects without a mask, and crowd regions ------------------------------------------------------------------------
+
+
+def factored(num_queries: int = 6, num_classes: int = 4, size: int = 8) -> StagePrediction:
+    """A prediction of one image with random logits, boxes and factors of masks, all of which have gradients."""
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(1, num_queries, num_classes, generator=generator).requires_grad_()
+    boxes = (0.2 + 0.6 * torch.rand(1, num_queries, 4, generator=generator)).requires_grad_()
+    queries = torch.randn(1, num_queries, 3, generator=generator).requires_grad_()
+    features = torch.randn(1, 3, size, size, generator=generator).requires_grad_()
+    return StagePrediction(logits, boxes, MaskFactors(features, queries, as_they_are))
+
+
+def with_half_of_the_masks(labels):
+    return [target | {"has_mask": torch.arange(len(target["boxes"])) % 2 == 0} for target in labels]
+
+
+def test_an_object_without_a_mask_trains_class_and_box_and_no_mask():
+    labels = targets(2)
+    has_one = [labels[0] | {"has_mask": torch.tensor([True, False])}]
+    predicted = factored()
+    _, losses = loss({"": predicted}, has_one)
+    # By hand: the losses of class and box are those of both objects, those of the mask are those of the first one.
+    blank = [labels[0] | {"masks": torch.zeros_like(labels[0]["masks"]), "has_mask": torch.tensor([False, False])}]
+    _, without = loss({"": predicted}, blank)
+    assert without["loss_mask_ce"] == without["loss_mask_dice"] == 0
+    assert without["loss_bbox"] > 0
+    assert losses["loss_mask_ce"] > 0
+    other = [has_one[0] | {"masks": torch.stack([labels[0]["masks"][0], ~labels[0]["masks"][1]])}]
+    _, the_same = loss({"": predicted}, other)  # the mask of the second object is never read
+    assert all(torch.equal(value, the_same[name]) for name, value in losses.items())
+
+
+def test_absent_masks_have_exactly_no_gradient():
+    predicted = factored()
+    labels = [target | {"has_mask": torch.zeros(3, dtype=torch.bool)} for target in targets(3)]
+    total, _ = loss({"": predicted}, labels)
+    total.backward()
+    assert not predicted.masks.queries.grad.any()
+    assert not predicted.masks.pixels.grad.any()
+    assert predicted.boxes.grad.any()
+    assert predicted.logits.grad.any()
+
+
+def test_labels_that_say_that_all_have_masks_change_no_bit():
+    labels = targets(3)
+    expected, expected_losses = loss({"": factored()}, labels)
+    total, losses = loss({"": factored()}, [labels[0] | {"has_mask": torch.ones(3, dtype=torch.bool)}])
+    assert torch.equal(total, expected)
+    assert all(torch.equal(losses[name], value) for name, value in expected_losses.items())
+
+
+def test_a_model_trains_on_objects_of_which_some_have_no_mask():
+    model = small_model().train()
+    outputs = model(pixels(), labels=with_half_of_the_masks(targets(3, 2)))
+    outputs.loss.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+
+
+def test_the_fraction_of_a_box_inside_a_region_is_counted_in_pixels():
+    region = torch.zeros(10, 20, dtype=torch.bool)
+    region[2:6, 5:15] = True
+    boxes = torch.tensor(
+        [
+            [0.5, 0.4, 0.5, 0.4],  # x 5 to 15, y 2 to 6: all of it
+            [0.5, 0.4, 1.0, 0.4],  # x 0 to 20: half of it
+            [0.5, 0.8, 0.5, 0.2],  # y 7 to 9: nothing
+            [0.25, 0.3, 0.5, 0.6],  # x 0 to 10, y 0 to 6: 5 x 4 of 10 x 6
+            [0.0, 0.0, 0.0, 0.0],
+        ]
+    )
+    assert fraction_inside(boxes, region).tolist() == pytest.approx([1, 0.5, 0, 20 / 60, 0])
+
+
+def test_in_a_crowd_region_a_query_that_is_not_matched_may_have_the_class_of_the_crowd():
+    logits = torch.tensor([[[3.0, 1.0], [2.0, -1.0], [0.5, 0.5]]])
+    boxes = torch.tensor([[[0.25, 0.5, 0.4, 0.8], [0.75, 0.5, 0.4, 0.8], [0.3, 0.5, 0.2, 0.5]]])
+    target = {"class_labels": torch.tensor([0]), "boxes": boxes[0, :1]}
+    region = torch.zeros(1, 10, 10, dtype=torch.bool)
+    region[:, :, :5] = True  # the left half: the boxes of queries 0 and 2
+    crowd = target | {"crowd_labels": torch.tensor([0]), "crowd_regions": region}
+
+    def negative(x: float) -> float:  # p^2 softplus(x)
+        return math.log1p(math.exp(x)) / (1 + math.exp(-x)) ** 2
+
+    without, with_crowd = (loss({"": StagePrediction(logits, boxes, None)}, [one])[1] for one in (target, crowd))
+    # Query 0 is matched, and query 1 is outside: only the entry of query 2 and class 0 is ignored.
+    assert float(without["loss_ce"] - with_crowd["loss_ce"]) == pytest.approx(negative(0.5), rel=1e-5)
+    assert torch.equal(without["loss_bbox"], with_crowd["loss_bbox"])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("has_mask", torch.ones(2), r"\['has_mask'\]` must be a bool tensor \(T,\), got torch.float32"),
+        ("has_mask", torch.ones(3, dtype=torch.bool), "equal length"),
+        ("crowd_regions", torch.ones(1, 4, 4), r"\['crowd_regions'\]` must be a bool tensor"),
+        ("crowd_labels", torch.tensor([1]), "one of 'crowd_labels' for each of 'crowd_regions', got 1 and 0"),
+    ],
+)
+def test_optional_fields_of_another_kind_are_refused_by_name(field, value, words):
+    with pytest.raises(ValueError, match=rf"labels\[0\].*{words}"):
+        loss({"": factored()}, [targets(2)[0] | {field: value}])
 
 
 # -- formulas against hand arithmetic --------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..model.coco_labels import clip_box
 from ..model.image_io import read_rgb
-from ..model.masks import box_and_area, read_segmentation
+from ..model.masks import box_and_area, has_segmentation, read_segmentation
 from ..model.validation import are_numbers, error_context, is_index, is_number, to_builtin
 from .image_files import is_outside
 from .image_folder import ImageFolder, describe_renaming
@@ -108,13 +108,6 @@ def with_box_and_area(annotation: Mapping[str, Any], size: tuple[int, int]) -> d
             x0, y0, x1, y1 = clip_box(box, size)
             complete["area"] = max(0, x1 - x0) * max(0, y1 - y0)
     return complete
-
-
-def has_segmentation(segmentation: Any) -> bool:
-    """Return whether there is an RLE, a bitmap or a polygon; it may still enclose no pixel."""
-    if isinstance(segmentation, Mapping) or not isinstance(segmentation, Iterable):
-        return segmentation is not None
-    return any(not isinstance(part, Sequence | np.ndarray) or len(part) for part in segmentation)
 
 
 def has_fractions(annotation: Mapping[str, Any]) -> bool:

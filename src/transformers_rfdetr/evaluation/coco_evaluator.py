@@ -59,8 +59,8 @@ class InstanceSegmentationEvaluator:
             and `iscrowd` are derived, `id` is not read) and `categories` (`id`, `name`). It is not changed.
             Objects count as in pycocotools, also those whose mask has no pixel or whose box has no area.
             Annotations with neither a mask nor a box are ignored; those with a box but no mask count in the bbox
-            metrics only. Warnings count both. The objects of images that are never passed to `update` count
-            as missed.
+            metrics, and in the segm metrics detections inside their box are ignored. Warnings count both. The objects
+            of images that are never passed to `update` count as missed.
         iou_score_threshold: Detections with a score above it count in the mean IoU; in [0, 1].
         backend: "pycocotools" or "faster-coco-eval", which gives the same metrics in less time. The default is
             faster-coco-eval if it is installed.
@@ -307,11 +307,12 @@ class InstanceSegmentationEvaluator:
         objects: list[dict[str, Any]] = []
         detections: list[dict[str, Any]] = []
         for number, image_id in enumerate(image_ids, 1):
-            height, width = self.ground_truth.sizes[image_id] or (0, 0)
+            size = self.ground_truth.sizes[image_id]
+            height, width = size or (0, 0)
             images.append({"id": number, "height": height, "width": width})
             for annotations, records in ((objects, self.ground_truth.objects), (detections, self._detections)):
                 if (record := records.get(image_id)) is not None:
-                    annotations += [{**one, "image_id": number} for one in record.to_coco(category, kind)]
+                    annotations += [{**one, "image_id": number} for one in record.to_coco(category, kind, size)]
         return run_cocoeval(self._backend, images, objects, detections, kind)
 
 

@@ -68,7 +68,10 @@ class GroundTruth:
         if num_ignored:
             logger.warning(f"{num_ignored} annotations have neither a mask nor a box and are ignored.")
         if num_without_mask and ground_truth.has_masks:
-            logger.warning(f"{num_without_mask} annotations have a box but no mask and count in bbox metrics only.")
+            logger.warning(
+                f"{num_without_mask} annotations have a box but no mask: they count in the bbox metrics, and detections"
+                " inside them are ignored in the segm metrics."
+            )
         if num_empty_boxes:
             logger.warning(
                 f"{num_empty_boxes} annotations have a box without an area and count as missed in bbox metrics, as in"

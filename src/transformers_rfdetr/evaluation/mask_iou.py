@@ -23,18 +23,18 @@ def count_pixels(
 
     Yields:
         Category id, or None for all categories as one, and pixels (3,) int64 of the intersection, of the union without
-        crowd regions, and of the ground truth.
+        crowd regions and the boxes of objects without a mask, and of the ground truth.
     """
-    # Category id -> RLEs of the detections, of the objects and of the crowd regions.
+    # Category id -> RLEs of the detections, of the objects and of the ignored regions.
     masks: dict[int, tuple[list[dict[str, Any]], ...]] = defaultdict(lambda: ([], [], []))
     if detections is not None and detections.masks is not None:
         indices = np.flatnonzero(detections.scores > score_threshold).tolist()
         for label, rle in zip(detections.labels[indices].tolist(), detections.masks.rles(indices), strict=True):
             masks[label][0].append(rle)
-    if objects is not None and objects.masks is not None:
-        indices = np.flatnonzero(objects.has_mask).tolist()
-        for index, rle in zip(indices, objects.masks.rles(indices), strict=True):
-            masks[int(objects.labels[index])][1 + int(objects.is_crowd[index])].append(rle)
+    if objects is not None and size is not None:
+        is_ignored = objects.is_crowd | ~objects.has_mask
+        for index, rle in enumerate(objects.regions(range(len(objects.labels)), size)):
+            masks[int(objects.labels[index])][1 + int(is_ignored[index])].append(rle)
     for category, rles in masks.items():
         yield category, _overlap(size, *rles)
     if masks:

@@ -42,7 +42,7 @@ class Detections(NamedTuple):
     boxes: np.ndarray  # (K, 4) float64, [x, y, width, height] in pixels
     masks: PackedMasks | None  # None without masks, and without detections
 
-    def to_coco(self, category: int, kind: str) -> list[dict[str, Any]]:
+    def to_coco(self, category: int, kind: str, size: tuple[int, int] | None = None) -> list[dict[str, Any]]:
         """Return the detections of a category as COCOeval reads them, for `kind` "segm" or "bbox"."""
         indices = np.flatnonzero(self.labels == category).tolist()
         results: list[dict[str, Any]] = [
@@ -75,20 +75,33 @@ class Objects(NamedTuple):
         """Return (K,) bool."""
         return np.zeros(len(self.labels), bool) if self.masks is None else np.diff(self.masks.offsets) > 0
 
-    def to_coco(self, category: int, kind: str) -> list[dict[str, Any]]:
-        """Return the objects of a category as COCOeval reads them; for `kind` "segm" only those with a mask."""
-        is_selected = self.labels == category
+    def regions(self, indices: Sequence[int], size: tuple[int, int]) -> list[dict[str, Any]]:
+        """Return the masks of objects as RLE in an image of `size` (H, W); that of an object without one is its box."""
+        rles = [{"counts": b""}] * len(indices) if self.masks is None else self.masks.rles(indices)
+        boxes = [index for index, rle in zip(indices, rles, strict=True) if not rle["counts"]]
+        filled = iter(coco_mask.frPyObjects(self.boxes[boxes], *size) if boxes else ())
+        return [rle if rle["counts"] else next(filled) for rle in rles]
+
+    def to_coco(self, category: int, kind: str, size: tuple[int, int] | None) -> list[dict[str, Any]]:
+        """Return the objects of a category as COCOeval reads them, for `kind` "segm" or "bbox".
+
+        For "segm", an object without a mask is a crowd region, so that detections in its box are ignored. Without the
+        size (H, W) of the image, which detections with masks have, it is omitted.
+        """
+        is_selected, is_crowd = self.labels == category, self.is_crowd
         if kind == "segm":
-            is_selected &= self.has_mask
+            is_crowd = is_crowd | ~self.has_mask
+            is_selected &= self.has_mask | (size is not None)
         indices = np.flatnonzero(is_selected).tolist()
         annotations: list[dict[str, Any]] = [
-            {"iscrowd": int(is_crowd), "area": area, "bbox": box}
-            for is_crowd, area, box in zip(
-                self.is_crowd[indices], self.areas[indices].tolist(), self.boxes[indices].tolist(), strict=True
+            {"iscrowd": int(crowd), "area": area, "bbox": box}
+            for crowd, area, box in zip(
+                is_crowd[indices], self.areas[indices].tolist(), self.boxes[indices].tolist(), strict=True
             )
         ]
         if kind == "segm" and indices:
-            for annotation, rle in zip(annotations, self.masks.rles(indices), strict=True):
+            rles = self.masks.rles(indices) if size is None else self.regions(indices, size)
+            for annotation, rle in zip(annotations, rles, strict=True):
                 annotation["segmentation"] = rle
         return annotations
 

@@ -1,6 +1,6 @@
 """Convert the COCO annotations of an image to the labels that the model is trained on.
 
-Axis letters: N objects of an image, H W pixels of the model's input. Sizes are (height, width).
+Axis letters: N objects and R crowd regions of an image, H W pixels of the model's input. Sizes are (height, width).
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers.utils import logging
 
-from .masks import Segmentation, box_and_area, rasterize, read_segmentation
+from .masks import Segmentation, box_and_area, has_segmentation, rasterize, read_segmentation
 from .validation import are_numbers, error_context, is_index, is_number, require, to_builtin
 
 logger = logging.get_logger(__name__)
@@ -37,19 +37,20 @@ def prepare_labels(
 ) -> dict[str, torch.Tensor]:
     """Convert the annotations of image `index` to labels; see `RfDetrImageProcessor.preprocess`.
 
-    Crowd regions are dropped. Objects are dropped, with a log message, if their box has no area inside the image or
-    if their mask is wanted and has no pixel.
+    Objects are dropped, with a log message, if their box has no area inside the image, or if their mask is wanted and
+    has no pixel. Crowd regions become regions in which the class loss ignores detections.
     """
     image_id, where = _read_image_id(target, index, sizes.original)
-    objects, num_dropped = _read_objects(target["annotations"], where, sizes.original, bool(with_masks))
-    if with_masks:
-        with error_context(f"{where}: segmentation"):
-            masks = rasterize([item.segmentation for item in objects], sizes.original, sizes.resized)
-        has_pixels = np.asarray(masks.any(axis=(1, 2)))
-        if not has_pixels.all():
-            masks = masks[has_pixels]
-            objects = [item for item, keep in zip(objects, has_pixels, strict=True) if keep]
-            num_dropped += len(has_pixels) - len(masks)
+    objects, crowds, num_dropped = _read_objects(target["annotations"], where, sizes.original, bool(with_masks))
+    with error_context(f"{where}: segmentation"):
+        if with_masks:
+            masks, has_mask = _draw_masks(objects, sizes)
+            is_kept = masks.any(axis=(1, 2)) | ~has_mask
+            if not is_kept.all():
+                masks, has_mask = masks[is_kept], has_mask[is_kept]
+                objects = [item for item, keep in zip(objects, is_kept, strict=True) if keep]
+                num_dropped += len(is_kept) - len(masks)
+        regions = _draw_masks(crowds, sizes, fill_boxes=True)[0] if crowds else None
     if num_dropped:
         logger.warning_once(
             "Some annotations were dropped from the training labels: their box has no area inside the image, or their"
@@ -80,7 +81,27 @@ def prepare_labels(
         labels["masks"] = torch.from_numpy(masks)
         if bottom or right:
             labels["masks"] = F.pad(labels["masks"], (0, right, 0, bottom))
+        if not has_mask.all():
+            labels["has_mask"] = torch.from_numpy(has_mask)
+    if regions is not None:
+        labels["crowd_labels"] = torch.tensor([item.label for item in crowds])
+        labels["crowd_regions"] = torch.from_numpy(regions)
     return labels
+
+
+def _draw_masks(
+    objects: Sequence[_Object], sizes: ImageSizes, fill_boxes: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return masks (N, H, W) bool of the resized image, and (N,) whether the object has a mask.
+
+    The mask of an object without one is empty, or with `fill_boxes` its box.
+    """
+    has_mask = np.array([item.segmentation is not None for item in objects], bool)
+    shapes: list[Segmentation] = []
+    for item in objects:
+        x0, y0, x1, y1 = item.box_xyxy if fill_boxes else (0, 0, 0, 0)
+        shapes.append(item.segmentation or [np.array([x0, y0, x1, y0, x1, y1, x0, y1], np.float64)])
+    return rasterize(shapes, sizes.original, sizes.resized), has_mask
 
 
 def _read_image_id(target: Any, index: int, orig_size: tuple[int, int]) -> tuple[int, str]:
@@ -107,27 +128,25 @@ def _read_image_id(target: Any, index: int, orig_size: tuple[int, int]) -> tuple
 
 def _read_objects(
     annotations: Sequence[Any], where: str, image_size: tuple[int, int], with_masks: bool
-) -> tuple[list[_Object], int]:
-    """Return the objects of an image that are usable, and the number of those that are not; crowds are neither."""
-    objects, num_dropped = [], 0
+) -> tuple[list[_Object], list[_Object], int]:
+    """Return the objects and the crowd regions of an image that are usable, and the number of objects that are not."""
+    objects, crowds, num_dropped = [], [], 0
     for position, annotation in enumerate(annotations):
         with error_context(f"{where}, annotation {position}"):
             require(isinstance(annotation, Mapping), "annotation", annotation, "a dict in COCO format")
         with error_context(f"{where}, annotation {position} (id {to_builtin(annotation.get('id'))})"):
             crowd = to_builtin(annotation.get("iscrowd"))
             require(crowd in (None, 0, 1), "iscrowd", crowd, "0 or 1")
-            if crowd:
-                continue
-            item = _read_object(annotation, image_size, with_masks)
-        if item is None:
+            item = _read_object(annotation, image_size, with_masks or bool(crowd))
+        if item is not None:
+            (crowds if crowd else objects).append(item)
+        elif not crowd:
             num_dropped += 1
-        else:
-            objects.append(item)
-    return objects, num_dropped
+    return objects, crowds, num_dropped
 
 
 def _read_object(annotation: Mapping[str, Any], image_size: tuple[int, int], with_masks: bool) -> _Object | None:
-    """Read one annotation; return None if it has no area inside the image, or no mask where one is wanted."""
+    """Read one annotation; return None if it has no area inside the image, or a segmentation without a pixel."""
     label, box, area = (to_builtin(annotation.get(field)) for field in ("category_id", "bbox", "area"))
     require(is_index(label), "category_id", label, "a class index, an integer of at least 0")
     require(area is None or (is_number(area) and area >= 0), "area", area, "a number of at least 0")
@@ -136,11 +155,13 @@ def _read_object(annotation: Mapping[str, Any], image_size: tuple[int, int], wit
     if with_masks or box is None:
         with error_context("segmentation"):
             segmentation = read_segmentation(annotation.get("segmentation"), image_size)
+        if with_masks and segmentation is None and has_segmentation(annotation.get("segmentation")):
+            return None
     if segmentation is not None and (box is None or area is None):
         mask_box, mask_area = box_and_area(segmentation, image_size)
         box, area = box or mask_box, mask_area if area is None else area
     x0, y0, x1, y1 = clip_box(box or [0, 0, 0, 0], image_size)
-    if x1 <= x0 or y1 <= y0 or (with_masks and segmentation is None):
+    if x1 <= x0 or y1 <= y0:
         return None
     return _Object(label, (x0, y0, x1, y1), (x1 - x0) * (y1 - y0) if area is None else area, segmentation)
 

@@ -195,8 +195,10 @@ class RfDetrImageProcessor(BaseImageProcessor):
             float32 `boxes_cxcywh` in [0, 1] of the image without padding, as the model predicts them; `masks`
             (N, H, W) bool at the model's input size, if asked for; `area` (N,) float32 in pixels of the resized
             image; `iscrowd` (N,) int64; `image_id` (1,), and `orig_size` and `size` (2,) int64, (height, width) of the
-            original image and of the model's input. Crowd regions are dropped, and so are objects whose box has no
-            area inside the image or whose mask, if asked for, has no pixel.
+            original image and of the model's input. If masks are asked for and some objects have only a box,
+            `has_mask` (N,) bool; their masks are empty. If there are crowd regions, `crowd_labels` (R,) int64 and
+            `crowd_regions` (R, H, W) bool of the image without padding, in which the loss ignores detections of the
+            class. Objects are dropped if their box has no area inside the image, or their mask, if asked for, no pixel.
 
         Raises:
             ValueError: if an image or annotation is invalid; the message names it and the field.

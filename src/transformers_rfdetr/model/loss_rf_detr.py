@@ -1,7 +1,8 @@
 """The training objective: match the queries of every stage to objects, and supervise all stages with the same weights.
 
 Axis letters: B images, G groups, Q queries of a group, C classes, T objects of an image, N matched pairs of the batch,
-P points, D width, h w mask grid, H W annotated mask. Everything is float32, whatever the model's dtype.
+P points, D width, h w mask grid, H W annotated mask, R crowd regions of an image. Everything is float32, whatever the
+model's dtype.
 
 Matching is in `matcher_rf_detr`, the points of the mask losses are in `mask_points_rf_detr`.
 """
@@ -38,7 +39,10 @@ def rf_detr_loss(
         stages: Predictions by the suffix of their losses: "" is the last decoder layer, "_0", "_1", ... the earlier
             ones, "_enc" the first stage.
         labels: For each image `class_labels` int64 (T,), `boxes` float (T, 4), and for masks `masks` (T, H, W) of any
-            size, bool or integers that are 0 outside the object. T may be 0, for one image or for all.
+            size, bool or integers that are 0 outside the object. T may be 0, for one image or for all. Optionally,
+            `has_mask` bool (T,): an object without a mask is matched and trained by its class and its box only; and
+            `crowd_labels` int64 (R,) and `crowd_regions` bool (R, H, W), of any size: in a crowd region a query that
+            is not matched may have the class of the crowd.
         num_groups: G: `group_detr` in training, 1 in evaluation.
         weights: Weights of matching cost and losses.
         points: Source of the points at which masks are compared.
@@ -74,7 +78,7 @@ def rf_detr_loss(
         for suffix, stage in float_stages.items():
             losses = stage_losses(stage, targets, pairs[suffix], num_boxes=num_boxes, **settings)
             total = total + sum(getattr(weights, name) * loss for name, loss in losses.items())
-            total = total + _zero_of_all_predictions(stage, has_pairs=any(len(queries) for queries, _ in pairs[suffix]))
+            total = total + _zero_of_all_predictions(stage, pairs_with_masks(pairs[suffix], targets))
             loss_dict |= {name + suffix: loss.detach() for name, loss in losses.items()}
         with torch.no_grad():
             loss_dict |= _matching_errors(float_stages[""], targets, pairs[""])
@@ -116,17 +120,30 @@ def stage_losses(
     boxes = stage.boxes[images, queries]
     iou, giou = iou_and_giou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(target_boxes))
     losses = {
-        "loss_ce": class_loss(stage.logits, (images, queries, classes), iou.detach(), weights.focal_alpha),
+        "loss_ce": class_loss(
+            stage.logits,
+            (images, queries, classes),
+            iou.detach(),
+            weights.focal_alpha,
+            ignored_entries(stage, targets),
+        ),
         "loss_bbox": (boxes - target_boxes).abs().sum(),
         "loss_giou": (1 - giou).sum(),
     }
     if stage.masks is not None:
-        cross_entropy, dice = mask_losses(stage.masks, targets, pairs, mask_point_sample_ratio, points)
+        with_masks = pairs_with_masks(pairs, targets)
+        cross_entropy, dice = mask_losses(stage.masks, targets, with_masks, mask_point_sample_ratio, points)
         losses |= {"loss_mask_ce": cross_entropy, "loss_mask_dice": dice}
     return {name: loss / num_boxes for name, loss in losses.items()}
 
 
-def class_loss(logits: Tensor, matched: tuple[Tensor, Tensor, Tensor], iou: Tensor, alpha: float) -> Tensor:
+def class_loss(
+    logits: Tensor,
+    matched: tuple[Tensor, Tensor, Tensor],
+    iou: Tensor,
+    alpha: float,
+    ignored: Tensor | None = None,
+) -> Tensor:
     """Return the IoU-aware binary cross-entropy (https://arxiv.org/abs/2406.03459, equation 1), summed.
 
     A matched class has the soft target t = max(p^alpha u^(1-alpha), 0.01), where u is the IoU of its box. Every other
@@ -137,12 +154,53 @@ def class_loss(logits: Tensor, matched: tuple[Tensor, Tensor, Tensor], iou: Tens
         matched: Image, query and class of the N matched pairs, (N,) each.
         iou: (N,).
         alpha: Exponent of the score in the target.
+        ignored: (B, G·Q, C) bool, entries that are not pushed to 0; none by default.
     """
     p = logits.sigmoid()
     matched_logits = logits[matched]
     target = (p[matched] ** alpha * iou ** (1 - alpha)).clamp(min=0.01).detach()
     positive = F.softplus(-matched_logits) + (1 - target) * matched_logits
-    return (p**2 * F.softplus(logits)).index_put(matched, positive).sum()
+    negative = p**2 * F.softplus(logits)
+    if ignored is not None:
+        negative = negative.masked_fill(ignored, 0.0)
+    return negative.index_put(matched, positive).sum()
+
+
+@torch.no_grad()
+def ignored_entries(stage: StagePrediction, targets: Sequence[Mapping]) -> Tensor | None:
+    """Return where a query lies in a crowd region of a class, (B, G·Q, C) bool; None if there are no crowd regions.
+
+    It does if at least half of its box is inside the region.
+    """
+    if not any(len(target.get("crowd_labels", ())) for target in targets):
+        return None
+    ignored = torch.zeros_like(stage.logits, dtype=torch.bool)
+    for image, target in enumerate(targets):
+        for label, region in zip(target.get("crowd_labels", ()), target.get("crowd_regions", ()), strict=True):
+            ignored[image, :, label] |= fraction_inside(stage.boxes[image], region) >= 0.5
+    return ignored
+
+
+def fraction_inside(boxes_cxcywh: Tensor, region: Tensor) -> Tensor:
+    """Return the fraction of the pixels of each box that a region contains.
+
+    Boxes (N, 4) relative to the image   region (H, W) bool   ->   (N,)
+    """
+    size = region.new_tensor([*region.shape[::-1]] * 2, dtype=torch.float32)
+    corners = (box_cxcywh_to_xyxy(boxes_cxcywh) * size).round().clamp(torch.zeros_like(size), size).long()
+    x0, y0, x1, y1 = corners.unbind(-1)
+    sums = F.pad(region.float().cumsum(0).cumsum(1), (1, 0, 1, 0))  # pixels above and to the left of each corner
+    inside = sums[y1, x1] - sums[y0, x1] - sums[y1, x0] + sums[y0, x0]
+    return inside / ((x1 - x0) * (y1 - y0)).clamp(min=1)
+
+
+def pairs_with_masks(pairs: Sequence[Pairs], targets: Sequence[Mapping]) -> list[Pairs]:
+    """Return the pairs whose object has a mask."""
+    selected = []
+    for (queries, objects), target in zip(pairs, targets, strict=True):
+        is_selected = target["has_mask"][objects] if "has_mask" in target else slice(None)
+        selected.append((queries[is_selected], objects[is_selected]))
+    return selected
 
 
 def matched_mask_logits(masks: MaskFactors, pairs: Sequence[Pairs]) -> Tensor:
@@ -189,10 +247,10 @@ def _in_float32(stage: StagePrediction) -> StagePrediction:
     return StagePrediction(logits, boxes, masks)
 
 
-def _zero_of_all_predictions(stage: StagePrediction, has_pairs: bool) -> Tensor:
+def _zero_of_all_predictions(stage: StagePrediction, with_masks: Sequence[Pairs]) -> Tensor:
     """Return 0 as a function of every prediction: every parameter has a gradient also on a rank without objects."""
     parts = [stage.boxes]
-    if stage.masks is not None and not has_pairs:
+    if stage.masks is not None and not any(len(queries) for queries, _ in with_masks):
         parts += [stage.masks.pixels, *stage.masks.project(stage.masks.queries[:, :1])]
     return sum((part * 0).sum() for part in parts)
 

@@ -5,7 +5,7 @@ columns of a region of the image. Sizes are (height, width). RLE is COCO's: colu
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,13 @@ def read_segmentation(segmentation: Any, image_size: tuple[int, int]) -> Segment
     if bitmap is None:
         return _read_polygons(segmentation)
     return coco_mask.encode(np.asfortranarray(bitmap)) if bitmap.any() else None
+
+
+def has_segmentation(segmentation: Any) -> bool:
+    """Return whether there is an RLE, a bitmap or a polygon; it may still enclose no pixel."""
+    if isinstance(segmentation, Mapping) or not isinstance(segmentation, Iterable):
+        return segmentation is not None
+    return any(not isinstance(part, Sequence | np.ndarray) or len(part) for part in segmentation)
 
 
 def _is_row(value: Any) -> bool:

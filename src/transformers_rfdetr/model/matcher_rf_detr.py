@@ -84,7 +84,10 @@ def matching_costs(
             objects = torch.arange(len(labels), device=labels.device)
             target_labels = sample_nearest(target["masks"], objects, points.expand(len(labels), -1, -1))
             cross_entropy, dice = mask_costs(sampled[image], target_labels)
-            cost = cost + weights.loss_mask_ce * cross_entropy + weights.loss_mask_dice * dice
+            mask_cost = weights.loss_mask_ce * cross_entropy + weights.loss_mask_dice * dice
+            if "has_mask" in target:
+                mask_cost = mask_cost * target["has_mask"]
+            cost = cost + mask_cost
         costs.append(cost)
     return costs
 

@@ -1,6 +1,7 @@
 """Read the labels of a batch into targets that the loss can be computed for.
 
-Axis letters: T objects of an image, H W annotated mask. Boxes are (cx, cy, w, h) as fractions of the model's input.
+Axis letters: T objects and R crowd regions of an image, H W annotated mask. Boxes are (cx, cy, w, h) as fractions of
+the model's input.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,12 +15,17 @@ _RULES = {
     "boxes": "a float tensor (T, 4)",
     "masks": "a tensor (T, H, W) of bool, or of integers that are 0 outside the object",
 }
+_OPTIONAL_RULES = {
+    "has_mask": "a bool tensor (T,)",
+    "crowd_labels": "an integer tensor (R,)",
+    "crowd_regions": "a bool tensor (R, H, W)",
+}
 
 
 def read_targets(
     labels: Sequence[Mapping[str, Any]], batch_size: int, num_classes: int, with_masks: bool
 ) -> list[dict[str, Tensor]]:
-    """Return the fields that the loss reads, for each image.
+    """Return the fields that the loss reads, for each image; the optional ones only if they are given.
 
     Raises:
         ValueError: a field is missing or of the wrong type, or has values that cannot be trained on. The message names
@@ -32,8 +38,10 @@ def read_targets(
         {field: _read_field(field, target, f"labels[{image}]") for field in fields}
         for image, target in enumerate(labels)
     ]
+    for image, (target, given) in enumerate(zip(targets, labels, strict=True)):
+        _read_optional_fields(target, given, f"labels[{image}]", with_masks)
     for image, target in enumerate(targets):
-        counts = {field: len(value) for field, value in target.items()}
+        counts = {field: len(value) for field, value in target.items() if not field.startswith("crowd")}
         if len(set(counts.values())) > 1:
             raise ValueError(f"`labels[{image}]` must have fields of equal length, one entry per object, got {counts}")
     # Moves one value from the device for the whole batch; the loops of `_refuse_values` only find the values to name.
@@ -42,6 +50,28 @@ def read_targets(
     if not bool(((classes >= 0) & (classes < num_classes)).all() & (boxes.abs() <= 2).all()):
         _refuse_values(targets, num_classes)
     return targets
+
+
+def _read_optional_fields(target: dict[str, Tensor], given: Mapping[str, Any], name: str, with_masks: bool) -> None:
+    """Add the optional fields of an image to its target."""
+    ndims = {"crowd_labels": 1, "crowd_regions": 3} | ({"has_mask": 1} if with_masks else {})
+    for field, ndim in ndims.items():
+        value = given.get(field)
+        if value is None:
+            continue
+        if (
+            not isinstance(value, Tensor)
+            or value.ndim != ndim
+            or (field != "crowd_labels" and value.dtype != torch.bool)
+        ):
+            kind = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"`{name}[{field!r}]` must be {_OPTIONAL_RULES[field]}, got {kind}")
+        target[field] = value
+    if len(target.get("crowd_labels", ())) != len(target.get("crowd_regions", ())):
+        raise ValueError(
+            f"`{name}` must have one of 'crowd_labels' for each of 'crowd_regions', got"
+            f" {len(target.get('crowd_labels', ()))} and {len(target.get('crowd_regions', ()))}"
+        )
 
 
 def _refuse_values(targets: Sequence[Mapping[str, Tensor]], num_classes: int) -> None:

@@ -119,8 +119,8 @@ def describe_data(train_dataset: Any, eval_dataset: Any, num_queries: int, has_m
         train = known["train"]
         if without_mask := train.num_objects() - train.num_objects(with_mask=True):
             logger.warning(
-                f"{without_mask} of {train.num_objects()} training objects have no mask, so that the model learns to"
-                " ignore them. Add their segmentations, or remove their images."
+                f"{without_mask} of {train.num_objects()} training objects have no mask: they train classes and boxes,"
+                " but no masks. Add their segmentations if you have them."
             )
     for name, dataset in known.items():
         if crowded := dataset.crowded(num_queries):

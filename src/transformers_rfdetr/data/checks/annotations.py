@@ -7,9 +7,9 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from ...model.coco_labels import clip_box
-from ...model.masks import box_and_area, rasterize, read_segmentation, to_rle
+from ...model.masks import box_and_area, has_segmentation, rasterize, read_segmentation, to_rle
 from ...model.validation import are_numbers, is_index, to_builtin
-from ..annotation_records import has_fractions, has_segmentation
+from ..annotation_records import has_fractions
 from .findings import DROPPED, Problem
 from .images import UNREADABLE
 from .raw_split import as_index
