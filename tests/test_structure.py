@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 import transformers_rfdetr
 
@@ -97,6 +98,13 @@ def test_a_file_of_the_model_imports_its_neighbours_as_from_dot_name(path):
             assert node.level == 1
             assert node.module
             assert "." not in node.module
+
+
+@pytest.mark.parametrize("name", ["configuration_rf_detr", "image_processing_rf_detr", "modeling_rf_detr"])
+def test_a_file_that_a_checkpoint_names_imports_all_that_it_needs_itself(name):
+    """From a local folder, transformers < 5.8 copies this file and its direct imports, not the imports of those."""
+    path = PACKAGE / "model" / f"{name}.py"
+    assert set(get_relative_imports(path)) == {Path(file).stem for file in get_relative_import_files(path)}
 
 
 def test_importing_the_package_imports_nothing_that_only_training_needs():

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from .coco_labels import ImageSizes, prepare_labels
 from .configuration_rf_detr import RfDetrConfig
 from .image_io import read_image
+from .masks import rasterize  # noqa: F401  transformers < 5.8 copies direct imports only; see tests/test_structure.py
 from .post_processing_rf_detr import read_target_sizes, segment_instances, select_detections
 from .validation import (
     are_numbers,
@@ -29,6 +30,7 @@ from .validation import (
     require,
     to_builtin,
 )
+from .variants_rf_detr import VARIANTS  # noqa: F401  as above
 
 logger = logging.get_logger(__name__)
 

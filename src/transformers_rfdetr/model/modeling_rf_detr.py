@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .boxes_rf_detr import refine_boxes
 from .checkpoint_files import RfDetrCheckpoint
+from .checkpoint_layouts import is_original_layout  # noqa: F401  transformers < 5.8 copies direct imports only; see tests/test_structure.py
 from .configuration_rf_detr import RfDetrConfig
 from .decoder_rf_detr import RfDetrDecoder, sine_embedding
 from .layers_rf_detr import ClassHead, GroupHeads, XavierLinear, ZeroEmbedding, box_head, first_rows
@@ -29,6 +30,7 @@ from .matcher_rf_detr import LossWeights
 from .modeling_rf_detr_dinov2 import RfDetrDinov2Backbone
 from .predictions_rf_detr import StagePrediction
 from .projector_rf_detr import RfDetrProjector
+from .targets_rf_detr import read_targets  # noqa: F401  as above
 from .validation import check_limit
 from .variants_rf_detr import is_background_label
 
