@@ -116,10 +116,10 @@ def random_case(seed):
     return {"images": images, "annotations": annotations, "categories": categories}, results
 
 
-def plain_cocoeval(truth, predictions, kind):
+def plain_cocoeval(truth, predictions, kind, limits=(1, 10, 100)):
     """Return pycocotools' COCOeval of all images at once; `stats` are the twelve metrics.
 
-    The predictions are a COCO dataset or results, as they are.
+    The predictions are a COCO dataset or results, as they are; `limits` are COCOeval's `maxDets`.
     """
     with redirect_stdout(io.StringIO()):
         coco = COCO()
@@ -128,6 +128,7 @@ def plain_cocoeval(truth, predictions, kind):
         if not isinstance(predictions, COCO):
             predictions = coco.loadRes(copy.deepcopy(predictions))
         evaluation = COCOeval(coco, predictions, kind)
+        evaluation.params.maxDets = list(limits)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

@@ -370,6 +370,7 @@ def test_evaluation_prints_and_writes_the_numbers_of_the_metric(finished, data, 
 
 def test_a_report_names_the_scores_that_count_and_the_highest_one_where_none_does(finished, data, tmp_path):
     command = ["evaluate", finished.output / "model", data, "--device", "cpu", "--report", tmp_path]
+    command += ["--max-detections", 300]
     result = run(*command, "--threshold", "0.001", "--min-score", "0.999")
     assert result.exit_code == 0, result.output
     page = (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -56,9 +57,27 @@ class TestAgainstPycocotools:
         assert {name: ap for name, ap in ours.items() if ap > -1} == pytest.approx(per_category, abs=1e-9)
         image_ids = evaluator._image_ids_by_category()
         results = [evaluator._run_cocoeval(category, image_ids[category], kind) for category in names]
-        curves = np.array([average_over_recall(result)[0][:, 0] for result in results])
+        curves = np.array([average_over_recall(result, [1, 10, 100])[0][:, 0, -1] for result in results])
         per_iou = [curve[curve > -1].mean() for curve in curves.T]
         assert per_iou == pytest.approx(expected[kind]["ap_per_iou"], abs=1e-9)
+
+    @pytest.mark.parametrize("max_detections", [5, 250])
+    @pytest.mark.parametrize("kind", ["segm", "bbox"])
+    def test_another_number_of_detections_adds_its_metrics_to_those_of_coco(self, kind, max_detections, backend):
+        truth, results = random_case(1)
+        assert max(Counter((one["image_id"], one["category_id"]) for one in results).values()) > 100
+        updates = updates_of(results)
+        expected = plain_cocoeval(truth, of_kind(kind, results), kind, sorted({1, 10, 100, max_detections})).eval
+        index = sorted({1, 10, 100, max_detections}).index(max_detections)
+        precision, recall = expected["precision"][:, :, :, 0, index], expected["recall"][:, :, 0, index]
+        numbers = evaluated(truth, updates, backend=backend, max_detections=max_detections).compute()
+        for name, values in (("AP", precision), ("AP50", precision[0]), ("AP75", precision[5]), ("AR", recall)):
+            assert numbers[f"{kind}_{name}_{max_detections}"] == pytest.approx(values[values > -1].mean(), abs=1e-9)
+        standard = evaluated(truth, updates, backend=backend).compute()
+        for name in TWELVE:
+            assert numbers[f"{kind}_{name}"] == standard[f"{kind}_{name}"]
+        with pytest.raises(ValueError, match="`max_detections` must be an integer of at least 1, got 0"):
+            InstanceSegmentationEvaluator(truth, max_detections=0)
 
     @pytest.mark.parametrize("seed", range(6))
     def test_random_cases_have_the_metrics_and_curves_of_pycocotools(self, seed, backend):

@@ -18,7 +18,7 @@ transformers-rfdetr evaluate rf-detr-seg-medium coco/ --device cuda --batch-size
 
 transformers-rfdetr evaluate runs/buildings/model buildings/ --split test --per-class --report report
 """
-_METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100")
+_HIDDEN = ("AR_small", "AR_medium", "AR_large")
 _KINDS = {"segm": "mask", "bbox": "box"}
 _CLASS_METRICS = {"segm_AP": "mask AP", "segm_AP50": "mask AP50", "iou": "mask IoU", "bbox_AP": "box AP"}
 
@@ -50,6 +50,14 @@ ReportOption = Annotated[
         metavar="DIR", help="Write a report with curves, errors and images to this folder, as HTML. Default: none."
     ),
 ]
+MaxDetectionsOption = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Detections per image and class for additional metrics such as AP_300, for images with more than 100"
+        " objects. COCO's metrics count 100.",
+    ),
+]
 MinScoreOption = Annotated[
     float, typer.Option(min=0, max=1, help="Score that a detection must exceed to be shown in the report.")
 ]
@@ -70,6 +78,7 @@ def evaluate(
     image_folder: ImageFolderOption = None,
     report: ReportOption = None,
     min_score: MinScoreOption = 0.5,
+    max_detections: MaxDetectionsOption = 100,
 ) -> None:
     """Evaluate a model as COCO does: AP and AR of masks and boxes, and mean IoU."""
     import torch
@@ -92,7 +101,14 @@ def evaluate(
         raise ValueError(f"--split must be a split of {data}, {', '.join(splits)}, got {split}")
     dataset = splits[split]
     loaded, processor = load(model, device=device, dtype=getattr(torch, dtype))
-    evaluator = evaluate_dataset(loaded, processor, dataset, batch_size=batch_size, score_threshold=threshold)
+    evaluator = evaluate_dataset(
+        loaded,
+        processor,
+        dataset,
+        batch_size=batch_size,
+        score_threshold=threshold,
+        max_detections=max_detections,
+    )
     if report is None:
         metrics = evaluator.compute()
     else:
@@ -139,8 +155,10 @@ def format_numbers(metrics: Mapping[str, Any]) -> str:
     truth has no such objects.
     """
     kinds = [kind for kind in _KINDS if f"{kind}_AP" in metrics]
-    rows = [[_KINDS[kind], *(_format(metrics[f"{kind}_{name}"]) for name in _METRICS)] for kind in kinds]
-    text = format_table(["", *_METRICS], rows)
+    names = [name.removeprefix("bbox_") for name in metrics if name.startswith("bbox_")]
+    columns = [name for name in names if name not in _HIDDEN]
+    rows = [[_KINDS[kind], *(_format(metrics[f"{kind}_{name}"]) for name in columns)] for kind in kinds]
+    text = format_table(["", *columns], rows)
     if "mean_iou" in metrics:
         text += f"\nmean IoU (score > 0.5): {_format(metrics['mean_iou'])}"
     return text

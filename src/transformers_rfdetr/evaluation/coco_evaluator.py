@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from ..model.validation import error_context, require, to_builtin
+from ..model.validation import error_context, is_integer, require, to_builtin
 from .coco_summary import (
+    COCO_MAX_DETECTIONS,
     average_over_recall,
+    detection_limits,
     load_backend,
     mean_of_present,
     run_cocoeval,
@@ -62,6 +64,8 @@ class InstanceSegmentationEvaluator:
             metrics, and in the segm metrics detections inside their box are ignored. Warnings count both. The objects
             of images that are never passed to `update` count as missed.
         iou_score_threshold: Detections with a score above it count in the mean IoU; in [0, 1].
+        max_detections: Number of detections per image and category for additional metrics, such as `segm_AP_300`, for
+            images with more than 100 objects. COCO's metrics count 100.
         backend: "pycocotools" or "faster-coco-eval", which gives the same metrics in less time. The default is
             faster-coco-eval if it is installed.
 
@@ -71,12 +75,21 @@ class InstanceSegmentationEvaluator:
     """
 
     def __init__(
-        self, coco: Mapping[str, Any], *, iou_score_threshold: float = 0.5, backend: str | None = None
+        self,
+        coco: Mapping[str, Any],
+        *,
+        iou_score_threshold: float = 0.5,
+        max_detections: int = COCO_MAX_DETECTIONS,
+        backend: str | None = None,
     ) -> None:
         require(0 <= iou_score_threshold <= 1, "iou_score_threshold", iou_score_threshold, "in [0, 1]")
+        rule = "an integer of at least 1"
+        require(is_integer(max_detections) and max_detections >= 1, "max_detections", max_detections, rule)
+        self.max_detections = max_detections
         self.iou_score_threshold = iou_score_threshold
         self._backend = load_backend(backend)
         self.ground_truth = GroundTruth.from_coco(coco)
+        self._limits = detection_limits(max_detections)
         self._has_warned = False
         self.reset()
 
@@ -103,7 +116,7 @@ class InstanceSegmentationEvaluator:
         self._detections_have_masks: bool | None = None  # None if there are no detections
 
     def update(self, image_id: int, *, scores: Any, labels: Any, masks: Any = None, boxes: Any = None) -> None:
-        """Add the detections of an image. The best 100 of each category are kept; COCO evaluates no more.
+        """Add the detections of an image. The best 100 of each category are kept, or `max_detections` if that is more.
 
         A repeated image is ignored, with one warning: samplers pad by repeating images.
 
@@ -126,7 +139,8 @@ class InstanceSegmentationEvaluator:
             self._has_warned = True
             return
         with error_context(f"image {image_id}"):
-            self._add(image_id, pack_detections(scores, labels, masks, boxes, self.ground_truth.sizes[image_id]))
+            size = self.ground_truth.sizes[image_id]
+            self._add(image_id, pack_detections(scores, labels, masks, boxes, size, self.max_detections))
 
     def state(self) -> dict[int, Detections]:
         """Return the detections by image id: small, and picklable for `merge` in another process."""
@@ -197,12 +211,12 @@ class InstanceSegmentationEvaluator:
         metrics: dict[str, Any] = {}
         for kind in ("segm", "bbox") if self.has_masks else ("bbox",):
             results = [
-                average_over_recall(self._run_cocoeval(category, image_ids[category], kind))
+                average_over_recall(self._run_cocoeval(category, image_ids[category], kind), self._limits)
                 for category in self.ground_truth.category_names
             ]
-            metrics |= {f"{kind}_{name}": value for name, value in summarize(results).items()}
+            metrics |= {f"{kind}_{name}": value for name, value in summarize(results, self.max_detections).items()}
             for class_metrics, (precision, _) in zip(per_class.values(), results, strict=True):
-                class_metrics |= summarize_class(precision, kind)
+                class_metrics |= summarize_class(precision, kind, self.max_detections)
         counts = Counter(
             label
             for objects in self.ground_truth.objects.values()
@@ -223,14 +237,14 @@ class InstanceSegmentationEvaluator:
         for category, name in self.ground_truth.category_names.items():
             result = self._run_cocoeval(category, image_ids[category], kind)
             if result is not None:
-                curves[name] = result["precision"][:, :, 0, 0, -1].copy()
+                curves[name] = result["precision"][:, :, 0, 0, self._limits.index(COCO_MAX_DETECTIONS)].copy()
         return curves
 
     def mean_iou(self) -> dict[str, Any]:
         """Return the mean intersection over union, as in semantic segmentation, at the images' own sizes.
 
         For a class c and an image let P be the union of the predicted masks of c with a score above
-        `iou_score_threshold` (among the 100 that are kept), G the union of the masks of its objects, and X the pixels
+        `iou_score_threshold` (among those that are kept), G the union of the masks of its objects, and X the pixels
         of its crowd regions without an object of c. Numerator and denominator are summed over all images before the
         division:
 
@@ -313,7 +327,7 @@ class InstanceSegmentationEvaluator:
             for annotations, records in ((objects, self.ground_truth.objects), (detections, self._detections)):
                 if (record := records.get(image_id)) is not None:
                     annotations += [{**one, "image_id": number} for one in record.to_coco(category, kind, size)]
-        return run_cocoeval(self._backend, images, objects, detections, kind)
+        return run_cocoeval(self._backend, images, objects, detections, kind, self._limits)
 
 
 def evaluator_from_rows(

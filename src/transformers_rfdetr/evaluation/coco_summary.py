@@ -16,10 +16,9 @@ from pycocotools.cocoeval import COCOeval
 from ..model.validation import require
 
 # COCO evaluates at most this number of detections per image and category.
-MAX_DETECTIONS = 100
+COCO_MAX_DETECTIONS = 100
 # In the order of COCOeval.
 _AREAS = ("", "_small", "_medium", "_large")
-_LIMITS = (1, 10, MAX_DETECTIONS)
 _AT_50, _AT_75 = 0, 5  # indices into T
 _PRECISION_SHAPE = (10, len(_AREAS))  # T, A
 _BACKENDS = (None, "pycocotools", "faster-coco-eval")
@@ -39,12 +38,18 @@ def load_backend(backend: str | None) -> tuple[Any, Any]:
     return faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster
 
 
+def detection_limits(max_detections: int) -> list[int]:
+    """Return COCOeval's numbers of detections per image and category, ascending: COCO's 1, 10 and 100, and another."""
+    return sorted({1, 10, COCO_MAX_DETECTIONS, max_detections})
+
+
 def run_cocoeval(
     backend: tuple[Any, Any],
     images: list[dict[str, Any]],
     objects: list[dict[str, Any]],
     detections: list[dict[str, Any]],
     kind: str,
+    limits: list[int],
 ) -> dict[str, np.ndarray] | None:
     """Return COCOeval's `precision` (T, R, 1, A, L) and `recall` (T, 1, A, L) of one category.
 
@@ -54,6 +59,7 @@ def run_cocoeval(
         objects: COCO annotations; `id` and `category_id` are added here.
         detections: COCO results with `area`; `id` and `category_id` are added here.
         kind: "segm" or "bbox".
+        limits: L numbers of detections, from [`detection_limits`].
 
     Returns:
         None if there is no object to find: crowd regions alone are ignored.
@@ -70,43 +76,58 @@ def run_cocoeval(
             cocos[-1].dataset = {"images": images, "annotations": numbered, "categories": [{"id": 1}]}
             cocos[-1].createIndex()
         evaluation = eval_class(*cocos, kind)
+        evaluation.params.maxDets = limits
         evaluation.evaluate()
         evaluation.accumulate()
     return evaluation.eval
 
 
-def average_over_recall(result: dict[str, np.ndarray] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return AP (T, A) and recall (T, A, L) of a category from [`run_cocoeval`]'s result; -1 for None."""
+def average_over_recall(result: dict[str, np.ndarray] | None, limits: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return AP (T, A, L) and recall (T, A, L) of a category from [`run_cocoeval`]'s result; -1 for None."""
     if result is None:
-        return np.full(_PRECISION_SHAPE, -1.0), np.full((*_PRECISION_SHAPE, len(_LIMITS)), -1.0)
-    return result["precision"][:, :, 0, :, -1].mean(1), result["recall"][:, 0]
+        absent = np.full((*_PRECISION_SHAPE, len(limits)), -1.0)
+        return absent, absent
+    return result["precision"][:, :, 0].mean(1), result["recall"][:, 0]
 
 
-def summarize(results: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-    """Return COCO's twelve metrics from AP (T, A) and recall (T, A, L) of each category."""
-    precision = np.array([of_category for of_category, _ in results]).reshape(-1, *_PRECISION_SHAPE)
-    recall = np.array([of_category for _, of_category in results]).reshape(-1, *_PRECISION_SHAPE, len(_LIMITS))
-    metrics = {
-        "AP": mean_of_present(precision[:, :, 0]),
-        "AP50": mean_of_present(precision[:, _AT_50, 0]),
-        "AP75": mean_of_present(precision[:, _AT_75, 0]),
-    }
-    metrics |= {f"AP{area}": mean_of_present(precision[:, :, index]) for index, area in enumerate(_AREAS) if area}
-    metrics |= {f"AR_{limit}": mean_of_present(recall[:, :, 0, index]) for index, limit in enumerate(_LIMITS)}
-    return metrics | {
-        f"AR{area}": mean_of_present(recall[:, :, index, -1]) for index, area in enumerate(_AREAS) if area
-    }
+def summarize(results: Sequence[tuple[np.ndarray, np.ndarray]], max_detections: int) -> dict[str, float]:
+    """Return COCO's twelve metrics from AP (T, A, L) and recall (T, A, L) of each category.
+
+    If `max_detections` is not COCO's 100, AP_N, AP50_N, AP75_N and AR_N are added, for this number N of detections.
+    """
+    limits = detection_limits(max_detections)
+    shape = (-1, *_PRECISION_SHAPE, len(limits))
+    precision, recall = (np.array([pair[part] for pair in results]).reshape(shape) for part in (0, 1))
+    of_coco = limits.index(COCO_MAX_DETECTIONS)
+
+    def average_precision(suffix: str, index: int) -> dict[str, float]:
+        return {
+            f"AP{suffix}": mean_of_present(precision[:, :, 0, index]),
+            f"AP50{suffix}": mean_of_present(precision[:, _AT_50, 0, index]),
+            f"AP75{suffix}": mean_of_present(precision[:, _AT_75, 0, index]),
+        }
+
+    metrics = average_precision("", of_coco)
+    areas = [(index, area) for index, area in enumerate(_AREAS) if area]
+    metrics |= {f"AP{area}": mean_of_present(precision[:, :, index, of_coco]) for index, area in areas}
+    metrics |= {f"AR_{limit}": mean_of_present(recall[:, :, 0, index]) for index, limit in enumerate(limits)}
+    metrics |= {f"AR{area}": mean_of_present(recall[:, :, index, of_coco]) for index, area in areas}
+    if max_detections != COCO_MAX_DETECTIONS:
+        metrics |= average_precision(f"_{max_detections}", limits.index(max_detections))
+    return metrics
 
 
-def summarize_class(precision: np.ndarray, kind: str) -> dict[str, float]:
-    """Return `<kind>_AP`, and `segm_AP50` for masks, from the AP (T, A) of one category."""
-    metrics = {f"{kind}_AP": mean_of_present(precision[:, 0])}
-    return metrics | ({"segm_AP50": mean_of_present(precision[_AT_50, 0])} if kind == "segm" else {})
+def summarize_class(precision: np.ndarray, kind: str, max_detections: int) -> dict[str, float]:
+    """Return `<kind>_AP`, and `segm_AP50` for masks, from the AP (T, A, L) of one category."""
+    of_coco = precision[:, 0, detection_limits(max_detections).index(COCO_MAX_DETECTIONS)]
+    metrics = {f"{kind}_AP": mean_of_present(of_coco)}
+    return metrics | ({"segm_AP50": mean_of_present(of_coco[_AT_50])} if kind == "segm" else {})
 
 
-def metric_names(has_masks: bool) -> list[str]:
+def metric_names(has_masks: bool, max_detections: int) -> list[str]:
     """Return the keys of `InstanceSegmentationEvaluator.compute()` without `per_class`."""
-    names = [f"{kind}_{name}" for kind in (("segm", "bbox") if has_masks else ("bbox",)) for name in summarize([])]
+    kinds = ("segm", "bbox") if has_masks else ("bbox",)
+    names = [f"{kind}_{name}" for kind in kinds for name in summarize([], max_detections)]
     return [*names, "mean_iou", "mean_iou_class_blind"] if has_masks else names
 
 

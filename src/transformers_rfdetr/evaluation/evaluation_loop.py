@@ -16,6 +16,7 @@ from ..model.image_io import decode_image
 from ..model.masks import region_to_rle, upsample_masks
 from ..model.post_processing_rf_detr import read_target_sizes, select_detections, valid_size
 from .coco_evaluator import InstanceSegmentationEvaluator
+from .coco_summary import COCO_MAX_DETECTIONS
 from .mask_records import best_per_class
 
 
@@ -26,11 +27,13 @@ def detect(
     *,
     score_threshold: float | None = None,
     pixel_mask: torch.Tensor | None = None,
+    max_detections: int = COCO_MAX_DETECTIONS,
 ) -> list[dict[str, Any]]:
     """Return the detections that COCO evaluates from a model's outputs, with masks as RLE.
 
     They are those of `RfDetrImageProcessor.post_process_instance_segmentation` without a threshold: the best Q of all
-    Q x C pairs of query and label, at most 100 of each label. One mask at a time is held at the image's size.
+    Q x C pairs of query and label, at most 100 of each label, or `max_detections` if that is more. One mask at a time
+    is held at the image's size.
 
     Args:
         outputs: Has `logits` (B, Q, C), `pred_boxes` (B, Q, 4), `boxes_cxcywh` in [0, 1], and `pred_masks`
@@ -52,7 +55,7 @@ def detect(
     for index, size in enumerate(sizes):
         selected = select_detections(outputs, index, -1.0 if score_threshold is None else score_threshold, size, None)
         scores, labels, queries, boxes = (values.numpy(force=True) for values in selected)
-        best = best_per_class(scores, labels)
+        best = best_per_class(scores, labels, max_detections)
         masks = None
         if mask_logits is not None:
             valid = None if pixel_mask is None else valid_size(pixel_mask[index], mask_logits.shape[-2:])
@@ -115,6 +118,7 @@ def evaluate_dataset(
     *,
     batch_size: int = 8,
     score_threshold: float | None = None,
+    max_detections: int = COCO_MAX_DETECTIONS,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> InstanceSegmentationEvaluator:
@@ -123,7 +127,7 @@ def evaluate_dataset(
     The arguments are those of [`evaluate_instance_segmentation`].
     """
     dataset = as_instance_dataset(dataset)
-    evaluator = InstanceSegmentationEvaluator(dataset.coco())
+    evaluator = InstanceSegmentationEvaluator(dataset.coco(), max_detections=max_detections)
     category_ids = label_to_category_id(model.config, dataset)
     was_training, original_device = model.training, model.device
     model.eval().to(device or original_device)
@@ -136,7 +140,13 @@ def evaluate_dataset(
             with torch.no_grad():
                 outputs = model(**inputs)
             sizes = [image.shape[:2] for image in images]
-            results = detect(outputs, sizes, score_threshold=score_threshold, pixel_mask=inputs.get("pixel_mask"))
+            results = detect(
+                outputs,
+                sizes,
+                score_threshold=score_threshold,
+                pixel_mask=inputs.get("pixel_mask"),
+                max_detections=max_detections,
+            )
             for sample, detections in zip(samples, results, strict=True):
                 evaluator.update(sample["image_id"], **to_category_ids(detections, category_ids))
     finally:
@@ -151,6 +161,7 @@ def evaluate_instance_segmentation(
     *,
     batch_size: int = 8,
     score_threshold: float | None = None,
+    max_detections: int = COCO_MAX_DETECTIONS,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -164,6 +175,7 @@ def evaluate_instance_segmentation(
             `image_id` that has `coco()`, `id2label` and `category_ids`.
         batch_size: Images per batch.
         score_threshold: Score that a detection must exceed; by default all count, as in COCO.
+        max_detections: See the evaluator.
         device: By default the model's.
         progress: Whether to show a progress bar.
 
@@ -176,6 +188,7 @@ def evaluate_instance_segmentation(
         dataset,
         batch_size=batch_size,
         score_threshold=score_threshold,
+        max_detections=max_detections,
         device=device,
         progress=progress,
     )

@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 
 from ..model.masks import box_xyxy_to_xywh, mask_areas, read_segmentation
 from ..model.validation import are_numbers, error_context, require, to_builtin
-from .coco_summary import MAX_DETECTIONS
+from .coco_summary import COCO_MAX_DETECTIONS
 
 
 class PackedMasks(NamedTuple):
@@ -106,8 +106,15 @@ class Objects(NamedTuple):
         return annotations
 
 
-def pack_detections(scores: Any, labels: Any, masks: Any, boxes: Any, image_size: tuple[int, int] | None) -> Detections:
-    """Check the detections of an image and return a record of the best 100 of each category.
+def pack_detections(
+    scores: Any,
+    labels: Any,
+    masks: Any,
+    boxes: Any,
+    image_size: tuple[int, int] | None,
+    max_detections: int = COCO_MAX_DETECTIONS,
+) -> Detections:
+    """Check the detections of an image and return a record of the best of each category: 100, or `max_detections`.
 
     The arguments are those of `InstanceSegmentationEvaluator.update`. With `image_size` None, the size is that of the
     first mask.
@@ -125,7 +132,7 @@ def pack_detections(scores: Any, labels: Any, masks: Any, boxes: Any, image_size
     require(is_valid, "scores", scores, "one finite number per detection")
     if masks is None and boxes is None:
         raise ValueError(f"`masks` or `boxes` is required, got neither for {len(scores)} detections")
-    best = best_per_class(scores, labels)
+    best = best_per_class(scores, labels, max_detections)
     packed = None
     if masks is not None:
         rles = []
@@ -138,13 +145,17 @@ def pack_detections(scores: Any, labels: Any, masks: Any, boxes: Any, image_size
     return Detections(scores[best], labels[best], boxes_xywh, packed)
 
 
-def best_per_class(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the indices of the best 100 of each label from scores (K,) and labels (K,), best first, ties in order."""
+def best_per_class(scores: np.ndarray, labels: np.ndarray, max_detections: int = COCO_MAX_DETECTIONS) -> np.ndarray:
+    """Return the indices of the best detections of each label, best first, ties in order.
+
+    Scores (K,)   labels (K,)   ->   at most 100, or `max_detections` if that is more, of each label
+    """
+    limit = max(COCO_MAX_DETECTIONS, max_detections)
     order = np.argsort(-scores, kind="stable")
     by_class = order[np.argsort(labels[order], kind="stable")]
     _, first, count = np.unique(labels[by_class], return_index=True, return_counts=True)
     is_kept: np.ndarray = np.zeros(len(scores), bool)
-    is_kept[by_class[np.arange(len(scores)) - np.repeat(first, count) < MAX_DETECTIONS]] = True
+    is_kept[by_class[np.arange(len(scores)) - np.repeat(first, count) < limit]] = True
     return order[is_kept[order]]
 
 

@@ -130,7 +130,9 @@ def _read_objects(
     annotations: Sequence[Any], where: str, image_size: tuple[int, int], with_masks: bool
 ) -> tuple[list[_Object], list[_Object], int]:
     """Return the objects and the crowd regions of an image that are usable, and the number of objects that are not."""
-    objects, crowds, num_dropped = [], [], 0
+    objects: list[_Object] = []
+    crowds: list[_Object] = []
+    num_dropped = 0
     for position, annotation in enumerate(annotations):
         with error_context(f"{where}, annotation {position}"):
             require(isinstance(annotation, Mapping), "annotation", annotation, "a dict in COCO format")

@@ -33,6 +33,8 @@ class RfDetrTrainingArguments(TrainingArguments):
         eval_base_model: Whether to evaluate the weights without EMA too, as `eval_base_*`.
         eval_score_threshold: Score that a detection must exceed to be evaluated. COCO's metrics have no threshold; any
             value but 0 is mentioned in the log and the model card.
+        eval_max_detections: Number of detections per image and class for additional metrics, such as
+            `eval_segm_AP_300`, for images with more than 100 objects.
         early_stopping: Whether to stop when the metric for the best model stops improving.
         early_stopping_patience: Evaluations without an improvement after which training stops.
         early_stopping_min_delta: Change of the metric that an improvement must exceed.
@@ -83,6 +85,7 @@ class RfDetrTrainingArguments(TrainingArguments):
     ema_tau: float = 100.0
     eval_base_model: bool = False
     eval_score_threshold: float = 0.0
+    eval_max_detections: int = 100
     early_stopping: bool = False
     early_stopping_patience: int = 10
     early_stopping_min_delta: float = 0.001
@@ -109,6 +112,7 @@ class RfDetrTrainingArguments(TrainingArguments):
             ("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)"),
             ("ema_tau", self.ema_tau >= 0, "at least 0"),
             ("eval_score_threshold", 0 <= self.eval_score_threshold < 1, "in [0, 1)"),
+            ("eval_max_detections", self.eval_max_detections >= 1, "at least 1"),
             ("early_stopping_patience", self.early_stopping_patience >= 1, "at least 1"),
             ("early_stopping_min_delta", self.early_stopping_min_delta >= 0, "at least 0"),
             ("drop_path", self.drop_path is None or 0 <= self.drop_path < 1, "in [0, 1)"),

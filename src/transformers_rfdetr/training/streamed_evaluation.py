@@ -57,7 +57,13 @@ class StreamedEvaluation:
             score_threshold: Score that a prediction must exceed to be evaluated.
         """
         sizes = [target["orig_size"].tolist() for target in labels]
-        predictions = detect(outputs, sizes, score_threshold=score_threshold, pixel_mask=pixel_mask)
+        predictions = detect(
+            outputs,
+            sizes,
+            score_threshold=score_threshold,
+            pixel_mask=pixel_mask,
+            max_detections=self.evaluator.max_detections,
+        )
         for target, found in zip(labels, predictions, strict=True):
             self.evaluator.update(target["image_id"].item(), **to_category_ids(found, self.category_of))
 
@@ -82,6 +88,7 @@ def start_evaluation(
     dataset: Any,
     config: RfDetrConfig,
     annotations: Mapping[str, Any] | None,
+    max_detections: int,
     earlier: Iterable[StreamedEvaluation] = (),
 ) -> StreamedEvaluation:
     """Return an empty evaluation against the ground truth of a dataset.
@@ -91,6 +98,7 @@ def start_evaluation(
         config: Configuration of the model.
         annotations: COCO dictionary with the ground truth of samples that were prepared elsewhere, with class indices
             as category ids.
+        max_detections: See the evaluator.
         earlier: Earlier evaluations; the ground truth of one of the same dataset is used again.
 
     Raises:
@@ -103,7 +111,8 @@ def start_evaluation(
             return StreamedEvaluation(source, one.evaluator, one.category_of)
     if isinstance(source, InstanceDataset):
         category_of = label_to_category_id(config, source)
-        return StreamedEvaluation(source, InstanceSegmentationEvaluator(source.coco()), category_of)
+        evaluator = InstanceSegmentationEvaluator(source.coco(), max_detections=max_detections)
+        return StreamedEvaluation(source, evaluator, category_of)
     if annotations is None:  # a datasets.Dataset whose transform prepares the samples
         annotations = load_instance_dataset(dataset.with_format(None))["train"].coco()
     category_ids = [category["id"] for category in annotations["categories"]]
@@ -113,7 +122,8 @@ def start_evaluation(
             f" {category_ids}. Pass load_instance_dataset(...) as `eval_dataset`, which maps them, or"
             " `eval_annotations` with class indices as ids."
         )
-    return StreamedEvaluation(source, InstanceSegmentationEvaluator(annotations), {i: i for i in category_ids})
+    evaluator = InstanceSegmentationEvaluator(annotations, max_detections=max_detections)
+    return StreamedEvaluation(source, evaluator, {i: i for i in category_ids})
 
 
 def count_new_samples(accelerator: Accelerator, args: RfDetrTrainingArguments, batch_size: int) -> int:
@@ -179,7 +189,13 @@ class EvaluatingTrainer(PrivateTrainerApi):
     def _evaluate_weights(self, dataloader: Any, description: str, *args: Any) -> EvalLoopOutput:
         """Evaluate the weights in the model: `prediction_step` feeds the evaluator, and Trainer keeps nothing."""
         prefix = args[-1]
-        evaluation = start_evaluation(dataloader.dataset, self.model.config, self.eval_annotations, self._evaluations)
+        evaluation = start_evaluation(
+            dataloader.dataset,
+            self.model.config,
+            self.eval_annotations,
+            self.args.eval_max_detections,
+            self._evaluations,
+        )
         num_datasets = len(self.eval_dataset) if isinstance(self.eval_dataset, dict) else 1
         others = [one for one in self._evaluations if one.dataset is not evaluation.dataset]
         self._evaluations = [*others, evaluation][-num_datasets:]

@@ -149,7 +149,9 @@ class RfDetrTrainer(UploadingTrainer):
     def _check_metric(self) -> None:
         """Raise ValueError if the evaluation does not compute `metric_for_best_model`."""
         name = best_key(self.args).removeprefix("eval_")
-        known = ["loss"] if self.args.prediction_loss_only else ["loss", *metric_names(self.has_masks)]
+        known = ["loss"]
+        if not self.args.prediction_loss_only:
+            known += metric_names(self.has_masks, self.args.eval_max_detections)
         splits = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         for split, dataset in splits.items():
             metric = name.removeprefix(f"{split}_")
