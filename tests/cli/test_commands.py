@@ -373,6 +373,7 @@ def test_a_report_names_the_scores_that_count_and_the_highest_one_where_none_doe
     command += ["--max-detections", 300]
     result = run(*command, "--threshold", "0.001", "--min-score", "0.999")
     assert result.exit_code == 0, result.output
+    assert "AP_300" in result.stdout
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "detections with a score above 0.001" in page
     assert "whatever their score" not in page
