@@ -213,6 +213,24 @@ def test_a_piece_below_the_threshold_does_not_take_the_place_of_one_above_it(x1)
     np.testing.assert_array_equal(result.dense_masks(), [upper])
 
 
+def test_a_piece_below_the_threshold_does_not_separate_an_object_found_twice():
+    mask, copy, larger = rectangle(10, 5, 60, 20), rectangle(10, 6, 60, 20), rectangle(28, 4, 60, 21)
+    result = merged([(mask, 0.9), (copy, 0.8)], [(mask, 0.7), (larger, 0.2)], threshold=0.5)
+    np.testing.assert_array_equal(result.dense_masks(), [mask])
+
+
+def test_pieces_below_the_threshold_never_add_an_object():
+    def piece(rng, low, score):
+        x, y, width, height = rng.integers([low, 0, 3, 3], [low + 36, 30, 50, 20]).tolist()
+        return rectangle(x, y, x + width, y + height), score
+
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        sides = [[piece(rng, low, score) for score in (0.9, 0.8, 0.7, 0.6, 0.4, 0.3, 0.2, 0.1)] for low in (0, 28)]
+        alone = merged(*(side[:4] for side in sides), threshold=0.5)
+        assert len(merged(*sides, threshold=0.5)) <= len(alone)
+
+
 def test_tiles_without_instances_give_no_instances():
     for with_masks in (True, False):
         result = merged([], [], with_masks=with_masks)

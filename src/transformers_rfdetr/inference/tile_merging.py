@@ -21,6 +21,7 @@ _REACH = 4
 _OWNED = 0.1
 
 Link = tuple[float, int, int]  # votes, piece, piece
+Cover = tuple[bool, float, int]  # whether its score is above the threshold, pixels, piece
 
 
 class Tile(NamedTuple):
@@ -47,8 +48,9 @@ def merge_tiles(
     3. A piece that is cut at a border of its tile is then added to the object of another tile that covers half of it in
        the common zone: its tile has split the object, or found it twice. It is not added if it lies next to another
        piece of its tile in that object, or if its tile sees one of the two completely.
-    4. Pieces with a score of at most `threshold` are paired last: a border lowers the score of what it cuts. They only
-       add pixels to objects that no tile sees completely, and of which their tile has no other piece.
+    4. Pieces with a score of at most `threshold` follow after rules 2 and 3 were applied to the others: a border lowers
+       the score of what it cuts. They only connect pieces, and add pixels to objects that no tile sees completely, and
+       of which their tile has no other piece, so that there are never more objects than without them.
     5. An object that a tile sees completely gets that tile's mask, box and score; of several such tiles, those of the
        one in which it is farthest from the border. Otherwise each pixel is decided by the tile in whose cell it lies if
        that tile has a piece of the object, else by the tiles that have one; the box is the union of all boxes, and
@@ -180,12 +182,16 @@ class _Pieces:
             return [self.placed[int(piece)] for piece in pieces]
         return box_xyxy_to_xywh(self.boxes[pieces])
 
+    def are_sure(self, *pieces: int) -> bool:
+        """Return whether all of these pieces have a score above the threshold."""
+        return all(self.is_sure[piece] for piece in pieces)
+
     def is_separate(self, piece: int, group: list[int]) -> bool:
         """Whether the tile of a piece has another piece in a group that is another object, by the end of rule 3."""
         others = [other for other in group if self.tile_of[other] == self.tile_of[piece]]
         if not others:
             return False
-        if not self.is_sure[[piece, *others]].all():
+        if not self.are_sure(piece, *others):
             return True
         one, extents = self.extents[piece], self.extents[others]
         gaps = (np.maximum(one[:2], extents[:, :2]) - np.minimum(one[2:], extents[:, 2:])).max(1)
@@ -245,15 +251,15 @@ def _cells(tiles: np.ndarray) -> np.ndarray:
     return cells
 
 
-def _compare_all(pieces: _Pieces) -> tuple[list[Link], dict[int, tuple[float, int]]]:
+def _compare_all(pieces: _Pieces) -> tuple[list[Link], dict[int, Cover]]:
     """Compare the pieces of all pairs of tiles that overlap.
 
     Returns:
         The pairs of rule 2, each with its votes: pixels that agree, minus pixels that do not. And for each piece of
-        rule 3 the piece of another tile that covers most of it, with the number of pixels that they share.
+        rule 3 the piece of another tile that covers most of it, one above the threshold if there is any.
     """
     links: list[Link] = []
-    covering: dict[int, tuple[float, int]] = {}
+    covering: dict[int, Cover] = {}
     waiting: dict[tuple[int, int], _Part] = {}
     for tile, rectangle in enumerate(pieces.tiles):
         zones = _intersections(rectangle, pieces.tiles)
@@ -266,9 +272,7 @@ def _compare_all(pieces: _Pieces) -> tuple[list[Link], dict[int, tuple[float, in
     return links, covering
 
 
-def _compare(
-    pieces: _Pieces, one: _Part, other: _Part, links: list[Link], covering: dict[int, tuple[float, int]]
-) -> None:
+def _compare(pieces: _Pieces, one: _Part, other: _Part, links: list[Link], covering: dict[int, Cover]) -> None:
     """Compare the pieces of two tiles in the zone that both see; add to `links` and `covering`."""
     if not len(one.pieces) or not len(other.pieces):
         return
@@ -284,10 +288,11 @@ def _compare(
     for is_cut, area, cut, cover in ((one.is_cut[i], area_p, p, q), (other.is_cut[j], area_q, q, p)):
         inside = is_cut & (2 * common >= area)
         for pixels, piece, other_piece in zip(common[inside], cut[inside], cover[inside], strict=True):
-            covering[int(piece)] = max(covering.get(int(piece), (0.0, -1)), (float(pixels), int(other_piece)))
+            candidate = (bool(pieces.is_sure[other_piece]), float(pixels), int(other_piece))
+            covering[int(piece)] = max(covering.get(int(piece), candidate), candidate)
 
 
-def _group(pieces: _Pieces, links: list[Link], covering: dict[int, tuple[float, int]]) -> list[list[int]]:
+def _group(pieces: _Pieces, links: list[Link], covering: dict[int, Cover]) -> list[list[int]]:
     """Return the pieces of each object, by rules 2 to 4."""
     group_of = {piece: [piece] for piece in pieces.kept}
 
@@ -296,18 +301,17 @@ def _group(pieces: _Pieces, links: list[Link], covering: dict[int, tuple[float, 
         for piece in other:
             group_of[piece] = one
 
-    def order(link: Link) -> tuple[bool, float, int, int]:
-        votes, p, q = link
-        return not (pieces.is_sure[p] and pieces.is_sure[q]), -votes, p, q
-
-    for _, p, q in sorted(links, key=order):
-        one, other = group_of[p], group_of[q]
-        if set(pieces.tile_of[one]).isdisjoint(pieces.tile_of[other]):
-            join(one, other)
-    for piece, (_, cover) in covering.items():
-        one, other = group_of[cover], group_of[piece]
-        if one is not other and not any(pieces.is_separate(each, one) for each in other):
-            join(one, other)
+    links.sort(key=lambda link: (-link[0], link[1], link[2]))
+    for are_sure in (True, False):
+        for _, p, q in links:
+            one, other = group_of[p], group_of[q]
+            if pieces.are_sure(p, q) == are_sure and set(pieces.tile_of[one]).isdisjoint(pieces.tile_of[other]):
+                join(one, other)
+        for piece, (*_, cover) in covering.items():
+            one, other = group_of[cover], group_of[piece]
+            is_considered = pieces.are_sure(piece, cover) == are_sure and one is not other
+            if is_considered and not any(pieces.is_separate(each, one) for each in other):
+                join(one, other)
     return list({id(group): group for group in group_of.values()}.values())
 
 
