@@ -111,6 +111,25 @@ def test_pruned_weights_are_used():
     assert not torch.allclose(pruned.pred_masks, small_model()(pixels()).pred_masks, atol=1e-2)
 
 
+class WithoutWeight(torch.nn.Module):
+    """Computes what a module computes, and like the layers of quantisers has no tensor called weight."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.packed = module
+
+    def forward(self, inputs):
+        return self.packed(inputs)
+
+
+def test_modules_that_a_quantiser_replaces_are_called():
+    model, expected = small_model(), small_model()(pixels())
+    block = "backbone.0.encoder.encoder.encoder.layer.0"
+    for name in (f"{block}.attention.output.dense", f"{block}.mlp.fc2", "segmentation_head.spatial_features_proj"):
+        model.set_submodule(name, WithoutWeight(model.get_submodule(name)))
+    assert_same_outputs(model(pixels()), expected)
+
+
 def test_an_offloaded_model_computes_the_same():
     accelerate = pytest.importorskip("accelerate")
     model = accelerate.cpu_offload(small_model(), execution_device="cpu")
