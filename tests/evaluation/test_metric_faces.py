@@ -1,19 +1,16 @@
 """The metrics as torchmetrics and `evaluate` know them. Oracles: pycocotools' numbers, the evaluator, torchmetrics."""
 
 import doctest
+import functools
 import json
-import os
-import pickle
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing
 from pycocotools import mask as coco_mask
 
 from transformers_rfdetr.evaluation.coco_evaluator import InstanceSegmentationEvaluator
@@ -21,6 +18,7 @@ from transformers_rfdetr.evaluation.evaluate_modules import MASK_MAP, MEAN_IOU
 from transformers_rfdetr.evaluation.torchmetrics_metric import InstanceSegmentationMetric
 
 from small_models import shared_folder
+from training_run import on_two_processes
 
 TWELVE = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100"]
 TWELVE += ["AR_small", "AR_medium", "AR_large"]
@@ -183,12 +181,10 @@ class TestTorchmetrics:
             InstanceSegmentationMetric().update([prediction], [])
 
 
-def evaluate_share(rank, folder):
+def evaluate_share(folder, sample, shares):
     """Each process evaluates its share of the images, once for each way of sharing."""
-    os.environ |= {"OMP_NUM_THREADS": "1"}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    sample, shares = pickle.loads(Path(folder, "sample.pickle").read_bytes())
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     results = []
     for share in shares:
         images = sample[0][slice(*share[rank])]
@@ -203,19 +199,17 @@ def evaluate_share(rank, folder):
         for state in states:
             evaluator.merge(state)
         results.append((metric.compute(), evaluator.compute()))
-    Path(folder, f"{rank}.json").write_text(json.dumps(results))
-    torch.distributed.destroy_process_group()
+    return results
 
 
 def test_two_processes_have_the_metrics_of_one(sample, tmp_path):
     sample = (sample[0][:40], sample[1])
     # Half each, with 4 images in both, as padding samplers deal them; and everything against nothing.
     shares = [((0, 22), (18, 40)), ((0, 40), (0, 0))]
-    (tmp_path / "sample.pickle").write_bytes(pickle.dumps((sample, shares)))
-    torch.multiprocessing.spawn(evaluate_share, (str(tmp_path),), nprocs=2)
+    evaluate = functools.partial(evaluate_share, sample=sample, shares=shares)
     one = evaluator_of(sample).compute()
-    for rank in range(2):
-        for of_metric, of_evaluator in json.loads((tmp_path / f"{rank}.json").read_text()):
+    for results in on_two_processes(tmp_path, evaluate):
+        for of_metric, of_evaluator in results:
             assert of_evaluator == one
             assert of_metric["per_class"] == one["per_class"]
             assert without_classes(of_metric) == pytest.approx(without_classes(one), abs=1e-12)
