@@ -103,7 +103,7 @@ def test_the_augmentation_does_not_depend_on_workers_and_order(num_workers):
     assert equal(found, [expected[i]["pixel_values"] for i in order])
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.long)])
 def test_persistent_workers_follow_the_epoch(start):
     prepared = drawn_dataset(2).with_processor(processor(), augmentation=FlipAndCrop())
     batches = loader(prepared, num_workers=1, persistent_workers=True, multiprocessing_context=start)

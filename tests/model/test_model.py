@@ -326,9 +326,20 @@ def test_the_base_model_reads_the_same_parameters():
     assert torch.equal(base(pixels()).last_hidden_state, model(pixels()).last_hidden_state)
 
 
+# Tracing takes most of the time here: one windowed and one global block.
+SHALLOW = {"backbone_config": {"num_hidden_layers": 2, "out_indices": [1, 2]}}
+# The graph of a detection model is a part of that of a segmentation model.
+graphs = pytest.mark.parametrize(
+    "kind",
+    [RfDetrForInstanceSegmentation, pytest.param(RfDetrForObjectDetection, marks=pytest.mark.long)],
+    ids=["segmentation", "detection"],
+)
+
+
+@graphs
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_evaluation_forward_compiles_into_one_graph(kind):
-    model = small_model(kind)
+    model = small_model(kind, **SHALLOW)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         expected, outputs = model(pixels()), compiled(pixels())
@@ -369,9 +380,10 @@ def test_the_compiled_evaluation_forward_computes_the_same(kind, dynamic):
         torch.testing.assert_close(outputs.pred_boxes, expected.pred_boxes, atol=1e-5, rtol=1e-5)
 
 
+@graphs
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_the_evaluation_forward_exports_for_any_batch_and_any_legal_size(kind):
-    model = small_model(kind)
+    model = small_model(kind, **SHALLOW)
     batch, height, width = (torch.export.Dim(name, min=1, max=16) for name in ("batch", "height", "width"))
     shapes = {"pixel_values": {0: batch, 2: 24 * height, 3: 24 * width}}
     with torch.no_grad():
