@@ -1,8 +1,6 @@
 """Charts of training runs and of precision over recall: values, pixel positions, and safe text."""
 
 import io
-import subprocess
-import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -132,20 +130,3 @@ def test_charts_on_a_page_share_no_id_and_drawing_is_deterministic():
     first, second = ([part.split('"')[0] for part in draw_svg(chart).split(' id="')[1:]] for chart in charts)
     assert set(first).isdisjoint(second)
     assert draw_svg(charts[0]) == draw_svg(charts[0])
-
-
-def test_without_matplotlib_the_error_names_the_command_that_installs_it():
-    program = """
-import sys
-sys.modules["matplotlib"] = None
-from transformers_rfdetr.evaluation.curves import draw_png, training_charts
-charts = training_charts([{"loss": 1.0, "step": 1}])
-try:
-    draw_png(charts)
-except ImportError as error:
-    assert 'pip install "transformers-rfdetr[report]"' in str(error)
-else:
-    raise AssertionError
-assert "matplotlib.pyplot" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", program], check=True)
