@@ -1,6 +1,7 @@
 """Imports point one way between the groups, without circles, and a model can be pushed with its code."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -33,10 +34,13 @@ def name_of(path: Path) -> str:
     return ".".join(part for part in MODULES[path] if part != "__init__") or "__init__"
 
 
+KNOWN = {name_of(path) for path in FILES}
+
+
+@functools.cache
 def imported_modules(path: Path) -> set[str]:
     """Names of the modules of this package that a file imports anywhere, functions included."""
     package = MODULES[path][:-1]
-    known = {name_of(other) for other in FILES}
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -53,7 +57,7 @@ def imported_modules(path: Path) -> set[str]:
         else:
             continue
         module = ".".join(base)
-        members = {".".join([*base, alias.name]) for alias in node.names} & known
+        members = {".".join([*base, alias.name]) for alias in node.names} & KNOWN
         found |= members or {module or "__init__"}
         found |= {module} if module and len(members) < len(node.names) else set()
     return found

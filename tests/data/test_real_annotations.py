@@ -17,11 +17,11 @@ from transformers_rfdetr import RfDetrImageProcessor
 from small_models import shared_folder
 
 SIDE = 432
-# Folder, file, and step: of the nuclei every third image, and in the long run every image.
+# Folder, file, and step: of the nuclei every eighth image, and in the long run every image.
 FILES = [
     ("coco_permissive", "annotations.json", 1),
-    ("dsb2018_nuclei", "annotations.json", 3),
-    ("dsb2018_nuclei", "annotations_rle.json", 3),
+    ("dsb2018_nuclei", "annotations.json", 8),
+    ("dsb2018_nuclei", "annotations_rle.json", 8),
     pytest.param("dsb2018_nuclei", "annotations.json", 1, marks=pytest.mark.long),
     pytest.param("dsb2018_nuclei", "annotations_rle.json", 1, marks=pytest.mark.long),
 ]

@@ -132,8 +132,8 @@ class TestUpdate:
 
     def test_100_compact_masks_cost_less_than_100_kilobytes(self):
         rng = np.random.default_rng(0)
-        truth = ground_truth(images=[(i, 480, 640) for i in range(500)])
-        truth["annotations"] = [{"image_id": i, "category_id": 1, "bbox": [0, 0, 9, 9]} for i in range(500)]
+        truth = ground_truth(images=[(i, 480, 640) for i in range(100)])
+        truth["annotations"] = [{"image_id": i, "category_id": 1, "bbox": [0, 0, 9, 9]} for i in range(100)]
         corners = rng.integers(0, 400, (100, 2))
         masks = [rle(rectangle((top, top + 40), (left, left + 30), (480, 640))) for top, left in corners]
         assert 50 < np.mean([len(mask["counts"]) for mask in masks]) < 150
@@ -141,13 +141,13 @@ class TestUpdate:
         evaluator = InstanceSegmentationEvaluator(truth)
         tracemalloc.start()
         try:
-            for image_id in range(50):
+            for image_id in range(20):
                 evaluator.update(image_id, **found)
             kept, _ = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
-        assert kept / 50 < 100_000
-        for image_id in range(50, 500):
+        assert kept / 20 < 100_000
+        for image_id in range(20, 100):
             evaluator.update(image_id, **found)
-        assert len(evaluator) == 500
-        assert len(pickle.dumps(evaluator.state())) / 500 < 100_000
+        assert len(evaluator) == 100
+        assert len(pickle.dumps(evaluator.state())) / 100 < 100_000

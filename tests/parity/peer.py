@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import pytest
 import rfdetr.config as rfdetr_config
 import torch
 from rfdetr.models.backbone import dinov2 as rfdetr_dinov2
@@ -26,6 +27,12 @@ PEER_CLASSES = {
     "rf-detr-seg-xlarge": "RFDETRSegXLargeConfig",
     "rf-detr-seg-2xlarge": "RFDETRSeg2XLargeConfig",
 }
+
+# At the size of a stand-in the other variants differ from these in their depth only.
+_BRANCHES = {"rf-detr-nano", "rf-detr-base", "rf-detr-large-deprecated", "rf-detr-seg-nano", "rf-detr-seg-medium"}
+every_branch = pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[] if name in _BRANCHES else pytest.mark.long) for name in PEER_CLASSES]
+)
 
 
 @contextmanager

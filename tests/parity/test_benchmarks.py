@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import multiprocessing
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from peer import narrow_dinov2
+from small_models import STAND_IN_BACKBONE
+
 FOLDER = Path(__file__).parents[2] / "benchmarks"
+GET_CONTEXT = multiprocessing.get_context
 SCRIPTS = {
     "forward": {"ours", "ours bf16", "port", "port bf16", "rfdetr", "rfdetr optimised"},
     "training_step": {"ours", "ours checkpointed", "port", "rfdetr"},
@@ -23,8 +28,14 @@ SCRIPTS = {
 
 
 @pytest.fixture(autouse=True)
-def _benchmarks_can_be_imported(monkeypatch):
+def _benchmarks_are_importable_and_small(monkeypatch):
+    """Give the models of --quick a narrow backbone, and fork the processes that measure bytes."""
     monkeypatch.syspath_prepend(str(FOLDER))
+    peers = module("peers")
+    monkeypatch.setitem(peers.QUICK_FIELDS, "backbone_config", STAND_IN_BACKBONE)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: GET_CONTEXT("fork"))
+    with narrow_dinov2(peers.read_config(peers.QUICK_VARIANT, quick=True)):
+        yield
 
 
 def module(name: str) -> Any:
@@ -83,7 +94,10 @@ def allocate(before: int, after: int) -> Callable[[], torch.Tensor]:
     return lambda: torch.ones(after, dtype=torch.uint8) + kept[0]
 
 
-def test_peak_bytes_are_those_that_the_function_adds_and_not_those_before():
+@pytest.mark.parametrize("is_forked", [True, pytest.param(False, marks=pytest.mark.long)], ids=["fork", "fresh"])
+def test_peak_bytes_are_those_that_the_function_adds_and_not_those_before(is_forked, monkeypatch):
+    if not is_forked:
+        monkeypatch.setattr(multiprocessing, "get_context", GET_CONTEXT)
     added = module("peers").peak_bytes("cpu", allocate, 300_000_000, 50_000_000)
     assert 100_000_000 <= added < 150_000_000  # the ones and the sum
 

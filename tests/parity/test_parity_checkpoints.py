@@ -1,16 +1,15 @@
 """State dicts of rfdetr's classes and ours, both ways."""
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from transformers_rfdetr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection
 
-from peer import PEER_CLASSES, record_choices, replay_choices, twins
+from peer import every_branch, record_choices, replay_choices, twins
 from small_models import stand_in_config
 
 
-@pytest.mark.parametrize("variant", PEER_CLASSES)
+@every_branch
 def test_a_state_dict_goes_from_rfdetr_to_ours_and_back(variant, tmp_path):
     config = stand_in_config(variant)
     peer, _, _ = twins(variant, config)

@@ -24,7 +24,7 @@ from transformers_rfdetr.conversion.convert import convert_to_rfdetr, convert_to
 from transformers_rfdetr.data.synthetic import draw_scene
 from transformers_rfdetr.model.variants_rf_detr import BACKGROUND, COCO_NAMES
 
-from peer import PEER_CLASSES, build_peer, narrow_dinov2, randomise, record_choices, replay_choices
+from peer import PEER_CLASSES, build_peer, every_branch, narrow_dinov2, randomise, record_choices, replay_choices
 from small_models import stand_in_config
 
 NAMES = ["barn", "house", "shed", "silo"]  # of the stand-ins, whose heads have five rows
@@ -102,7 +102,7 @@ def assert_ours_predicts_the_same(folder, variant, peer):
         torch.testing.assert_close(outputs.pred_masks, expected["pred_masks"], atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("variant", PEER_CLASSES)
+@every_branch
 def test_a_small_model_is_converted_there_and_back_bit_for_bit_and_predicts_the_same(variant, tmp_path, narrow):
     config = stand_in_config(variant)
     model, settings = build_peer(variant, config)

@@ -10,7 +10,7 @@ from transformers_rfdetr.model.matcher_rf_detr import LossWeights, match
 
 import peer
 from peer import (
-    PEER_CLASSES,
+    every_branch,
     peer_criterion,
     random_targets,
     record_choices,
@@ -115,7 +115,7 @@ def compare(
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("variant", PEER_CLASSES)
+@every_branch
 def test_losses_and_gradients_of_every_stage_agree(variant, training, monkeypatch):
     compare(variant, stand_in_config(variant), training, monkeypatch)
 

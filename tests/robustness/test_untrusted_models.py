@@ -247,8 +247,8 @@ HEAVY = [
     {"d_model": 16_000, "decoder_ffn_dim": 1_000_000},
     {"backbone": {"hidden_size": 16_000}},
     {"backbone": {"patch_size": 8_160, "image_size": 8_160, "num_windows": 1}, "resolution": 8_160, "d_model": 16_000},
-    {"group_detr": 1_000, "num_queries": 10_000, "d_model": 1_024},
-    {"num_labels": 100_000, "id2label": None, "label2id": None, "group_detr": 1_000},
+    {"group_detr": 100, "num_queries": 10_000, "d_model": 4_096},
+    {"num_labels": 100_000, "id2label": None, "label2id": None, "group_detr": 10, "d_model": 4_096},
 ]
 
 

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from transformers_rfdetr.data.prepared import collate_fn
 from transformers_rfdetr.training.checkpoints import newest_checkpoint
 
-from training_run import PLAIN, build_trainer, on_two_processes
+from training_run import PLAIN, build_trainer, drawn, on_two_processes
 
 
 class Poison:
@@ -125,8 +125,9 @@ def test_the_run_stops_with_the_name_of_the_image_and_resumes_from_its_last_chec
 
 
 def test_skipping_ends_after_ten_steps_in_a_row_and_the_next_call_starts_counting_again(tmp_path, hf_log):
-    settings = PLAIN | {"non_finite_loss": "skip", "num_train_epochs": 4}
-    trainer = build_trainer(tmp_path, {"data_collator": Poison(*range(10))}, **settings)
+    settings = PLAIN | {"non_finite_loss": "skip", "num_train_epochs": 6, "gradient_accumulation_steps": 1}
+    data = {"train_dataset": drawn(4), "eval_dataset": None, "data_collator": Poison(*range(4))}
+    trainer = build_trainer(tmp_path, data, **settings)
     for call in (1, 2):
         with pytest.raises(FloatingPointError, match=r"optimizer step 10 .* 10 optimizer steps in a row"):
             trainer.train()

@@ -1,6 +1,7 @@
 """Private names of transformers' Trainer are used in one module only."""
 
 import ast
+import functools
 import inspect
 from pathlib import Path
 
@@ -18,6 +19,7 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.endswith("__")
 
 
+@functools.cache
 def private_names_of_trainer() -> set[str]:
     """Methods, attributes of `self`, and parameters, as the source of Trainer has them."""
     names = {name for name in dir(Trainer) if is_private(name)}

@@ -26,10 +26,9 @@ def untimed(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="forks and kills a process")
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.long), 2])
 def test_a_run_killed_in_the_middle_of_an_epoch_resumes_bit_for_bit(workers, tmp_path):
     settings = {
-        "num_train_epochs": 3,
         "save_strategy": "steps",
         "save_steps": 4,  # at 4 neither an epoch (of 3 steps) nor a log interval (of 5) ends
         "logging_steps": 5,
@@ -53,7 +52,7 @@ def test_a_run_killed_in_the_middle_of_an_epoch_resumes_bit_for_bit(workers, tmp
     killed = tmp_path / "killed"
 
     def train_until_it_is_killed() -> None:
-        build(killed, training_run.Die(7)).train()
+        build(killed, training_run.Die(5)).train()
 
     assert attempt(train_until_it_is_killed).signal == signal.SIGKILL
     (killed / "checkpoint-5").mkdir()  # a kill in the middle of a checkpoint leaves a folder without a state
@@ -94,6 +93,7 @@ class SmallMemory(RfDetrTrainer):
 
 def test_after_an_out_of_memory_error_a_smaller_batch_trains_as_if_it_were_the_first(tmp_path, hf_log):
     settings = {"eval_strategy": "no", "save_strategy": "steps", "save_steps": 1, "multi_scale": False}
+    settings["num_train_epochs"] = 1
     trainer = build_trainer(tmp_path / "small", **settings, per_device_train_batch_size=4, auto_find_batch_size=True)
     trainer.__class__ = SmallMemory
     trainer.train()

@@ -50,8 +50,8 @@ def predict_tiled(
         >>> from transformers_rfdetr.inference.tiling import predict_tiled
         >>> model = RfDetrForInstanceSegmentation(RfDetrConfig.from_variant("rf-detr-seg-nano"))
         >>> processor = RfDetrImageProcessor.from_variant("rf-detr-seg-nano")
-        >>> predict_tiled(model, processor, Image.new("RGB", (500, 400)), threshold=0.9).image_size
-        (400, 500)
+        >>> predict_tiled(model, processor, Image.new("RGB", (400, 300)), threshold=0.9).image_size
+        (300, 400)
 
     Args:
         model, threshold, classes: See [`predict`]; a compiled model must have the size of a tile.
