@@ -7,16 +7,8 @@ from PIL import Image
 
 from transformers_rfdetr import check_dataset, load_instance_dataset
 
-REGION = {"filename": "a.png", "size": 9, "regions": [], "file_attributes": {}}
 FILES = {
-    "a.json": ("labelme2coco", {"version": "5.0", "shapes": [], "imagePath": "a.png"}),
-    "via_project.json": ("VIA", {"_via_settings": {}, "_via_img_metadata": {"a.png9": REGION}}),
-    "via.json": ("VIA", {"a.png9": REGION}),
     "via.csv": ("VIA", "#filename,file_size,file_attributes,region_count,region_id\n"),
-    "annotations.xml": (
-        "CVAT",
-        '<?xml version="1.0"?>\n<annotations><version>1.1</version></annotations>',
-    ),
     "Annotations/a.xml": ("datum convert -if voc", "<annotation>\n\t<folder>x</folder><object/></annotation>"),
     "export.json": ("Label Studio", [{"id": 1, "annotations": [], "data": {"image": "a.png"}}]),
     "ml.json": ("Create ML", [{"image": "a.png", "annotations": []}]),

@@ -18,7 +18,8 @@ transformers-rfdetr check-dataset train.json --image-folder images --fix repaire
 
 
 SourceArgument = Annotated[
-    str, typer.Argument(help="A COCO JSON file, a folder with one for each split, a data.yaml of YOLO, or a Hub id.")
+    str,
+    typer.Argument(help="A folder or file of annotations, such as a COCO JSON or a data.yaml of YOLO, or a Hub id."),
 ]
 FixOption = Annotated[
     Path | None,
@@ -39,7 +40,7 @@ JsonOption = Annotated[
 ImageFolderOption = Annotated[
     Path | None,
     typer.Option(
-        help="Folder of the images of a COCO JSON, or root of the paths in data.yaml. Default: the file's folder."
+        help="Folder of the images, or root of the paths in data.yaml. Default: the folder of the annotation file."
     ),
 ]
 NumQueriesOption = Annotated[

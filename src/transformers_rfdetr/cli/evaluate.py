@@ -24,7 +24,10 @@ _CLASS_METRICS = {"segm_AP": "mask AP", "segm_AP50": "mask AP50", "iou": "mask I
 
 
 DataArgument = Annotated[
-    str, typer.Argument(help="A folder, a COCO JSON file, a data.yaml of YOLO, or a dataset on the Hub.")
+    str,
+    typer.Argument(
+        help="A folder or file of annotations, such as a COCO JSON or a data.yaml of YOLO, or a dataset on the Hub."
+    ),
 ]
 SplitOption = Annotated[str, typer.Option(help="Split of the dataset. A single JSON file has only the split train.")]
 OutputOption = Annotated[

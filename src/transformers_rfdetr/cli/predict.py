@@ -261,7 +261,7 @@ def _name_of_stream(source: str) -> str:
 
 
 def _read_dataset(name: str, split: str) -> "tuple[list[InputImage], Sequence[Any]]":
-    """Return the images of a split, and their pixels: of a COCO or YOLO dataset, or of one that `datasets` reads."""
+    """Return the images of a split, and their pixels: of annotation files, or of a dataset that `datasets` reads."""
     from ..data.label_maps import canonical_split_name
     from ..data.load import load_instance_dataset, recognise_format
     from ..inference.image_list import InputImage

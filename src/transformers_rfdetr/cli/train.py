@@ -21,7 +21,10 @@ recipe.yaml sets options by their names (model: rf-detr-seg-medium) and any fiel
 """
 
 _Data = Annotated[
-    str | None, typer.Argument(help="A folder, a COCO JSON file, a data.yaml of YOLO, or a dataset on the Hub.")
+    str | None,
+    typer.Argument(
+        help="A folder or file of annotations, such as a COCO JSON or a data.yaml of YOLO, or a dataset on the Hub."
+    ),
 ]
 _Model = Annotated[str | None, typer.Option(help="A folder, a Hub id, or a published name such as rf-detr-seg-medium.")]
 _Output = Annotated[str | None, typer.Option("--output", "-o", help="Output folder of the run.")]

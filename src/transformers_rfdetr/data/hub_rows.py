@@ -42,8 +42,8 @@ _BATCH_ROWS = 500  # converted from Arrow at a time
 _FIRST_ROWS = 100  # whose boxes are compared with the sizes of their images
 SUPPORTED_SOURCES = (
     "a dataset id on the Hub, a dataset of the `datasets` library or a folder that it reads, a COCO JSON or a dict"
-    " {split: COCO JSON}, a folder with train/_annotations.coco.json or annotations/instances_*.json, or a data.yaml or"
-    " folder of YOLO"
+    " {split: COCO JSON}, a folder with train/_annotations.coco.json or annotations/instances_*.json, a data.yaml or"
+    " folder of YOLO, or a file or folder of labelme, CVAT for images or VIA"
 )
 
 
@@ -69,8 +69,8 @@ def _import_datasets() -> Any:
         import datasets
     except ImportError as error:
         raise ImportError(
-            'Datasets of the Hub require the `datasets` library: pip install "transformers-rfdetr[train]". COCO and'
-            " YOLO files are read without it."
+            'Datasets of the Hub require the `datasets` library: pip install "transformers-rfdetr[train]".'
+            " Annotation files are read without it."
         ) from error
     return datasets
 

@@ -1,22 +1,29 @@
 """Load annotated images in any of the supported formats.
 
-To add a format, write a module with a function that recognises a source, like `coco.find_coco_files`, and a function
-that reads what was found into one `AnnotatedSplit` per split, like `coco.read_coco_splits`; then add them to `_FINDERS`
-and `_READERS`, and a reader for the dataset check to `checks.readers`.
+To add the format of an annotation program, write a module with a function that recognises its files, like
+`labelme.find_labelme_files`, and a function that reads them, like `labelme.read_labelme`; then add them to
+`FILE_FORMATS`, which the dataset check reads too. COCO and YOLO have a second reader in `checks.readers`, which also
+reads values that loading refuses.
 """
 
 import os
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ..model.validation import error_context
+from .annotation_files import SourceFiles, read_annotated_splits
 from .annotation_records import AnnotationIndex, PackedRecords
 from .box_layout import with_checked_boxes
 from .coco import find_coco_files, find_other_coco_files, read_coco_splits
+from .cvat import find_cvat_files, read_cvat
 from .dataset import InstanceDataset, InstanceDatasets
 from .hub_rows import SUPPORTED_SOURCES, ArrowRows, is_hub_source, is_streamed, load_rows, read_hub_rows
+from .label_maps import canonical_split_name
+from .labelme import find_labelme_files, read_labelme
 from .streams import InstanceStream
+from .via import find_via_files, read_via
 from .yolo import read_yolo_splits
 from .yolo_layout import find_yolo_file
 
@@ -27,6 +34,13 @@ _FINDERS: tuple[tuple[str, Any], ...] = (
     ("coco", find_other_coco_files),
 )
 _READERS: dict[str, Any] = {"coco": read_coco_splits, "yolo": read_yolo_splits}
+# The formats of annotation programs: (SourceFiles) -> what was found, and (SourceFiles, found, image folder) ->
+# AnnotatedFiles.
+FILE_FORMATS: dict[str, tuple[Any, Any]] = {
+    "labelme": (find_labelme_files, read_labelme),
+    "cvat": (find_cvat_files, read_cvat),
+    "via": (find_via_files, read_via),
+}
 
 
 def recognise_format(source: Any) -> tuple[str | None, Any]:
@@ -39,8 +53,25 @@ def recognise_format(source: Any) -> tuple[str | None, Any]:
         return None, None
     if not isinstance(source, str | os.PathLike | Mapping) or not source:
         raise ValueError(f"`source` must be {SUPPORTED_SOURCES}, got {source!r:.200}. Give one of these.")
-    found = ((name, find(source)) for name, find in _FINDERS)
+    if isinstance(source, Mapping):
+        files = [SourceFiles(path, canonical_split_name(str(split))) for split, path in source.items()]
+    else:
+        files = [SourceFiles(source)]
+    programs = [(name, partial(_find_annotated, name, files)) for name in FILE_FORMATS]
+    # A folder may have files of another program beside its COCO JSON. The content of single files decides.
+    is_folder = files[0].is_folder and not isinstance(source, Mapping)
+    finders = [*_FINDERS, *programs] if is_folder else [*programs, *_FINDERS]
+    found = ((name, find(source)) for name, find in finders)
     return next(((name, files) for name, files in found if files), (None, None))
+
+
+def _find_annotated(name: str, sources: Sequence[SourceFiles], source: Any) -> Any:
+    """Return a function (image folder) -> [AnnotatedFiles]; None if the sources have another format."""
+    find, read = FILE_FORMATS[name]
+    found = [find(files) for files in sources]
+    if not all(found):
+        return None
+    return lambda image_folder: [read(*pair, image_folder) for pair in zip(sources, found, strict=True)]
 
 
 def load_instance_dataset(
@@ -66,13 +97,14 @@ def load_instance_dataset(
 
     Args:
         source: A COCO JSON, a dict {split: COCO JSON}, or a folder with COCO JSONs, as COCO, Roboflow or CVAT lay it
-            out; the data.yaml of a YOLO dataset, or its folder; or a dataset id on the Hub, a folder that the
-            `datasets` library reads, or one of its datasets. A row of these has an image and `objects`, a dict of lists
-            or a list of dicts with `category`, `bbox`, `segmentation` and, optionally, `id`, `area` and `iscrowd`, or
-            other usual names.
-        image_folder: The folder of the images, or a dict {split: folder}. By default that of the COCO JSON or `images`
-            in it; for YOLO, `path` of the data.yaml if it is inside the folder of that. No file outside is read. An
-            image that is missing is replaced by the only one of its name in the sub-folders, with a warning.
+            out; the data.yaml of a YOLO dataset, or its folder; a file or a folder of labelme, CVAT (for images 1.1) or
+            VIA, or a dict {split: path}; or a dataset id on the Hub, a folder that the `datasets` library reads, or one
+            of its datasets. A row of these has an image and `objects`, a dict of lists or a list of dicts with
+            `category`, `bbox`, `segmentation` and, optionally, `id`, `area` and `iscrowd`, or other usual names.
+        image_folder: The folder of the images; for COCO, also a dict {split: folder}. By default that of the COCO JSON
+            or `images` in it; for YOLO, `path` of the data.yaml if it is inside the folder of that; for annotation
+            programs, where their files say, inside the folder of the source. No file outside is read. An image that is
+            missing is replaced by the only one of its name in the sub-folders, with a warning.
         class_names: A list of names or a dict {category id: name}, for data that do not name their classes. By default
             numbers are their own names, and names that the objects contain are sorted.
         streaming: Read rows from the Hub when they are needed. The classes must then have names in the data or here.
@@ -87,7 +119,7 @@ def load_instance_dataset(
     """
     name, files = recognise_format(source)
     if name is None and image_folder is not None:
-        raise ValueError(f"`image_folder` requires COCO or YOLO files, got {source!s:.200}. Remove `image_folder`.")
+        raise ValueError(f"`image_folder` requires annotation files, got {source!s:.200}. Remove `image_folder`.")
     if name is None:
         rows = source if is_hub_source(source) else load_rows(source, streaming, load_dataset_arguments)
         return _load_hub_rows(rows, class_names)
@@ -95,7 +127,11 @@ def load_instance_dataset(
         given = [*(["streaming"] if streaming else []), *load_dataset_arguments]
         raise ValueError(f"{given} require a source for `datasets.load_dataset`, got {source!s}. Remove them.")
     splits = {}
-    for split_name, split in _READERS[name](files, image_folder, class_names).items():
+    if name in FILE_FORMATS:
+        annotated = read_annotated_splits(files(image_folder), class_names)
+    else:
+        annotated = _READERS[name](files, image_folder, class_names)
+    for split_name, split in annotated.items():
         index = AnnotationIndex(split.classes)
         with error_context(split.source):
             records = PackedRecords(index.validated(with_checked_boxes(split.records)), split.image_folder)

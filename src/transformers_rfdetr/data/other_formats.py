@@ -6,7 +6,6 @@ A folder of the user that no reader knows must not reach `datasets`, which would
 import json
 import re
 from collections.abc import Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,9 +32,7 @@ def _datumaro(name: str) -> str:
     return f"Convert it: `pip install datumaro`, `datum convert -if {name} -i FOLDER -f coco_instances -o OUTPUT`"
 
 
-LABELME = OtherFormat("labelme", "Convert it: `pip install labelme2coco`, `labelme2coco FOLDER`")
-VIA = OtherFormat("VGG Image Annotator (VIA)", "Open it in VIA, and export the annotations in COCO format")
-CVAT = OtherFormat("CVAT for images", f"Export the task in CVAT as COCO 1.0. Or: {_datumaro('cvat')}")
+VIA = OtherFormat("VGG Image Annotator (VIA)", "Export the annotations in VIA as JSON")  # CSV
 VOC = OtherFormat("Pascal VOC", _datumaro("voc"))
 LABEL_STUDIO = OtherFormat("Label Studio", "Export the project in Label Studio as COCO or YOLO")
 CREATE_ML = OtherFormat("Create ML", "Export the dataset as COCO or YOLO in the program that wrote it")
@@ -52,17 +49,11 @@ def recognise_json(content: Any) -> OtherFormat | None:
         return CREATE_ML if "image" in first else LABEL_STUDIO if "data" in first else None
     if not isinstance(content, Mapping) or {"images", "annotations"} <= content.keys():
         return None
-    if "shapes" in content and "imagePath" in content:
-        return LABELME
-    if {"_via_img_metadata", "_via_settings"} & content.keys() or {"project", "file", "metadata"} <= content.keys():
-        return VIA
     if {"items", "categories"} <= content.keys():
         return DATUMARO
     if "objects" in content and "size" in content:
         return SUPERVISELY
-    values = list(islice(content.values(), 1))
-    is_via = values and isinstance(values[0], Mapping) and {"filename", "regions"} <= values[0].keys()
-    return VIA if is_via else None
+    return None
 
 
 def recognise_file(path: Path) -> OtherFormat | None:
@@ -77,8 +68,8 @@ def recognise_file(path: Path) -> OtherFormat | None:
         return None
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         head = file.read(4096)
-    if suffix == ".xml" and re.search(r"<annotations?[\s>]", head):
-        return CVAT if "<annotations" in head else VOC
+    if suffix == ".xml" and re.search(r"<annotation[\s>]", head):
+        return VOC
     if suffix == ".csv" and head.lstrip("#").startswith("filename,file_size,file_attributes,region_count"):
         return VIA
     return None

@@ -57,7 +57,8 @@ def check_dataset(
 
     Args:
         source: What `load_instance_dataset` reads, except streams.
-        image_folder: The images of a COCO JSON, or a mapping of splits to folders. For YOLO, the root of its paths.
+        image_folder: The images of the annotation file; for COCO, also a mapping of splits to folders; for YOLO, the
+            root of its paths.
         num_queries: Of the model; images with more objects are reported.
         resolution: Side of the model's input in pixels; objects whose masks have no pixel there are reported.
         workers: Threads that read images. The default is the number of cores.
@@ -114,7 +115,7 @@ def _check_arguments(source: Any, splits: Sequence[RawSplit], fix: Any, overlays
         if folder is not None:
             _check_output(option, Path(folder), roots)
     if fix is not None and any(split.folder is None for split in splits):
-        raise ValueError("`fix` requires COCO or YOLO files, got rows of datasets. Correct them with `Dataset.map`.")
+        raise ValueError("`fix` requires annotation files, got rows of datasets. Correct them with `Dataset.map`.")
 
 
 def _check_output(option: str, folder: Path, roots: Iterable[Path]) -> None:
@@ -227,7 +228,7 @@ def _check_image(split: RawSplit, num_queries: int, resolution: int | None, imag
     problems = [*image.problems, *file.problems, *frame_problems]
     result = _ImageResult(file, problems, size, copy_mode if image.is_copied else None)
     _check_annotations(split, image, resolution, result)
-    num_unreadable = sum(problem.kind == "invalid_label_line" for problem in image.problems)
+    num_unreadable = sum(problem.kind in ("invalid_label_line", "invalid_object") for problem in image.problems)
     num_annotations, num_objects = len(image.annotations) + num_unreadable, result.counts["objects"]
     result.counts["images_without_objects"] = int(not num_objects)
     if num_annotations and not result.repaired:

@@ -67,6 +67,8 @@ KINDS = {
     "invalid_annotation_id": ("warning", "an id must be a whole number of at least 1; pycocotools reads 0 as no match"),
     "duplicate_annotation_id": ("error", "an annotation id must be unique, or pycocotools drops one; renumber them"),
     "annotation_of_missing_image": ("error", "the image of the annotation must exist; add it, or correct the id"),
+    "invalid_annotation_file": ("error", "an annotation file cannot be read; correct or remove it"),
+    "invalid_object": ("error", "an object of an annotation file cannot be read; correct or remove it"),
     "invalid_label_line": ("error", "a line of a YOLO label file cannot be read; correct or remove it"),
     "invalid_iscrowd": ("error", "iscrowd must be 0 or 1; correct it"),
     "duplicate_object": ("warning", "another object of the class has almost the same mask or box; remove one"),

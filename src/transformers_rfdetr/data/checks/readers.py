@@ -1,7 +1,8 @@
-"""Read COCO files, YOLO files and rows of the library datasets into raw splits, whatever values they hold."""
+"""Read annotation files and rows of the library datasets into raw splits, whatever values they hold."""
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 from transformers.utils import logging
 
 from ...model.validation import is_index
-from ..annotation_records import with_box_and_area
+from ..annotation_files import AnnotatedFiles, common_classes
+from ..annotation_records import Record, with_box_and_area
 from ..coco import candidate_folders, choose_image_folder, image_name
 from ..hub_rows import ArrowRows, is_hub_source, is_hub_split, is_streamed, load_rows, read_hub_rows
 from ..image_files import is_outside, upright_size
@@ -30,8 +32,10 @@ def read_source(source: Any, image_folder: Any) -> list[RawSplit]:
         return [_read_coco(split, found.path, folders[split]) for split, found in files.items()]
     if name == "yolo":
         return _read_yolo(files, image_folder)
+    if name is not None:
+        return _read_annotated(files(image_folder))
     if image_folder is not None:
-        raise ValueError(f"`image_folder` requires COCO or YOLO files, got {source!s:.200}. Remove `image_folder`.")
+        raise ValueError(f"`image_folder` requires annotation files, got {source!s:.200}. Remove `image_folder`.")
     return _read_rows(source if is_hub_source(source) else load_rows(source, False, {}))
 
 
@@ -117,6 +121,45 @@ def _read_yolo_image(
 def _find_listed(sources: Sequence[Any], position: int, entry: Mapping[str, Any]) -> tuple[Any, Problem | None]:
     source = sources[position]
     return (None, _missing(source)) if isinstance(source, Path) and not source.is_file() else (source, None)
+
+
+# Files of annotation programs
+
+
+def _read_annotated(parts: Sequence[AnnotatedFiles]) -> list[RawSplit]:
+    classes, splits = common_classes(parts), []
+    categories = [{"id": category_id, "name": name} for category_id, name in classes.items()]
+    for files in parts:
+        folder = ImageFolder(files.image_folder)
+        first = len(splits)
+        for name, records in files.numbered(classes) or [("train", [])]:
+            images, annotations = [], []
+            for record in records:
+                entry, objects = _complete_entry(record, folder)
+                images.append(entry)
+                annotations += [{"id": number, **item} for number, item in enumerate(objects, len(annotations) + 1)]
+            coco = {"images": images, "annotations": annotations, "categories": categories}
+            splits.append(build_split(name, coco, files.image_folder, partial(_find_file, folder)))
+            for raw, image in zip(splits[-1].images, files.splits.get(name, []), strict=True):
+                raw.problems += [Problem("invalid_object", problem, change=DROPPED) for problem in image.problems]
+        for problem in files.problems:
+            splits[first].note("invalid_annotation_file", problem)
+        for note in files.notes:
+            splits[first].note("layout", note, change=None)
+    return splits
+
+
+def _complete_entry(record: Record, folder: ImageFolder) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return an entry of `images` and its annotations, with the size of the image, boxes and areas if it exists."""
+    entry = {"id": record["image_id"], **record}
+    del entry["image_id"]
+    objects = [{**item, "image_id": entry["id"]} for item in entry.pop("annotations")]
+    if "height" not in entry and (found := folder.find(entry["file_name"])) is not None:
+        with suppress(ValueError):  # reported when the image is decoded
+            entry["height"], entry["width"] = upright_size(folder.folder / found)
+    if "height" in entry:
+        objects = [with_box_and_area(item, (entry["height"], entry["width"])) for item in objects]
+    return entry, objects
 
 
 # Rows of the library datasets
