@@ -111,7 +111,7 @@ CATEGORIES = [
 ELSEWHERE = {  # kinds that other tests cover
     *("categories_differ", "no_categories", "shifted_category_ids", "invalid_label_line", "renamed_file"),
     *("layout", "shared_label_file", "box_layout", "no_images", "nothing_repaired", "dark_16_bit", "multiple_frames"),
-    *("overlapping_crops_across_splits",),
+    *("overlapping_crops_across_splits", "invalid_annotation_file", "invalid_object"),
     *("fractional_coordinates", "area_of_box", "object_vanishes", "small_self_intersection"),
     *("boxes_only", "no_objects"),
 }

@@ -43,7 +43,7 @@ _FIRST_ROWS = 100  # whose boxes are compared with the sizes of their images
 SUPPORTED_SOURCES = (
     "a dataset id on the Hub, a dataset of the `datasets` library or a folder that it reads, a COCO JSON or a dict"
     " {split: COCO JSON}, a folder with train/_annotations.coco.json or annotations/instances_*.json, a data.yaml or"
-    " folder of YOLO, or a file or folder of labelme, CVAT for images or VIA"
+    " folder of YOLO, a file or folder of labelme, CVAT for images or VIA, or a folder of masks"
 )
 
 

@@ -22,6 +22,8 @@ from .dataset import InstanceDataset, InstanceDatasets
 from .hub_rows import SUPPORTED_SOURCES, ArrowRows, is_hub_source, is_streamed, load_rows, read_hub_rows
 from .label_maps import canonical_split_name
 from .labelme import find_labelme_files, read_labelme
+from .mask_images import find_mask_images, read_mask_images
+from .pascal_voc import find_voc_folders, read_voc
 from .streams import InstanceStream
 from .via import find_via_files, read_via
 from .yolo import read_yolo_splits
@@ -40,6 +42,8 @@ FILE_FORMATS: dict[str, tuple[Any, Any]] = {
     "labelme": (find_labelme_files, read_labelme),
     "cvat": (find_cvat_files, read_cvat),
     "via": (find_via_files, read_via),
+    "pascal voc": (find_voc_folders, read_voc),
+    "mask images": (find_mask_images, read_mask_images),
 }
 
 
@@ -98,8 +102,8 @@ def load_instance_dataset(
     Args:
         source: A COCO JSON, a dict {split: COCO JSON}, or a folder with COCO JSONs, as COCO, Roboflow or CVAT lay it
             out; the data.yaml of a YOLO dataset, or its folder; a file or a folder of labelme, CVAT (for images 1.1) or
-            VIA, or a dict {split: path}; or a dataset id on the Hub, a folder that the `datasets` library reads, or one
-            of its datasets. A row of these has an image and `objects`, a dict of lists or a list of dicts with
+            VIA, a folder of Pascal VOC's masks or of `images` and `masks`, or a dict {split: path}; or a dataset id on
+            the Hub, a folder that the `datasets` library reads, or one of its datasets. A row of these has an image and `objects`, a dict of lists or a list of dicts with
             `category`, `bbox`, `segmentation` and, optionally, `id`, `area` and `iscrowd`, or other usual names.
         image_folder: The folder of the images; for COCO, also a dict {split: folder}. By default that of the COCO JSON
             or `images` in it; for YOLO, `path` of the data.yaml if it is inside the folder of that; for annotation
