@@ -292,25 +292,46 @@ def test_groups_are_those_of_the_first_stage_heads_also_where_the_number_of_rows
                 assert torch.equal(table[group, query], stored[group % 3, query % 6])
 
 
-def test_another_number_of_classes_starts_the_heads_at_the_prior_and_keeps_the_rest(kind, tmp_path):
+HEADS = {f"{head}.{end}" for head in ("class_embed", *(f"transformer.enc_out_class_embed.{g}" for g in range(3)))
+         for end in ("weight", "bias")}  # fmt: skip
+
+
+def test_other_classes_start_with_the_mean_of_the_classes_and_keep_the_rest(kind, tmp_path):
     model = small_model(kind)
     model.save_pretrained(tmp_path)
     with pytest.raises(RuntimeError):
         load(tmp_path, kind, num_labels=2)
     loaded, report = load(tmp_path, kind, num_labels=2, ignore_mismatched_sizes=True)
-    heads = {"class_embed.weight", "class_embed.bias"}
-    heads |= {f"transformer.enc_out_class_embed.{g}.{end}" for g in range(3) for end in ("weight", "bias")}
-    assert {key[0] for key in report["mismatched_keys"]} == heads
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    stored = model.state_dict()
     for name, tensor in loaded.state_dict().items():
-        if name in heads:
-            assert tensor.shape[0] == 2
-            if name.endswith("bias"):
-                torch.testing.assert_close(tensor, torch.full((2,), -math.log(99.0)))
-            else:
-                assert torch.isfinite(tensor).all()
-                assert tensor.std() > 0
+        if name in HEADS:
+            torch.testing.assert_close(tensor, torch.stack([stored[name].mean(0)] * 2), msg=name)
         else:
-            assert torch.equal(tensor, model.state_dict()[name]), name
+            assert torch.equal(tensor, stored[name]), name
+    assert stored.keys() >= HEADS
+
+
+def test_a_class_that_is_known_by_name_keeps_its_row(tmp_path, caplog):
+    names = {0: "cat", 1: "dog", 2: "unused 2", 3: "__background__"}
+    model = small_model(num_labels=4, id2label=names)
+    model.save_pretrained(tmp_path)
+    loaded, _ = load(tmp_path, id2label={0: "bird", 1: "dog", 2: "cat"}, ignore_mismatched_sizes=True)
+    for name in HEADS:
+        stored, tensor = model.state_dict()[name], loaded.state_dict()[name]
+        assert torch.equal(tensor[1], stored[1])
+        assert torch.equal(tensor[2], stored[0])
+        torch.testing.assert_close(tensor[0], stored[:2].mean(0))  # rows that stand for no class do not count
+    assert "class heads: 4 classes -> 3 (by name: dog, cat; others: the mean of all classes)" in caplog.text
+    same, _ = load(tmp_path, ignore_mismatched_sizes=True)
+    assert all(torch.equal(same.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_the_same_number_of_other_classes_is_fitted_by_name_too(tmp_path):
+    model = small_model(num_labels=2, id2label={0: "cat", 1: "dog"})
+    model.save_pretrained(tmp_path)
+    loaded, _ = load(tmp_path, id2label={0: "dog", 1: "cat"}, ignore_mismatched_sizes=True)
+    assert torch.equal(loaded.class_embed.weight, model.class_embed.weight.flip(0))
 
 
 def test_detection_and_segmentation_files_load_into_each_other(tmp_path):

@@ -35,7 +35,8 @@ def load(
         device: Device of the model: "cpu", "cuda", "cuda:1", "mps", or "auto" for the first GPU, else the CPU. The CPU
             by default.
         dtype: Data type of the weights; float32 by default.
-        id2label: Names of the classes by label. If the checkpoint has other classes, new class heads are initialized.
+        id2label: Names of the classes by label. A class that the checkpoint does not have by name starts with the mean
+            of its classes.
         **kwargs: For `from_pretrained` of the model: `revision`, `token`, `cache_dir`, `resolution`, ...
 
     Raises:

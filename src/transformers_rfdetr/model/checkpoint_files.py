@@ -13,7 +13,14 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import cached_file, logging
 
-from .checkpoint_layouts import fit_tables, is_original_layout, original_key, tables_fit, to_original_layout
+from .checkpoint_layouts import (
+    fit_class_heads,
+    fit_tables,
+    is_original_layout,
+    original_key,
+    tables_fit,
+    to_original_layout,
+)
 from .configuration_rf_detr import RfDetrConfig
 from .validation import error_context, read_label_maps
 
@@ -124,8 +131,8 @@ class RfDetrCheckpoint(PreTrainedModel):
         """Load a checkpoint in any of the four key layouts; see transformers' `from_pretrained` for the arguments.
 
         Fields of the configuration can be given as arguments. Tables of another size than the configuration asks for
-        are fitted, and each change is logged; see [`fit_tables`]. As with every model of transformers,
-        `ignore_mismatched_sizes=True` draws new heads for another number of classes.
+        are fitted, and each change is logged; see [`fit_tables`]. As with every model of transformers, other classes
+        than those of the checkpoint require `ignore_mismatched_sizes=True`; see [`fit_class_heads`] for their heads.
         """
         path, state_dict = pretrained_model_name_or_path, kwargs.pop("state_dict", None)
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
@@ -141,6 +148,7 @@ class RfDetrCheckpoint(PreTrainedModel):
             if path is not None and cached_file(str(path), "config.json", **_NONE_IF_MISSING, **hub):
                 stored = RfDetrConfig.from_pretrained(path, **hub)
 
+        has_new_classes = bool(kwargs.get("ignore_mismatched_sizes")) and stored.id2label != config.id2label
         if state_dict is None and path is not None:
             files = weight_files(str(path), kwargs.get("variant"), kwargs.get("use_safetensors"), hub)
             shapes = _read_shapes([name for name in files if name.endswith(".safetensors")])
@@ -148,7 +156,7 @@ class RfDetrCheckpoint(PreTrainedModel):
             is_single = [os.path.basename(name) for name in files] == ["model.safetensors"]
             with error_context(str(path)):
                 fits = is_single and is_original_layout(shapes) and tables_fit(shapes, stored, config)
-            if fits or not files:
+            if (fits and not has_new_classes) or not files:
                 return cls._loaded(super().from_pretrained(path, *model_args, config=config, **kwargs))
             state_dict = read_tensors(files)
         if state_dict is not None:
@@ -156,6 +164,8 @@ class RfDetrCheckpoint(PreTrainedModel):
                 cls(config)  # refuses a model of too many parameters before its tables take memory
             with error_context(str(path)):
                 state_dict, changes = fit_tables(to_original_layout(state_dict), stored, config)
+                if has_new_classes:
+                    changes += fit_class_heads(state_dict, stored.id2label, config.id2label)
             for change in changes:
                 logger.warning(f"{path}: {change}")
         loaded = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)

@@ -15,6 +15,7 @@ from torch import Tensor
 from .configuration_rf_detr import RfDetrConfig
 from .modeling_rf_detr_dinov2 import resize_position_table
 from .validation import check_limit
+from .variants_rf_detr import class_labels
 
 _LAYER = r"(\.layer\.\d+\.attention)"
 _PROJECTOR = r"^(backbone\.0\.projector\.stages\.0\.0\..*?)"
@@ -60,6 +61,7 @@ _RULES = [
 _SPLIT_PROJECTION = re.compile(r"^(transformer\.decoder\.layers\.\d+\.self_attn)\.([qkv])_proj\.(weight|bias)$")
 _GROUP_HEAD = re.compile(r"^(transformer\.enc_(?:output|output_norm|out_class_embed|out_bbox_embed))\.(\d+)\.(.*)$")
 _POSITIONS = "backbone.0.encoder.encoder.embeddings.position_embeddings"
+_CLASS_HEAD = re.compile(r"(?:class_embed|transformer\.enc_out_class_embed\.\d+)\.(?:weight|bias)")
 _QUERY_TABLES = ("refpoint_embed.weight", "query_feat.weight")
 # The axes of each table, and the smallest size of each axis.
 _TABLES = dict.fromkeys(_QUERY_TABLES, ("(queries, width)", (1, 1))) | {
@@ -167,6 +169,35 @@ def fit_tables(
         _fit_group_heads(fitted, groups, config.group_detr)
         changes.append(Change("first-stage heads", f"{groups} groups", str(config.group_detr)))
     return fitted, changes
+
+
+def fit_class_heads(
+    state_dict: dict[str, Tensor], stored: Mapping[int, str], wanted: Mapping[int, str]
+) -> list[Change]:
+    """Fit the class heads of a state dict in the original layout to other classes, and return the change.
+
+    A class that the checkpoint has by name keeps its row. Any other class starts with the mean of the rows of all
+    classes, which scores what looks like an object of any class: the first stage selects objects from the first
+    optimizer step on. (rfdetr starts class i with row i, transformers with random rows. `benchmarks/MORE_RESULTS.md`
+    has a comparison.)
+
+    Args:
+        state_dict: In the original layout; it is changed. Heads with another number of rows than `stored` stay.
+        stored: Names of its classes by label.
+        wanted: Names of the wanted classes by label.
+    """
+    label_of = {name: label for label, name in stored.items() if not name.startswith("LABEL_")}  # default names
+    trained = [label for label, name in class_labels(stored).items() if name != f"unused {label}"]
+    known = [name for name in wanted.values() if name in label_of]
+    heads = [key for key in state_dict if _CLASS_HEAD.fullmatch(key) and state_dict[key].shape[:1] == (len(stored),)]
+    if not heads or not trained:
+        return []
+    for key in heads:
+        rows = state_dict[key]
+        mean = rows[trained].float().mean(0).to(rows.dtype)
+        state_dict[key] = torch.stack([rows[label_of[name]] if name in label_of else mean for name in wanted.values()])
+    kept = f"by name: {', '.join(known[:5])}{', ...' * (len(known) > 5)}; " if known else ""
+    return [Change("class heads", f"{len(stored)} classes", f"{len(wanted)} ({kept}others: the mean of all classes)")]
 
 
 def _check_tables(shapes: Mapping[str, Sequence[int]]) -> None:
