@@ -94,24 +94,14 @@ def evaluate(
 
     if threshold is not None and not 0 <= threshold < 1:
         raise ValueError(f"--threshold must be in [0, 1), got {threshold}. Omit it to count all detections.")
-    for file in filter(None, (output, predictions)):  # fail before the evaluation, not after it
-        check_writable(file)
-        make_directory(file.parent)
-    if report is not None:
-        make_directory(report)
+    _make_directories(output, predictions, report)
     splits = load_instance_dataset(data, image_folder=image_folder)
     if split not in splits:
         raise ValueError(f"--split must be a split of {data}, {', '.join(splits)}, got {split}")
     dataset = splits[split]
     loaded, processor = load(model, device=device, dtype=getattr(torch, dtype))
-    evaluator = evaluate_dataset(
-        loaded,
-        processor,
-        dataset,
-        batch_size=batch_size,
-        score_threshold=threshold,
-        max_detections=max_detections,
-    )
+    settings: dict[str, Any] = {"score_threshold": threshold, "max_detections": max_detections}
+    evaluator = evaluate_dataset(loaded, processor, dataset, batch_size=batch_size, **settings)
     if report is None:
         metrics = evaluator.compute()
     else:
@@ -132,6 +122,15 @@ def evaluate(
         title = f"{model} on {split} of {data}"
         page = save_report(report, analysis, dataset, training=_find_training_run(model), title=title)
         typer.echo(f"the report is {page}")
+
+
+def _make_directories(output: Path | None, predictions: Path | None, report: Path | None) -> None:
+    """Make the directories of the results, so that the command fails before the evaluation and not after it."""
+    for file in filter(None, (output, predictions)):
+        check_writable(file)
+        make_directory(file.parent)
+    if report is not None:
+        make_directory(report)
 
 
 def _note_low_scores(highest_score: float | None, min_score: float) -> None:

@@ -88,8 +88,8 @@ def load_instance_dataset(
 ) -> InstanceDatasets:
     """Load annotated images in any of the usual formats, with one label map for all splits.
 
-    Labels are 0 to N - 1 in the order of the category ids; `print` the result for a table of them. The usual names of
-    splits, such as "Train" or "val2017", become "train", "validation" and "test". The README shows the formats.
+    Labels are 0 to N - 1 in the order of the category ids; `print` the result for a table of them. Splits are called
+    "train", "validation" and "test" if they have a usual name, such as "val2017". The README shows the formats.
 
     Example:
         >>> import tempfile
@@ -100,21 +100,20 @@ def load_instance_dataset(
         ([], {0: 'building'})
 
     Args:
-        source: A COCO JSON, a dict {split: COCO JSON}, or a folder with COCO JSONs, as COCO, Roboflow or CVAT lay it
-            out; the data.yaml of a YOLO dataset, or its folder; a file or a folder of labelme, CVAT (for images 1.1) or
-            VIA, a folder of Pascal VOC's masks or of `images` and `masks`, or a dict {split: path}; or a dataset id on
-            the Hub, a folder that the `datasets` library reads, or one of its datasets. A row of these has an image and `objects`, a dict of lists or a list of dicts with
-            `category`, `bbox`, `segmentation` and, optionally, `id`, `area` and `iscrowd`, or other usual names.
+        source: A COCO JSON or a folder of them, as COCO, Roboflow or CVAT lay it out; the data.yaml of a YOLO dataset or
+            its folder; a file or a folder of labelme, CVAT (for images 1.1) or VIA; a folder of Pascal VOC's masks or
+            of `images` and `masks`; a dict {split: path}; or a dataset id on the Hub, a folder that the `datasets`
+            library reads, or one of its datasets, whose rows have an image and `objects`, a dict of lists or a list of
+            dicts with `category`, `bbox`, `segmentation`, `id`, `area` and `iscrowd`, or other usual names.
         image_folder: The folder of the images; for COCO, also a dict {split: folder}. By default that of the COCO JSON
-            or `images` in it; for YOLO, `path` of the data.yaml if it is inside the folder of that; for annotation
-            programs, where their files say, inside the folder of the source. No file outside is read. An image that is
-            missing is replaced by the only one of its name in the sub-folders, with a warning.
+            or `images` in it; for YOLO, `path` of the data.yaml if it is inside its folder; for annotation programs,
+            where their files say, inside the folder of the source. A missing image is replaced by the only one of its
+            name in the sub-folders, with a warning.
         class_names: A list of names or a dict {category id: name}, for data that do not name their classes. By default
             numbers are their own names, and names that the objects contain are sorted.
         streaming: Read rows from the Hub when they are needed. The classes must then have names in the data or here.
         **load_dataset_arguments: Passed to `datasets.load_dataset`: `split`, `revision`, `data_files`, ... It converts
-            Parquet files, also local ones, once to Arrow files in `cache_dir`, because only these allow random access
-            without being in memory; `streaming` reads the Parquet files themselves.
+            Parquet files once to Arrow files in `cache_dir`, which allow random access; `streaming` does not.
 
     Raises:
         ValueError: the source cannot be read, images are missing or outside their folder, or the splits' categories

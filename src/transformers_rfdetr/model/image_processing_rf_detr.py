@@ -177,12 +177,11 @@ class RfDetrImageProcessor(BaseImageProcessor):
             images: One image or a list (or 4-D array) of images: PIL images (EXIF rotation is applied, alpha is
                 dropped), paths, http(s) URLs, base64 strings, and arrays or tensors (height, width), (height, width,
                 channels) or (channels, height, width) with 1, 3 or 4 channels. Bool, 8-bit and 16-bit unsigned values
-                are scaled by their full range; other integers must lie in 0..255, floats in [0, 1]. With
-                `do_rescale=False` floats are used as they are.
+                are scaled by their range; other integers must be in 0..255, floats in [0, 1] if `do_rescale`.
             annotations: For each image `{"image_id": int, "annotations": [...]}`. Each annotation has `category_id`
                 and, in pixels of the (rotated) image, `bbox` [x, y, width, height] and `segmentation` (polygons, RLE
-                or a bitmap), optionally `area` and `iscrowd`. A missing bbox or area is computed from the
-                segmentation. `width` and `height` next to `image_id` are checked if they are given.
+                or a bitmap), optionally `area` and `iscrowd`. A missing bbox or area comes from the segmentation.
+                `width` and `height` next to `image_id` are checked if they are given.
             return_segmentation_masks: Whether labels have masks.
             return_tensors: "pt" (the same as None) or "np".
             input_data_format: "channels_first" or "channels_last", for arrays whose shape is ambiguous.
@@ -197,10 +196,9 @@ class RfDetrImageProcessor(BaseImageProcessor):
             float32 `boxes_cxcywh` in [0, 1] of the image without padding, as the model predicts them; `masks`
             (N, H, W) bool at the model's input size, if asked for; `area` (N,) float32 in pixels of the resized
             image; `iscrowd` (N,) int64; `image_id` (1,), and `orig_size` and `size` (2,) int64, (height, width) of the
-            original image and of the model's input. If masks are asked for and some objects have only a box,
-            `has_mask` (N,) bool; their masks are empty. If there are crowd regions, `crowd_labels` (R,) int64 and
-            `crowd_regions` (R, H, W) bool of the image without padding, in which the loss ignores detections of the
-            class. Objects are dropped if their box has no area inside the image, or their mask, if asked for, no pixel.
+            original image and of the model's input; `has_mask` (N,) bool, if some objects have only a box;
+            `crowd_labels` (R,) int64 and `crowd_regions` (R, H, W) bool of the image without padding, if there are
+            crowds. Objects whose box has no area inside the image, or whose mask has no pixel, are dropped.
 
         Raises:
             ValueError: if an image or annotation is invalid; the message names it and the field.

@@ -39,10 +39,9 @@ def rf_detr_loss(
         stages: Predictions by the suffix of their losses: "" is the last decoder layer, "_0", "_1", ... the earlier
             ones, "_enc" the first stage.
         labels: For each image `class_labels` int64 (T,), `boxes` float (T, 4), and for masks `masks` (T, H, W) of any
-            size, bool or integers that are 0 outside the object. T may be 0, for one image or for all. Optionally,
-            `has_mask` bool (T,): an object without a mask is matched and trained by its class and its box only; and
-            `crowd_labels` int64 (R,) and `crowd_regions` bool (R, H, W), of any size: in a crowd region a query that
-            is not matched may have the class of the crowd.
+            size, bool or integers that are 0 outside the object. T may be 0. Optionally `has_mask` bool (T,): objects
+            without a mask have no mask loss; and `crowd_labels` int64 (R,) with `crowd_regions` bool (R, H, W): queries
+            in a region may have the class of the crowd.
         num_groups: G: `group_detr` in training, 1 in evaluation.
         weights: Weights of matching cost and losses.
         points: Source of the points at which masks are compared.
@@ -63,11 +62,8 @@ def rf_detr_loss(
     last = stages[""]
     device = last.logits.device
     targets = read_targets(labels, len(last.logits), last.logits.shape[-1], last.masks is not None)
-    settings: dict[str, Any] = {
-        "weights": weights,
-        "points": points,
-        "mask_point_sample_ratio": mask_point_sample_ratio,
-    }
+    settings: dict[str, Any] = {"weights": weights, "points": points}
+    settings["mask_point_sample_ratio"] = mask_point_sample_ratio
     with torch.autocast(device.type, enabled=False):
         if num_boxes is None:
             num_boxes = count_boxes(targets, num_groups, device, across_ranks)
