@@ -100,11 +100,10 @@ def load_instance_dataset(
         ([], {0: 'building'})
 
     Args:
-        source: A COCO JSON or a folder of them, as COCO, Roboflow or CVAT lay it out; the data.yaml of a YOLO dataset or
-            its folder; a file or a folder of labelme, CVAT (for images 1.1) or VIA; a folder of Pascal VOC's masks or
-            of `images` and `masks`; a dict {split: path}; or a dataset id on the Hub, a folder that the `datasets`
-            library reads, or one of its datasets, whose rows have an image and `objects`, a dict of lists or a list of
-            dicts with `category`, `bbox`, `segmentation`, `id`, `area` and `iscrowd`, or other usual names.
+        source: A file or a folder in one of the README's formats (COCO, YOLO, labelme, CVAT, VIA, masks, ...);
+            a dict {split: path}; or a dataset id on the Hub, a folder that the `datasets` library reads, or one of its
+            datasets, whose rows have an image and `objects`, a dict of lists or a list of dicts with `category`,
+            `bbox`, `segmentation`, `id`, `area` and `iscrowd`, or other usual names.
         image_folder: The folder of the images; for COCO, also a dict {split: folder}. By default that of the COCO JSON
             or `images` in it; for YOLO, `path` of the data.yaml if it is inside its folder; for annotation programs,
             where their files say, inside the folder of the source. A missing image is replaced by the only one of its
@@ -116,8 +115,7 @@ def load_instance_dataset(
             Parquet files once to Arrow files in `cache_dir`, which allow random access; `streaming` does not.
 
     Raises:
-        ValueError: the source cannot be read, images are missing or outside their folder, or the splits' categories
-            differ.
+        ValueError: the source cannot be read, images are missing or outside their folder, or the categories differ.
         ImportError: the `datasets` library is needed and not installed.
     """
     name, files = recognise_format(source)
