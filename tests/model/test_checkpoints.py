@@ -296,33 +296,32 @@ HEADS = {f"{head}.{end}" for head in ("class_embed", *(f"transformer.enc_out_cla
          for end in ("weight", "bias")}  # fmt: skip
 
 
-def test_other_classes_start_with_the_mean_of_the_classes_and_keep_the_rest(kind, tmp_path):
+def test_the_rows_of_the_classes_are_dealt_out_to_the_new_ones_and_the_rest_is_kept(kind, tmp_path):
     model = small_model(kind)
     model.save_pretrained(tmp_path)
     with pytest.raises(RuntimeError):
-        load(tmp_path, kind, num_labels=2)
-    loaded, report = load(tmp_path, kind, num_labels=2, ignore_mismatched_sizes=True)
-    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        load(tmp_path, kind, num_labels=3)
     stored = model.state_dict()
-    for name, tensor in loaded.state_dict().items():
-        if name in HEADS:
-            torch.testing.assert_close(tensor, torch.stack([stored[name].mean(0)] * 2), msg=name)
-        else:
-            assert torch.equal(tensor, stored[name]), name
+    for count, rows in ((1, [[0, 1, 2, 3]]), (3, [[0, 3], [1], [2]]), (6, [[0], [1], [2], [3], [0], [1]])):
+        loaded, report = load(tmp_path, kind, num_labels=count, ignore_mismatched_sizes=True)
+        assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        for name, tensor in loaded.state_dict().items():
+            expected = torch.stack([stored[name][part].mean(0) for part in rows]) if name in HEADS else stored[name]
+            torch.testing.assert_close(tensor, expected, msg=name)
     assert stored.keys() >= HEADS
 
 
 def test_a_class_that_is_known_by_name_keeps_its_row(tmp_path, caplog):
-    names = {0: "cat", 1: "dog", 2: "unused 2", 3: "__background__"}
-    model = small_model(num_labels=4, id2label=names)
+    names = {0: "cat", 1: "dog", 2: "cow", 3: "unused 3", 4: "fox", 5: "__background__"}
+    model = small_model(num_labels=6, id2label=names)
     model.save_pretrained(tmp_path)
     loaded, _ = load(tmp_path, id2label={0: "bird", 1: "dog", 2: "cat"}, ignore_mismatched_sizes=True)
     for name in HEADS:
         stored, tensor = model.state_dict()[name], loaded.state_dict()[name]
         assert torch.equal(tensor[1], stored[1])
         assert torch.equal(tensor[2], stored[0])
-        torch.testing.assert_close(tensor[0], stored[:2].mean(0))  # rows that stand for no class do not count
-    assert "class heads: 4 classes -> 3 (by name: dog, cat; others: the mean of all classes)" in caplog.text
+        torch.testing.assert_close(tensor[0], stored[[2, 4]].mean(0))  # rows that stand for no class do not count
+    assert "class heads: 6 classes -> 3, of which kept by name: dog, cat" in caplog.text
     same, _ = load(tmp_path, ignore_mismatched_sizes=True)
     assert all(torch.equal(same.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
 

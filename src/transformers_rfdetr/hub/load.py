@@ -35,8 +35,8 @@ def load(
         device: Device of the model: "cpu", "cuda", "cuda:1", "mps", or "auto" for the first GPU, else the CPU. The CPU
             by default.
         dtype: Data type of the weights; float32 by default.
-        id2label: Names of the classes by label. A class that the checkpoint does not have by name starts with the mean
-            of its classes.
+        id2label: Names of the classes by label. A class that the checkpoint does not have by name starts with rows
+            of its other classes.
         **kwargs: For `from_pretrained` of the model: `revision`, `token`, `cache_dir`, `resolution`, ...
 
     Raises:

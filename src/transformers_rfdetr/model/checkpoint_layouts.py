@@ -176,28 +176,31 @@ def fit_class_heads(
 ) -> list[Change]:
     """Fit the class heads of a state dict in the original layout to other classes, and return the change.
 
-    A class that the checkpoint has by name keeps its row. Any other class starts with the mean of the rows of all
-    classes, which scores what looks like an object of any class: the first stage selects objects from the first
-    optimizer step on. (rfdetr starts class i with row i, transformers with random rows. `benchmarks/MORE_RESULTS.md`
-    has a comparison.)
+    A class that the checkpoint has by name keeps its row. The rows of the other classes of the checkpoint are dealt out
+    in turn, and each new class starts with the mean of its rows. So the heads score what looks like an object from the
+    first optimizer step on, and the first stage selects such tokens. (rfdetr gives class i row i, transformers random
+    ones; `benchmarks/MORE_RESULTS.md` has a comparison.)
 
     Args:
         state_dict: In the original layout; it is changed. Heads with another number of rows than `stored` stay.
         stored: Names of its classes by label.
         wanted: Names of the wanted classes by label.
     """
-    label_of = {name: label for label, name in stored.items() if not name.startswith("LABEL_")}  # default names
-    trained = [label for label, name in class_labels(stored).items() if name != f"unused {label}"]
-    known = [name for name in wanted.values() if name in label_of]
     heads = [key for key in state_dict if _CLASS_HEAD.fullmatch(key) and state_dict[key].shape[:1] == (len(stored),)]
+    trained = [label for label, name in class_labels(stored).items() if name != f"unused {label}"]
     if not heads or not trained:
         return []
+    label_of = {stored[label]: label for label in trained if not stored[label].startswith("LABEL_")}  # default names
+    known = [name for name in wanted.values() if name in label_of]
+    new = [name for name in wanted.values() if name not in label_of]
+    dealt = [label for label in trained if stored[label] not in known] or trained
+    rows_of = {name: [label_of[name]] for name in known}
+    rows_of |= {name: dealt[place :: len(new)] or [dealt[place % len(dealt)]] for place, name in enumerate(new)}
     for key in heads:
-        rows = state_dict[key]
-        mean = rows[trained].float().mean(0).to(rows.dtype)
-        state_dict[key] = torch.stack([rows[label_of[name]] if name in label_of else mean for name in wanted.values()])
-    kept = f"by name: {', '.join(known[:5])}{', ...' * (len(known) > 5)}; " if known else ""
-    return [Change("class heads", f"{len(stored)} classes", f"{len(wanted)} ({kept}others: the mean of all classes)")]
+        means = [state_dict[key][rows_of[name]].float().mean(0) for name in wanted.values()]
+        state_dict[key] = torch.stack(means).to(state_dict[key].dtype)
+    listed = f"{', '.join(known[:5])}{', ...' * (len(known) > 5)}" if known else "none"
+    return [Change("class heads", f"{len(stored)} classes", f"{len(wanted)}, of which kept by name: {listed}")]
 
 
 def _check_tables(shapes: Mapping[str, Sequence[int]]) -> None:
