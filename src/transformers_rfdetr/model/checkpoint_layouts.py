@@ -176,10 +176,9 @@ def fit_class_heads(
 ) -> list[Change]:
     """Fit the class heads of a state dict in the original layout to other classes, and return the change.
 
-    A class that the checkpoint has by name keeps its row. The rows of the other classes of the checkpoint are dealt out
-    in turn, and each new class starts with the mean of its rows. So the heads score what looks like an object from the
-    first optimizer step on, and the first stage selects such tokens. (rfdetr gives class i row i, transformers random
-    ones; `benchmarks/MORE_RESULTS.md` has a comparison.)
+    A class that the checkpoint has by name keeps its row; new classes start with the rows of its other classes, in turn.
+    So the heads score what looks like an object from the first optimizer step on, and the first stage selects such
+    tokens. (rfdetr gives class i row i, transformers random ones; `benchmarks/MORE_RESULTS.md` has a comparison.)
 
     Args:
         state_dict: In the original layout; it is changed. Heads with another number of rows than `stored` stay.
@@ -193,12 +192,10 @@ def fit_class_heads(
     label_of = {stored[label]: label for label in trained if not stored[label].startswith("LABEL_")}  # default names
     known = [name for name in wanted.values() if name in label_of]
     new = [name for name in wanted.values() if name not in label_of]
-    dealt = [label for label in trained if stored[label] not in known] or trained
-    rows_of = {name: [label_of[name]] for name in known}
-    rows_of |= {name: dealt[place :: len(new)] or [dealt[place % len(dealt)]] for place, name in enumerate(new)}
+    others = [label for label in trained if stored[label] not in known] or trained
+    row_of = label_of | {name: others[place % len(others)] for place, name in enumerate(new)}
     for key in heads:
-        means = [state_dict[key][rows_of[name]].float().mean(0) for name in wanted.values()]
-        state_dict[key] = torch.stack(means).to(state_dict[key].dtype)
+        state_dict[key] = state_dict[key][[row_of[name] for name in wanted.values()]]
     listed = f"{', '.join(known[:5])}{', ...' * (len(known) > 5)}" if known else "none"
     return [Change("class heads", f"{len(stored)} classes", f"{len(wanted)}, of which kept by name: {listed}")]
 
