@@ -176,7 +176,7 @@ def fit_class_heads(
 ) -> list[Change]:
     """Fit the class heads of a state dict in the original layout to other classes, and return the change.
 
-    A class that the checkpoint has by name keeps its row; new classes start with the rows of its other classes, in turn.
+    A class that the checkpoint has by name keeps its row; new classes start with the rows of its other classes in turn.
     So the heads score what looks like an object from the first optimizer step on, and the first stage selects such
     tokens. (rfdetr gives class i row i, transformers random ones; `benchmarks/MORE_RESULTS.md` has a comparison.)
 
