@@ -10,9 +10,8 @@ from transformers_rfdetr import check_dataset, load_instance_dataset
 FILES = {
     "via.csv": ("VIA", "#filename,file_size,file_attributes,region_count,region_id\n"),
     "Annotations/a.xml": ("datum convert -if voc", "<annotation>\n\t<folder>x</folder><object/></annotation>"),
-    "export.json": ("Label Studio", [{"id": 1, "annotations": [], "data": {"image": "a.png"}}]),
+    "export.json": ("as JSON", [{"id": 1, "image": "a.png", "annotator": 1, "annotation_id": 1, "label": []}]),
     "ml.json": ("Create ML", [{"image": "a.png", "annotations": []}]),
-    "ann/a.png.json": ("Supervisely", {"size": {"height": 4, "width": 6}, "objects": []}),
     "annotations/default.json": ("datum convert -if datumaro", {"info": {}, "categories": {}, "items": []}),
 }
 

@@ -43,7 +43,8 @@ _FIRST_ROWS = 100  # whose boxes are compared with the sizes of their images
 SUPPORTED_SOURCES = (
     "a dataset id on the Hub, a dataset of the `datasets` library or a folder that it reads, a COCO JSON or a dict"
     " {split: COCO JSON}, a folder with train/_annotations.coco.json or annotations/instances_*.json, a data.yaml or"
-    " folder of YOLO, a file or folder of labelme, CVAT for images or VIA, or a folder of masks"
+    " folder of YOLO, a file or folder of labelme, CVAT for images, VIA, Label Studio or Supervisely, or a folder of"
+    " masks"
 )
 
 

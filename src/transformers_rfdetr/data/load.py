@@ -21,10 +21,12 @@ from .cvat import find_cvat_files, read_cvat
 from .dataset import InstanceDataset, InstanceDatasets
 from .hub_rows import SUPPORTED_SOURCES, ArrowRows, is_hub_source, is_streamed, load_rows, read_hub_rows
 from .label_maps import canonical_split_name
+from .label_studio import find_label_studio_files, read_label_studio
 from .labelme import find_labelme_files, read_labelme
 from .mask_images import find_mask_images, read_mask_images
 from .pascal_voc import find_voc_folders, read_voc
 from .streams import InstanceStream
+from .supervisely import find_supervisely_files, read_supervisely
 from .via import find_via_files, read_via
 from .yolo import read_yolo_splits
 from .yolo_layout import find_yolo_file
@@ -42,6 +44,8 @@ FILE_FORMATS: dict[str, tuple[Any, Any]] = {
     "labelme": (find_labelme_files, read_labelme),
     "cvat": (find_cvat_files, read_cvat),
     "via": (find_via_files, read_via),
+    "label studio": (find_label_studio_files, read_label_studio),
+    "supervisely": (find_supervisely_files, read_supervisely),
     "pascal voc": (find_voc_folders, read_voc),
     "mask images": (find_mask_images, read_mask_images),
 }

@@ -1,5 +1,8 @@
 """Recognise annotations in formats that are not read, and say how to convert them.
 
+These have no masks (Create ML, and Pascal VOC's boxes, which some programs count from 0 and others from 1), are an
+export beside a complete one (Label Studio's JSON-MIN, VIA's CSV), or are read and written by one program (Datumaro).
+
 A folder of the user that no reader knows must not reach `datasets`, which would copy its images into a cache.
 """
 
@@ -34,9 +37,8 @@ def _datumaro(name: str) -> str:
 
 VIA = OtherFormat("VGG Image Annotator (VIA)", "Export the annotations in VIA as JSON")  # CSV
 VOC = OtherFormat("Pascal VOC", _datumaro("voc"))
-LABEL_STUDIO = OtherFormat("Label Studio", "Export the project in Label Studio as COCO or YOLO")
+LABEL_STUDIO = OtherFormat("Label Studio (JSON-MIN)", "Export the project in Label Studio as JSON")
 CREATE_ML = OtherFormat("Create ML", "Export the dataset as COCO or YOLO in the program that wrote it")
-SUPERVISELY = OtherFormat("Supervisely", "Export the project in Supervisely as COCO")
 DATUMARO = OtherFormat("Datumaro", _datumaro("datumaro"))
 
 
@@ -44,15 +46,13 @@ def recognise_json(content: Any) -> OtherFormat | None:
     """Return the format of the content of a JSON file; None if it is unknown, or COCO."""
     if isinstance(content, list):
         first = content[0] if content and isinstance(content[0], Mapping) else {}
-        if "annotations" not in first:
-            return None
-        return CREATE_ML if "image" in first else LABEL_STUDIO if "data" in first else None
+        if {"annotation_id", "annotator"} <= first.keys():
+            return LABEL_STUDIO
+        return CREATE_ML if {"image", "annotations"} <= first.keys() else None
     if not isinstance(content, Mapping) or {"images", "annotations"} <= content.keys():
         return None
     if {"items", "categories"} <= content.keys():
         return DATUMARO
-    if "objects" in content and "size" in content:
-        return SUPERVISELY
     return None
 
 
