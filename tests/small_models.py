@@ -1,5 +1,6 @@
 """Provide small models, their inputs and targets, and the datasets beside the repository, for all tests."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,17 @@ def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model
 
 
+_MODELS: dict[str, torch.nn.Module] = {}
+
+
 def small_model(kind: type = RfDetrForInstanceSegmentation, **overrides: Any) -> Any:
+    """Return a model of `small_config` in evaluation mode: a copy, because building takes three times as long."""
+    key = repr((kind, overrides))
+    if key not in _MODELS:
+        torch.manual_seed(0)
+        _MODELS[key] = randomised(kind(small_config(**overrides))).eval()
     torch.manual_seed(0)
-    return randomised(kind(small_config(**overrides))).eval()
+    return copy.deepcopy(_MODELS[key])
 
 
 def targets(*counts: int, num_labels: int = 4, size: tuple[int, int] = (48, 48), seed: int = 0) -> list[dict]:

@@ -353,7 +353,8 @@ def test_labels_have_one_row_per_object(objects, size, masks):
     assert ((low > -1e-6) & (extent > 0) & (low + extent < 1 + 1e-6)).all()
     assert labels["area"].isfinite().all()
     if masks:
-        assert labels["masks"].flatten(1).any(1).all()
+        has_pixels = labels["masks"].flatten(1).any(1)
+        assert has_pixels.tolist() == labels.get("has_mask", torch.ones_like(has_pixels)).tolist()
         return
     expected = []
     for item in objects:
