@@ -296,7 +296,7 @@ def write(monkeypatch, plain):
 )
 def test_a_wrong_file_is_refused_and_not_kept(plain, write, tmp_path, fault, name, message):
     write(fault, name)
-    settings = {"resolution": (72, 48), "processor": plain.processor}
+    settings = {"resolution": (72, 48), "processor": plain.processor, "images": scenes(0)}
     with pytest.raises(ValueError, match=rf"onnx in float32 .*{message}.*No file was kept"):
         export(plain.model, tmp_path / "new" / "model.onnx", **settings)
     assert list((tmp_path / "new").iterdir()) == []
