@@ -1,0 +1,133 @@
+"""Train rf-detr-seg-tiny, the model inside the package, from random weights on drawn scenes:
+
+    pip install -e ".[train]"
+    python examples/train_tiny.py runs/tiny
+
+It draws the data, trains in rounds, each from the weights of the one before, and writes the last weights to
+`runs/tiny/model` as float16. Run the command again after an interruption: it resumes from the last checkpoint. One
+round takes about two hours on one core.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_utils import get_last_checkpoint
+
+from transformers_rfdetr import (
+    FlipAndCrop,
+    RfDetrConfig,
+    RfDetrForInstanceSegmentation,
+    RfDetrImageProcessor,
+    RfDetrTrainer,
+    RfDetrTrainingArguments,
+    load_instance_dataset,
+)
+from transformers_rfdetr.data.synthetic import CLASSES, draw_dataset
+
+SIZE = 160
+METRES_PER_PIXEL = (0.14, 0.26)
+# (number of images, first seed). The test images are drawn by tests and benchmarks only.
+SPLITS = {"train": (4096, 0), "valid": (100, 1_000_000)}
+# (optimizer steps of 8 images, highest learning rate)
+ROUNDS = [(2800, 8e-4), (2800, 4e-4)]
+
+
+def build_model(seed: int) -> RfDetrForInstanceSegmentation:
+    """Return the model with 2.8 million random weights."""
+    config = RfDetrConfig(
+        backbone_config={
+            "hidden_size": 128,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "image_size": SIZE,
+            "patch_size": 8,
+            "num_windows": 2,
+            "out_indices": [2, 3, 5, 6],
+        },
+        projector_scale=["P3"],  # features at a quarter of the image's resolution, as fine as the masks
+        d_model=128,
+        decoder_layers=3,
+        decoder_ffn_dim=256,
+        decoder_self_attention_heads=4,
+        decoder_cross_attention_heads=8,
+        num_queries=60,
+        group_detr=5,
+        mask_point_sample_ratio=2,  # of 40 x 40 cells: a car covers ten
+        id2label=dict(enumerate(CLASSES)),
+    )
+    torch.manual_seed(seed)
+    return RfDetrForInstanceSegmentation(config)
+
+
+def draw_split(folder: Path, num_images: int, first_seed: int) -> None:
+    """Draw a split in Roboflow's layout, unless it is complete."""
+    if (folder / "_annotations.coco.json").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    images, coco = draw_dataset(num_images, (SIZE, SIZE), metres_per_pixel=METRES_PER_PIXEL, first_seed=first_seed)
+    for image, entry in zip(images, coco["images"], strict=True):
+        image.save(folder / entry["file_name"])
+    (folder / "_annotations.coco.json").write_text(json.dumps(coco))
+
+
+def train_round(model: RfDetrForInstanceSegmentation, data: Any, folder: Path, steps: int, rate: float) -> None:
+    """Train for one round, from its last checkpoint if there is one, and save the model."""
+    arguments = RfDetrTrainingArguments(
+        str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=8,
+        per_device_eval_batch_size=8,
+        gradient_accumulation_steps=1,
+        learning_rate=rate,
+        learning_rate_encoder=rate,
+        layer_decay=1.0,
+        component_decay=1.0,
+        max_grad_norm=1.0,
+        lr_scheduler_type="cosine",
+        warmup_steps=200,
+        multi_scale=False,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=400,
+        save_steps=400,
+        save_total_limit=1,
+        logging_steps=50,
+        dataloader_num_workers=1,
+        report_to="none",
+    )
+    trainer = RfDetrTrainer(
+        model,
+        arguments,
+        train_dataset=data["train"],
+        eval_dataset=data["validation"],
+        augmentation=FlipAndCrop(crop=0.0, rotate=0.75),  # aerial images have no upright direction
+    )
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    trainer.save_model(str(folder / "model"))
+
+
+def main() -> None:
+    """Run all rounds that are not complete."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    for split, (num_images, first_seed) in SPLITS.items():
+        draw_split(options.output / "data" / split, num_images, first_seed)
+    data = load_instance_dataset(options.output / "data")
+    model = build_model(options.seed)
+    for number, (steps, rate) in enumerate(ROUNDS, start=1):
+        folder = options.output / f"round{number}"
+        if not (folder / "model").is_dir():
+            train_round(model, data, folder, steps, rate)
+        model = RfDetrForInstanceSegmentation.from_pretrained(folder / "model", dtype=torch.float32)
+    model.half().save_pretrained(options.output / "model")
+    RfDetrImageProcessor.from_config(model.config).save_pretrained(options.output / "model")
+
+
+if __name__ == "__main__":
+    main()
