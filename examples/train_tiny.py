@@ -27,27 +27,26 @@ from transformers_rfdetr import (
 )
 from transformers_rfdetr.data.synthetic import CLASSES, draw_dataset
 
-SIZE = 160
-METRES_PER_PIXEL = (0.14, 0.26)
+SIZE = 144
+METRES_PER_PIXEL = (0.15, 0.28)
 # (number of images, first seed). The test images are drawn by tests and benchmarks only.
 SPLITS = {"train": (4096, 0), "valid": (100, 1_000_000)}
 # (optimizer steps of 8 images, highest learning rate)
-ROUNDS = [(2800, 8e-4), (2800, 4e-4)]
+ROUNDS = [(2400, 8e-4), (2400, 4e-4)]
 
 
 def build_model(seed: int) -> RfDetrForInstanceSegmentation:
-    """Return the model with 2.8 million random weights."""
+    """Return the model with 2.7 million random weights."""
     config = RfDetrConfig(
         backbone_config={
             "hidden_size": 128,
             "num_hidden_layers": 6,
             "num_attention_heads": 4,
             "image_size": SIZE,
-            "patch_size": 8,
+            "patch_size": 6,
             "num_windows": 2,
             "out_indices": [2, 3, 5, 6],
         },
-        projector_scale=["P3"],  # features at a quarter of the image's resolution, as fine as the masks
         d_model=128,
         decoder_layers=3,
         decoder_ffn_dim=256,
@@ -55,7 +54,8 @@ def build_model(seed: int) -> RfDetrForInstanceSegmentation:
         decoder_cross_attention_heads=8,
         num_queries=60,
         group_detr=5,
-        mask_point_sample_ratio=2,  # of 40 x 40 cells: a car covers ten
+        mask_downsample_ratio=3,  # 48 x 48 cells: a car covers fifteen
+        mask_point_sample_ratio=3,
         id2label=dict(enumerate(CLASSES)),
     )
     torch.manual_seed(seed)

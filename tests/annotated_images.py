@@ -74,7 +74,7 @@ def processor(side: int = 24, **settings) -> RfDetrImageProcessor:
 
 
 def drawn_dataset(num_images: int = 8) -> InstanceDataset:
-    images, content = draw_dataset(num_images)
+    images, content = draw_dataset(num_images, classes=["building"])
     return InstanceDataset(content, images)
 
 

@@ -51,7 +51,7 @@ PLAIN = {
 
 @functools.cache
 def _draw(num_images: int, first_seed: int) -> tuple[list[Image.Image], dict[str, Any]]:
-    return draw_dataset(num_images, (96, 96), first_seed=first_seed)
+    return draw_dataset(num_images, (96, 96), first_seed=first_seed, classes=["building"])
 
 
 def drawn(num_images: int, first_seed: int = 0) -> InstanceDataset:

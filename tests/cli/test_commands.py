@@ -71,7 +71,7 @@ def assert_equal(found, expected):
 
 def draw_split(folder, count, first_seed):
     folder.mkdir(parents=True)
-    photos, coco = draw_dataset(count, (96, 96), first_seed=first_seed)
+    photos, coco = draw_dataset(count, (96, 96), first_seed=first_seed, classes=["building"])
     for photo, image in zip(photos, coco["images"], strict=True):
         photo.save(folder / image["file_name"])
     (folder / "_annotations.coco.json").write_text(json.dumps(coco))

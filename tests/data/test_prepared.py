@@ -84,7 +84,7 @@ def test_the_augmentation_depends_only_on_seed_epoch_and_index():
 
 
 def test_each_index_is_augmented_differently():
-    [image], content = draw_dataset(1)
+    [image], content = draw_dataset(1, classes=["building"])
     content["images"] = [{**content["images"][0], "id": number} for number in range(6)]
     content["annotations"] = []
     prepared = InstanceDataset(content, [image] * 6).with_processor(processor(), augmentation=FlipAndCrop())

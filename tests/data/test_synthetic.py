@@ -1,6 +1,7 @@
 """Drawn aerial images and their annotations."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,14 +14,25 @@ from transformers_rfdetr.data.synthetic import draw_dataset, draw_scene
 SMALL = {"size": (96, 128), "metres_per_pixel": 0.5}
 
 
-@pytest.fixture(scope="module")
-def dataset() -> tuple[list[Image.Image], COCO]:
-    """Thirty images read by pycocotools from their JSON."""
-    images, dictionary = draw_dataset(30)
+def draw(num_images: int, size: tuple[int, int], **settings: Any) -> tuple[list[Image.Image], COCO]:
+    """Draw images, and read their JSON with pycocotools."""
+    images, dictionary = draw_dataset(num_images, size, **settings)
     coco = COCO()
     coco.dataset = json.loads(json.dumps(dictionary))
     coco.createIndex()
     return images, coco
+
+
+@pytest.fixture(scope="module")
+def dataset() -> tuple[list[Image.Image], COCO]:
+    """Thirty images of all classes."""
+    return draw(30, (160, 160), metres_per_pixel=(0.14, 0.26))
+
+
+@pytest.fixture(scope="module")
+def buildings() -> COCO:
+    """The buildings of many images."""
+    return draw(70, (128, 128), metres_per_pixel=0.5, classes=["building"])[1]
 
 
 def test_a_seed_always_draws_the_same_scene():
@@ -67,27 +79,53 @@ def test_masks_of_a_scene_are_disjoint(dataset: tuple[list[Image.Image], COCO]):
         assert np.sum(masks, axis=0).max(initial=0) <= 1
 
 
-def test_the_scenes_hold_polygons_rle_several_wings_crowds_and_empty_images(
-    dataset: tuple[list[Image.Image], COCO],
-):
-    _, coco = dataset
-    annotations = coco.loadAnns(coco.getAnnIds())
+def test_the_buildings_are_polygons_of_several_wings_rle_and_crowds(buildings: COCO):
+    assert buildings.getCatIds() == [1]
+    annotations = buildings.loadAnns(buildings.getAnnIds())
     houses = [annotation for annotation in annotations if not annotation["iscrowd"]]
     polygons = [house["segmentation"] for house in houses if isinstance(house["segmentation"], list)]
     assert {type(house["segmentation"]) for house in houses} == {list, dict}
     assert {len(wings) for wings in polygons} == {1, 2, 4}
-    assert [annotation["image_id"] for annotation in annotations if annotation["iscrowd"]] == [6, 16, 26]
-    assert [image_id for image_id in coco.getImgIds() if not coco.imgToAnns[image_id]] == [3, 13, 23]
+    assert [item["image_id"] for item in annotations if item["iscrowd"]] == [6, 16, 26, 36, 46, 56, 66]
 
 
-def test_a_house_around_a_courtyard_has_a_hole(dataset: tuple[list[Image.Image], COCO]):
+def test_the_scenes_hold_all_classes_up_to_forty_objects_and_empty_images(dataset: tuple[list[Image.Image], COCO]):
     _, coco = dataset
-    annotations = coco.loadAnns(coco.getAnnIds())
-    courtyards = [item for item in annotations if not item["iscrowd"] and len(item["segmentation"]) == 4]
+    counts = {image_id: len(coco.imgToAnns[image_id]) for image_id in coco.getImgIds()}
+    assert [image_id for image_id, count in counts.items() if not count] == [3, 13, 23]
+    assert 20 < max(counts.values()) < 50
+    names = {annotation["category_id"]: 0 for annotation in coco.loadAnns(coco.getAnnIds())}
+    assert [coco.cats[number]["name"] for number in sorted(names)] == ["building", "tree", "car", "pool", "tank"]
+
+
+def test_only_the_classes_asked_for_are_annotated():
+    image, everything = draw_scene(5, **SMALL)
+    same_image, cars = draw_scene(5, **SMALL, classes=["car"])
+    assert image.tobytes() == same_image.tobytes()
+    found = [{**item, "id": 0} for item in everything if item["category_id"] == 3]
+    assert [{**item, "id": 0} for item in cars] == found != []
+    with pytest.raises(ValueError, match=r"`classes`.*boat"):
+        draw_scene(5, **SMALL, classes=["car", "boat"])
+
+
+def test_a_range_of_resolutions_draws_objects_of_different_sizes():
+    sizes = []
+    for seed in range(12):
+        _, cars = draw_scene(seed, (120, 120), metres_per_pixel=(0.2, 0.8), classes=["car"])
+        sizes += [max(car["bbox"][2:]) for car in cars]
+    assert min(sizes) < 8
+    assert max(sizes) > 20
+
+
+def test_a_house_around_a_courtyard_has_a_hole(buildings: COCO):
+    annotations = buildings.loadAnns(buildings.getAnnIds())
+    courtyards = [
+        item for item in annotations if isinstance(item["segmentation"], list) and len(item["segmentation"]) == 4
+    ]
     assert courtyards
     for courtyard in courtyards:
         x, y, width, height = map(int, courtyard["bbox"])
-        assert coco.annToMask(courtyard)[y + height // 2, x + width // 2] == 0
+        assert buildings.annToMask(courtyard)[y + height // 2, x + width // 2] == 0
 
 
 def test_roofs_differ_from_the_ground_around_them(dataset: tuple[list[Image.Image], COCO]):
@@ -100,7 +138,7 @@ def test_roofs_differ_from_the_ground_around_them(dataset: tuple[list[Image.Imag
 def test_the_image_processor_reads_every_annotation_but_crowds(dataset: tuple[list[Image.Image], COCO]):
     images, coco = dataset
     targets = [{"image_id": i, "annotations": coco.imgToAnns[i]} for i in coco.getImgIds()]
-    inputs = RfDetrImageProcessor(size=96)(images, targets, return_segmentation_masks=True)
+    inputs = RfDetrImageProcessor(size=160)(images, targets, return_segmentation_masks=True)
     for labels, target in zip(inputs["labels"], targets, strict=True):
         houses = [annotation for annotation in target["annotations"] if not annotation["iscrowd"]]
         assert labels["masks"].sum((1, 2)).tolist() == [house["area"] for house in houses]

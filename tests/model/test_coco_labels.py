@@ -291,7 +291,7 @@ class TestWhatCannotBeRead:
 def dataset():
     """Five images of houses, the fourth without any, as objects in rows and in columns; in whole pixels."""
     datasets = pytest.importorskip("datasets")
-    photos, coco = draw_dataset(5)
+    photos, coco = draw_dataset(5, classes=["building"])
     fields = ("id", "category_id", "bbox", "area", "iscrowd", "segmentation")
     rows = []
     for photo, image in zip(photos, coco["images"], strict=True):

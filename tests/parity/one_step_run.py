@@ -45,7 +45,7 @@ def write_dataset(folder: Path) -> None:
     categories += [{"id": i, "name": name, "supercategory": "buildings"} for i, name in enumerate(CLASSES, start=1)]
     for split, (seed, count) in SPLITS.items():
         (folder / split).mkdir(parents=True)
-        photos, coco = draw_dataset(count, first_seed=seed)
+        photos, coco = draw_dataset(count, first_seed=seed, classes=["building"])
         for photo, image in zip(photos, coco["images"], strict=True):
             photo.save(folder / split / image["file_name"])
         for annotation in coco["annotations"]:

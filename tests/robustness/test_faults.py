@@ -324,7 +324,7 @@ class DeadlyImages:
 def test_a_killed_worker_is_reported_and_the_run_resumes(use, tmp_path):
     def build() -> RfDetrTrainer:
         coco = drawn(10).coco()
-        images, _ = draw_dataset(10, (96, 96))
+        images, _ = draw_dataset(10, (96, 96), classes=["building"])
         data = InstanceDataset(coco, DeadlyImages(images, 7, tmp_path / "flag"))
         datasets = {f"{use.removesuffix('uate')}_dataset": data}
         settings = PLAIN | {"dataloader_num_workers": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
@@ -352,7 +352,7 @@ def test_a_worker_that_dies_while_its_tensor_is_fetched_is_reported(lost, tmp_pa
 
 
 def test_the_error_of_a_worker_has_no_traceback_in_its_message(tmp_path):
-    images, coco = draw_dataset(2, (96, 96))
+    images, coco = draw_dataset(2, (96, 96), classes=["building"])
     paths = []
     for image, entry in zip(images, coco["images"], strict=True):
         paths.append(tmp_path / entry["file_name"])
@@ -431,7 +431,7 @@ def test_if_one_of_two_processes_dies_the_other_stops_with_a_message(tmp_path):
 @pytest.fixture(scope="module")
 def predicting(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Any]:
     folder = tmp_path_factory.mktemp("images")
-    for number, image in enumerate(draw_dataset(3, (64, 64))[0]):
+    for number, image in enumerate(draw_dataset(3, (64, 64), classes=["building"])[0]):
         image.save(folder / f"{number}.png")
     torch.manual_seed(0)
     model = RfDetrForInstanceSegmentation(small_config(num_labels=1)).eval()
@@ -444,7 +444,7 @@ def predicting(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Any
 @pytest.fixture(scope="module")
 def repairing(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Any]:
     folder = tmp_path_factory.mktemp("data")
-    images, coco = draw_dataset(3, (64, 64))
+    images, coco = draw_dataset(3, (64, 64), classes=["building"])
     for image, entry in zip(images, coco["images"], strict=True):
         image.save(folder / entry["file_name"])
     coco["annotations"][0]["bbox"][2] = -5

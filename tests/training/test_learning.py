@@ -27,7 +27,7 @@ from training_run import QUICK, on_two_processes
 
 
 def test_two_images_are_learned_to_a_mask_ap_of_0_9(tmp_path):
-    images, coco = draw_dataset(2, (96, 96), metres_per_pixel=0.3)
+    images, coco = draw_dataset(2, (96, 96), metres_per_pixel=0.3, classes=["building"])
     data = InstanceDataset(coco, images)
     backbone = {"hidden_size": 64, "image_size": 96, "patch_size": 8}
     config = small_config(
@@ -94,7 +94,7 @@ def test_two_images_are_learned_to_a_mask_ap_of_0_9(tmp_path):
 
 
 def seven_images() -> InstanceDataset:
-    images, coco = draw_dataset(7, (96, 96), metres_per_pixel=0.3)
+    images, coco = draw_dataset(7, (96, 96), metres_per_pixel=0.3, classes=["building"])
     return InstanceDataset(coco, images)
 
 

@@ -115,7 +115,7 @@ def test_a_step_is_the_same_on_two_processes(same_points, tmp_path):
 
 def train_on_a_stream(folder: str) -> dict[str, Any]:
     """Three steps of two images -> the image ids, the losses and the weights."""
-    images, coco = draw_dataset(12, (96, 96))
+    images, coco = draw_dataset(12, (96, 96), classes=["building"])
     objects = {image["id"]: [] for image in coco["images"]}
     for annotation in coco["annotations"]:
         if not annotation["iscrowd"] and isinstance(annotation["segmentation"], list):

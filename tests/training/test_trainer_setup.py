@@ -150,7 +150,7 @@ WITHOUT_OBJECTS = {
 
 def without(kind: str) -> InstanceDataset:
     """Four images that lack something in all annotations."""
-    images, coco = draw_dataset(4, (96, 96))
+    images, coco = draw_dataset(4, (96, 96), classes=["building"])
     changes, _ = WITHOUT_OBJECTS[kind]
     if kind in ("objects", "masks"):
         coco["annotations"] = [one | changes for one in coco["annotations"]]
@@ -176,7 +176,7 @@ def test_boxes_train_a_detection_model_and_evaluate_the_boxes_of_a_segmentation_
     args = RfDetrTrainingArguments(str(tmp_path), **QUICK)
     boxes = without("masks")
     RfDetrTrainer(RfDetrForObjectDetection(small_config(num_labels=1)), args, train_dataset=boxes, eval_dataset=boxes)
-    images, coco = draw_dataset(4, (96, 96))
+    images, coco = draw_dataset(4, (96, 96), classes=["building"])
     coco["categories"] = [*coco["categories"], {"id": 2, "name": "bus"}]
     coco["annotations"] = [one | {"segmentation": None} for one in coco["annotations"]]
     two_classes = InstanceDataset(coco, images)
@@ -207,14 +207,14 @@ def test_subsets_and_concatenations_are_trained_and_evaluated_as_the_images_that
 
 
 def test_concatenated_datasets_must_have_the_same_classes(tmp_path):
-    images, coco = draw_dataset(2, (96, 96))
+    images, coco = draw_dataset(2, (96, 96), classes=["building"])
     coco["categories"] = [{"id": 1, "name": "house"}]
     with pytest.raises(ValueError, match=r"same (classes|name)"):
         build_trainer(tmp_path, {"train_dataset": ConcatDataset([drawn(2), InstanceDataset(coco, images)])})
 
 
 def test_the_configuration_keeps_the_category_ids_of_the_training_data(tmp_path):
-    images, coco = draw_dataset(1, (96, 96))
+    images, coco = draw_dataset(1, (96, 96), classes=["building"])
     coco["categories"] = [{"id": 77, "name": "building"}]
     coco["annotations"] = [item | {"category_id": 77} for item in coco["annotations"]]
     trainer = build_trainer(tmp_path)
@@ -241,7 +241,7 @@ def test_a_table_of_the_classes_is_printed_before_the_first_step(tmp_path, capsy
 
 
 def test_objects_without_a_mask_and_images_with_more_objects_than_queries_are_reported(tmp_path, hf_log):
-    images, coco = draw_dataset(1, (96, 96))
+    images, coco = draw_dataset(1, (96, 96), classes=["building"])
     box = {"image_id": 0, "category_id": 1, "iscrowd": 0, "bbox": [0, 0, 9, 9], "area": 81.0}
     square = {"segmentation": [[0, 0, 9, 0, 9, 9, 0, 9]]}
     coco["annotations"] = [{**box, **square, "id": i} for i in range(1, 8)] + [{**box, "id": 8}]

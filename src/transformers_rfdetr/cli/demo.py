@@ -92,7 +92,9 @@ def _draw_data(folder: Path, splits: dict[str, tuple[int, int]]) -> InstanceData
     """Draw splits, given as (number of images, first seed), into a folder in Roboflow's layout, and load them."""
     for split, (count, first_seed) in splits.items():
         (folder / split).mkdir(parents=True, exist_ok=True)
-        images, coco = draw_dataset(count, (_SIZE, _SIZE), metres_per_pixel=0.5, first_seed=first_seed)
+        images, coco = draw_dataset(
+            count, (_SIZE, _SIZE), metres_per_pixel=0.5, first_seed=first_seed, classes=["building"]
+        )
         for image, entry in zip(images, coco["images"], strict=True):
             image.save(folder / split / entry["file_name"])
         write_text(folder / split / "_annotations.coco.json", json.dumps(coco))

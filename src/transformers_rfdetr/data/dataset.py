@@ -45,7 +45,7 @@ class InstanceDataset(HasLabelMap, torch.utils.data.Dataset):
     Example:
         >>> from transformers_rfdetr.data.dataset import InstanceDataset
         >>> from transformers_rfdetr.data.synthetic import draw_dataset
-        >>> images, coco = draw_dataset(4)
+        >>> images, coco = draw_dataset(4, classes=["building"])
         >>> dataset = InstanceDataset(coco, images)
         >>> len(dataset), dataset.id2label, dataset.category_ids
         (4, {0: 'building'}, [1])

@@ -101,7 +101,7 @@ def load_instance_dataset(
         >>> from transformers_rfdetr.data.synthetic import save_dataset
         >>> data = load_instance_dataset(save_dataset(tempfile.mkdtemp(), 4))
         >>> data["train"][3]["annotations"], data.id2label
-        ([], {0: 'building'})
+        ([], {0: 'building', 1: 'tree', 2: 'car', 3: 'pool', 4: 'tank'})
 
     Args:
         source: A file or a folder in one of the README's formats (COCO, YOLO, labelme, CVAT, VIA, masks, ...);

@@ -47,7 +47,7 @@ def check_dataset(
         >>> from transformers_rfdetr import check_dataset
         >>> from transformers_rfdetr.data.synthetic import draw_dataset
         >>> folder = Path(tempfile.mkdtemp())
-        >>> images, coco = draw_dataset(4)
+        >>> images, coco = draw_dataset(4, classes=["building"])
         >>> for image, entry in zip(images, coco["images"]):
         ...     image.save(folder / entry["file_name"])
         >>> coco["annotations"][0]["bbox"] = [500, 500, 10, 10]

@@ -12,8 +12,9 @@ from typing import Any
 from PIL import Image
 
 from .aerial import CLASSES, draw_scene
+from .tray import draw_tray
 
-__all__ = ["CLASSES", "draw_dataset", "draw_scene", "save_dataset"]
+__all__ = ["CLASSES", "draw_dataset", "draw_scene", "draw_tray", "save_dataset"]
 
 
 def draw_dataset(

@@ -266,7 +266,9 @@ class _Aerial(Canvas):
         center, radius = self.random_point(), self.rng.uniform(1.4, 3.8)
         trunk = self.window(center, 0.5)
         owners = self.owner[trunk.canvas]
-        if self.paved[trunk.canvas].any() or any(self.objects[number].category_id != _TREE for number in owners[owners > 0]):
+        if self.paved[trunk.canvas].any() or any(
+            self.objects[number].category_id != _TREE for number in owners[owners > 0]
+        ):
             return False
         window = self.window(center, 2.5 * radius + 1)
         around = np.arctan2(window.y, window.x)

@@ -147,7 +147,7 @@ class Canvas:
         return Image.fromarray(colors).filter(ImageFilter.GaussianBlur(self.rng.uniform(0.2, 0.7)))
 
     def annotations(self, image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
-        """Return a COCO annotation for each object of the categories: a polygon if it is wholly visible, else an RLE."""
+        """Return a COCO annotation for each object of the categories: polygons if wholly visible, else an RLE."""
         found: list[dict[str, Any]] = []
         for number, item in enumerate(self.objects):
             if number == 0 or item.category_id not in category_ids:
