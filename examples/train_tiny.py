@@ -9,7 +9,6 @@ round takes about two hours on one core.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from transformers_rfdetr import (
     RfDetrTrainingArguments,
     load_instance_dataset,
 )
-from transformers_rfdetr.data.synthetic import CLASSES, draw_dataset
+from transformers_rfdetr.data.synthetic import CLASSES, draw_dataset, save_dataset
 
 SIZE = 144
 METRES_PER_PIXEL = (0.15, 0.28)
@@ -60,17 +59,6 @@ def build_model(seed: int) -> RfDetrForInstanceSegmentation:
     )
     torch.manual_seed(seed)
     return RfDetrForInstanceSegmentation(config)
-
-
-def draw_split(folder: Path, num_images: int, first_seed: int) -> None:
-    """Draw a split in Roboflow's layout, unless it is complete."""
-    if (folder / "_annotations.coco.json").is_file():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    images, coco = draw_dataset(num_images, (SIZE, SIZE), metres_per_pixel=METRES_PER_PIXEL, first_seed=first_seed)
-    for image, entry in zip(images, coco["images"], strict=True):
-        image.save(folder / entry["file_name"])
-    (folder / "_annotations.coco.json").write_text(json.dumps(coco))
 
 
 def train_round(model: RfDetrForInstanceSegmentation, data: Any, folder: Path, steps: int, rate: float) -> None:
@@ -117,7 +105,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     for split, (num_images, first_seed) in SPLITS.items():
-        draw_split(options.output / "data" / split, num_images, first_seed)
+        if not (options.output / "data" / split / "_annotations.coco.json").is_file():
+            drawn = draw_dataset(num_images, (SIZE, SIZE), metres_per_pixel=METRES_PER_PIXEL, first_seed=first_seed)
+            save_dataset(options.output / "data" / split, *drawn)
     data = load_instance_dataset(options.output / "data")
     model = build_model(options.seed)
     for number, (steps, rate) in enumerate(ROUNDS, start=1):

@@ -12,6 +12,7 @@ import transformers_rfdetr
 PACKAGE = Path(transformers_rfdetr.__file__).parent
 # A group may import from itself and from the groups before it. A name without a folder is a file.
 ORDER = [
+    "assets",
     "model",
     "atomic_files",
     "text_table",

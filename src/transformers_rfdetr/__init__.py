@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .assets import sample_image, tiny_checkpoint
     from .data.augmentation import FlipAndCrop
     from .data.checks.check import check_dataset
     from .data.dataset import InstanceDataset
@@ -62,7 +63,9 @@ __all__ = [
     "predict_tiled",
     "predict_video",
     "resolve_variant",
+    "sample_image",
     "split_dataset",
+    "tiny_checkpoint",
     "write_report",
 ]
 # Public name -> the module that has it.
@@ -93,7 +96,9 @@ _LATER = {
     "predict_tiled": "inference.tiling",
     "predict_video": "inference.video.predict_video",
     "resolve_variant": "model.variants_rf_detr",
+    "sample_image": "assets",
     "split_dataset": "data.splits",
+    "tiny_checkpoint": "assets",
     "write_report": "evaluation.report",
 }
 

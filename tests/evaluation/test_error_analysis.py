@@ -40,20 +40,21 @@ def test_detections_are_matched_with_objects_of_their_class_and_then_with_others
     assert [image.num_errors for image in analysis.images] == [1, 3, 0, 0]
     many = analysis.images[1]
     assert many.object_outcomes == ["found", "other class", "crowd"]
-    assert many.detection_outcomes == ["correct", "false", "other class", "in a crowd"]
+    assert many.detection_outcomes == ["correct", "duplicate", "other class", "in a crowd"]
     assert many.matches.tolist() == [0, -1, 1, -1]
     assert many.ious == pytest.approx([0.8, 0, 1, 0])
     assert many.objects.names == ["house", "pool", "pool"]
     assert many.detections.names == ["house", "house", "house", "pool"]
     assert analysis.class_names == ["house", "pool"]
     assert analysis.confusion.tolist() == [[2, 0, 0], [1, 0, 1], [1, 0, 0]]
+    assert (analysis.precision, analysis.recall, analysis.num_duplicates) == (2 / 4, 2 / 4, 1)
     assert analysis.highest_score == pytest.approx(0.9)
     assert ("segm_AP" in analysis.metrics) is masks
 
 
 def test_a_lower_minimum_score_lets_more_detections_count():
     many = next(image for image in analysed(min_score=0.3).images if image.name == "many.png")
-    assert many.detection_outcomes == ["correct", "false", "false", "in a crowd", "correct"]
+    assert many.detection_outcomes == ["correct", "duplicate", "false", "in a crowd", "correct"]
     assert many.quality == pytest.approx((0.8 + 1) / (2 + 2 / 2))
     with pytest.raises(ValueError, match=r"`min_score` must be .* got 50"):
         analysed(min_score=50)

@@ -165,7 +165,7 @@ class TestPage:
                 "other-class",
                 "crowd",
                 "correct",
-                "false",
+                "duplicate",
                 "other-class",
                 "in-a-crowd",
                 "found",
@@ -206,7 +206,7 @@ class TestPage:
         assert {"pool, missed", "house, found", "pool, found as house", "pool, crowd"} <= set(titles)
         assert {
             "house, score 0.90, correct, IoU 0.80",
-            "house, score 0.80, false",
+            "house, score 0.80, duplicate",
             "house, score 0.70, annotated as pool, IoU 1.00",
             "pool, score 0.60, in a crowd",
         } <= set(titles)

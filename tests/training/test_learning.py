@@ -115,12 +115,13 @@ def test_the_demo_trains_saves_loads_and_draws(tmp_path):
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert format_numbers(metrics) in result.stdout
     assert (tmp_path / "model" / "model.safetensors").is_file()
+    assert "washer" in (tmp_path / "report.html").read_text()
     sheet = np.asarray(Image.open(tmp_path / "predictions.png"))
-    gap = 5  # a sixtieth of a row of 3 x 96 pixels
-    assert sheet.shape[0] > 6 * 3 * 96 + 5 * gap
-    assert sheet.shape[1] == 2 * 3 * 96 + gap
-    ground_truth, predictions = sheet[-3 * 96 :, : 3 * 96], sheet[-3 * 96 :, -3 * 96 :]
-    assert not np.array_equal(ground_truth, predictions)
+    side, gap = 288, 5
+    assert sheet.shape[0] > 4 * side + 3 * gap
+    assert sheet.shape[1] == 3 * side + 2 * gap
+    image, ground_truth = sheet[-side:, :side], sheet[-side:, side + gap : -side - gap]
+    assert not np.array_equal(image, ground_truth)
     files = {path.name for path in (tmp_path / "data" / "valid").iterdir()}
     assert len(files) == 9
     assert "_annotations.coco.json" in files

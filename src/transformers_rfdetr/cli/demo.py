@@ -1,149 +1,118 @@
-"""`python -m transformers_rfdetr.cli.demo`: train a small model on drawn images, save it, load it and draw results."""
+"""`python -m transformers_rfdetr.cli.demo`: fine-tune rf-detr-seg-tiny on drawn images of new classes."""
 
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from PIL import Image
 
+from ..assets import TINY_NAME
 from ..atomic_files import atomic_file, write_text
 from ..data.augmentation import FlipAndCrop
-from ..data.dataset import InstanceDatasets
-from ..data.drawing import draw_grid
+from ..data.checks.check import check_dataset
+from ..data.drawing import draw_annotations, draw_grid
 from ..data.load import load_instance_dataset
-from ..data.synthetic import draw_dataset
-from ..evaluation.evaluation_loop import evaluate_instance_segmentation
+from ..data.synthetic import draw_tray, draw_trays, save_dataset
+from ..evaluation.error_analysis import analyse_evaluation
+from ..evaluation.evaluation_loop import evaluate_dataset
+from ..evaluation.report import save_report
 from ..hub.load import load
-from ..model.configuration_rf_detr import RfDetrConfig
-from ..model.modeling_rf_detr import RfDetrForInstanceSegmentation
+from ..inference.predict import predict
+from ..model.image_processing_rf_detr import RfDetrImageProcessor
+from ..model.modeling_rf_detr import RfDetrForObjectDetection
 from ..training.arguments import RfDetrTrainingArguments
-from ..training.run_card import DRAWN_SCORE, draw_examples
 from ..training.trainer import RfDetrTrainer
 from .errors import one_line_errors
 from .evaluate import format_numbers
 
-_SIZE = 96
-_BATCH_SIZE = 16
-_NUM_DRAWN = 6
+_NUM_DRAWN = 4
 _FIRST_VALIDATION_SEED = 1_000_000  # training images are drawn from seed 0 on
-# With random weights, all parts learn at one rate, which is higher than in fine-tuning.
-FROM_SCRATCH: dict[str, Any] = {
-    "gradient_accumulation_steps": 1,
-    "layer_decay": 1.0,
-    "component_decay": 1.0,
-    "max_grad_norm": 1.0,
-    "lr_scheduler_type": "cosine",
-    "multi_scale": False,
-    "eval_strategy": "steps",
-    "save_strategy": "steps",
-    "dataloader_num_workers": 0,
-    "report_to": "none",
-}
 
 app = typer.Typer(add_completion=False)
 
 
-@app.command(epilog="example: python -m transformers_rfdetr.cli.demo --seed 1 --output demo/seed1")
+@app.command(epilog="example: python -m transformers_rfdetr.cli.demo --steps 500 --output demo/longer")
 @one_line_errors
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for all results.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and training.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of 16 images.")] = 600,
-    train: Annotated[int, typer.Option(min=16, help="Number of training images.")] = 1024,
-    validation: Annotated[int, typer.Option(min=1, help="Number of validation images.")] = 96,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of training.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of 8 images.")] = 120,
+    train: Annotated[int, typer.Option(min=8, help="Number of training images.")] = 200,
+    validation: Annotated[int, typer.Option(min=1, help="Number of validation images.")] = 50,
 ) -> None:
-    """Draw aerial images of buildings, train a small RF-DETR-Seg on them from scratch, and evaluate it on others.
+    """Draw bolts, nuts and washers on trays, check the data, fine-tune rf-detr-seg-tiny on them, and evaluate it.
 
-    The model is then loaded from the folder that it was saved to, and its predictions are drawn.
+    The model has only seen aerial images before.
     """
     started = time.perf_counter()
     typer.echo(f"Drawing {train} images to train on and {validation} to evaluate on")
-    data = _draw_data(output / "data", {"train": (train, 0), "valid": (validation, _FIRST_VALIDATION_SEED)})
+    save_dataset(output / "data" / "train", *draw_trays(train))
+    save_dataset(output / "data" / "valid", *draw_trays(validation, first_seed=_FIRST_VALIDATION_SEED))
+    typer.echo(check_dataset(output / "data"))
+    data = load_instance_dataset(output / "data")
+
+    torch.manual_seed(seed)  # for the heads of the new classes
+    model, processor = load(TINY_NAME, id2label=data.id2label)
     trainer = RfDetrTrainer(
-        _build_model(seed, data.id2label),
-        _arguments(output / "run", steps, seed, train),
+        model,
+        _arguments(output / "run", steps, seed),
         train_dataset=data["train"],
-        eval_dataset=data["validation"],
-        augmentation=FlipAndCrop(crop=0.0, rotate=0.75),  # aerial images have no upright direction
+        processing_class=processor,
+        augmentation=FlipAndCrop(crop=0.0, rotate=0.75),  # trays have no upright direction
     )
     trainer.train()
+    trainer.save_state()
     trainer.save_model(str(output / "model"))
 
     model, processor = load(str(output / "model"))
-    metrics = evaluate_instance_segmentation(model, processor, data["validation"])
-    write_text(output / "metrics.json", json.dumps(metrics, indent=1))
-    rows = [
-        [drawn.resize((3 * _SIZE, 3 * _SIZE), Image.Resampling.BICUBIC) for drawn in pair]
-        for pair in draw_examples(model, processor, data["validation"], _NUM_DRAWN)
-    ]
+    evaluator = evaluate_dataset(model, processor, data["validation"])
+    analysis = analyse_evaluation(evaluator, data["validation"])
+    write_text(output / "metrics.json", json.dumps(analysis.metrics, indent=1))
+    save_report(output, analysis, data["validation"], training=output / "run", title="the demo")
     with atomic_file(output / "predictions.png") as partial:
-        draw_grid(rows, ["ground truth", f"predictions above {DRAWN_SCORE:g}"]).save(partial, "PNG")
-    typer.echo(format_numbers(metrics))
+        _draw_predictions(model, processor).save(partial, "PNG")
+    typer.echo(format_numbers(analysis.metrics))
     typer.echo(
-        f"{time.perf_counter() - started:.0f} s. The model is in {output / 'model'}, its predictions beside the ground"
-        f" truth in {output / 'predictions.png'}, the data in {output / 'data'}."
+        f"{time.perf_counter() - started:.0f} s. Look at {output / 'predictions.png'} and {output / 'report.html'}."
+        f" Then try your own images:\n  transformers-rfdetr predict {output / 'model'} IMAGES"
+        f"\n  transformers-rfdetr train DATA --model {TINY_NAME} --output runs/first --epochs 10"
     )
 
 
-def _draw_data(folder: Path, splits: dict[str, tuple[int, int]]) -> InstanceDatasets:
-    """Draw splits, given as (number of images, first seed), into a folder in Roboflow's layout, and load them."""
-    for split, (count, first_seed) in splits.items():
-        (folder / split).mkdir(parents=True, exist_ok=True)
-        images, coco = draw_dataset(
-            count, (_SIZE, _SIZE), metres_per_pixel=0.5, first_seed=first_seed, classes=["building"]
-        )
-        for image, entry in zip(images, coco["images"], strict=True):
-            image.save(folder / split / entry["file_name"])
-        write_text(folder / split / "_annotations.coco.json", json.dumps(coco))
-    return load_instance_dataset(folder)
-
-
-def _build_model(seed: int, id2label: dict[int, str]) -> RfDetrForInstanceSegmentation:
-    """Return a model of 2.5 million random weights, which learns on a CPU."""
-    config = RfDetrConfig(
-        backbone_config={
-            "hidden_size": 128,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 2,
-            "image_size": _SIZE,
-            "patch_size": 12,
-            "num_windows": 1,
-            "out_indices": [2, 3, 4, 6],
-        },
-        d_model=128,
-        decoder_layers=2,
-        decoder_ffn_dim=256,
-        decoder_self_attention_heads=4,
-        decoder_cross_attention_heads=8,
-        num_queries=12,
-        group_detr=5,
-        mask_point_sample_ratio=4,  # of 24 x 24 cells
-        id2label=id2label,
-    )
-    torch.manual_seed(seed)
-    return RfDetrForInstanceSegmentation(config)
-
-
-def _arguments(folder: Path, steps: int, seed: int, num_images: int) -> RfDetrTrainingArguments:
-    steps_between = max(1, steps // 4)
+def _arguments(folder: Path, steps: int, seed: int) -> RfDetrTrainingArguments:
     return RfDetrTrainingArguments(
         str(folder),
-        num_train_epochs=steps * _BATCH_SIZE / num_images,
-        per_device_train_batch_size=_BATCH_SIZE,
-        per_device_eval_batch_size=_BATCH_SIZE,
+        max_steps=steps,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=1,
         learning_rate=1e-3,
-        learning_rate_encoder=1e-3,
+        learning_rate_encoder=5e-4,
+        max_grad_norm=1.0,
+        lr_scheduler_type="cosine",
         warmup_steps=steps // 10,
-        eval_steps=steps_between,
-        save_steps=steps_between,
-        save_total_limit=1,
-        logging_steps=max(1, steps // 20),
+        multi_scale=False,
+        ema_tau=steps / 5,
+        eval_strategy="no",
+        save_strategy="no",
+        logging_steps=max(1, steps // 12),
+        dataloader_num_workers=0,
         seed=seed,
-        **FROM_SCRATCH,
+        report_to="none",
     )
+
+
+def _draw_predictions(model: RfDetrForObjectDetection, processor: RfDetrImageProcessor) -> Image.Image:
+    """Draw the first validation images, at twice the resolution, with their ground truth and their predictions."""
+    rows = []
+    for seed in range(_FIRST_VALIDATION_SEED, _FIRST_VALIDATION_SEED + _NUM_DRAWN):
+        image, annotations = draw_tray(seed, (288, 288))
+        labelled = [{**item, "category_id": item["category_id"] - 1} for item in annotations]
+        [found] = predict(model, processor, image)
+        rows.append([image, draw_annotations(image, labelled, model.config.id2label), found.draw(image)])
+    return draw_grid(rows, ["image", "ground truth", "predictions"])
 
 
 if __name__ == "__main__":

@@ -18,7 +18,11 @@ class Dtype(StrEnum):
 
 
 ModelArgument = Annotated[
-    str, typer.Argument(help="A folder, a Hub id, or a published name such as rf-detr-seg-medium.")
+    str,
+    typer.Argument(
+        help="A folder, a Hub id, a published name such as rf-detr-seg-medium, or rf-detr-seg-tiny, which is in the"
+        " package."
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto, which uses a GPU if there is one.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Data type of the weights and the computation.")]

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import typer
 
+from ..assets import TINY_NAME, sample_image
 from ..atomic_files import escape_unprintable
 from .errors import one_line_errors, terminated_as_interrupted
 from .options import BatchSizeOption, DeviceOption, Dtype, DtypeOption, ModelArgument, absolute, read_names, read_size
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from ..inference.video.predict_video import VideoSummary
 
 EXAMPLE = """examples:
+
+transformers-rfdetr predict rf-detr-seg-tiny
 
 transformers-rfdetr predict rf-detr-seg-medium photos/ --output found
 
@@ -50,7 +53,8 @@ _MAX_LISTED = 20  # unreadable images
 SourcesArgument = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Files, folders, patterns and URLs of images and videos; the number of a camera; rtsp:// streams."
+        help="Files, folders, patterns and URLs of images and videos; the number of a camera; rtsp:// streams. Default"
+        " for rf-detr-seg-tiny: a sample image."
     ),
 ]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder of the results.")]
@@ -139,6 +143,8 @@ def predict(
     from ..hub.load import load
     from ..inference.folder import FolderOptions
 
+    if model == TINY_NAME and not sources and dataset is None:
+        sources = [str(sample_image())]
     inputs = _read_inputs(sources, dataset, split, output)
     _check_options(inputs, tile, overlap, save_crops, track, max_frames)
     window = _open_window() if show else None

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from ..atomic_files import atomic_directory, write_text
+from ..hub.load import resolve_name
 from ..hub.model_card import model_card
 from ..hub.push import create_repository, upload
 from ..model.checkpoint_files import FLOATS, read_tensors, weight_files
@@ -169,7 +170,7 @@ def convert_to_rfdetr(source: str | os.PathLike[str], output: str | os.PathLike[
     Raises:
         ValueError: rfdetr cannot build the model (rectangular input, another encoder width, ...), or it lacks tensors.
     """
-    output, source = Path(output), os.fspath(source)
+    output, source = Path(output), resolve_name(os.fspath(source))
     if output.exists():
         _refuse_existing(output)
     with error_context(source):

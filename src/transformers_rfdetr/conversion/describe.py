@@ -9,6 +9,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
+from ..assets import TINY_NAME, tiny_checkpoint
 from ..hub.load import check_model_type
 from ..model.checkpoint_files import FLOATS, weight_files
 from ..model.checkpoint_layouts import is_original_layout
@@ -50,7 +51,7 @@ def describe(name: str) -> dict[str, Any]:
     Raises:
         ValueError: It is not an RF-DETR model, or cannot be read.
     """
-    path = Path(name).expanduser()
+    path = tiny_checkpoint() if name == TINY_NAME else Path(name).expanduser()
     if path.is_file():
         checkpoint = _read_file(path)
     elif path.is_dir() or (variant := _published_name(name)) is None:

@@ -98,8 +98,8 @@ def load_instance_dataset(
     Example:
         >>> import tempfile
         >>> from transformers_rfdetr import load_instance_dataset
-        >>> from transformers_rfdetr.data.synthetic import save_dataset
-        >>> data = load_instance_dataset(save_dataset(tempfile.mkdtemp(), 4))
+        >>> from transformers_rfdetr.data.synthetic import draw_dataset, save_dataset
+        >>> data = load_instance_dataset(save_dataset(tempfile.mkdtemp(), *draw_dataset(4)))
         >>> data["train"][3]["annotations"], data.id2label
         ([], {0: 'building', 1: 'tree', 2: 'car', 3: 'pool', 4: 'tank'})
 

@@ -19,6 +19,7 @@ from .evaluation_loop import evaluate_dataset
 from .mask_records import Detections, Objects
 
 _MIN_IOU = 0.5  # of a detection and the object that it is matched with
+_ERRORS = ("other class", "duplicate", "false")  # outcomes of detections
 
 
 @dataclass
@@ -27,7 +28,8 @@ class ImageQuality:
 
     A detection with a score above `min_score` is matched, the best first, with the free object of its class with the
     highest IoU, if that is at least 0.5. Detections that remain and are not inside a crowd region of their class are
-    then matched with the remaining objects of other classes.
+    then matched with the remaining objects of other classes. A detection that is left over is a duplicate if it has an
+    IoU of at least 0.5 with an object of its class, which another detection has found.
 
     Attributes:
         index: Index of the image in the dataset.
@@ -36,7 +38,7 @@ class ImageQuality:
             mask of its box.
         detections: K detections.
         object_outcomes: N times "found", "other class", "missed" or "crowd".
-        detection_outcomes: K times "correct", "other class", "false" or "in a crowd".
+        detection_outcomes: K times "correct", "other class", "duplicate", "false" or "in a crowd".
         matches: (K,) int64, index of the object that each detection is matched with, or -1.
         ious: (K,) float64, IoU of each detection with that object, or 0.
     """
@@ -54,7 +56,7 @@ class ImageQuality:
     def num_errors(self) -> int:
         """Return the number of objects that were not found and of detections that are not correct."""
         return sum(outcome in ("other class", "missed") for outcome in self.object_outcomes) + sum(
-            outcome in ("other class", "false") for outcome in self.detection_outcomes
+            outcome in _ERRORS for outcome in self.detection_outcomes
         )
 
     @property
@@ -78,7 +80,7 @@ class Analysis:
         class_names: C names.
         curves: Class -> precision (T, R), from [`InstanceSegmentationEvaluator.precision_curves`].
         confusion: (C + 1, C + 1) int64: number of objects of the row's class that were detected as the column's. The
-            last column counts missed objects, the last row false detections.
+            last column counts missed objects, the last row false and duplicate detections.
         images: All images, the worst first.
         min_score: Score that a detection must exceed to count in `confusion` and `images`.
         highest_score: Highest score of all detections, or None if there are none.
@@ -94,6 +96,23 @@ class Analysis:
     min_score: float
     highest_score: float | None
     score_threshold: float | None = None
+
+    @property
+    def precision(self) -> float:
+        """Return the fraction of the detections above `min_score` that are correct; -1 if there are none."""
+        num_detections = self.confusion[:, :-1].sum()
+        return float(np.trace(self.confusion) / num_detections) if num_detections else -1.0
+
+    @property
+    def recall(self) -> float:
+        """Return the fraction of the objects that a detection above `min_score` has found; -1 if there are none."""
+        num_objects = self.confusion[:-1].sum()
+        return float(np.trace(self.confusion) / num_objects) if num_objects else -1.0
+
+    @property
+    def num_duplicates(self) -> int:
+        """Return the number of detections above `min_score` of objects that another detection has found."""
+        return sum(image.detection_outcomes.count("duplicate") for image in self.images)
 
 
 def analyse(
@@ -190,7 +209,11 @@ def match_image(index: int, name: str, objects: Instances, is_crowd: np.ndarray,
     same_class = detections.labels[:, None] == objects.labels
     matches, in_crowd = _match(ious, same_class, is_crowd)
     object_outcomes = ["crowd" if crowd else "missed" for crowd in is_crowd]
-    detection_outcomes = ["in a crowd" if crowd else "false" for crowd in in_crowd]
+    is_duplicate = (ious * (same_class & ~is_crowd)).max(1, initial=0) >= _MIN_IOU
+    detection_outcomes = [
+        "in a crowd" if crowd else "duplicate" if duplicate else "false"
+        for crowd, duplicate in zip(in_crowd, is_duplicate, strict=True)
+    ]
     matched_ious = np.zeros(len(detections))
     for detection in np.flatnonzero(matches >= 0):
         matched = matches[detection]
@@ -240,5 +263,5 @@ def confusion_matrix(images: Iterable[ImageQuality], num_classes: int) -> np.nda
             if matched >= 0:
                 counts[image.objects.labels[matched], label] += 1
             else:
-                counts[-1, label] += outcome == "false"
+                counts[-1, label] += outcome in ("duplicate", "false")
     return counts

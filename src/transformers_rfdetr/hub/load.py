@@ -1,4 +1,4 @@
-"""Load a model and its image processor by one name: a folder, a repository on the Hub, or a published checkpoint."""
+"""Load a model and its image processor by one name: a folder, a repository on the Hub, a published checkpoint, ..."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils import logging
 
+from ..assets import TINY_NAME, tiny_checkpoint
 from ..model.configuration_rf_detr import RfDetrConfig
 from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from ..model.modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection
@@ -28,10 +29,13 @@ def load(
     """Load a model as the class that it was saved as, in evaluation mode, and its image processor.
 
     Example:
-        >>> model, processor = load("rf-detr-seg-medium")  # doctest: +SKIP
+        >>> model, processor = load("rf-detr-seg-tiny")
+        >>> model.config.resolution
+        144
 
     Args:
-        name: A folder, a Hub id, or a published checkpoint in any usual spelling (rf-detr-seg-medium, RFDETRSegMedium).
+        name: A folder, a Hub id, a published checkpoint in any usual spelling (rf-detr-seg-medium, RFDETRSegMedium), or
+            rf-detr-seg-tiny, which is in the package.
         device: Device of the model: "cpu", "cuda", "cuda:1", "mps", or "auto" for the first GPU, else the CPU. The CPU
             by default.
         dtype: Data type of the weights; float32 by default.
@@ -42,7 +46,7 @@ def load(
     Raises:
         ValueError: The checkpoint does not exist, cannot be read, or lacks weights.
     """
-    name = _resolve_name(name)
+    name = resolve_name(name)
     hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
     try:
         if Path(name).is_dir():
@@ -76,8 +80,8 @@ def load(
     return model.to(read_device(device)).eval(), processor
 
 
-def _resolve_name(name: str) -> str:
-    """Return the path of a folder, or the Hub id of a repository or a published name."""
+def resolve_name(name: str) -> str:
+    """Return the path of a folder or of the model in the package, or the Hub id of a repository or a published name."""
     if not name:
         raise ValueError("`name` must be a folder, a Hub id or a published name such as rf-detr-seg-medium, got ''")
     path = Path(name).expanduser()
@@ -88,6 +92,8 @@ def _resolve_name(name: str) -> str:
         )
     if path.is_dir():
         return str(path)
+    if name == TINY_NAME:
+        return str(tiny_checkpoint())
     with suppress(ValueError):
         return name if "/" in name else f"Roboflow/{resolve_variant(name)}"
     return name

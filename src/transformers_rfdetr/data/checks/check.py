@@ -42,17 +42,12 @@ def check_dataset(
     """List everything in a dataset that is wrong or unusual, and optionally write a repaired copy.
 
     Example:
-        >>> import json, tempfile
-        >>> from pathlib import Path
+        >>> import tempfile
         >>> from transformers_rfdetr import check_dataset
-        >>> from transformers_rfdetr.data.synthetic import draw_dataset
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> images, coco = draw_dataset(4, classes=["building"])
-        >>> for image, entry in zip(images, coco["images"]):
-        ...     image.save(folder / entry["file_name"])
+        >>> from transformers_rfdetr.data.synthetic import draw_dataset, save_dataset
+        >>> images, coco = draw_dataset(4)
         >>> coco["annotations"][0]["bbox"] = [500, 500, 10, 10]
-        >>> _ = (folder / "train.json").write_text(json.dumps(coco))
-        >>> check_dataset(folder / "train.json").count("box_outside")
+        >>> check_dataset(save_dataset(tempfile.mkdtemp(), images, coco)).count("box_outside")
         1
 
     Args:

@@ -5,16 +5,19 @@ An image depends only on its seed, and nothing is downloaded.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from . import tray
 from .aerial import CLASSES, draw_scene
 from .tray import draw_tray
 
-__all__ = ["CLASSES", "draw_dataset", "draw_scene", "draw_tray", "save_dataset"]
+__all__ = ["CLASSES", "draw_dataset", "draw_scene", "draw_tray", "draw_trays", "save_dataset"]
+
+Dataset = tuple[list[Image.Image], dict[str, Any]]
 
 
 def draw_dataset(
@@ -24,7 +27,7 @@ def draw_dataset(
     metres_per_pixel: float | tuple[float, float] = 0.6,
     classes: Sequence[str] = CLASSES,
     first_seed: int = 0,
-) -> tuple[list[Image.Image], dict[str, Any]]:
+) -> Dataset:
     """Draw the aerial images of `num_images` consecutive seeds, with their annotations as one COCO dict.
 
     Args:
@@ -37,26 +40,41 @@ def draw_dataset(
     Returns:
         The images, and a dict of `images` in the same order, `annotations` and `categories`.
     """
+    categories = [{"id": CLASSES.index(name) + 1, "name": name} for name in CLASSES if name in classes]
+    seeds = range(first_seed, first_seed + num_images)
+    return _draw(
+        seeds, categories, lambda seed: draw_scene(seed, size, metres_per_pixel=metres_per_pixel, classes=classes)
+    )
+
+
+def draw_trays(num_images: int, size: tuple[int, int] = (144, 144), *, first_seed: int = 0) -> Dataset:
+    """Draw the trays of `num_images` consecutive seeds, as [`draw_dataset`] does aerial images."""
+    categories = [{"id": number, "name": name} for number, name in enumerate(tray.CLASSES, start=1)]
+    return _draw(range(first_seed, first_seed + num_images), categories, lambda seed: draw_tray(seed, size))
+
+
+def _draw(seeds: range, categories: list[dict[str, Any]], draw: Callable[[int], tuple[Image.Image, Any]]) -> Dataset:
     images, entries = [], []
     annotations: list[dict[str, Any]] = []
-    for seed in range(first_seed, first_seed + num_images):
-        image, objects = draw_scene(seed, size, metres_per_pixel=metres_per_pixel, classes=classes)
+    for seed in seeds:
+        image, objects = draw(seed)
         images.append(image)
-        entries.append({"id": seed, "file_name": f"{seed:06d}.png", "height": size[0], "width": size[1]})
+        entries.append({"id": seed, "file_name": f"{seed:06d}.png", "height": image.height, "width": image.width})
         annotations += [{**item, "id": len(annotations) + i} for i, item in enumerate(objects, start=1)]
-    categories = [{"id": CLASSES.index(name) + 1, "name": name} for name in CLASSES if name in classes]
     return images, {"images": entries, "annotations": annotations, "categories": categories}
 
 
-def save_dataset(folder: str | os.PathLike[str], num_images: int) -> Path:
-    """Save the images of [`draw_dataset`] to a folder, and their annotations as `train.json` in COCO format.
+def save_dataset(folder: str | os.PathLike[str], images: Sequence[Image.Image], coco: dict[str, Any]) -> Path:
+    """Save images and their annotations as Roboflow exports a split: `_annotations.coco.json` beside the images.
+
+    The annotations are written last, so that a folder that has them is complete.
 
     Returns:
-        The path of the JSON.
+        The path of the annotations.
     """
-    images, coco = draw_dataset(num_images)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     for image, entry in zip(images, coco["images"], strict=True):
-        image.save(Path(folder) / entry["file_name"])
-    path = Path(folder) / "train.json"
+        image.save(Path(folder, entry["file_name"]))
+    path = Path(folder, "_annotations.coco.json")
     path.write_text(json.dumps(coco))
     return path

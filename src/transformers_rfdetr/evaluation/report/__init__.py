@@ -130,6 +130,7 @@ def _tiles(analysis: Analysis) -> list[tuple[str, str]]:
     tiles = [(f"{name} {key}", _format_metric(metrics[f"{kind}_{key}"])) for key in ("AP", "AP50", "AP75")]
     if "mean_iou" in metrics:
         tiles.append(("mean IoU", _format_metric(metrics["mean_iou"])))
+    tiles += [("precision", _format_metric(analysis.precision)), ("recall", _format_metric(analysis.recall))]
     quality = float(np.mean([image.quality for image in images])) if images else -1.0
     num_objects = sum(_num_objects(image) for image in images)
     return [
