@@ -1,7 +1,4 @@
-"""Draw the images of the README from synthetic data, with the model of `make demo`:
-
-make demo && python examples/draw_readme_images.py demo/model docs
-"""
+"""Draw the images of the README with rf-detr-seg-tiny: `python examples/draw_readme_images.py docs`"""
 
 import sys
 import tempfile
@@ -14,29 +11,27 @@ from transformers_rfdetr.inference.video.predict_video import predict_video
 from transformers_rfdetr.inference.video.writer import VideoWriter
 
 _SEED = 2_000_000  # an image that the model was not trained on
-_THRESHOLD = 0.35
-_SIDE = 288  # pixels for 48 metres, as in the training images
+_SIDE = 288
+_METRES_PER_PIXEL = 0.1  # at the model's 144 pixels, 0.2
 
 
-def main(model_folder: str, output: str) -> None:
+def main(output: str) -> None:
     """Draw the images into the folder `output`."""
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    model, processor = load(model_folder)
+    model, processor = load("rf-detr-seg-tiny")
 
-    image, annotations = draw_scene(_SEED, (_SIDE, _SIDE), metres_per_pixel=48 / _SIDE)
-    [found] = predict(model, processor, image, threshold=_THRESHOLD)
+    image, annotations = draw_scene(_SEED, (_SIDE, _SIDE), metres_per_pixel=_METRES_PER_PIXEL)
+    [found] = predict(model, processor, image)
     found.draw(image).save(folder / "image.png")
-    labelled = [{**annotation, "category_id": 0} for annotation in annotations]
+    labelled = [{**annotation, "category_id": annotation["category_id"] - 1} for annotation in annotations]
     ground_truth = draw_annotations(image, labelled, model.config.id2label)
     draw_grid([[ground_truth, found.draw(image)]], ["ground truth", "predicted"]).save(folder / "comparison.png")
 
-    town, _ = draw_scene(_SEED + 1, (384, 512), metres_per_pixel=0.5)
-    predict_tiled(model, processor, town, threshold=_THRESHOLD).draw(town, color_by="instance").save(
-        folder / "tiles.png"
-    )
+    town, _ = draw_scene(_SEED + 1, (384, 512), metres_per_pixel=0.2)
+    predict_tiled(model, processor, town).draw(town, color_by="instance").save(folder / "tiles.png")
 
-    street, _ = draw_scene(_SEED + 2, (_SIDE, 2 * _SIDE), metres_per_pixel=48 / _SIDE)
+    street, _ = draw_scene(_SEED + 2, (_SIDE, 2 * _SIDE), metres_per_pixel=_METRES_PER_PIXEL)
     with tempfile.TemporaryDirectory() as temporary:
         flight = Path(temporary) / "flight.mp4"
         with VideoWriter(flight, 10, (_SIDE, _SIDE)) as video:
@@ -48,7 +43,6 @@ def main(model_folder: str, output: str) -> None:
             processor,
             flight,
             Path(temporary) / "found.mp4",
-            threshold=_THRESHOLD,
             track=True,
             on_frame=lambda frame, found, drawn: frames.append(drawn),
         )
@@ -56,4 +50,4 @@ def main(model_folder: str, output: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])
