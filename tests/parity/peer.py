@@ -40,7 +40,7 @@ def narrow_dinov2(config: RfDetrConfig):
     """Let rfdetr build its backbone with the widths of `config`: its own choices are small, base and large."""
     backbone = config.backbone_config
     original = rfdetr_dinov2.get_config
-    size = {"hidden_size": backbone.hidden_size, "num_attention_heads": backbone.num_attention_heads}
+    size = {name: getattr(backbone, name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")}
 
     def get_config(name: str, use_registers: bool) -> dict[str, Any]:
         settings = original(name, use_registers) | size
