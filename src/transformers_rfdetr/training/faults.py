@@ -189,7 +189,8 @@ def translate_worker_errors(num_processes: int, output_dir: str | os.PathLike[st
 
 def _is_from_worker(error: BaseException) -> bool:
     """Return whether the error occurred while a tensor of a data loader worker was fetched: the worker was dead."""
-    return any(frame.name == "rebuild_storage_fd" for frame in traceback.extract_tb(error.__traceback__))
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))  # reads no source: SIGCHLD may come now
+    return any(frame.f_code.co_name == "rebuild_storage_fd" for frame in frames)
 
 
 # What gloo and NCCL say.
