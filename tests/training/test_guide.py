@@ -88,7 +88,7 @@ def rows_of_whole_buildings(counts: list[int], first_seed: int) -> list[dict[str
     """
     rows: list[dict[str, Any]] = []
     for seed in itertools.count(first_seed):
-        image, annotations = draw_scene(seed, (96, 96), metres_per_pixel=0.6, classes=["building"])
+        image, annotations = draw_scene(seed, (96, 96), metres_per_pixel=0.7, classes=["building"])
         whole = [annotation for annotation in annotations if isinstance(annotation["segmentation"], list)]
         if len(whole) == counts[len(rows)]:
             objects = {
