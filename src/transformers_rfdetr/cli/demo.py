@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from PIL import Image
 
@@ -54,7 +53,6 @@ def demo(
     typer.echo(check_dataset(output / "data"))
     data = load_instance_dataset(output / "data")
 
-    torch.manual_seed(seed)  # for the heads of the new classes
     model, processor = load(TINY_NAME, id2label=data.id2label)
     trainer = RfDetrTrainer(
         model,
@@ -94,7 +92,7 @@ def _arguments(folder: Path, steps: int, seed: int) -> RfDetrTrainingArguments:
         lr_scheduler_type="cosine",
         warmup_steps=steps // 10,
         multi_scale=False,
-        ema_tau=steps / 5,
+        ema_decay=0.95,  # an average over twenty optimizer steps
         eval_strategy="no",
         save_strategy="no",
         logging_steps=max(1, steps // 12),
