@@ -324,6 +324,6 @@ def test_recall_in_tiles_is_that_of_images_of_the_size_of_a_tile():
     tiled_recall, tiled_precision = recall_and_precision(tiled, large_truth)
     untiled_recall, _ = recall_and_precision(predict(model, processor, large, threshold=0.4), large_truth)
     assert recall > 0.6
-    assert tiled_recall >= recall - 0.05
+    assert tiled_recall >= recall - 0.15  # a building may be nearly as large as a tile
     assert tiled_recall > untiled_recall + 0.2
     assert tiled_precision >= precision - 0.15
