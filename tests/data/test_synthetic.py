@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from transformers_rfdetr import RfDetrImageProcessor
-from transformers_rfdetr.data.synthetic import draw_dataset, draw_scene
+from transformers_rfdetr import RfDetrImageProcessor, load_instance_dataset
+from transformers_rfdetr.data.synthetic import draw_dataset, draw_scene, draw_trays, save_dataset
 
 SMALL = {"size": (96, 128), "metres_per_pixel": 0.5}
 
@@ -142,3 +142,28 @@ def test_the_image_processor_reads_every_annotation_but_crowds(dataset: tuple[li
     for labels, target in zip(inputs["labels"], targets, strict=True):
         houses = [annotation for annotation in target["annotations"] if not annotation["iscrowd"]]
         assert labels["masks"].sum((1, 2)).tolist() == [house["area"] for house in houses]
+
+
+def test_a_tray_shows_parts_of_three_classes_with_holes_that_do_not_overlap():
+    images, dictionary = draw_trays(20, first_seed=50)
+    coco = COCO()
+    coco.dataset = json.loads(json.dumps(dictionary))
+    coco.createIndex()
+    assert [category["name"] for category in dictionary["categories"]] == ["bolt", "nut", "washer"]
+    assert {image.size for image in images} == {(144, 144)}
+    for image_id in coco.getImgIds():
+        annotations = coco.imgToAnns[image_id]
+        assert 0 < len(annotations) < 12
+        masks = [coco.annToMask(annotation) for annotation in annotations]
+        assert np.sum(masks, axis=0).max() == 1
+    washers = [item for item in dictionary["annotations"] if item["category_id"] == 3]
+    shares = [item["area"] / np.prod(item["bbox"][2:]) for item in washers if min(item["bbox"][2:]) > 20]
+    assert np.median(shares) < 0.65  # a disc would cover 0.79 of its box
+
+
+def test_a_saved_dataset_is_read_as_a_split(tmp_path):
+    path = save_dataset(tmp_path / "valid", *draw_trays(2))
+    assert path.name == "_annotations.coco.json"
+    data = load_instance_dataset(tmp_path)
+    assert list(data) == ["validation"]
+    assert data["validation"].num_objects() == len(draw_trays(2)[1]["annotations"])

@@ -16,13 +16,13 @@ _METALS = np.array([[186, 188, 192], [150, 152, 156], [192, 164, 96], [70, 72, 7
 
 
 def draw_tray(seed: int, size: tuple[int, int] = (160, 160)) -> tuple[Image.Image, list[dict[str, Any]]]:
-    """Draw one tray, 80 mm wide along its shorter side, and return it with the annotations of its parts.
+    """Draw one tray, 60 mm wide along its shorter side, and return it with the annotations of its parts.
 
     Parts touch and overlap each other, and nuts and washers have holes.
 
     Example:
         >>> from transformers_rfdetr.data.synthetic import draw_tray
-        >>> image, annotations = draw_tray(seed=0)
+        >>> image, annotations = draw_tray(seed=1)
         >>> image.size, sorted({annotation["category_id"] for annotation in annotations})
         ((160, 160), [1, 2, 3])
 
@@ -35,9 +35,9 @@ def draw_tray(seed: int, size: tuple[int, int] = (160, 160)) -> tuple[Image.Imag
         `CLASSES`, from 1.
     """
     rng = np.random.default_rng(seed)
-    tray = _Tray(rng, size, min(size) / 80)
+    tray = _Tray(rng, size, min(size) / 60)
     tray.draw_ground()
-    wanted = rng.integers(3, 15)
+    wanted = rng.integers(2, 10)
     for _ in range(6 * wanted):
         kind = rng.integers(len(CLASSES))
         wanted -= (tray.draw_bolt, tray.draw_nut, tray.draw_washer)[kind]()
