@@ -62,7 +62,7 @@ def polygon(points: np.ndarray) -> Geometry:
     """
     if len(points) < 3:
         raise ValueError(f"a polygon must have at least 3 points, got {len(points)}. Draw or remove it.")
-    flat = points.astype(np.float64).round(3).ravel().tolist()
+    flat: list[float] = points.astype(np.float64).round(3).ravel().tolist()
     read_segmentation([flat], (1, 1))  # checks the coordinates and the length of the outline
     return {"segmentation": [flat]}
 

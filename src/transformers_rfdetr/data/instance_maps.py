@@ -87,4 +87,5 @@ def find_objects(values: np.ndarray, ignored: tuple[int, ...] = (0,)) -> Iterato
     numbers = numbers.reshape(values.shape) + 1
     for number, (value, box) in enumerate(zip(unique.tolist(), ndimage.find_objects(numbers), strict=True), start=1):
         if value not in ignored:
-            yield MapObject(value, *box, numbers[box] == number)
+            rows, columns = box
+            yield MapObject(value, rows, columns, numbers[box] == number)

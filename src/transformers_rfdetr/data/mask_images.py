@@ -85,7 +85,8 @@ def read_mask_images(files: SourceFiles, found: Sequence[MaskedImage], image_fol
     used = {path for image in masked for path in (image.instance_map, *image.masks)} | {image.path for image in found}
     if unused := [path for path in files.paths if is_image_name(path.name) and path not in used]:
         result.notes.append(f"{len(unused)} files belong to no image in a folder 'images', such as {unused[0]}.")
-    images, scattered = [], []
+    images: list[AnnotatedImage] = []
+    scattered: list[str] = []
     for image in logging.tqdm(masked, desc="Reading masks", unit=" images", delay=2):
         images.append(_read_image(image, locator, scattered))
     result.add_images(files.splits_of([image.path for image in masked]), images)
@@ -107,10 +108,10 @@ def _read_image(masked: MaskedImage, locator: ImageLocator, scattered: list[str]
                     scattered.append(f"value {found.value} of {masked.instance_map}")
     for path in masked.masks:
         with image.collect_problem(str(path)):
-            found = list(find_objects(read_index_image(path, image.size).values))
-            if len(found) != 1:
-                raise ValueError(f"a mask must have 0 and one other value, got {len(found)}. Draw or remove it.")
-            image.objects.append((None, found[0].geometry(image.size)))
+            objects = list(find_objects(read_index_image(path, image.size).values))
+            if len(objects) != 1:
+                raise ValueError(f"a mask must have 0 and one other value, got {len(objects)}. Draw or remove it.")
+            image.objects.append((None, objects[0].geometry(image.size)))
     return image
 
 

@@ -102,6 +102,7 @@ def _images_of_via_3(path: Path, content: Mapping[str, Any]) -> Iterator[tuple[s
     try:
         attributes = {key: (item["aname"], item.get("options") or {}) for key, item in content["attribute"].items()}
         names = {str(key): item["fname"] for key, item in content["file"].items()}
+        images: dict[str, tuple[str, list[str], list[Region]]]
         images = {key: (names[str(view["fid_list"][0])], [], []) for key, view in content["view"].items()}
         for key, item in content["metadata"].items():
             name, problems, regions = images[str(item["vid"])]

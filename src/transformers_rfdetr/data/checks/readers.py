@@ -127,13 +127,15 @@ def _find_listed(sources: Sequence[Any], position: int, entry: Mapping[str, Any]
 
 
 def _read_annotated(parts: Sequence[AnnotatedFiles]) -> list[RawSplit]:
-    classes, splits = common_classes(parts), []
+    classes = common_classes(parts)
+    splits: list[RawSplit] = []
     categories = [{"id": category_id, "name": name} for category_id, name in classes.items()]
     for files in parts:
         folder = ImageFolder(files.image_folder)
         first = len(splits)
         for name, records in files.numbered(classes) or [("train", [])]:
-            images, annotations = [], []
+            images: list[dict[str, Any]] = []
+            annotations: list[dict[str, Any]] = []
             for record in records:
                 entry, objects = _complete_entry(record, folder)
                 images.append(entry)

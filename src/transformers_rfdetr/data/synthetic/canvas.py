@@ -61,7 +61,8 @@ class Canvas:
 
     def window(self, center: np.ndarray, reach: float | None = None, angle: float = 0.0) -> Window:
         """Return the pixels within `reach` units of `center`, or the whole image, in a frame at `angle`."""
-        low, high = np.zeros(2, int), np.array(self.size[::-1])
+        low: np.ndarray = np.zeros(2, int)
+        high = np.array(self.size[::-1])
         if reach is not None:
             low = np.floor(center - reach * self.scale).astype(int)
             high = np.ceil(center + reach * self.scale).astype(int)
