@@ -54,7 +54,7 @@ def test_a_project_is_read_with_the_classes_of_its_description(tmp_path):
     assert data.id2label == {0: "roof", 1: "tree"}
     polygon, box = data["train"][0]["annotations"]
     assert polygon["segmentation"] == [[2, 3, 30, 3, 30, 20]]
-    assert (box["bbox"], box.get("segmentation")) == ([10, 5, 21, 16], None)
+    assert (box["bbox"], box.get("segmentation")) == ([10, 5, 20, 15], None)
     check_command(tmp_path, objects=2, masks=1)
     assert len(objects_of(tmp_path / "ds" / "ann" / "a.png.json", image_folder=tmp_path / "ds" / "img")) == 2
 
@@ -82,6 +82,12 @@ def test_bitmaps_are_read_exactly_and_cut_off_at_the_edges(tmp_path_factory, mas
     canvas = Image.new("1", (WIDTH, HEIGHT))
     canvas.paste(Image.fromarray(mask), (left, top))
     assert np.array_equal(masks_of(folder)[0], np.array(canvas))
+
+
+def test_bound_objects_of_one_class_are_one_object(tmp_path):
+    mask = bitmap(np.ones((2, 2)), (40, 36), instance="5f")
+    save(tmp_path, item(exterior=SQUARE, instance="5f"), mask, item(exterior=SQUARE, instance="5f", title="tree"))
+    assert [int(mask.sum()) for mask in masks_of(tmp_path)] == [904, 900]
 
 
 def test_bitmaps_without_transparency_are_read_too(tmp_path):

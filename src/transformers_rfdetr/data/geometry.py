@@ -19,6 +19,7 @@ from ..model.masks import read_segmentation, region_to_rle, to_rle
 
 Geometry = dict[str, Any]
 
+_MAX_COORDINATE = 1e6
 _NUM_ELLIPSE_POINTS = 128  # the area is 0.04 % below that of the ellipse
 _MAX_IMAGE_PIXELS = 1 << 31  # COCO's RLE counts them in 32 bits
 
@@ -30,7 +31,7 @@ def check_size(height: Any, width: Any) -> tuple[int, int]:
         ValueError: it is not two positive integers, or Pillow would refuse an image of that size.
     """
     limit = min(2 * (PIL.Image.MAX_IMAGE_PIXELS or _MAX_IMAGE_PIXELS), _MAX_IMAGE_PIXELS)
-    sides = [float(side) for side in (height, width)]
+    sides = [float(side) if isinstance(side, str | int | float) else 0.0 for side in (height, width)]
     if not all(1 <= side <= limit and side == int(side) for side in sides) or sides[0] * sides[1] > limit:
         raise ValueError(
             f"height and width must be positive integers of at most {limit} pixels together, got {height!r:.40} and"
@@ -43,14 +44,16 @@ def read_points(values: Any) -> np.ndarray:
     """Return a list of pairs x, y as (P, 2).
 
     Raises:
-        ValueError: it is anything else, or a number is not finite.
+        ValueError: it is anything else, or a number is not finite or too large.
     """
     try:
         points: np.ndarray = np.array(values, np.float64)
     except (ValueError, TypeError):
         points = np.zeros(0)
-    if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all():
-        raise ValueError(f"points must be a list of pairs of finite numbers, got {values!r:.80}. Correct them.")
+    if points.ndim != 2 or points.shape[1] != 2 or not (np.abs(points) <= _MAX_COORDINATE).all():
+        raise ValueError(
+            f"points must be a list of pairs of finite numbers below 1e6, got {values!r:.80}. Correct them."
+        )
     return points
 
 

@@ -38,7 +38,8 @@ def find_supervisely_files(files: SourceFiles) -> list[Path]:
 def read_supervisely(files: SourceFiles, paths: list[Path], image_folder: Any) -> AnnotatedFiles:
     """Read the files; a dataset of the project that is called as a split, such as train or val, is one.
 
-    A rectangle is a box without a mask. The holes of polygons are kept.
+    A rectangle is a box without a mask. The holes of polygons are kept. Objects of one class that Supervisely binds
+    (`instance`) are one. Coordinates are those of Supervisely's own export to COCO.
     """
     locator = ImageLocator(files.root, image_folder)
     result = AnnotatedFiles(files.source, locator.folder)
@@ -71,13 +72,16 @@ def _read_classes(path: Path) -> set[str]:
 def _read_image(path: Path, objects: Any, image: AnnotatedImage) -> AnnotatedImage:
     if not isinstance(objects, list):
         raise ValueError(f"'objects' must be a list, got {type(objects).__name__}. Export it again.")
+    parts: dict[Any, list[Part]] = {}
     for index, item in enumerate(objects):
-        where = f"{path}: object {index}"
-        with image.collect_problem(where):
+        with image.collect_problem(f"{path}: object {index}"):
             name = item["classTitle"]
             if not isinstance(name, str) or not name:
                 raise ValueError(f"`classTitle` must be a name, got {name!r:.60}. Correct it.")
-            image.add_parts({index: [Part(name, _read_geometry(item, image.size))]}, where)
+            part = Part(name, _read_geometry(item, image.size))
+            bound = item.get("instance")
+            parts.setdefault((index,) if bound is None else (str(bound), name), []).append(part)
+    image.add_parts(parts, str(path))
     return image
 
 
@@ -88,7 +92,7 @@ def _read_geometry(item: Mapping[str, Any], size: tuple[int, int]) -> Geometry:
         return polygon_with_holes(exterior, holes, size)
     if kind == "rectangle":
         (x0, y0), (x1, y1) = read_points(item["points"]["exterior"]).tolist()
-        return box(min(x0, x1), min(y0, y1), max(x0, x1) + 1, max(y0, y1) + 1)  # both pixels belong to it
+        return box(x0, y0, x1, y1)
     if kind == "bitmap":
         left, top = read_points([item["bitmap"]["origin"]])[0].astype(int).tolist()
         mask = decode_png_mask(_decompress(decode_base64(item["bitmap"]["data"])), max_size=size)
@@ -100,7 +104,9 @@ def _read_geometry(item: Mapping[str, Any], size: tuple[int, int]) -> Geometry:
 
 
 def _decompress(content: bytes) -> bytes:
-    """Return what zlib compressed, but at most `MAX_PNG_BYTES`."""
+    """Return what zlib compressed, but at most `MAX_PNG_BYTES`; a PNG itself may also be uncompressed."""
+    if content.startswith(b"\x89PNG"):
+        return content
     decompressor = zlib.decompressobj()
     try:
         png = decompressor.decompress(content, MAX_PNG_BYTES)

@@ -59,7 +59,7 @@ def read_via(files: SourceFiles, paths: list[Path], image_folder: Any) -> Annota
         with result.collect_problem(), error_context(str(path)):
             listed = _images_of_via_3(path, content) if _is_via_3(content) else _images_of_via_2(path, content)
             for name, problems, regions in listed:
-                tail = PurePosixPath(name.replace("\\", "/")).name if "://" in name else name
+                tail = PurePosixPath(name).name if isinstance(name, str) and "://" in name else name
                 image = AnnotatedImage(locator.name(tail, path.parent, path.parent / "images"), problems=problems)
                 read.append((split, image, regions))
     with error_context(str(files.source)):
