@@ -94,7 +94,7 @@ class AnnotatedFiles:
         self, paths: Iterable[Path], is_format: Callable[[Any], bool], program: str
     ) -> Iterator[tuple[Path, Any]]:
         """Yield each file of a program with its content; note other files."""
-        for path in paths:
+        for path in logging.tqdm(paths, desc="Reading annotations", unit=" files", delay=2):
             with self.collect_problem():
                 content = read_json(path)
                 if is_format(content):

@@ -78,14 +78,21 @@ def find_objects(values: np.ndarray, ignored: tuple[int, ...] = (0,)) -> Iterato
     Raises:
         ValueError: there are more than `MAX_OBJECTS` values.
     """
-    unique, numbers = np.unique(values, return_inverse=True)
+    unique, numbers = _number(values)
     if len(unique) > MAX_OBJECTS:
         raise ValueError(
             f"an instance map must have at most {MAX_OBJECTS} objects, got {len(unique)} values. Save it without lossy"
             " compression, or raise transformers_rfdetr.data.instance_maps.MAX_OBJECTS."
         )
-    numbers = numbers.reshape(values.shape) + 1
     for number, (value, box) in enumerate(zip(unique.tolist(), ndimage.find_objects(numbers), strict=True), start=1):
         if value not in ignored:
-            rows, columns = box
-            yield MapObject(value, rows, columns, numbers[box] == number)
+            yield MapObject(value, box[0], box[1], numbers[box] == number)
+
+
+def _number(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the different values in their order, and for each pixel the number of its value, from 1."""
+    if values.min() < 0 or values.max() >= 1 << 16:
+        unique, numbers = np.unique(values, return_inverse=True)
+        return unique, numbers.reshape(values.shape) + 1
+    is_used = np.bincount(values.ravel()) > 0  # much faster than sorting
+    return np.flatnonzero(is_used), np.cumsum(is_used, dtype=np.int32)[values]
