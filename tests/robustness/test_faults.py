@@ -351,6 +351,18 @@ def test_a_worker_that_dies_while_its_tensor_is_fetched_is_reported(lost, tmp_pa
         raise lost("of another server")
 
 
+def test_the_signal_of_a_dead_worker_may_arrive_while_its_closed_socket_is_reported(tmp_path, monkeypatch):
+    def rebuild_storage_fd():
+        raise ConnectionResetError("the socket was closed")
+
+    def sleep(_seconds):  # what torch's handler of SIGCHLD raises in whatever code runs
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr("transformers_rfdetr.training.faults.sleep", sleep)
+    with pytest.raises(ChildProcessError, match=r"pid 7\) is killed by signal"), translate_worker_errors(1, tmp_path):
+        rebuild_storage_fd()
+
+
 def test_the_error_of_a_worker_has_no_traceback_in_its_message(tmp_path):
     images, coco = draw_dataset(2, (96, 96), classes=["building"])
     paths = []

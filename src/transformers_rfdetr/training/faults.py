@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Listener
+from time import sleep
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ logger = logging.get_logger(__name__)
 
 _MAX_LISTED_IMAGES = 16
 _MAX_SKIPPED_IN_A_ROW = 10
+_SIGNAL_DELAY_SECONDS = 0.2
 
 
 class NonFiniteGuard:
@@ -163,28 +165,41 @@ def translate_worker_errors(num_processes: int, output_dir: str | os.PathLike[st
     try:
         yield
     except Exception as error:
-        text, remedy = str(error), ""
-        if text.startswith("Caught ") and "in DataLoader worker process" in text.partition("\n")[0]:
-            message = re.split(rf"\n(?:[\w.]+\.)?{type(error).__name__}: ", text.strip())[-1]
-            raise type(error)(message) from error
-        is_cut_off = isinstance(error, ConnectionError | EOFError) and _is_from_worker(error)
-        if not isinstance(error, RuntimeError) and not is_cut_off:
+        try:
+            translated = _translate(error, num_processes, output_dir)
+        except RuntimeError as signal_error:  # torch's signal handler raises in whatever code runs when a worker dies
+            translated = _translate(signal_error, num_processes, output_dir)
+        if translated is error:
             raise
-        if output_dir is not None:
-            with suppress(ValueError):
-                remedy = f" resume_from_checkpoint=True resumes from {newest_checkpoint(output_dir)}."
-        if is_cut_off or ("DataLoader worker" in text and ("killed" in text or "exited unexpectedly" in text)):
-            raise ChildProcessError(
-                f"A data loader worker died: {text.rstrip('. ')}. The usual cause is too little memory: lower"
-                " dataloader_num_workers (0 reads in this process) or per_device_train_batch_size, or give a container"
-                f" more shared memory (docker run --shm-size 8g).{remedy}"
-            ) from error
-        if num_processes > 1 and any(words in text.lower() for words in _CONNECTION_LOST):
-            raise ConnectionAbortedError(
-                "Another process of this run died or cannot be reached. Its own message, or the system log (out of"
-                f" memory?), has the reason.{remedy} This process got: {text}"
-            ) from error
-        raise
+        raise translated from error
+
+
+def _translate(error: Exception, num_processes: int, output_dir: str | os.PathLike[str] | None) -> Exception:
+    """Return the error to raise instead of `error`, or `error` itself."""
+    text, remedy = str(error), ""
+    if text.startswith("Caught ") and "in DataLoader worker process" in text.partition("\n")[0]:
+        message = re.split(rf"\n(?:[\w.]+\.)?{type(error).__name__}: ", text.strip())[-1]
+        return type(error)(message)
+    is_cut_off = isinstance(error, ConnectionError | EOFError) and _is_from_worker(error)
+    if not isinstance(error, RuntimeError) and not is_cut_off:
+        return error
+    if is_cut_off:  # the socket closes just before the signal arrives, whose error names the cause
+        sleep(_SIGNAL_DELAY_SECONDS)
+    if output_dir is not None:
+        with suppress(ValueError):
+            remedy = f" resume_from_checkpoint=True resumes from {newest_checkpoint(output_dir)}."
+    if is_cut_off or ("DataLoader worker" in text and ("killed" in text or "exited unexpectedly" in text)):
+        return ChildProcessError(
+            f"A data loader worker died: {text.rstrip('. ')}. The usual cause is too little memory: lower"
+            " dataloader_num_workers (0 reads in this process) or per_device_train_batch_size, or give a container"
+            f" more shared memory (docker run --shm-size 8g).{remedy}"
+        )
+    if num_processes > 1 and any(words in text.lower() for words in _CONNECTION_LOST):
+        return ConnectionAbortedError(
+            "Another process of this run died or cannot be reached. Its own message, or the system log (out of"
+            f" memory?), has the reason.{remedy} This process got: {text}"
+        )
+    return error
 
 
 def _is_from_worker(error: BaseException) -> bool:
