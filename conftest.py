@@ -108,5 +108,9 @@ def check(namespace: dict[str, Any]) -> None:
 
 
 pytest_collect_file = Sybil(
-    parsers=[PythonCodeBlockParser()], patterns=["README.md"], setup=prepare, teardown=check
+    parsers=[PythonCodeBlockParser()],
+    patterns=["README.md"],
+    excludes=["assets/*/README.md"],
+    setup=prepare,
+    teardown=check,
 ).pytest()

@@ -163,7 +163,7 @@ def _read_object(annotation: Mapping[str, Any], image_size: tuple[int, int], wit
         mask_box, mask_area = box_and_area(segmentation, image_size)
         box, area = box or mask_box, mask_area if area is None else area
     x0, y0, x1, y1 = clip_box(box or [0, 0, 0, 0], image_size)
-    if x1 <= x0 or y1 <= y0:
+    if np.float32(x1) <= np.float32(x0) or np.float32(y1) <= np.float32(y0):  # the type of the labels
         return None
     return _Object(label, (x0, y0, x1, y1), (x1 - x0) * (y1 - y0) if area is None else area, segmentation)
 

@@ -183,7 +183,8 @@ def fraction_inside(boxes_cxcywh: Tensor, region: Tensor) -> Tensor:
     Boxes (N, 4) relative to the image   region (H, W) bool   ->   (N,)
     """
     size = region.new_tensor([*region.shape[::-1]] * 2, dtype=torch.float32)
-    corners = (box_cxcywh_to_xyxy(boxes_cxcywh) * size).round().clamp(torch.zeros_like(size), size).long()
+    boxes_xyxy = box_cxcywh_to_xyxy(boxes_cxcywh).nan_to_num()  # a broken prediction is inside nothing
+    corners = (boxes_xyxy * size).round().clamp(torch.zeros_like(size), size).long()
     x0, y0, x1, y1 = corners.unbind(-1)
     sums = F.pad(region.float().cumsum(0).cumsum(1), (1, 0, 1, 0))  # pixels above and to the left of each corner
     inside = sums[y1, x1] - sums[y0, x1] - sums[y1, x0] + sums[y0, x0]
