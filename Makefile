@@ -8,7 +8,7 @@ VERSIONS ?= 5.0.0 5.9.0 5.15.1 newest no-torchvision
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 PIP = $(VENV)/bin/python -m pip install --quiet
 
-.PHONY: demo test test-long test-versions bench lint clean
+.PHONY: demo test test-long test-versions bench notebooks lint clean
 
 # Fine-tunes the model in the package on drawn images, at most 4 minutes on 2 cores; everything it writes is in demo/.
 demo: $(VENV)/.train
@@ -23,6 +23,10 @@ test-long: $(VENV)/.dev
 # Ours, transformers' port and rfdetr in the same runs; half an hour on 2 cores. Writes benchmarks/RESULTS.md.
 bench: $(VENV)/.dev
 	$(VENV)/bin/python benchmarks/run_all.py
+
+# Runs the notebooks and stores their outputs.
+notebooks: $(VENV)/.dev
+	$(VENV)/bin/python notebooks/execute.py
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
