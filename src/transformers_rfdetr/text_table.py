@@ -24,5 +24,5 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[object]], *, lef
     for row in rows:
         table.add_row(*(Text(escape_unprintable(str(cell))) for cell in row))
     text = io.StringIO()
-    Console(file=text, width=1 << 20, color_system=None).print(table)
+    Console(file=text, width=1 << 20, color_system=None, force_jupyter=False).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
