@@ -130,6 +130,5 @@ def test_another_run_gives_the_stored_outputs(path, tmp_path):
         assert [image.size for image in images(after)] == [image.size for image in images(before)], place
         assert NUMBER.sub("#", printed(after)).split() == NUMBER.sub("#", printed(before)).split(), place
         for number, expected in zip(NUMBER.findall(printed(after)), NUMBER.findall(printed(before)), strict=True):
-            # Integers are pixels and counts.
-            margin = tolerance if "." in expected else max(2, 0.02 * int(expected))
+            margin = tolerance if "." in expected else max(2, 0.02 * int(expected))  # integers are pixels and counts
             assert float(number) == pytest.approx(float(expected), abs=margin), f"{place}: {printed(after)}"
