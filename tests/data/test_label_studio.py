@@ -194,7 +194,7 @@ def test_images_outside_of_the_folder_are_not_read(tmp_path):
         (result(points=percent([(2, 3), (30, 3), (30, 20)]), closed=False), "must be closed"),
         (result("polygon"), "must have one label, got None"),
         ({**result(), "value": {**result()["value"], "polygonlabels": ["a", "b"]}}, "must have one label, got"),
-        ({**result(), "original_width": 10**7}, "height and width must be positive integers"),
+        ({**result(), "original_width": 10**9}, "height and width must be positive integers"),
         ({**result(), "original_width": 50}, "one size, got"),
         ({**result(), "image_rotation": 90}, "`image_rotation` 90"),
         (result("ellipselabels", x=1, y=2, radiusX=0, radiusY=1), "radii must be above 0"),
