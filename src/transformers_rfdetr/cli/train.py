@@ -51,6 +51,13 @@ _ClassNames = Annotated[
     str | None,
     typer.Option(help="'cat,dog,...' or a text file with one name per line. Default: the names in the data."),
 ]
+_ClassBalance = Annotated[
+    float | None,
+    typer.Option(
+        help="Repeat images with classes that fewer than this fraction of the training images have, such as 0.1."
+        " Default: every image once an epoch."
+    ),
+]
 _Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Any field of RfDetrTrainingArguments. May be repeated."),
@@ -82,6 +89,7 @@ def train(
     seed: _Seed = None,
     device: _Device = None,
     class_names: _ClassNames = None,
+    class_balance: _ClassBalance = None,
     settings: _Settings = None,
     resume: _Resume = True,
     image_folder: ImageFolderOption = None,
@@ -107,6 +115,7 @@ def train(
         "seed": seed,
         "device": device,
         "class_names": None if class_names is None else read_names("--class-names", class_names),
+        "class_balance": class_balance,
         "image_folder": image_folder,
         "push_to_hub": push_to_hub,
         "private": private or None,

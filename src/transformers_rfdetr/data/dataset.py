@@ -174,9 +174,12 @@ class InstanceDataset(HasLabelMap, torch.utils.data.Dataset):
         augmentation: Any = None,
         seed: int = 0,
         masks: bool = True,
+        class_balance: float | None = None,
     ) -> PreparedDataset:
         """Return the model's inputs and labels of the images; [`PreparedDataset`] documents the arguments."""
-        return PreparedDataset(self, processor, augmentation=augmentation, seed=seed, masks=masks)
+        return PreparedDataset(
+            self, processor, augmentation=augmentation, seed=seed, masks=masks, class_balance=class_balance
+        )
 
     def summary(self) -> str:
         """Return the numbers of images and objects in one line."""

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from ..model.validation import error_context, is_index
 from .augmentation import as_augmentation
+from .class_balance import ClassBalance
 
 
 class SamplePreparation:
@@ -56,6 +57,9 @@ class PreparedDataset(torch.utils.data.Dataset):
     to the sampler and not to the dataset: give the Trainer `callbacks=[FollowEpoch()]`, or all epochs are augmented
     alike.
 
+    With `class_balance`, `prepared[i]` is the i-th sample of an epoch, and not that of image i. An epoch has
+    `len(prepared)` samples, and images with rare classes occur in several of them, each augmented differently.
+
     Args:
         dataset: The [`InstanceDataset`].
         processor: The model's image processor.
@@ -63,6 +67,8 @@ class PreparedDataset(torch.utils.data.Dataset):
             annotations, rng) -> (image, annotations), or a pipeline of `torchvision.transforms.v2`.
         seed: An integer >= 0.
         masks: Whether the labels contain masks, which instance segmentation requires.
+        class_balance: Repeat images with classes that fewer than this fraction of the images have, in (0, 1]; see
+            [`ClassBalance`].
     """
 
     def __init__(
@@ -73,21 +79,28 @@ class PreparedDataset(torch.utils.data.Dataset):
         augmentation: Any = None,
         seed: int = 0,
         masks: bool = True,
+        class_balance: float | None = None,
     ) -> None:
         self.dataset = dataset
         self._prepare = SamplePreparation(processor, augmentation, seed, masks)
+        self.balance: ClassBalance | None = None
+        if class_balance is not None:
+            self.balance = ClassBalance(dataset.classes_of_images(), class_balance, self._prepare.seed)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.dataset) if self.balance is None else self.balance.num_samples
 
     def set_epoch(self, epoch: int) -> None:
         """Augment as in this epoch from now on, in running workers too, except for samples that are ready."""
         self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        sample = self.dataset[index]
-        return self._prepare(sample, int(self._epoch), int(index) % len(self))
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"`index` must be in [{-len(self)}, {len(self)}), got {index}")
+        epoch, place = int(self._epoch), int(index) % len(self)
+        image = place if self.balance is None else int(self.balance.images(epoch)[place])
+        return self._prepare(self.dataset[image], epoch, place)
 
 
 class FollowEpoch(TrainerCallback):

@@ -40,6 +40,9 @@ class RfDetrTrainingArguments(TrainingArguments):
         early_stopping_min_delta: Change of the metric that an improvement must exceed.
         early_stopping_use_ema: Whether to compare only the metric of the EMA weights; otherwise the better of EMA and
             base weights.
+        class_balance: Repeat images with rare classes, by the repeat factors of LVIS: an image whose rarest class is in
+            a fraction f of the images is read sqrt(`class_balance` / f) times in an epoch, if that is more than once.
+            A value of 0.1 repeats classes in fewer than 10 % of the images; None repeats none.
         multi_scale: Whether each optimizer step draws its resolution at random, up to 5 blocks (patch size x windows)
             above and below the model's.
         drop_path: Stochastic depth of DINOv2's last block, in [0, 1); the configuration's by default.
@@ -90,6 +93,7 @@ class RfDetrTrainingArguments(TrainingArguments):
     early_stopping_patience: int = 10
     early_stopping_min_delta: float = 0.001
     early_stopping_use_ema: bool = False
+    class_balance: float | None = None
     multi_scale: bool = True
     drop_path: float | None = None
     freeze_backbone: bool = False
@@ -115,6 +119,7 @@ class RfDetrTrainingArguments(TrainingArguments):
             ("eval_max_detections", self.eval_max_detections >= 1, "at least 1"),
             ("early_stopping_patience", self.early_stopping_patience >= 1, "at least 1"),
             ("early_stopping_min_delta", self.early_stopping_min_delta >= 0, "at least 0"),
+            ("class_balance", self.class_balance is None or 0 < self.class_balance <= 1, "in (0, 1]"),
             ("drop_path", self.drop_path is None or 0 <= self.drop_path < 1, "in [0, 1)"),
             ("non_finite_loss", self.non_finite_loss in ("stop", "skip"), "'stop' or 'skip'"),
             ("early_stopping", not self.early_stopping or self.eval_strategy != "no", "False without eval_strategy"),

@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..data.class_balance import ClassBalance
 from ..data.dataset import InstanceDataset, InstanceDatasets
 from ..data.label_maps import describe_classes
 from ..data.prepared import PreparedDataset
@@ -115,6 +116,8 @@ def describe_data(train_dataset: Any, eval_dataset: Any, num_queries: int, has_m
     known = {name: part.dataset for name, part in parts.items() if isinstance(part, PreparedDataset)}
     if known:
         print(InstanceDatasets(known), flush=True)
+    if (balance := getattr(train_dataset, "balance", None)) is not None:
+        print(_describe_balance(balance, known["train"].id2label), flush=True)
     if "train" in known and has_masks:
         train = known["train"]
         if without_mask := train.num_objects() - train.num_objects(with_mask=True):
@@ -130,3 +133,13 @@ def describe_data(train_dataset: Any, eval_dataset: Any, num_queries: int, has_m
                 f" some objects cannot be found: {listed}{', ...' if len(crowded) > 5 else ''}. Pass a larger"
                 " num_queries to from_pretrained."
             )
+
+
+def _describe_balance(balance: ClassBalance, names: dict[int, str]) -> str:
+    """Return the number of samples of an epoch, and the classes that are repeated, in one line."""
+    factors = {names[label]: factor for label, factor in enumerate(balance.class_factors) if factor > 1}
+    repeated = ", ".join(f"{name} x {factor:.2g}" for name, factor in factors.items())
+    return (
+        f"class balance {balance.threshold:g}: an epoch has {balance.num_samples} samples of {len(balance.factors)}"
+        f" images; repeated: {repeated or 'none, because no class is in a smaller fraction of the images'}"
+    )

@@ -46,6 +46,7 @@ def training_settings(
         "maximum gradient norm": f"{args.max_grad_norm:g}",
         "EMA of the weights": f"decay {args.ema_decay:g}, tau {args.ema_tau:g}" if args.ema else "none",
         "resolution": f"drawn from {sides}" if sides else "the model's",
+        **({"class balance": f"{args.class_balance:g}"} if args.class_balance is not None else {}),
         "augmentation": "none" if augmentation is None else type(augmentation).__name__,
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
         "seed": args.seed,

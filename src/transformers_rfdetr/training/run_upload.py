@@ -186,7 +186,9 @@ class UploadingTrainer(ResumableTrainer):
         base = getattr(config, "_name_or_path", None)
         return Run(
             base_model=base if is_hub_id(base) else None,
-            splits={name: (len(datasets[name]), sum(c.objects for c in of.values())) for name, of in counts.items()},
+            splits={
+                name: (len(datasets[name].dataset), sum(c.objects for c in of.values())) for name, of in counts.items()
+            },
             objects={config.id2label[label]: count.objects for label, count in counts.get("train", {}).items()},
             results=metrics_of_run(args, self.state, names, self.class_metric) | self.measured,
             recipe=training_settings(args, self.state, self.sizes, self.augmentation),

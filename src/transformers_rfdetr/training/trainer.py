@@ -202,6 +202,13 @@ class RfDetrTrainer(UploadingTrainer):
         dataset = as_instance_dataset(dataset)
         if dataset is not None:
             check_training_objects(unprepared(dataset), self.has_masks)
+        balance = self.args.class_balance
+        if balance is not None and not isinstance(dataset, InstanceDataset):
+            raise ValueError(
+                "`class_balance` requires a `train_dataset` that is read into memory by load_instance_dataset, got"
+                f" {type(dataset).__name__}. Load it without streaming and do not prepare it, or pass"
+                " class_balance=None."
+            )
         if not isinstance(dataset, InstanceDataset | InstanceStream):
             return dataset
         processor = copy.copy(self.processing_class)
@@ -212,8 +219,10 @@ class RfDetrTrainer(UploadingTrainer):
                 "A stream has no epochs: save_strategy='epoch' writes one checkpoint, after max_steps. Pass"
                 " save_strategy='steps'."
             )
-        augmentation, seed = self.augmentation, self.args.seed
-        return dataset.with_processor(processor, augmentation=augmentation, seed=seed, masks=self.has_masks)
+        options = {"augmentation": self.augmentation, "seed": self.args.seed, "masks": self.has_masks}
+        if balance is not None:
+            options["class_balance"] = balance
+        return dataset.with_processor(processor, **options)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """Return batches of prepared training samples."""
