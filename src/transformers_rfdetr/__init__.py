@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .data.load import load_instance_dataset
     from .data.prepared import FollowEpoch, collate_fn
     from .data.splits import folds, split_dataset
+    from .data.writers.write import write_dataset
     from .evaluation.coco_evaluator import InstanceSegmentationEvaluator
     from .evaluation.error_analysis import analyse
     from .evaluation.evaluation_loop import evaluate_instance_segmentation
@@ -66,6 +67,7 @@ __all__ = [
     "sample_image",
     "split_dataset",
     "tiny_checkpoint",
+    "write_dataset",
     "write_report",
 ]
 # Public name -> the module that has it.
@@ -99,6 +101,7 @@ _LATER = {
     "sample_image": "assets",
     "split_dataset": "data.splits",
     "tiny_checkpoint": "assets",
+    "write_dataset": "data.writers.write",
     "write_report": "evaluation.report",
 }
 

@@ -17,6 +17,7 @@ from .annotation_files import AnnotatedFiles, AnnotatedImage, ImageLocator, Part
 from .geometry import Geometry, check_size, ellipse, polygon, read_points, region, rotated_box
 from .label_maps import canonical_split_name
 
+CROWD_ATTRIBUTE = "is_crowd"
 _GEOMETRIES = ("polygon", "box", "mask", "ellipse")
 _NO_PIXELS = ("polyline", "points", "cuboid", "skeleton")  # they enclose no pixels, or none that are known
 
@@ -35,7 +36,7 @@ def read_cvat(files: SourceFiles, paths: list[Path], image_folder: Any) -> Annot
     """Read the files. The subset of an image is its split, or else the folder of the file.
 
     A box is a box without a mask; one that is rotated is a polygon. The parts of one label with one `group_id` are one
-    object. `occluded` is kept.
+    object. `occluded` is kept, and the attribute `is_crowd` marks a crowd region.
     """
     locator = ImageLocator(files.root, image_folder)
     result = AnnotatedFiles(files.source, locator.folder)
@@ -84,10 +85,16 @@ def _read_image(
                 )
             group = item.get("group_id")
             key = (index,) if group in (None, "", "0") else (label, group)
-            part = Part(label, _read_geometry(item, size), {"occluded": int(item.get("occluded") == "1")})
+            fields = {"occluded": int(item.get("occluded") == "1"), "iscrowd": int(_is_crowd(item))}
+            part = Part(label, _read_geometry(item, size), fields)
             parts.setdefault(key, []).append(part)
     image.add_parts(parts, where)
     return image
+
+
+def _is_crowd(item: Element) -> bool:
+    values = (attribute.text for attribute in item.iterfind("attribute") if attribute.get("name") == CROWD_ATTRIBUTE)
+    return any((value or "").strip().lower() in ("true", "1") for value in values)
 
 
 def _read_geometry(item: Element, size: tuple[int, int] | None) -> Geometry:

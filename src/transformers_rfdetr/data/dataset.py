@@ -5,7 +5,7 @@ Sizes are (H, W); boxes are COCO's [x, y, width, height] in pixels of the uprigh
 
 import os
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,17 +111,26 @@ class InstanceDataset(HasLabelMap, torch.utils.data.Dataset):
         It contains crowds, and the size of every image, read from the header of the file if the data lack it.
         """
         images, annotations = [], []
+        for fields, completed in self.annotated_images():
+            images.append({"id": fields.pop("image_id"), **fields})
+            annotations += completed
+        categories = [{"id": category, "name": name} for category, name in self._classes.items()]
+        return {"images": images, "annotations": annotations, "categories": categories}
+
+    def annotated_images(self) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+        """Yield `image_id`, `width`, `height` and `file_name` of each image, and its annotations as in [`coco`]."""
         for index in logging.tqdm(range(len(self)), desc="Annotations", delay=2):
             record = self._records.record(index)
             with error_context(describe_image(record, index)):
                 size = (record.get("height"), record.get("width"))
                 if not all(size):
                     size = upright_size(self._records.encoded_image(index, record))
-                fields, completed = complete_record(record, size, *self._replacement_ids(index))
-            images.append({"id": fields.pop("image_id"), **fields})
-            annotations += completed
-        categories = [{"id": category, "name": name} for category, name in self._classes.items()]
-        return {"images": images, "annotations": annotations, "categories": categories}
+                fields, annotations = complete_record(record, size, *self._replacement_ids(index))
+            yield fields, annotations
+
+    def encoded_image(self, index: int) -> Any:
+        """Return an image without decoding it: a path, the bytes of a file or a PIL image."""
+        return self._records.encoded_image(index, self._records.record(index))
 
     def counts(self) -> dict[int, ClassCount]:
         """Return the numbers of objects, crowds and images of each label."""

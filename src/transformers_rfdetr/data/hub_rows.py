@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from transformers.utils import logging
 
 from ..model.image_io import open_image
+from ..model.masks import has_segmentation
 from ..model.validation import error_context
 from .annotation_records import Record, describe_image
 from .image_files import upright_size
@@ -23,6 +24,7 @@ from .other_formats import recognise_file, refuse_other_formats
 _COLUMN_ALIASES = {
     "image": ("image", "img", "picture"),
     "image_id": ("image_id", "id", "img_id"),
+    "file_name": ("file_name",),
     "width": ("width", "image_width"),
     "height": ("height", "image_height"),
     "objects": ("objects", "annotations", "annotation", "instances"),
@@ -35,6 +37,7 @@ _FIELD_ALIASES = {
     ),
     "bbox": ("bbox", "bboxes", "box", "boxes"),
     "segmentation": ("segmentation", "segmentations", "segments", "polygons", "polygon", "rle", "mask", "masks"),
+    "rle": ("rle",),  # of the objects without polygons
     "area": ("area", "areas"),
     "iscrowd": ("iscrowd", "is_crowd", "crowd"),
 }
@@ -65,7 +68,8 @@ def is_streamed(split: Any) -> bool:
     return not hasattr(split, "num_rows")
 
 
-def _import_datasets() -> Any:
+def import_datasets() -> Any:
+    """Return the `datasets` library; raise ImportError with the command that installs it."""
     try:
         import datasets
     except ImportError as error:
@@ -95,7 +99,7 @@ def load_rows(source: Any, streaming: bool, arguments: Mapping[str, Any]) -> Any
     is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
     if path.is_dir() and not is_saved:
         refuse_other_formats(path, SUPPORTED_SOURCES)
-    datasets = _import_datasets()
+    datasets = import_datasets()
     if is_saved:
         return datasets.load_from_disk(str(path))
     try:
@@ -180,7 +184,7 @@ class RowReader(NamedTuple):
         """
         features = split.features
         if features is None:  # a stream may not declare them
-            features = _import_datasets().Dataset.from_list([next(iter(split))]).features
+            features = import_datasets().Dataset.from_list([next(iter(split))]).features
         if {"images", "annotations"} <= features.keys():
             raise ValueError(
                 "a row must contain one image and its objects, got the lists of a COCO JSON. Give the path of the JSON"
@@ -208,9 +212,12 @@ class RowReader(NamedTuple):
         annotations = []
         for item in _transpose(given.pop("objects", [])):
             annotation = {name: item[field] for name, field in self.fields.items() if item.get(field) is not None}
-            segmentation = annotation.get("segmentation")
-            if isinstance(segmentation, Mapping) and None in segmentation.values():  # Arrow's form of a missing RLE
-                del annotation["segmentation"]
+            for name in ("segmentation", "rle"):
+                value = annotation.get(name)
+                if isinstance(value, Mapping) and None in value.values():  # Arrow's form of a missing RLE
+                    del annotation[name]
+            if (rle := annotation.pop("rle", None)) and not has_segmentation(annotation.get("segmentation")):
+                annotation["segmentation"] = rle
             if self.id_of_name is not None:
                 name = annotation.get("category_id")
                 annotation["category_id"] = self.id_of_name.get(name, name)
@@ -274,7 +281,7 @@ class ArrowRows:
         self._images = self._encoded_images = split.select_columns([image_column])
         self._annotations = split.select_columns([column for key, column in reader.columns.items() if key != "image"])
         if type(split.features[image_column]).__name__ == "Image":
-            self._encoded_images = self._images.cast_column(image_column, _import_datasets().Image(decode=False))
+            self._encoded_images = self._images.cast_column(image_column, import_datasets().Image(decode=False))
 
     def records(self, title: str) -> Iterator[Record]:
         """Yield all records, with a progress bar of this title."""

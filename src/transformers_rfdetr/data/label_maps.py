@@ -27,6 +27,11 @@ class HasLabelMap:
     _classes: dict[int, str]
 
     @property
+    def classes(self) -> dict[int, str]:
+        """Name of each category id."""
+        return dict(self._classes)
+
+    @property
     def id2label(self) -> dict[int, str]:
         """Name of each label, as in the model's configuration."""
         return dict(enumerate(self._classes.values()))

@@ -15,7 +15,7 @@ from .annotation_files import AnnotatedFiles, AnnotatedImage, ImageLocator, Part
 from .geometry import Geometry, box, check_size, decode_base64, decode_png_mask, ellipse, polygon, read_points, region
 
 # labelme's own names for regions that are no objects.
-_IGNORED_LABELS = ("__ignore__", "_background_")
+IGNORED_LABELS = ("__ignore__", "_background_")
 
 
 def is_labelme(content: Any) -> bool:
@@ -31,7 +31,8 @@ def find_labelme_files(files: SourceFiles) -> list[Path]:
 def read_labelme(files: SourceFiles, paths: list[Path], image_folder: Any) -> AnnotatedFiles:
     """Read the files; those in folders such as train and val are splits.
 
-    A rectangle is a box without a mask. The parts of one label with one `group_id` are one object.
+    A rectangle is a box without a mask. The parts of one label with one `group_id` are one object. The flag `iscrowd`
+    of an object marks a crowd region.
     """
     locator = ImageLocator(files.root, image_folder)
     result = AnnotatedFiles(files.source, locator.folder)
@@ -66,11 +67,13 @@ def _read_image(path: Path, content: Mapping[str, Any], locator: ImageLocator, i
             label, group = item["label"], item.get("group_id")
             if not isinstance(label, str) or not label:
                 raise ValueError(f"`label` must be a name, got {label!r:.60}. Correct it.")
-            if label in _IGNORED_LABELS:
+            if label in IGNORED_LABELS:
                 ignored[label] += 1
                 continue
             key = (index,) if group is None else (label, str(group))
-            part = Part(label, _read_geometry(item, size))
+            flags = item.get("flags")
+            is_crowd = isinstance(flags, Mapping) and bool(flags.get("iscrowd"))
+            part = Part(label, _read_geometry(item, size), {"iscrowd": int(is_crowd)})
             parts.setdefault(key, []).append(part)
     image.add_parts(parts, str(path))
     return image

@@ -124,7 +124,7 @@ class LabelReader:
                 f"the class must be one of {describe_classes(self._classes)}, got {category}. Correct it or add its"
                 " name."
             )
-        if task := self._certain_task(values):
+        if task := _certain_task(values, self._keypoint_values):
             raise ValueError(_other_task_error(task))
         if len(values) % 2 or len(values) < 4:
             raise ValueError(
@@ -139,23 +139,29 @@ class LabelReader:
             )
         return category, values
 
-    def _certain_task(self, values: np.ndarray) -> str | None:
-        """Return the other task that a line certainly belongs to."""
-        if len(values) <= 4:
-            return None
-        if self._keypoint_values is not None and len(values) == 4 + self._keypoint_values:
-            return "a box and the keypoints that `kpt_shape` declares"
-        if len(values) == 6 and values[5] >= 2 and values[5] % 1 == 0 and _inside(values[:5]):
-            return "a box, a confidence and a track number"
-        if len(values) % 3 == 1 and (values[6::3] == 2).any() and _possible_task(values):
-            return "a box and keypoints with visibilities"
-        if len(values) >= 10 and len(values) % 2 == 0 and _is_box_of_polygon(values):
-            return "a box and a polygon of one object"
-        return None
-
 
 def _other_task_error(task: str) -> str:
     return f"a line must be {_LINE_FORMAT}, got {task}. Export the labels for segmentation or detection."
+
+
+def look_like_other_task(values: np.ndarray) -> bool:
+    """Return whether the values of a line with a polygon may also be those of another task, such as pose."""
+    return (_certain_task(values, None) or _possible_task(values)) is not None
+
+
+def _certain_task(values: np.ndarray, keypoint_values: int | None) -> str | None:
+    """Return the other task that a line certainly belongs to."""
+    if len(values) <= 4:
+        return None
+    if keypoint_values is not None and len(values) == 4 + keypoint_values:
+        return "a box and the keypoints that `kpt_shape` declares"
+    if len(values) == 6 and values[5] >= 2 and values[5] % 1 == 0 and _inside(values[:5]):
+        return "a box, a confidence and a track number"
+    if len(values) % 3 == 1 and (values[6::3] == 2).any() and _possible_task(values):
+        return "a box and keypoints with visibilities"
+    if len(values) >= 10 and len(values) % 2 == 0 and _is_box_of_polygon(values):
+        return "a box and a polygon of one object"
+    return None
 
 
 def _possible_task(values: np.ndarray) -> str | None:

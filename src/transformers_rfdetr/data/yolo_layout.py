@@ -122,7 +122,7 @@ def read_yolo_folder(path: Path, image_folder: Any = None, class_names: Any = No
         root = _image_root(folder, description, image_folder)
         classes = _read_classes(description, folder, class_names, notes)
         paths = _image_paths(root, _split_entries(description), notes)
-        labels = _LabelFiles(root)
+        labels = LabelFiles(root)
         splits = {split: [YoloImage(image, labels.find(image)) for image in images] for split, images in paths.items()}
         used = {image.label_path for images in splits.values() for image in images}
         for split, images in splits.items():
@@ -338,7 +338,7 @@ def resolve_inside(root: Path, name: str) -> Path | None:
 # Label files
 
 
-class _LabelFiles:
+class LabelFiles:
     """Find the label files of images. Each folder is listed once."""
 
     def __init__(self, root: Path) -> None:
@@ -379,7 +379,7 @@ class _LabelFiles:
     def notes(self, split: str, images: Sequence[YoloImage]) -> Iterator[str]:
         """Yield what is unusual about the label files of a split."""
         labelled = [image for image in images if image.label_path is not None]
-        unusual = [image for image in labelled if image.label_path != self._usual_path(image.path)]
+        unusual = [image for image in labelled if image.label_path != self.usual_path(image.path)]
         if unusual:
             yield (
                 f"{len(unusual)} label files of {split!r} do not have the usual name or folder, such as"
@@ -388,10 +388,11 @@ class _LabelFiles:
         if not labelled:
             yield (
                 f"None of the {len(images)} images of {split!r} has a label file, such as"
-                f" {self._usual_path(images[0].path)}. They are read as images without objects."
+                f" {self.usual_path(images[0].path)}. They are read as images without objects."
             )
 
-    def _usual_path(self, image: Path) -> Path:
+    def usual_path(self, image: Path) -> Path:
+        """Return where YOLO keeps the label file of an image."""
         return next(self.folders(image)) / f"{image.stem}.txt"
 
     def unused(self, images: Sequence[YoloImage], used: set[Path | None]) -> list[Path]:

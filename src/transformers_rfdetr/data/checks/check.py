@@ -4,7 +4,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -14,7 +14,8 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ...atomic_files import atomic_directory, is_partial
+from ...atomic_files import atomic_directory
+from ..output_folder import check_output_folder
 from .annotations import AnnotationCheck, find_duplicate_objects
 from .categories import check_categories
 from .duplicates import CropFinder, DuplicateFinder, find_unlisted_files
@@ -108,20 +109,9 @@ def _check_arguments(source: Any, splits: Sequence[RawSplit], fix: Any, overlays
         roots = [split.folder.resolve() for split in splits if split.folder is not None]
     for option, folder in (("fix", fix), ("overlays", overlays)):
         if folder is not None:
-            _check_output(option, Path(folder), roots)
+            check_output_folder(option, Path(folder), roots, must_be_empty=option == "fix")
     if fix is not None and any(split.folder is None for split in splits):
         raise ValueError("`fix` requires annotation files, got rows of datasets. Correct them with `Dataset.map`.")
-
-
-def _check_output(option: str, folder: Path, roots: Iterable[Path]) -> None:
-    path = folder.expanduser().resolve()
-    for root in roots:
-        if path == root or root in path.parents:
-            raise ValueError(f"`{option}` must lie outside of the source {root}, got {folder}. Give another folder.")
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"`{option}` must be a folder, got the file {folder}. Give a new folder.")
-    if option == "fix" and path.exists() and any(not is_partial(inside) for inside in path.iterdir()):
-        raise ValueError(f"`fix` must be new or empty, got the folder {folder} with files in it. Give a new folder.")
 
 
 @dataclass

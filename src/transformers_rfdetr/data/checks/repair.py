@@ -6,7 +6,6 @@ What is repaired, and how, is decided in the checks.
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,8 @@ import PIL.Image
 from PIL.ExifTags import Base
 
 from ...model.image_io import open_image, read_orientation, upright
+from ..writers.coco import coco_paths
+from ..writers.output import link_or_copy
 from .findings import json_value
 from .raw_split import free_ids
 
@@ -34,7 +35,6 @@ _TO_STORED = {
     7: PIL.Image.Transpose.TRANSVERSE,
     8: PIL.Image.Transpose.ROTATE_270,
 }
-_ROBOFLOW_FOLDERS = {"train": "train", "validation": "valid", "test": "test"}
 
 
 class RepairedCopy:
@@ -49,10 +49,11 @@ class RepairedCopy:
     def __init__(self, folder: Path, splits: Mapping[str, Mapping[str, Any]]) -> None:
         self.folder = folder
         self._written: dict[Path, tuple[str, CopyMode]] = {}  # file of the copy -> its source, and how it was copied
-        self._is_roboflow = splits.keys() <= _ROBOFLOW_FOLDERS.keys()
         categories, ids = _unite_categories(split["categories"] for split in splits.values())
         self._content = {name: {**split, "categories": categories} for name, split in splits.items()}
-        self._annotation_files = {self._annotation_file(split): split for split in splits}
+        paths = {split: coco_paths(folder, split, splits) for split in splits}
+        self._image_folders = {split: images for split, (images, _) in paths.items()}
+        self._annotation_files = {path: split for split, (_, path) in paths.items()}
         names = {split: {entry["id"]: entry["name"] for entry in splits[split]["categories"]} for split in splits}
         self._category_ids = {split: {old: ids[name] for old, name in names[split].items()} for split in splits}
         self._changes = [
@@ -72,7 +73,7 @@ class RepairedCopy:
         mode: CopyMode,
     ) -> None:
         """Write an image file, and keep its entry of `images` and its annotations for [`write`]."""
-        name = self._place_image(self._folder(split), image["file_name"], source, mode)
+        name = self._place_image(self._image_folders[split], image["file_name"], source, mode)
         content, category_ids = self._content[split], self._category_ids[split]
         content["images"].append({**image, "file_name": name})
         content["annotations"] += [
@@ -112,14 +113,6 @@ class RepairedCopy:
         listed = {"changes": [*self._changes, *changes], "left": left}
         (self.folder / "changes.json").write_text(json.dumps(listed, indent=1), encoding="utf-8")
 
-    def _folder(self, split: str) -> Path:
-        return self.folder / (_ROBOFLOW_FOLDERS[split] if self._is_roboflow else split)
-
-    def _annotation_file(self, split: str) -> Path:
-        if self._is_roboflow:
-            return self._folder(split) / "_annotations.coco.json"
-        return self.folder / "annotations" / f"instances_{split}.json"
-
 
 def _unite_categories(splits: Iterable[list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Return one list of categories for all splits, and ids by name: the first id of a name, or a new one if taken."""
@@ -136,10 +129,7 @@ def _unite_categories(splits: Iterable[list[dict[str, Any]]]) -> tuple[list[dict
 def _write_image(source: Path, target: Path, mode: CopyMode) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if mode == "link":
-        try:
-            os.link(os.path.realpath(source), target)
-        except OSError:  # another disk, or a file system without hard links
-            shutil.copyfile(source, target)
+        link_or_copy(source, target)
         return
     with open(source, "rb") as file, open_image(file) as opened:
         orientation = read_orientation(opened)

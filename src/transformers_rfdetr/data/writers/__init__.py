@@ -1,0 +1,1 @@
+"""Write annotated images in the formats that are read, one file for each format."""
