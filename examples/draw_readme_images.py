@@ -4,9 +4,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from transformers_rfdetr import load, predict, predict_tiled
+from transformers_rfdetr import InstanceDataset, load, predict, predict_tiled
 from transformers_rfdetr.data.drawing import draw_annotations, draw_grid
-from transformers_rfdetr.data.synthetic import draw_scene
+from transformers_rfdetr.data.synthetic import draw_dataset, draw_scene
 from transformers_rfdetr.inference.video.predict_video import predict_video
 from transformers_rfdetr.inference.video.writer import VideoWriter
 
@@ -21,11 +21,11 @@ def main(output: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model, processor = load("rf-detr-seg-tiny")
 
-    image, annotations = draw_scene(_SEED, (_SIDE, _SIDE), metres_per_pixel=_METRES_PER_PIXEL)
+    [image], coco = draw_dataset(1, (_SIDE, _SIDE), metres_per_pixel=_METRES_PER_PIXEL, first_seed=_SEED)
     [found] = predict(model, processor, image)
     found.draw(image).save(folder / "image.png")
-    labelled = [{**annotation, "category_id": annotation["category_id"] - 1} for annotation in annotations]
-    ground_truth = draw_annotations(image, labelled, model.config.id2label)
+    [sample] = InstanceDataset(coco, [image])
+    ground_truth = draw_annotations(image, sample["annotations"], model.config.id2label)
     draw_grid([[ground_truth, found.draw(image)]], ["ground truth", "predicted"]).save(folder / "comparison.png")
 
     town, _ = draw_scene(_SEED + 1, (384, 512), metres_per_pixel=0.2)

@@ -55,7 +55,8 @@ ROUNDS = [Round(2400, 8e-4, 5, False), Round(2200, 8e-4, 3, True)]
 NOTE = """\
 This is a small model for tests, examples and first steps, not one of the published variants. It has only seen aerial
 images that transformers-rfdetr draws, of 0.15 to 0.28 metres per pixel, and finds little in photographs. Its script is
-`examples/train_tiny.py`. It comes with the package: `load("rf-detr-seg-tiny")`."""
+`examples/train_tiny.py`. It comes with the package: `load("rf-detr-seg-tiny")`. `from_pretrained`
+and `pipeline` take its folder, `transformers_rfdetr.tiny_checkpoint()`, instead of the name."""
 
 
 def build_model(seed: int) -> RfDetrForInstanceSegmentation:

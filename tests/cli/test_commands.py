@@ -27,7 +27,7 @@ from transformers_rfdetr import (
 )
 from transformers_rfdetr.cli import benchmark, evaluate, info, train, training_run
 from transformers_rfdetr.conversion import architecture
-from transformers_rfdetr.data.synthetic import draw_dataset
+from transformers_rfdetr.data.synthetic import draw_dataset, save_dataset
 from transformers_rfdetr.inference import benchmark as measurement
 
 from small_models import small_config, small_model
@@ -70,11 +70,7 @@ def assert_equal(found, expected):
 
 
 def draw_split(folder, count, first_seed):
-    folder.mkdir(parents=True)
-    photos, coco = draw_dataset(count, (96, 96), first_seed=first_seed, classes=["building"])
-    for photo, image in zip(photos, coco["images"], strict=True):
-        photo.save(folder / image["file_name"])
-    (folder / "_annotations.coco.json").write_text(json.dumps(coco))
+    save_dataset(folder, *draw_dataset(count, first_seed=first_seed, classes=["building"]))
 
 
 def save(model, folder):

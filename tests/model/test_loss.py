@@ -155,11 +155,23 @@ def test_in_a_crowd_region_a_query_that_is_not_matched_may_have_the_class_of_the
         ("has_mask", torch.ones(3, dtype=torch.bool), "equal length"),
         ("crowd_regions", torch.ones(1, 4, 4), r"\['crowd_regions'\]` must be a bool tensor"),
         ("crowd_labels", torch.tensor([1]), "one of 'crowd_labels' for each of 'crowd_regions', got 1 and 0"),
+        (
+            "crowd_labels",
+            torch.tensor([0.5]),
+            r"must be an integer tensor \(R,\), got torch.float32",
+        ),
     ],
 )
 def test_optional_fields_of_another_kind_are_refused_by_name(field, value, words):
     with pytest.raises(ValueError, match=rf"labels\[0\].*{words}"):
         loss({"": factored()}, [targets(2)[0] | {field: value}])
+
+
+@pytest.mark.parametrize("label", [-1, 1000])
+def test_a_crowd_of_an_unknown_class_is_refused(label):
+    crowd = {"crowd_labels": torch.tensor([label]), "crowd_regions": torch.ones(1, 4, 4, dtype=torch.bool)}
+    with pytest.raises(ValueError, match=rf"`labels\[0\]\['crowd_labels'\]\[0\]` must be from 0 to \d+, got {label}"):
+        loss({"": factored()}, [targets(2)[0] | crowd])
 
 
 # -- formulas against hand arithmetic --------------------------------------------------------------------------------

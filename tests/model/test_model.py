@@ -511,7 +511,7 @@ def test_the_losses_of_matched_boxes_form_no_square_matrix():
     pairs, labels = [(torch.arange(count), torch.arange(count))], targets(count, size=(2, 2))
     settings = {"points": fixed_points, "mask_point_sample_ratio": 16}
     with LargestTensor() as seen:
-        losses = stage_losses(stage, labels, pairs, num_boxes=torch.tensor(1.0), weights=LossWeights(), **settings)
+        losses = stage_losses(stage, labels, pairs, pairs, num_boxes=torch.tensor(1), weights=LossWeights(), **settings)
     assert torch.isfinite(losses["loss_giou"])
     assert seen.largest <= 4 * count
 

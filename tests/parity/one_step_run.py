@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from rfdetr import RFDETRSegNano
 
-from transformers_rfdetr.data.synthetic import draw_dataset
+from transformers_rfdetr.data.synthetic import draw_dataset, save_dataset
 
 LISTING = Path(__file__).with_name("one_step_run_keys.txt")
 CLASSES = ["barn", "house", "shed"]
@@ -46,12 +46,10 @@ def write_dataset(folder: Path) -> None:
     for split, (seed, count) in SPLITS.items():
         (folder / split).mkdir(parents=True)
         photos, coco = draw_dataset(count, first_seed=seed, classes=["building"])
-        for photo, image in zip(photos, coco["images"], strict=True):
-            photo.save(folder / split / image["file_name"])
         for annotation in coco["annotations"]:
             annotation["category_id"] = 1 + annotation["id"] % len(CLASSES)
         coco["categories"] = categories
-        (folder / split / "_annotations.coco.json").write_text(json.dumps(coco))
+        save_dataset(folder / split, photos, coco)
 
 
 def fine_tune(folder: Path | str) -> None:

@@ -12,9 +12,10 @@ from ..assets import TINY_NAME
 from ..atomic_files import atomic_file, write_text
 from ..data.augmentation import FlipAndCrop
 from ..data.checks.check import check_dataset
+from ..data.dataset import InstanceDataset
 from ..data.drawing import draw_annotations, draw_grid
 from ..data.load import load_instance_dataset
-from ..data.synthetic import draw_tray, draw_trays, save_dataset
+from ..data.synthetic import draw_trays, save_dataset
 from ..evaluation.error_analysis import analyse_evaluation
 from ..evaluation.evaluation_loop import evaluate_dataset
 from ..evaluation.report import save_report
@@ -104,12 +105,12 @@ def _arguments(folder: Path, steps: int, seed: int) -> RfDetrTrainingArguments:
 
 def _draw_predictions(model: RfDetrForObjectDetection, processor: RfDetrImageProcessor) -> Image.Image:
     """Draw the first validation images, at twice the resolution, with their ground truth and their predictions."""
-    rows = []
-    for seed in range(_FIRST_VALIDATION_SEED, _FIRST_VALIDATION_SEED + _NUM_DRAWN):
-        image, annotations = draw_tray(seed, (288, 288))
-        labelled = [{**item, "category_id": item["category_id"] - 1} for item in annotations]
-        [found] = predict(model, processor, image)
-        rows.append([image, draw_annotations(image, labelled, model.config.id2label), found.draw(image)])
+    images, coco = draw_trays(_NUM_DRAWN, (288, 288), first_seed=_FIRST_VALIDATION_SEED)
+    dataset = InstanceDataset(coco, images)
+    rows = [
+        [image, draw_annotations(image, sample["annotations"], dataset.id2label), found.draw(image)]
+        for image, sample, found in zip(images, dataset, predict(model, processor, images), strict=True)
+    ]
     return draw_grid(rows, ["image", "ground truth", "predictions"])
 
 

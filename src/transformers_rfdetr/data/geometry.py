@@ -15,11 +15,10 @@ import numpy as np
 import PIL.Image
 from pycocotools import mask as coco_mask
 
-from ..model.masks import read_segmentation, region_to_rle, to_rle
+from ..model.masks import MAX_COORDINATE, box_polygon, read_segmentation, region_to_rle, to_rle
 
 Geometry = dict[str, Any]
 
-_MAX_COORDINATE = 1e6
 _NUM_ELLIPSE_POINTS = 128  # the area is 0.04 % below that of the ellipse
 _MAX_IMAGE_PIXELS = 1 << 31  # COCO's RLE counts them in 32 bits
 
@@ -50,7 +49,7 @@ def read_points(values: Any) -> np.ndarray:
         points: np.ndarray = np.array(values, np.float64)
     except (ValueError, TypeError):
         points = np.zeros(0)
-    if points.ndim != 2 or points.shape[1] != 2 or not (np.abs(points) <= _MAX_COORDINATE).all():
+    if points.ndim != 2 or points.shape[1] != 2 or not (np.abs(points) <= MAX_COORDINATE).all():
         raise ValueError(
             f"points must be a list of pairs of finite numbers below 1e6, got {values!r:.80}. Correct them."
         )
@@ -136,7 +135,7 @@ def join(parts: Sequence[Geometry], size: tuple[int, int] | None) -> Geometry:
         boxes = np.array([part["bbox"] for part in parts])
         low, high = boxes[:, :2].min(0), (boxes[:, :2] + boxes[:, 2:]).max(0)
         return box(*low.tolist(), *high.tolist())
-    segmentations = [part["segmentation"] if "segmentation" in part else _filled(part["bbox"]) for part in parts]
+    segmentations = [_as_segmentation(part) for part in parts]
     if all(isinstance(segmentation, list) for segmentation in segmentations):
         return {"segmentation": [ring for segmentation in segmentations for ring in segmentation]}
     if size is None:
@@ -146,9 +145,11 @@ def join(parts: Sequence[Geometry], size: tuple[int, int] | None) -> Geometry:
     return {"segmentation": {"size": list(size), "counts": merged["counts"].decode()}}
 
 
-def _filled(bbox: Sequence[float]) -> list[list[float]]:
-    x, y, width, height = bbox
-    return [[x, y, x + width, y, x + width, y + height, x, y + height]]
+def _as_segmentation(part: Geometry) -> Any:
+    if "segmentation" in part:
+        return part["segmentation"]
+    x, y, width, height = part["bbox"]
+    return [box_polygon(x, y, x + width, y + height)]
 
 
 def decode_base64(text: Any) -> bytes:

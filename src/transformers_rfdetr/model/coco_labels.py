@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers.utils import logging
 
-from .masks import Segmentation, box_and_area, has_segmentation, rasterize, read_segmentation
+from .masks import Segmentation, box_and_area, box_polygon, has_segmentation, rasterize, read_segmentation
 from .validation import are_numbers, error_context, is_index, is_number, require, to_builtin
 
 logger = logging.get_logger(__name__)
@@ -99,8 +99,8 @@ def _draw_masks(
     has_mask = np.array([item.segmentation is not None for item in objects], bool)
     shapes: list[Segmentation] = []
     for item in objects:
-        x0, y0, x1, y1 = item.box_xyxy if fill_boxes else (0, 0, 0, 0)
-        shapes.append(item.segmentation or [np.array([x0, y0, x1, y0, x1, y1, x0, y1], np.float64)])
+        box = item.box_xyxy if fill_boxes else (0, 0, 0, 0)
+        shapes.append(item.segmentation or [np.array(box_polygon(*box), np.float64)])
     return rasterize(shapes, sizes.original, sizes.resized), has_mask
 
 

@@ -72,9 +72,10 @@ def rf_detr_loss(
         total = torch.zeros((), device=device)
         loss_dict: dict[str, Tensor] = {}
         for suffix, stage in float_stages.items():
-            losses = stage_losses(stage, targets, pairs[suffix], num_boxes=num_boxes, **settings)
+            with_masks = pairs_with_masks(pairs[suffix], targets)
+            losses = stage_losses(stage, targets, pairs[suffix], with_masks, num_boxes=num_boxes, **settings)
             total = total + sum(getattr(weights, name) * loss for name, loss in losses.items())
-            total = total + _zero_of_all_predictions(stage, pairs_with_masks(pairs[suffix], targets))
+            total = total + _zero_of_all_predictions(stage, with_masks)
             loss_dict |= {name + suffix: loss.detach() for name, loss in losses.items()}
         with torch.no_grad():
             loss_dict |= _matching_errors(float_stages[""], targets, pairs[""])
@@ -100,13 +101,17 @@ def stage_losses(
     stage: StagePrediction,
     targets: Sequence[Mapping],
     pairs: Sequence[Pairs],
+    with_masks: Sequence[Pairs],
     *,
     num_boxes: Tensor,
     weights: LossWeights,
     points: PointSource,
     mask_point_sample_ratio: int,
 ) -> dict[str, Tensor]:
-    """Return the unweighted losses of one stage, each a scalar divided by `num_boxes`."""
+    """Return the unweighted losses of one stage, each a scalar divided by `num_boxes`.
+
+    `with_masks` are the pairs whose object has a mask.
+    """
     images = torch.cat([torch.full_like(queries, image) for image, (queries, _) in enumerate(pairs)])
     queries = torch.cat([queries for queries, _ in pairs])
     classes, target_boxes = (
@@ -127,7 +132,6 @@ def stage_losses(
         "loss_giou": (1 - giou).sum(),
     }
     if stage.masks is not None:
-        with_masks = pairs_with_masks(pairs, targets)
         cross_entropy, dice = mask_losses(stage.masks, targets, with_masks, mask_point_sample_ratio, points)
         losses |= {"loss_mask_ce": cross_entropy, "loss_mask_dice": dice}
     return {name: loss / num_boxes for name, loss in losses.items()}

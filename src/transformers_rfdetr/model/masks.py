@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 # The result of `read_segmentation`: polygons, each (2P,) float64 pixels x0, y0, x1, y1, ..., or one compressed RLE.
 Segmentation = list[Any] | dict[str, Any]
 
-_MAX_COORDINATE = 1e6
+MAX_COORDINATE = 1e6
 # Limits for one object. pycocotools walks along the outline in fifths of a pixel, and takes 40 bytes for each pixel.
 MAX_OUTLINE_PIXELS = 1e7
 MAX_POLYGONS = 10_000
@@ -119,7 +119,7 @@ def _read_polygons(segmentation: Any) -> list[np.ndarray] | None:
             raise ValueError(
                 f"polygon {index} must contain pairs x, y, got an odd number of {polygon.size} coordinates"
             )
-        if not (np.abs(polygon, dtype=np.float64, casting="unsafe") <= _MAX_COORDINATE).all():
+        if not (np.abs(polygon, dtype=np.float64, casting="unsafe") <= MAX_COORDINATE).all():
             raise ValueError(f"polygon {index} must contain finite coordinates below 1e6, got {row!r:.60}")
         if polygon.size >= 6:
             polygons.append(polygon.astype(np.float64))
@@ -216,6 +216,11 @@ def mask_areas(rles: Sequence[dict[str, Any]]) -> np.ndarray:
 def box_xyxy_to_xywh(boxes: np.ndarray) -> np.ndarray:
     """Convert boxes (..., 4) from x0, y0, x1, y1 to x, y, width, height."""
     return np.concatenate([boxes[..., :2], boxes[..., 2:] - boxes[..., :2]], axis=-1)
+
+
+def box_polygon(x0: float, y0: float, x1: float, y1: float) -> list[float]:
+    """Return the polygon around a box."""
+    return [x0, y0, x1, y0, x1, y1, x0, y1]
 
 
 def box_and_area(segmentation: Segmentation, image_size: tuple[int, int]) -> tuple[list[float], float]:

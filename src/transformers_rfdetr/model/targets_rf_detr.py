@@ -20,6 +20,7 @@ _OPTIONAL_RULES = {
     "crowd_labels": "an integer tensor (R,)",
     "crowd_regions": "a bool tensor (R, H, W)",
 }
+_CLASS_FIELDS = ("class_labels", "crowd_labels")
 
 
 def read_targets(
@@ -45,7 +46,7 @@ def read_targets(
         if len(set(counts.values())) > 1:
             raise ValueError(f"`labels[{image}]` must have fields of equal length, one entry per object, got {counts}")
     # Moves one value from the device for the whole batch; the loops of `_refuse_values` only find the values to name.
-    classes = torch.cat([target["class_labels"] for target in targets])
+    classes = torch.cat([target[field] for target in targets for field in _CLASS_FIELDS if field in target])
     boxes = torch.cat([target["boxes"] for target in targets])
     if not bool(((classes >= 0) & (classes < num_classes)).all() & (boxes.abs() <= 2).all()):
         _refuse_values(targets, num_classes)
@@ -59,11 +60,8 @@ def _read_optional_fields(target: dict[str, Tensor], given: Mapping[str, Any], n
         value = given.get(field)
         if value is None:
             continue
-        if (
-            not isinstance(value, Tensor)
-            or value.ndim != ndim
-            or (field != "crowd_labels" and value.dtype != torch.bool)
-        ):
+        has_dtype = _is_integer if field == "crowd_labels" else _is_bool
+        if not isinstance(value, Tensor) or value.ndim != ndim or not has_dtype(value):
             kind = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"`{name}[{field!r}]` must be {_OPTIONAL_RULES[field]}, got {kind}")
         target[field] = value
@@ -76,12 +74,13 @@ def _read_optional_fields(target: dict[str, Tensor], given: Mapping[str, Any], n
 
 def _refuse_values(targets: Sequence[Mapping[str, Tensor]], num_classes: int) -> None:
     for image, target in enumerate(targets):
-        for index, label in enumerate(target["class_labels"].tolist()):
-            if not 0 <= label < num_classes:
-                raise ValueError(
-                    f"`labels[{image}]['class_labels'][{index}]` must be from 0 to {num_classes - 1}, got {label}. "
-                    "Map the category ids of the dataset to the keys of config.id2label."
-                )
+        for field in _CLASS_FIELDS:
+            for index, label in enumerate(target[field].tolist() if field in target else []):
+                if not 0 <= label < num_classes:
+                    raise ValueError(
+                        f"`labels[{image}][{field!r}][{index}]` must be from 0 to {num_classes - 1}, got {label}. "
+                        "Map the category ids of the dataset to the keys of config.id2label."
+                    )
         for index, box in enumerate(target["boxes"].tolist()):
             if not all(abs(value) <= 2 for value in box):
                 raise ValueError(
@@ -109,9 +108,16 @@ def _read_field(field: str, target: Mapping[str, Any], name: str) -> Tensor:
 
 def _has_layout(field: str, value: Tensor) -> bool:
     """Whether dtype and axes fit. Empty class labels and masks may have any: `torch.tensor([])` is float."""
-    is_integer = value.dtype != torch.bool and not value.is_floating_point() and not value.is_complex()
     if field == "class_labels":
-        return value.ndim == 1 and (is_integer or not len(value))
+        return value.ndim == 1 and (_is_integer(value) or not len(value))
     if field == "boxes":
         return value.ndim == 2 and value.shape[1] == 4
-    return not len(value) or (value.ndim == 3 and 0 not in value.shape and (value.dtype == torch.bool or is_integer))
+    return not len(value) or (value.ndim == 3 and 0 not in value.shape and (_is_bool(value) or _is_integer(value)))
+
+
+def _is_bool(value: Tensor) -> bool:
+    return value.dtype == torch.bool
+
+
+def _is_integer(value: Tensor) -> bool:
+    return not _is_bool(value) and not value.is_floating_point() and not value.is_complex()

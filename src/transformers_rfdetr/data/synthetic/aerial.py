@@ -3,13 +3,13 @@
 Lengths are in metres on the ground.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from .canvas import Canvas, axes, box_depth, disc_depth
+from .canvas import Canvas, Window, axes, box_depth, disc_depth
 
 CLASSES = ("building", "tree", "car", "pool", "tank")
 _BUILDING, _TREE, _CAR, _POOL, _TANK = range(1, len(CLASSES) + 1)  # category ids
@@ -125,7 +125,7 @@ class _Aerial(Canvas):
             self.repeat(self.build_tank, area / 80)
         self.repeat(self.plant_tree, area / {"village": 120, "works": 300, "park": 60}[kind])
 
-    def repeat(self, draw: Any, most: float) -> None:
+    def repeat(self, draw: Callable[[], bool], most: float) -> None:
         """Call `draw` until it has found space for a random number of objects, up to about `most`."""
         wanted = self.rng.integers(round(most) + 2)
         for _ in range(8 * wanted):
@@ -215,7 +215,7 @@ class _Aerial(Canvas):
             self.build(wings, center + place @ axes(self.road_angle) * self.scale, self.road_angle, height=1.0)
         self.join(first)
 
-    def is_paved(self, window: Any, mask: np.ndarray) -> bool:
+    def is_paved(self, window: Window, mask: np.ndarray) -> bool:
         """Return whether a road or a car park is below a pixel of `mask`."""
         return bool(self.paved[window.canvas][mask[window.inside]].any())
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .canvas import Canvas, axes, box_depth, disc_depth
+from .canvas import Canvas, Window, axes, box_depth, disc_depth
 
 CLASSES = ("bolt", "nut", "washer")
 _TRAYS = np.array([[66, 88, 112], [150, 122, 92], [86, 90, 92], [176, 172, 164], [64, 98, 84]])
@@ -56,7 +56,7 @@ class _Tray(Canvas):
         tone = 1 + self.grain + 0.06 * self.noise(25) + brushed
         self.colors[:] = self.rng.choice(_TRAYS) * tone[..., None]
 
-    def metal(self, window: Any) -> np.ndarray:
+    def metal(self, window: Window) -> np.ndarray:
         """Return the color (h, w, 3) of a metal, brighter towards the light."""
         slope = 0.012 * (window.x * self.light[0] + window.y * self.light[1])
         return self.rng.choice(_METALS) * self.rng.uniform(0.9, 1.1) * (self.tone(window, 0.6) + slope[..., None])
