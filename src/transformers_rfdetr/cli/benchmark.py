@@ -11,7 +11,17 @@ from .. import __version__
 from ..atomic_files import check_writable, make_directory, write_text
 from ..text_table import format_table
 from .errors import one_line_errors
-from .options import BatchSizeOption, DeviceOption, Dtype, DtypeOption, ModelArgument, ResolutionOption, read_size
+from .options import (
+    AnyModelArgument,
+    BatchSizeOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    ResolutionOption,
+    ThreadsOption,
+    load_model,
+    read_size,
+)
 
 EXAMPLE = """examples:
 
@@ -23,11 +33,12 @@ transformers-rfdetr benchmark my-model --device cuda --dtype float16 --compile -
 
 @one_line_errors
 def benchmark(
-    model: ModelArgument,
+    model: AnyModelArgument,
     size: ResolutionOption = None,
     batch_size: BatchSizeOption = 1,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.FLOAT32,
+    threads: ThreadsOption = None,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile the model for this size and batch size. Default: off.")
     ] = False,
@@ -41,15 +52,17 @@ def benchmark(
     import torch
     import transformers
 
-    from ..hub.load import load
     from ..inference.benchmark import device_name, measure
-    from ..model.validation import as_pair, check_resolution
+    from ..inference.runners import RUNTIMES
+    from ..model.validation import as_pair, check_resolution, require
 
     if json_file is not None:
         check_writable(json_file)
-    loaded, processor = load(model, device=device, dtype=getattr(torch, dtype))
+    loaded, processor = load_model(model, device, dtype, threads)
     sides = as_pair(loaded.config.resolution if size is None else read_size("--size", size))
     backbone = loaded.config.backbone_config
+    if Path(model).suffix in RUNTIMES:
+        require(sides == loaded.size, "--size", sides, f"{loaded.size}, the size of the file")
     check_resolution(sides, backbone.patch_size, backbone.num_windows, "--size")
     processor.size = dict(zip(("height", "width"), sides, strict=True))
     facts = {
@@ -87,7 +100,8 @@ def _as_text(numbers: Mapping[str, Any]) -> str:
         f"{numbers['model']} at {height} x {width} px, {how}, on {place}, {numbers['runs']} runs of"
         f" {numbers['batch_size']}",
         format_table(["", "median", "p90", "images/s"], rows),
-        f"{numbers['flops'] / 1e9:.3g} GFLOP per image, {numbers['parameters'] / 1e6:.1f} M parameters",
         f"peak memory{what}: {memory}",
     ]
+    if numbers["flops"] is not None:
+        lines.insert(2, f"{numbers['flops'] / 1e9:.3g} GFLOP per image, {numbers['parameters'] / 1e6:.1f} M parameters")
     return "\n".join(lines)

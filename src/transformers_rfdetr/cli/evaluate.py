@@ -10,7 +10,16 @@ import typer
 from ..atomic_files import check_writable, make_directory, write_text
 from ..text_table import format_table
 from .errors import one_line_errors
-from .options import BatchSizeOption, DeviceOption, Dtype, DtypeOption, ImageFolderOption, ModelArgument
+from .options import (
+    AnyModelArgument,
+    BatchSizeOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    ImageFolderOption,
+    ThreadsOption,
+    load_model,
+)
 
 EXAMPLE = """examples:
 
@@ -61,6 +70,12 @@ MaxDetectionsOption = Annotated[
         " objects. COCO's metrics count 100.",
     ),
 ]
+ReferenceOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL", help="Another model, such as the one that was exported, to print beside. Default: none."
+    ),
+]
 MinScoreOption = Annotated[
     float, typer.Option(min=0, max=1, help="Score that a detection must exceed to be shown in the report.")
 ]
@@ -68,7 +83,7 @@ MinScoreOption = Annotated[
 
 @one_line_errors
 def evaluate(
-    model: ModelArgument,
+    model: AnyModelArgument,
     data: DataArgument,
     split: SplitOption = "validation",
     output: OutputOption = None,
@@ -77,20 +92,19 @@ def evaluate(
     batch_size: BatchSizeOption = 8,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.FLOAT32,
+    threads: ThreadsOption = None,
     threshold: ThresholdOption = None,
     image_folder: ImageFolderOption = None,
     report: ReportOption = None,
     min_score: MinScoreOption = 0.5,
     max_detections: MaxDetectionsOption = 100,
+    reference: ReferenceOption = None,
 ) -> None:
     """Evaluate a model as COCO does: AP and AR of masks and boxes, and mean IoU."""
-    import torch
-
     from ..data.load import load_instance_dataset
     from ..evaluation.error_analysis import analyse_evaluation
     from ..evaluation.evaluation_loop import evaluate_dataset
     from ..evaluation.report import save_report
-    from ..hub.load import load
 
     if threshold is not None and not 0 <= threshold < 1:
         raise ValueError(f"--threshold must be in [0, 1), got {threshold}. Omit it to count all detections.")
@@ -99,9 +113,10 @@ def evaluate(
     if split not in splits:
         raise ValueError(f"--split must be a split of {data}, {', '.join(splits)}, got {split}")
     dataset = splits[split]
-    loaded, processor = load(model, device=device, dtype=getattr(torch, dtype))
+    loaded, processor = load_model(model, device, dtype, threads)
     settings: dict[str, Any] = {"score_threshold": threshold, "max_detections": max_detections}
-    evaluator = evaluate_dataset(loaded, processor, dataset, batch_size=batch_size, **settings)
+    settings["batch_size"] = batch_size
+    evaluator = evaluate_dataset(loaded, processor, dataset, **settings)
     if report is None:
         metrics = evaluator.compute()
     else:
@@ -111,6 +126,11 @@ def evaluate(
     typer.echo(format_numbers(metrics))
     if per_class:
         typer.echo(format_classes(metrics["per_class"]))
+    if reference is not None:
+        loaded, processor = load_model(reference, device, dtype, threads)
+        other = evaluate_dataset(loaded, processor, dataset, **settings)
+        typer.echo(f"{reference}, the reference")
+        typer.echo(format_numbers(other.compute()))
     _note_low_scores(evaluator.highest_score, min_score)
     if output is not None:
         facts = {"model": model, "data": data, "split": split, "num_images": len(dataset), "threshold": threshold}

@@ -4,7 +4,7 @@ import os
 import re
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,6 +24,14 @@ ModelArgument = Annotated[
         " package."
     ),
 ]
+AnyModelArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A folder, a Hub id, a published name such as rf-detr-seg-medium, rf-detr-seg-tiny, which is in the"
+        " package, or an exported file, .onnx or .xml."
+    ),
+]
+ThreadsOption = Annotated[int | None, typer.Option(help="Number of CPU threads. Default: one for each core.", min=1)]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto, which uses a GPU if there is one.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Data type of the weights and the computation.")]
 BatchSizeOption = Annotated[int, typer.Option(help="Number of images in a batch.", min=1)]
@@ -43,6 +51,19 @@ PushToHubOption = Annotated[
     str | None, typer.Option(metavar="USER/NAME", help="Upload the model to this Hub repository. Default: no upload.")
 ]
 PrivateOption = Annotated[bool, typer.Option("--private", help="Make a new repository private. Default: public.")]
+
+
+def load_model(name: str, device: str, dtype: Dtype, threads: int | None) -> Any:
+    """Load a model of any kind and its image processor, to run with `threads` CPU threads."""
+    import torch
+
+    from ..hub.load import load
+    from ..inference.runners import RUNTIMES
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    options: dict[str, Any] = {"threads": threads} if Path(name).suffix in RUNTIMES else {}
+    return load(name, device=device, dtype=getattr(torch, dtype), **options)
 
 
 def read_size(option: str, text: str) -> int | tuple[int, int]:

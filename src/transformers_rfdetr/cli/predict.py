@@ -18,7 +18,18 @@ import typer
 from ..assets import TINY_NAME, sample_image
 from ..atomic_files import escape_unprintable
 from .errors import one_line_errors, terminated_as_interrupted
-from .options import BatchSizeOption, DeviceOption, Dtype, DtypeOption, ModelArgument, absolute, read_names, read_size
+from .options import (
+    AnyModelArgument,
+    BatchSizeOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    ThreadsOption,
+    absolute,
+    load_model,
+    read_names,
+    read_size,
+)
 
 if TYPE_CHECKING:
     from ..inference.folder import FolderOptions, Summary
@@ -112,7 +123,7 @@ class _Run:
 @one_line_errors
 @terminated_as_interrupted()
 def predict(
-    model: ModelArgument,
+    model: AnyModelArgument,
     sources: SourcesArgument = None,
     output: OutputOption = Path("predictions"),
     dataset: DatasetOption = None,
@@ -122,6 +133,7 @@ def predict(
     batch_size: BatchSizeOption = 8,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.FLOAT32,
+    threads: ThreadsOption = None,
     tile: TileOption = None,
     overlap: OverlapOption = None,
     images: ImagesOption = True,
@@ -140,7 +152,6 @@ def predict(
     """
     import torch
 
-    from ..hub.load import load
     from ..inference.folder import FolderOptions
 
     if model == TINY_NAME and not sources and dataset is None:
@@ -150,7 +161,7 @@ def predict(
     window = _open_window() if show else None
     if device == "auto" and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    loaded, processor = load(model, device=device, dtype=getattr(torch, dtype))
+    loaded, processor = load_model(model, device, dtype, threads)
     is_one_class = classes in loaded.config.id2label.values()  # its name may contain a comma
     options = FolderOptions(
         threshold=threshold,

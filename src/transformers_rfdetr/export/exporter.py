@@ -8,7 +8,8 @@ The file takes `pixel_values` (B, 3, height, width) float32, normalized. Its out
   (B, K, 4), (x0, y0, x1, y1) as fractions inside the image, `masks` (B, K, h, w).
 
 Its metadata, all JSON, describes preprocessing and outputs: `task`, `model`, `outputs`, `box_format`, `class_names` (by
-label), `resolution` (height, width), `resample`, `rescale_factor`, `image_mean`, `image_std`, `dtype`, `versions`.
+label), `resolution` (height, width), `resample`, `rescale_factor`, `image_mean`, `image_std`, `dtype`, `versions`; and
+`config` and `processor`, the configuration and the image processor, with which `transformers_rfdetr.load` runs it.
 """
 
 import copy
@@ -92,8 +93,10 @@ def export(
     output, dtype = Path(output), str(dtype).removeprefix("torch.")
     limits = _check_arguments(model, output, format, dtype, batch_size, tolerance)
     size, top_k = _read_resolution(model, resolution), _read_top_k(model, top_k, post_process)
-    processor = processor or RfDetrImageProcessor.from_config(model.config)
-    batches = _make_batches(_read_pixels(images, processor, size), batch_size)
+    processor = copy.deepcopy(processor or RfDetrImageProcessor.from_config(model.config))
+    processor.do_resize, processor.do_pad = True, False
+    processor.size = dict(zip(("height", "width"), size, strict=True))
+    batches = _make_batches(_read_pixels(images, processor), batch_size)
     reference = copy.deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(False)
     reference.config._attn_implementation = "sdpa"
     expected = ExportedModel(reference, post_process, top_k).eval()
@@ -161,11 +164,10 @@ def _require_packages(format: str) -> None:
             raise ImportError(f"format {format} requires the package {name}, which is not installed. Run: {command}")
 
 
-def _read_pixels(images: Sequence[Any] | None, processor: RfDetrImageProcessor, size: tuple[int, int]) -> Tensor:
+def _read_pixels(images: Sequence[Any] | None, processor: RfDetrImageProcessor) -> Tensor:
     """Return images as (N, 3, height, width), at least two: a single one is followed by its mirror image."""
     images = [draw_scene(seed)[0] for seed in (0, 1)] if images is None else images
-    inputs = processor(images, do_resize=True, size={"height": size[0], "width": size[1]}, do_pad=False)
-    pixels = inputs["pixel_values"]
+    pixels = processor(images)["pixel_values"]
     return pixels if len(pixels) > 1 else torch.cat([pixels, pixels.flip(-1)])
 
 
@@ -197,6 +199,8 @@ def _metadata(
         "image_mean": processor.image_mean if processor.do_normalize else [0.0] * 3,
         "image_std": processor.image_std if processor.do_normalize else [1.0] * 3,
         "dtype": dtype,
+        "config": model.config.to_dict() | {"resolution": size},
+        "processor": processor.to_dict(),
         "versions": {name: version(name) for name in ("transformers-rfdetr", "transformers", "torch", "onnxscript")},
     }
     return {name: json.dumps(value) for name, value in values.items()}

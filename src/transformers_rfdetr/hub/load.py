@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from ..assets import TINY_NAME, tiny_checkpoint
+from ..inference.runners import RUNTIMES, RuntimeModel, load_exported
 from ..model.configuration_rf_detr import RfDetrConfig
 from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from ..model.modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection
@@ -25,8 +26,10 @@ def load(
     dtype: torch.dtype | None = None,
     id2label: Mapping[int, str] | None = None,
     **kwargs: Any,
-) -> tuple[RfDetrForObjectDetection, RfDetrImageProcessor]:
+) -> tuple[Any, RfDetrImageProcessor]:
     """Load a model as the class that it was saved as, in evaluation mode, and its image processor.
+
+    A file that `transformers-rfdetr export` wrote becomes an [`RuntimeModel`], which is called like the plain model.
 
     Example:
         >>> model, processor = load("rf-detr-seg-tiny")
@@ -34,18 +37,22 @@ def load(
         144
 
     Args:
-        name: A folder, a Hub id, a published checkpoint in any usual spelling (rf-detr-seg-medium, RFDETRSegMedium), or
-            rf-detr-seg-tiny, which is in the package.
+        name: A folder, a Hub id, a published checkpoint in any usual spelling (rf-detr-seg-medium, RFDETRSegMedium),
+            rf-detr-seg-tiny, which is in the package, or an exported file, .onnx or .xml.
         device: Device of the model: "cpu", "cuda", "cuda:1", "mps", or "auto" for the first GPU, else the CPU. The CPU
-            by default.
+            by default. An .xml file also runs on OpenVINO's devices, such as "gpu".
         dtype: Data type of the weights; float32 by default.
         id2label: Names of the classes by label. A class that the checkpoint does not have by name starts with rows
             of its other classes.
-        **kwargs: For `from_pretrained` of the model: `revision`, `token`, `cache_dir`, `resolution`, ...
+        **kwargs: For `from_pretrained` of the model: `revision`, `token`, `cache_dir`, `resolution`, ... For an
+            exported file: `threads`, the number of CPU threads, and `providers`, those of onnxruntime.
 
     Raises:
         ValueError: The checkpoint does not exist, cannot be read, or lacks weights.
+        ImportError: The package that runs the file is not installed.
     """
+    if Path(name).suffix in RUNTIMES:
+        return _load_file(name, device, dtype, id2label, kwargs)
     name = resolve_name(name)
     hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
     try:
@@ -78,6 +85,17 @@ def load(
         )
         processor = RfDetrImageProcessor.from_config(model.config)
     return model.to(read_device(device)).eval(), processor
+
+
+def _load_file(
+    name: str, device: Any, dtype: torch.dtype | None, id2label: Mapping[int, str] | None, kwargs: dict[str, Any]
+) -> tuple[RuntimeModel, RfDetrImageProcessor]:
+    """Load an exported file, and refuse what it cannot change."""
+    fixed = {"dtype": dtype not in (None, torch.float32), "id2label": id2label is not None}
+    fixed |= dict.fromkeys(set(kwargs) - {"threads", "providers"}, True)
+    for argument in sorted(argument for argument, is_given in fixed.items() if is_given):
+        raise ValueError(f"`{argument}` must be omitted for the exported file {name}. Export the model with it.")
+    return load_exported(Path(name).expanduser(), device=device, **kwargs)
 
 
 def resolve_name(name: str) -> str:

@@ -15,7 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging
 
 from ..data.synthetic import draw_scene
+from ..model.validation import require
 from .compiled import compile_for_inference
+from .fixed_size import FixedSizeModel
 from .predict import predict
 
 _IMAGE_SIZE = (480, 640)
@@ -26,7 +28,7 @@ def measure(model: Any, processor: Any, *, batch_size: int, compiled: bool, runs
     """Return time, FLOPs and memory of a model.
 
     Args:
-        model: In evaluation mode, on the device to measure.
+        model: In evaluation mode, on the device to measure; or an exported model.
         processor: Its image processor, with a fixed height and width.
         batch_size: Number of images in a batch.
         compiled: Whether to time a copy by [`compile_for_inference`]. The FLOPs are always those of the plain model.
@@ -35,29 +37,33 @@ def measure(model: Any, processor: Any, *, batch_size: int, compiled: bool, runs
     Returns:
         * `forward`, the model alone with dense mask logits of all queries, and `predict`, from drawn images of
           480 x 640 to instances: `median_seconds` and `p90_seconds` of a batch, and `images_per_second` at the median;
-        * `flops` of one image, two for each multiplication in matrix products, convolutions and attention;
-        * `parameters`, their number; `active`, what a compiled copy runs with, or None;
+        * `flops` of one image, two for each multiplication in matrix products, convolutions and attention, and
+          `parameters`, their number; None for an exported model;
+        * `active`, what a compiled copy or an exported model runs with, or None;
         * `peak_bytes` of the first prediction: on a GPU all that torch allocates, weights included; on a CPU the growth
           of the process, or None on other systems than Linux.
     """
-    model.requires_grad_(False)  # the counter asks views of trainable parameters for gradient functions
     size = (processor.size["height"], processor.size["width"])
     pixels = torch.randn(batch_size, 3, *size, generator=torch.Generator().manual_seed(0)).to(model.device)
     images = [draw_scene(0, _IMAGE_SIZE)[0]] * batch_size
-    numbers = {"parameters": sum(parameter.numel() for parameter in model.parameters()), "active": None}
+    is_plain = not isinstance(model, FixedSizeModel)
+    require(is_plain or not compiled, "compiled", compiled, "False for an exported model")
     run = model
     if compiled:
         run = compile_for_inference(model, size=size, batch_size=batch_size, dtype=model.dtype)
-        numbers["active"] = run.active
+    numbers: dict[str, Any] = {"active": getattr(run, "active", None), "parameters": None, "flops": None}
     calls: dict[str, Callable[[], Any]] = {
         "forward": lambda: run(pixels),
         "predict": lambda: predict(run, processor, images, batch_size=batch_size),
     }
     numbers["peak_bytes"] = _peak_bytes(calls["predict"], model.device)
     with torch.no_grad():
-        with FlopCounterMode(display=False) as counter:
-            model(pixels)
-        numbers["flops"] = counter.get_total_flops() // batch_size
+        if is_plain:
+            numbers["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+            model.requires_grad_(False)  # the counter asks views of trainable parameters for gradient functions
+            with FlopCounterMode(display=False) as counter:
+                model(pixels)
+            numbers["flops"] = counter.get_total_flops() // batch_size
         for name, call in calls.items():
             seconds = _time(call, runs, model.device, name)
             median = float(np.median(seconds))

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.utils import logging
 
-from ..model.configuration_rf_detr import RfDetrConfig
-from ..model.modeling_rf_detr import RfDetrForObjectDetection, RfDetrOutput
+from ..model.modeling_rf_detr import RfDetrForObjectDetection
 from ..model.modeling_rf_detr_dinov2 import resize_position_table
 from ..model.predictions_rf_detr import MaskFactors, StagePrediction
 from ..model.validation import as_pair, check_resolution, read_size, require
+from .fixed_size import FixedSizeModel
 
 logger = logging.get_logger(__name__)
 
@@ -26,50 +26,23 @@ logger = logging.get_logger(__name__)
 _TOLERANCES = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1.5e-1}
 
 
-class InferenceModel:
+class InferenceModel(FixedSizeModel):
     """A copy of a model that runs on batches of one size; created by [`compile_for_inference`].
 
     Attributes:
-        active: What it runs with, as text: dtype, shape of a batch, compiler, CUDA graphs.
         differences: The largest difference of logits, boxes, masks and the scores of the selected tokens from the plain
             model in float32 on a noise image, relative to the largest magnitude of each, or to 1 if that is smaller.
     """
 
-    training = False
-
     def __init__(self, model: RfDetrForObjectDetection, size: tuple[int, int], batch_size: int, dtype: torch.dtype):
-        self.size, self.batch_size = size, batch_size
-        self.active = [str(dtype).removeprefix("torch."), f"{batch_size} x {size[0]} x {size[1]}"]
-        self.differences: dict[str, float] = {}
         self._model = copy.deepcopy(model).eval().requires_grad_(False)
         bake_position_embeddings(self._model, size)
         self._model.to(dtype)
+        super().__init__(self._model.config, model.device, size, batch_size)
+        self.dtype = dtype
+        self.active = [str(dtype).removeprefix("torch."), f"{batch_size} x {size[0]} x {size[1]}"]
+        self.differences: dict[str, float] = {}
         self._run: Callable[[Tensor], tuple] = self._tensors
-
-    @property
-    def config(self) -> RfDetrConfig:
-        """The model's configuration."""
-        return self._model.config
-
-    @property
-    def device(self) -> torch.device:
-        """The device on which it runs."""
-        return self._model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The data type of its weights."""
-        return self._model.dtype
-
-    def eval(self) -> "InferenceModel":
-        """Return the model itself, which is always in evaluation mode."""
-        return self
-
-    def train(self, mode: bool = False) -> "InferenceModel":
-        """Return the model itself; raise ValueError if `mode` is True."""
-        if mode:
-            raise ValueError("a model compiled for inference cannot be trained. Train the model that it was made from.")
-        return self
 
     def _tensors(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         base = self._model.forward_features(pixel_values, None, False, False)
@@ -79,35 +52,13 @@ class InferenceModel:
             return tensors
         return *tensors, stage.masks.pixels, *stage.masks.project(stage.masks.queries)
 
-    @torch.no_grad()
-    def predict_stage(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> StagePrediction:
-        """Predict as the model itself does, for any number of images, in batches of `batch_size`.
-
-        Raises:
-            ValueError: The images have another size, or are padded.
-        """
-        if tuple(pixel_values.shape[-2:]) != self.size or (pixel_mask is not None and not pixel_mask.all()):
-            raise ValueError(
-                f"`pixel_values` must be images of {self.size} without padding, for which this model is compiled, got"
-                f" {tuple(pixel_values.shape[-2:])}. Compile the model for that size, or use the plain model."
-            )
-        parts = []
-        for some in pixel_values.to(self.device).split(self.batch_size):
-            filling = some.new_zeros(self.batch_size - len(some), *some.shape[1:])
-            # Cloned, because the next run of a CUDA graph writes to the same memory.
-            parts.append([tensor[: len(some)].clone() for tensor in self._run(torch.cat([some, filling]))])
-        _, logits, boxes, *masks = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    def _stage(self, tensors: list[Tensor]) -> StagePrediction:
+        _, logits, boxes, *masks = tensors
         if not masks:
             return StagePrediction(logits, boxes)
         pixels, vectors, offsets = masks
         projected = torch.cat([vectors, offsets], dim=-1)
         return StagePrediction(logits, boxes, MaskFactors(pixels, projected, lambda q: (q[..., :-1], q[..., -1:])))
-
-    def __call__(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> RfDetrOutput:
-        """Return logits, boxes and mask logits of all queries."""
-        stage = self.predict_stage(pixel_values, pixel_mask)
-        masks = None if stage.masks is None else stage.masks.logits()
-        return RfDetrOutput(logits=stage.logits, pred_boxes=stage.boxes, pred_masks=masks)
 
 
 def compile_for_inference(

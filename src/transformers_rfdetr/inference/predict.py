@@ -16,10 +16,9 @@ from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from ..model.masks import region_to_rle, upsample_masks
 from ..model.modeling_rf_detr import BACKGROUND_LOGIT, RfDetrForObjectDetection, RfDetrOutput
 from ..model.post_processing_rf_detr import select_detections, valid_size
-from ..model.predictions_rf_detr import MaskFactors
 from ..model.validation import error_context, is_index, require
 from ..model.variants_rf_detr import class_labels
-from .compiled import InferenceModel
+from .fixed_size import FixedSizeModel
 from .instances import Instances
 
 # Tracking and tiling start from instances with a score above this one, as ByteTrack does
@@ -30,7 +29,7 @@ WEAK_SCORE = 0.1
 
 @torch.no_grad()
 def predict(
-    model: RfDetrForObjectDetection | InferenceModel,
+    model: RfDetrForObjectDetection | FixedSizeModel,
     processor: RfDetrImageProcessor,
     images: Any,
     *,
@@ -50,8 +49,8 @@ def predict(
         (0, 480, 640)
 
     Args:
-        model: A model on any device and in any dtype, in evaluation mode while this function runs; or the result of
-            [`compile_for_inference`].
+        model: A model on any device and in any dtype, in evaluation mode while this function runs; the result of
+            [`compile_for_inference`]; or an exported model from [`load`].
         processor: The model's image processor.
         images: One image in any form that the processor accepts (path, URL, PIL image, array or tensor), or any
             iterable of them: a list, a generator, a 4-D array or tensor, a column of a `datasets.Dataset`.
@@ -138,15 +137,10 @@ def _predict_batch(
         found = select_detections(outputs, index, threshold, size, top_k)
         masks = None
         if stage.masks is not None:
-            mask_logits = _mask_logits(stage.masks, index, found.queries)
+            mask_logits = stage.masks.logits_of(index, found.queries)
             covered = None if pixel_mask is None else valid_size(pixel_mask[index], mask_logits.shape[-2:])
             masks = [region_to_rle(*region, size) for region in upsample_masks(mask_logits, size, 0.0, covered)]
         scores, labels, boxes = (part.numpy(force=True) for part in (found.scores, found.labels, found.boxes_xyxy))
         names = [model.config.id2label[label] for label in labels.tolist()]
         categories = None if category_ids is None else np.array(category_ids, np.int64)[labels]
         yield Instances(boxes, scores, labels, names, masks, size, category_ids=categories)
-
-
-def _mask_logits(masks: MaskFactors, index: int, queries: Tensor) -> Tensor:
-    """Return the mask logits (K, h, w) of K queries of one image."""
-    return masks._replace(pixels=masks.pixels[index, None], queries=masks.queries[index, queries][None]).logits()[0]

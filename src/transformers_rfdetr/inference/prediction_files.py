@@ -27,10 +27,13 @@ from ..model.masks import box_xyxy_to_xywh
 from ..model.variants_rf_detr import class_labels
 from .instances import Instances
 from .predict import category_ids_of
+from .runners import RuntimeModel
 
 
 def fingerprint(model: Any) -> str:
-    """Return a hash of a model's classes and of the first 16 numbers of each weight."""
+    """Return a hash of a model's classes and of the first 16 numbers of each weight, or of its exported file."""
+    if isinstance(model, RuntimeModel):
+        return model.fingerprint
     digest = hashlib.md5(repr(sorted(model.config.id2label.items())).encode(), usedforsecurity=False)
     for tensor in getattr(model, "_model", model).state_dict().values():
         digest.update(tensor.flatten()[:16].float().numpy(force=True).tobytes())

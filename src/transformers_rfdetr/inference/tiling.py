@@ -19,7 +19,7 @@ from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from ..model.masks import mask_areas, region_to_rle
 from ..model.modeling_rf_detr import RfDetrForObjectDetection
 from ..model.validation import as_pair, read_size, require
-from .compiled import InferenceModel
+from .fixed_size import FixedSizeModel
 from .instances import Instances
 from .predict import WEAK_SCORE, check_threshold, predict
 from .tile_merging import Tile, decode_mask, merge_tiles
@@ -28,7 +28,7 @@ logger = logging.get_logger(__name__)
 
 
 def predict_tiled(
-    model: RfDetrForObjectDetection | InferenceModel,
+    model: RfDetrForObjectDetection | FixedSizeModel,
     processor: RfDetrImageProcessor,
     image: Any,
     *,

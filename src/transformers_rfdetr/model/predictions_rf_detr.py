@@ -25,6 +25,11 @@ class MaskFactors(NamedTuple):
         vectors, offsets = self.project(self.queries)
         return (vectors @ self.pixels.flatten(2) + offsets).unflatten(-1, self.pixels.shape[-2:])
 
+    def logits_of(self, image: int, queries: Tensor) -> Tensor:
+        """Materialize the mask logits (K, h, w) of K queries of one image."""
+        selected = self._replace(pixels=self.pixels[image, None], queries=self.queries[image, queries][None])
+        return selected.logits()[0]
+
 
 class StagePrediction(NamedTuple):
     """The prediction of one stage for the N queries of each image."""
