@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from transformers_rfdetr.data.augmentation import FlipAndCrop, TorchvisionTransform, as_augmentation
+from transformers_rfdetr.data.augmentation import FlipAndCrop, TorchvisionTransform
+from transformers_rfdetr.data.recipes import as_augmentation
 from transformers_rfdetr.data.synthetic import draw_scene
 from transformers_rfdetr.model.masks import rasterize, read_segmentation
 

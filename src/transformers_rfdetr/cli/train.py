@@ -43,6 +43,13 @@ _BatchSize = Annotated[
     int | None, typer.Option(help="Images in a micro-batch; an optimizer step takes 4 micro-batches. Default: 4.")
 ]
 _LearningRate = Annotated[float | None, typer.Option(help="Learning rate of the decoder and the heads. Default: 1e-4.")]
+_Augmentation = Annotated[
+    str | None,
+    typer.Option(
+        help="Augmentation of training images: default (flips and crops), aerial, microscopy, strong (large-scale"
+        " jitter and copy-paste) or none. Default: default."
+    ),
+]
 _Seed = Annotated[int | None, typer.Option(help="Seed of new heads, data order and augmentation. Default: 42.")]
 _Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, mps or auto, which uses a GPU if there is one. Default: auto.")
@@ -86,6 +93,7 @@ def train(
     batch_size: _BatchSize = None,
     lr: _LearningRate = None,
     resolution: ResolutionOption = None,
+    augmentation: _Augmentation = None,
     seed: _Seed = None,
     device: _Device = None,
     class_names: _ClassNames = None,
@@ -112,6 +120,7 @@ def train(
         "batch_size": batch_size,
         "lr": lr,
         "resolution": resolution,
+        "augmentation": augmentation,
         "seed": seed,
         "device": device,
         "class_names": None if class_names is None else read_names("--class-names", class_names),

@@ -21,9 +21,11 @@ from .. import __version__
 from ..atomic_files import make_directory, write_text
 from ..data.dataset import InstanceDatasets
 from ..data.load import load_instance_dataset
+from ..data.recipes import RECIPES
 from ..data.splits import split_dataset
 from ..data.text_files import read_text, read_yaml
 from ..hub.load import load
+from ..model.validation import require
 from .evaluate import format_numbers
 from .options import absolute, read_size
 
@@ -37,6 +39,7 @@ _OPTIONS: dict[str, set[Any]] = {
     "validation": {float},
     "device": {str},
     "resolution": {int, str, list},
+    "augmentation": {str},
     "class_names": {list, dict},
     "image_folder": {str},
     "push_to_hub": {str},
@@ -116,20 +119,23 @@ def read_recipe(path: Path | None, given: Iterable[tuple[str, Any]]) -> dict[str
         recipe["resolution"] = list(size) if isinstance(size, tuple) else size
     if not recipe.get("num_train_epochs", 1) > 0 and recipe.get("max_steps", 0) <= 0:
         raise ValueError(f"--epochs must be above 0, got {recipe['num_train_epochs']:g}.")
+    augmentation = recipe.get("augmentation", "default")
+    require(augmentation in RECIPES, "augmentation", augmentation, f"one of {', '.join(RECIPES)}")
     recipe |= {name: _absolute(recipe[name]) for name in ("model", "data", "image_folder") if name in recipe}
     recipe["output"] = str(Path(recipe["output"]).expanduser().absolute())
-    kept = [name for name in recipe if name in _OPTIONS or recipe[name] != defaults[name]]
+    kept = [name for name in recipe if name not in defaults or recipe[name] != defaults[name]]
     return {name: recipe[name] for name in sorted(kept, key=lambda name: (name not in _OPTIONS, name))}
 
 
 def _fields() -> tuple[dict[str, set[Any]], dict[str, Any]]:
-    """Return the types that each setting may have, and the defaults of the training arguments."""
+    """Return the types that each setting may have, and the defaults of those that have one."""
     from ..training.arguments import RfDetrTrainingArguments
 
     hints = typing.get_type_hints(RfDetrTrainingArguments)
     # A token must not be written to a file, and the command has its own `push_to_hub` and `output`.
     excluded = ("hub_", "push_to_hub", "output_dir", "resume_from_checkpoint", "local_rank", "_")
-    types_of, defaults = dict(_OPTIONS), {}
+    types_of = dict(_OPTIONS)
+    defaults: dict[str, Any] = {"augmentation": "default"}
     for field in dataclasses.fields(RfDetrTrainingArguments):
         if field.init and not field.name.startswith(excluded):
             is_optional = field.default is None
@@ -238,6 +244,7 @@ def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
         train_dataset=data["train"],
         eval_dataset=data.get("validation"),
         processing_class=processor,
+        augmentation=recipe.get("augmentation", "default"),
         callbacks=[_RecipeWriter(_to_yaml(recipe))],
     )
     if is_first:

@@ -2,7 +2,8 @@
 
 An augmentation is a callable `(image, annotations, rng) -> (image, annotations)`: an RGB PIL image, COCO annotations
 in its pixels, and the `numpy.random.Generator` that every random number comes from. It must not modify its inputs.
-Sizes are (H, W); boxes are COCO's [x, y, width, height]; axis letters: N objects, h w pixels of a working size.
+`recipes.py` combines them. Sizes are (H, W); boxes are COCO's [x, y, width, height]; axis letters: N objects, h w
+pixels of a working size.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,28 +11,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageFilter
 from pycocotools import mask as coco_mask
 
 from ..model.coco_labels import clip_box
-from ..model.masks import Segmentation, box_and_area, rasterize, read_segmentation, region_to_rle
+from ..model.masks import (
+    Segmentation,
+    box_and_area,
+    has_segmentation,
+    rasterize,
+    read_segmentation,
+    region_to_rle,
+    to_rle,
+)
 from ..model.validation import is_number, require
 
 Annotations = list[dict[str, Any]]
 Augmentation = Callable[[Image.Image, Annotations, np.random.Generator], tuple[Image.Image, Annotations]]
 
-
-def as_augmentation(augmentation: Any) -> Augmentation | None:
-    """Return the augmentation; a pipeline of `torchvision.transforms.v2` is wrapped, None is returned unchanged.
-
-    Raises:
-        ValueError: it cannot be called.
-    """
-    if isinstance(augmentation, torch.nn.Module):
-        return TorchvisionTransform(augmentation)
-    rule = "a callable (image, annotations, rng) -> (image, annotations) or a torchvision.transforms.v2 pipeline"
-    require(augmentation is None or callable(augmentation), "augmentation", augmentation, rule, "Use FlipAndCrop().")
-    return augmentation
+_PADDING = (124, 116, 104)  # the mean of ImageNet, which the image processor normalizes to 0
+_MIN_BOX_FRACTION = 1e-5  # of the canvas: 2 pixels of 432 x 432
+_WITHOUT_PIXELS = [[0.0, 0.0]]  # a segmentation that covers no pixel of an image of any size
 
 
 class FlipAndCrop:
@@ -91,8 +91,7 @@ class FlipAndCrop:
             left, top, side = self._draw_square(image.size, rng)
             size = (image.height, image.width)
             image = image.crop((left, top, left + side, top + side))
-            cropped = (_crop(annotation, size, left, top, side) for annotation in annotations)
-            annotations = [annotation for annotation in cropped if annotation is not None]
+            annotations = _crop_all(annotations, size, (left, top, side, side))
         if rng.random() < self.flip:
             size = (image.height, image.width)
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -113,28 +112,181 @@ class FlipAndCrop:
         return left, top, side
 
 
-def _crop(annotation: dict[str, Any], size: tuple[int, int], left: int, top: int, side: int) -> dict[str, Any] | None:
-    """Return the part of an annotation that lies in a square of an image of `size`; None if there is none."""
+class ScaleJitter:
+    """Show the image larger or smaller on a canvas of its own aspect ratio, at a random position.
+
+    This is the large-scale jitter of https://arxiv.org/abs/2012.07177 with its scales. At a scale above 1, a window of
+    1 / scale of the height and width is cropped; at a scale below 1, the image is padded with ImageNet's mean color to
+    1 / scale of its height and width. The image processor resizes both to the model's input. The image is resized here
+    only if the canvas would be larger than `max_size`, so that most images are resized once.
+
+    Objects outside the canvas, and objects whose box covers less than 1/100,000 of it, are dropped.
+
+    Args:
+        scale: Smallest and largest scale; it is uniformly distributed between them.
+        max_size: Longer side of the canvas in pixels; the image is reduced if the canvas would be larger.
+
+    Raises:
+        ValueError: `scale` is not positive and ascending, or `max_size` is below 1.
+    """
+
+    def __init__(self, scale: tuple[float, float] = (0.1, 2.0), max_size: int = 1024) -> None:
+        check_range("scale", scale)
+        require(max_size >= 1, "max_size", max_size, "at least 1 pixel", "Use 1024.")
+        self.scale, self.max_size = scale, max_size
+
+    def __call__(
+        self, image: Image.Image, annotations: Annotations, rng: np.random.Generator
+    ) -> tuple[Image.Image, Annotations]:
+        """Return the augmented image and annotations."""
+        scale, size = rng.uniform(*self.scale), (image.height, image.width)
+        reduction = min(1.0, self.max_size * scale / max(size))
+        resized = (max(1, round(size[0] * reduction)), max(1, round(size[1] * reduction)))
+        height, width = (max(1, round(side * reduction / scale)) for side in size)
+        if resized != size:
+            image = image.resize(resized[::-1], Image.Resampling.BILINEAR)
+            annotations = [_resize(annotation, size, resized) for annotation in annotations]
+        room = (resized[1] - width, resized[0] - height)
+        left, top = (int(rng.integers(min(extent, 0), max(extent, 0), endpoint=True)) for extent in room)
+        canvas = Image.new("RGB", (width, height), _PADDING)
+        canvas.paste(image, (-left, -top))
+        annotations = _crop_all(annotations, resized, (left, top, width, height))
+        smallest = _MIN_BOX_FRACTION * height * width
+        return canvas, [one for one in annotations if one["bbox"][2] * one["bbox"][3] >= smallest]
+
+
+def check_range(name: str, value: Any) -> None:
+    """Raise ValueError unless a parameter is (smallest, largest), two positive numbers."""
+    is_valid = len(value) == 2 and all(map(is_number, value)) and 0 < value[0] <= value[1]
+    require(is_valid, name, value, "(smallest, largest), two positive numbers")
+
+
+class ColorJitter:
+    """Multiply brightness, contrast and saturation by random factors, with a probability.
+
+    Args:
+        brightness: The factor is uniformly distributed in [1 - brightness, 1 + brightness].
+        contrast: The same for contrast.
+        saturation: The same for saturation.
+        probability: Probability of any change.
+
+    Raises:
+        ValueError: a value is outside [0, 1].
+    """
+
+    def __init__(
+        self, brightness: float = 0.3, contrast: float = 0.3, saturation: float = 0.3, probability: float = 0.8
+    ) -> None:
+        strengths = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
+        for name, value in (strengths | {"probability": probability}).items():
+            require(is_number(value) and 0 <= value <= 1, name, value, "a number in [0, 1]")
+        self.strengths, self.probability = tuple(strengths.values()), probability
+
+    def __call__(
+        self, image: Image.Image, annotations: Annotations, rng: np.random.Generator
+    ) -> tuple[Image.Image, Annotations]:
+        """Return the augmented image and the same annotations."""
+        if rng.random() < self.probability:
+            kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+            for kind, strength in zip(kinds, self.strengths, strict=True):
+                image = kind(image).enhance(rng.uniform(1 - strength, 1 + strength))
+        return image, annotations
+
+
+class BlurAndNoise:
+    """Blur the image, and add Gaussian noise to its brightness, each with a probability.
+
+    The noise is the same in red, green and blue, so that a gray image remains gray.
+
+    Args:
+        blur: Largest standard deviation of the Gaussian blur, in pixels; it is uniformly distributed from 0.
+        noise: Largest standard deviation of the noise, as a fraction of white; it is uniformly distributed from 0.
+        probability: Probability of blur, and independently of noise.
+
+    Raises:
+        ValueError: a value is negative, or the probability is above 1.
+    """
+
+    def __init__(self, blur: float = 1.5, noise: float = 0.05, probability: float = 0.3) -> None:
+        for name, value in (("blur", blur), ("noise", noise)):
+            require(is_number(value) and value >= 0, name, value, "a number of at least 0")
+        require(is_number(probability) and 0 <= probability <= 1, "probability", probability, "in [0, 1]")
+        self.blur, self.noise, self.probability = blur, noise, probability
+
+    def __call__(
+        self, image: Image.Image, annotations: Annotations, rng: np.random.Generator
+    ) -> tuple[Image.Image, Annotations]:
+        """Return the augmented image and the same annotations."""
+        if rng.random() < self.probability:
+            image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, self.blur)))
+        if rng.random() < self.probability:
+            noise = rng.standard_normal((image.height, image.width, 1), np.float32)
+            pixels = np.asarray(image, np.float32) + 255 * rng.uniform(0, self.noise) * noise
+            image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+        return image, annotations
+
+
+def _crop_all(annotations: Annotations, size: tuple[int, int], window: tuple[int, int, int, int]) -> Annotations:
+    """Return the parts of annotations of an image of `size` inside a window: left, top, width and height in pixels.
+
+    The window may extend beyond the image; there is no object there.
+    """
+    cropped = (_crop(annotation, size, window) for annotation in annotations)
+    return [annotation for annotation in cropped if annotation is not None]
+
+
+def _crop(
+    annotation: dict[str, Any], size: tuple[int, int], window: tuple[int, int, int, int]
+) -> dict[str, Any] | None:
+    """Return the part of an annotation that lies in a window; None if there is none."""
+    left, top, width, height = window
     mask = read_segmentation(annotation.get("segmentation"), size)
     box, area = annotation.get("bbox"), annotation.get("area")
     cropped = dict(annotation)
     if box is not None:
-        cropped["bbox"] = _clip([box[0] - left, box[1] - top, *box[2:]], (side, side))
+        x, y, *extent = _clip(box, size)
+        cropped["bbox"] = _clip([x - left, y - top, *extent], (height, width))
         if min(cropped["bbox"][2:]) <= 0:
             return None
         if area is not None and mask is None:
             cropped["area"] = area * (cropped["bbox"][2] * cropped["bbox"][3]) / (box[2] * box[3])
     if mask is None:
+        if has_segmentation(annotation.get("segmentation")):
+            cropped["segmentation"] = _WITHOUT_PIXELS
         return cropped if box is not None else None
+    is_padded = left < 0 or top < 0 or left + width > size[1] or top + height > size[0]
+    if is_padded and not isinstance(mask, dict) and any(_leaves_image(polygon, size) for polygon in mask):
+        mask = to_rle(mask, size)  # which ends at the border of the image
     if isinstance(mask, dict):
-        region = coco_mask.decode(mask)[top : top + side, left : left + side]
-        mask = coco_mask.encode(np.asfortranarray(region))
+        region = coco_mask.decode(mask)[max(top, 0) : max(top + height, 0), max(left, 0) : max(left + width, 0)]
+        mask = region_to_rle(region.astype(bool), max(-top, 0), max(-left, 0), (height, width))
     else:
         mask = [polygon - np.resize([left, top], polygon.size) for polygon in mask]
-    mask_box, mask_area = box_and_area(mask, (side, side))
+    mask_box, mask_area = box_and_area(mask, (height, width))
     if not mask_area:
         return None
-    return {**cropped, "segmentation": _as_coco(mask), "bbox": cropped.get("bbox", mask_box), "area": mask_area}
+    box = mask_box if box is None else cropped["bbox"]
+    return {**cropped, "segmentation": _as_coco(mask), "bbox": box, "area": mask_area}
+
+
+def _leaves_image(polygon: np.ndarray, size: tuple[int, int]) -> bool:
+    """Return whether a polygon (2P,) extends beyond an image of `size`."""
+    return bool(polygon.min() < 0 or (polygon.reshape(-1, 2) > size[::-1]).any())
+
+
+def _resize(annotation: dict[str, Any], size: tuple[int, int], resized: tuple[int, int]) -> dict[str, Any]:
+    """Scale an annotation of an image of `size`."""
+    scale = np.divide(resized, size)[::-1]
+    changed = _transform_annotation(
+        annotation,
+        size,
+        box=lambda x, y, w, h: (np.array([x, y, w, h]) * np.tile(scale, 2)).tolist(),
+        points=lambda xy: xy * scale,
+        pixels=lambda mask: np.asarray(Image.fromarray(mask).resize(resized[::-1], Image.Resampling.NEAREST)),
+    )
+    if annotation.get("area") is not None:
+        changed["area"] = float(annotation["area"] * scale.prod())
+    return changed
 
 
 def _flip(annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
@@ -181,6 +333,8 @@ def _transform_annotation(
         mask = [points(polygon.reshape(-1, 2)).ravel() for polygon in mask]
     if mask is not None:
         transformed["segmentation"] = _as_coco(mask)
+    elif has_segmentation(annotation.get("segmentation")):
+        transformed["segmentation"] = _WITHOUT_PIXELS
     return transformed
 
 

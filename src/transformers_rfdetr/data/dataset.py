@@ -154,6 +154,10 @@ class InstanceDataset(HasLabelMap, torch.utils.data.Dataset):
         is_counted = ~self._index.is_crowd & (self._index.has_mask | (not with_mask))
         return int(is_counted.sum())
 
+    def indices_with_masks(self) -> np.ndarray:
+        """Return the indices of the images that have an object with a mask, crowds excluded, (M,) int64."""
+        return np.unique(self._index.image_indices()[self._index.has_mask & ~self._index.is_crowd])
+
     def crowded(self, num_queries: int) -> list[tuple[str | int, int]]:
         """Return the images with more objects than `num_queries`, of which a model can find only as many.
 

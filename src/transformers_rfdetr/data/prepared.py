@@ -11,8 +11,8 @@ from transformers import TrainerCallback
 
 from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from ..model.validation import error_context, is_index
-from .augmentation import as_augmentation
 from .class_balance import ClassBalance
+from .recipes import as_augmentation
 
 
 class SamplePreparation:
@@ -23,12 +23,15 @@ class SamplePreparation:
         augmentation: As in [`PreparedDataset`].
         seed: An integer >= 0.
         masks: Whether the labels contain masks.
+        dataset: The dataset of the samples; None for a stream.
     """
 
-    def __init__(self, processor: RfDetrImageProcessor, augmentation: Any, seed: int, masks: bool) -> None:
+    def __init__(
+        self, processor: RfDetrImageProcessor, augmentation: Any, seed: int, masks: bool, dataset: Any = None
+    ) -> None:
         if not is_index(seed):
             raise ValueError(f"`seed` must be an integer >= 0, got {seed!r}. Use 0.")
-        self.processor, self.augmentation = processor, as_augmentation(augmentation)
+        self.processor, self.augmentation = processor, as_augmentation(augmentation, dataset)
         self.seed, self.masks = int(seed), masks
         self._has_fixed_size = processor.do_resize and "height" in processor.size and processor.pad_size is None
 
@@ -63,8 +66,10 @@ class PreparedDataset(torch.utils.data.Dataset):
     Args:
         dataset: The [`InstanceDataset`].
         processor: The model's image processor.
-        augmentation: [`FlipAndCrop`][transformers_rfdetr.data.augmentation.FlipAndCrop], any other callable (image,
-            annotations, rng) -> (image, annotations), or a pipeline of `torchvision.transforms.v2`.
+        augmentation: "default", "aerial", "microscopy", "strong" or "none", see `recipes.py`; a callable (image,
+            annotations, rng) -> (image, annotations), such as
+            [`FlipAndCrop`][transformers_rfdetr.data.augmentation.FlipAndCrop]; or a pipeline of
+            `torchvision.transforms.v2`. None is "none".
         seed: An integer >= 0.
         masks: Whether the labels contain masks, which instance segmentation requires.
         class_balance: Repeat images with classes that fewer than this fraction of the images have, in (0, 1]; see
@@ -82,7 +87,7 @@ class PreparedDataset(torch.utils.data.Dataset):
         class_balance: float | None = None,
     ) -> None:
         self.dataset = dataset
-        self._prepare = SamplePreparation(processor, augmentation, seed, masks)
+        self._prepare = SamplePreparation(processor, augmentation, seed, masks, dataset)
         self.balance: ClassBalance | None = None
         if class_balance is not None:
             self.balance = ClassBalance(dataset.classes_of_images(), class_balance, self._prepare.seed)

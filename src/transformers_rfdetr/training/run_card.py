@@ -28,7 +28,7 @@ def training_settings(
         args: Arguments of the run.
         state: State of the run, which says how long it was.
         sizes: (height, width) that optimizer steps drew from; empty for the model's own.
-        augmentation: Augmentation of training samples.
+        augmentation: Augmentation of training samples, or the name of its recipe.
     """
     images_in_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     sides = ", ".join(str(size if size[0] != size[1] else size[0]) for size in sizes)
@@ -47,11 +47,17 @@ def training_settings(
         "EMA of the weights": f"decay {args.ema_decay:g}, tau {args.ema_tau:g}" if args.ema else "none",
         "resolution": f"drawn from {sides}" if sides else "the model's",
         **({"class balance": f"{args.class_balance:g}"} if args.class_balance is not None else {}),
-        "augmentation": "none" if augmentation is None else type(augmentation).__name__,
+        "augmentation": _name_augmentation(augmentation),
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
         "seed": args.seed,
         "versions": f"transformers {transformers.__version__}, torch {torch.__version__}",
     }
+
+
+def _name_augmentation(augmentation: Any) -> str:
+    if augmentation is None or isinstance(augmentation, str):
+        return augmentation or "none"
+    return type(augmentation).__name__
 
 
 def metrics_of_run(

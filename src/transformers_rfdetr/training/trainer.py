@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.utils import logging
 
-from ..data.augmentation import FlipAndCrop
 from ..data.dataset import InstanceDataset, as_instance_dataset
 from ..data.prepared import FollowEpoch, PreparedDataset, collate_fn
 from ..data.streams import InstanceStream, PreparedStream
@@ -34,8 +33,6 @@ from .run_upload import UploadingTrainer
 from .weight_average import WeightAverage
 
 logger = logging.get_logger(__name__)
-
-_DEFAULT_AUGMENTATION = FlipAndCrop()
 
 
 class RfDetrTrainer(UploadingTrainer):
@@ -71,8 +68,9 @@ class RfDetrTrainer(UploadingTrainer):
             objects column and a transform that prepares it; or, with `eval_annotations`, any dataset of prepared
             samples. Or a dictionary of these.
         processing_class: The image processor; the model's own by default.
-        augmentation: Augmentation of training samples, see `augmentation.py`, or a torchvision.transforms.v2 pipeline;
-            by default that of rfdetr, None for no augmentation.
+        augmentation: Augmentation of training samples: "default" (that of rfdetr), "aerial", "microscopy", "strong" or
+            "none", see `data/recipes.py`; a callable, see `data/augmentation.py`; or a torchvision.transforms.v2
+            pipeline.
         eval_annotations: The ground truth of prepared samples, a COCO dictionary. `image_id` in the labels of a sample
             is an image id, and its class labels are category ids.
         **kwargs: Other arguments of `Trainer`. `compute_metrics` is refused, because it would need all masks in memory.
@@ -92,7 +90,7 @@ class RfDetrTrainer(UploadingTrainer):
         eval_dataset: Any = None,
         processing_class: RfDetrImageProcessor | None = None,
         *,
-        augmentation: Any = _DEFAULT_AUGMENTATION,
+        augmentation: Any = "default",
         eval_annotations: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
