@@ -226,6 +226,17 @@ def test_a_fraction_of_the_training_images_can_be_the_validation_split(data, che
     assert any("eval_segm_AP" in entry for entry in json.loads(evaluated.read_text())["log_history"])
 
 
+def test_an_augmentation_is_chosen_by_its_name_and_stored(data, checkpoint, tmp_path, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(RfDetrTrainer, "train", lambda trainer, **options: chosen.append(trainer.augmentation))
+    given = ["--model", checkpoint, "--output", tmp_path, "--device", "cpu", *settings("eval_strategy=no")]
+    assert run("train", data, *given, "--augmentation", "strong").exit_code == 0
+    assert chosen == ["strong"]
+    assert yaml.safe_load((tmp_path / "train.yaml").read_text())["augmentation"] == "strong"
+    line = refusal("train", data, *given, "--augmentation", "default")
+    assert "other settings (augmentation 'strong' there, 'unset' here)" in line
+
+
 def test_a_second_validation_split_is_refused(data, checkpoint, tmp_path):
     line = refusal("train", data, "--model", checkpoint, "--output", tmp_path, "--device", "cpu", "--validation", 0.2)
     assert "--validation requires data without a validation split, got 3 validation images" in line
@@ -294,6 +305,10 @@ GIVEN = ["train", "data", "--model", "m", "--output", "o"]
         (
             [*GIVEN, "--resolution", "100x"],
             "--resolution must be a side in pixels such as 432, or HxW such as 432x576, got 100x",
+        ),
+        (
+            [*GIVEN, "--augmentation", "areal"],
+            "`augmentation` must be one of default, aerial, microscopy, strong, none, got 'areal'",
         ),
         ([*GIVEN, "--device", "cuda:1"], "`device` must be one of auto, cpu"),
         ([*GIVEN, "--config", "none.yaml"], "No such file or directory: 'none.yaml'"),

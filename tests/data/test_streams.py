@@ -110,6 +110,12 @@ def test_each_process_and_each_worker_augments_differently():
     assert not equal(batches[::2], batches[1::2])
 
 
+def test_copy_paste_is_refused_for_a_stream():
+    assert len(list(stream(1, augmentation="microscopy", repeat=False))) == 12
+    with pytest.raises(ValueError, match=r"'strong' requires a dataset that is not streamed"):
+        stream(1, augmentation="strong")
+
+
 def test_a_worker_without_a_shard_ends_instead_of_waiting():
     assert sorted(seen(stream(1, num_rows=3), num_workers=2, limit=6)) == [0, 0, 1, 1, 2, 2]
 

@@ -79,6 +79,21 @@ def test_a_run_killed_in_the_middle_of_an_epoch_resumes_bit_for_bit(workers, tmp
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+def test_a_run_with_copy_paste_resumes_bit_for_bit(tmp_path):
+    settings = {"eval_strategy": "no", "save_strategy": "steps", "save_steps": 3, "multi_scale": False}
+
+    def build(folder: str) -> RfDetrTrainer:
+        return build_trainer(tmp_path / folder, {"augmentation": "strong", "train_dataset": drawn(4)}, **settings)
+
+    uninterrupted = build("uninterrupted")  # two epochs of 2 steps
+    uninterrupted.train()
+    resumed = build("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "uninterrupted" / "checkpoint-3"))
+    assert uninterrupted.state.global_step == resumed.state.global_step == 4
+    for name, tensor in uninterrupted.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+
 class SmallMemory(RfDetrTrainer):
     """Runs out of memory in the third optimizer step."""
 

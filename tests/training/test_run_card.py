@@ -11,7 +11,7 @@ from PIL import Image
 from transformers_rfdetr import RfDetrForInstanceSegmentation, RfDetrImageProcessor, load, predict
 from transformers_rfdetr.data.dataset import InstanceDataset
 from transformers_rfdetr.data.drawing import draw_instances
-from transformers_rfdetr.training.run_card import draw_examples, metrics_of_run
+from transformers_rfdetr.training.run_card import draw_examples, metrics_of_run, training_settings
 from transformers_rfdetr.training.trainer import RfDetrTrainer, RfDetrTrainingArguments
 
 from hub_server import code_blocks
@@ -43,6 +43,15 @@ def test_the_metrics_of_a_run_are_those_of_the_weights_that_it_kept(tmp_path):
     log[1] |= {"eval_base_segm_AP": 0.5, "eval_base_bbox_AP": 0.6}
     trainer.args.load_best_model_at_end = True
     assert metrics_of_trainer(trainer)["validation"]["bbox_AP"] == 0.6
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [({}, "default"), ({"augmentation": "strong"}, "strong"), ({"augmentation": None}, "none")],
+)
+def test_the_settings_name_the_augmentation(given, name, tmp_path):
+    trainer = build_trainer(tmp_path, given)
+    assert training_settings(trainer.args, trainer.state, [], trainer.augmentation)["augmentation"] == name
 
 
 def test_crowds_are_not_drawn_and_objects_without_mask_are_drawn_as_boxes(monkeypatch):
