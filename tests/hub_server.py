@@ -1,7 +1,8 @@
 """Run a Hub on loopback, in memory, with repositories, revisions, LFS, tokens, and faults on request.
 
-It answers the requests of `huggingface_hub` for models. Tests control it by two more: `POST /_faults` with a list of
-faults replaces the earlier ones, and `GET /_log` returns the requests since then.
+It answers the requests of `huggingface_hub` for models and datasets; names of datasets begin with datasets/. Tests
+control it by two more: `POST /_faults` with a list of faults replaces the earlier ones, and `GET /_log` returns the
+requests since then.
 
 A fault is a dictionary: `method` and `path` (a regular expression) select requests, `times` says how many of them fail
 (1), `status` and `headers` are the answer. Status 0 cuts the connection after half of an upload or download.
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 TOKENS = {"token-of-me": "me", "token-of-other": "other"}
-_ID = r"(?P<repo>[^/]+/[^/]+)"
+_ID = r"(?P<repo>(?:datasets/)?[^/]+/[^/]+)"
 
 
 class File(NamedTuple):
@@ -104,7 +105,8 @@ class Handler(BaseHTTPRequestHandler):
     server: HubServer
 
     def handle_request(self) -> None:
-        self.path = urlsplit(self.path).path
+        url = urlsplit(self.path)
+        self.path, self.is_recursive = url.path, "recursive=true" in url.query.lower()
         self.body, self.may_cut_answer = None, False
         try:
             if self.path.startswith("/_"):
@@ -198,7 +200,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _readable(self, name: str) -> Repository:
         repository, user = self.server.repositories.get(name), self._user()
-        if repository is None or (repository.private and user != name.split("/")[0]):
+        if repository is None or (repository.private and user != name.split("/")[-2]):
             raise Refusal(401 if user is None else 404, "Repository not found", "RepoNotFound")
         return repository
 
@@ -206,7 +208,7 @@ class Handler(BaseHTTPRequestHandler):
         repository, user = self._readable(name), self._user()
         if user is None:
             raise Refusal(401, "Invalid username or password.")
-        if user != name.split("/")[0]:
+        if user != name.split("/")[-2]:
             raise Refusal(403, f"{user} may not write to {name}")
         return repository
 
@@ -220,7 +222,7 @@ class Handler(BaseHTTPRequestHandler):
     # The requests
 
     def _route(self) -> None:
-        api = rf"^/api/models/{_ID}"
+        api = rf"^/api/(?:models/|(?=datasets/)){_ID}"
         for method, pattern, action in (
             ("POST", r"^/api/repos/create$", self._create),
             ("POST", r"^/api/validate-yaml$", self._validate),
@@ -229,7 +231,8 @@ class Handler(BaseHTTPRequestHandler):
             ("POST", rf"{api}/commit/(?P<revision>[^/]+)$", self._commit),
             ("POST", rf"{api}/branch/(?P<branch>[^/]+)$", self._branch),
             ("POST", rf"{api}/tag/(?P<revision>[^/]+)$", self._tag),
-            ("GET", rf"{api}/tree/(?P<revision>[^/]+)$", self._tree),
+            ("GET", rf"{api}/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?$", self._tree),
+            ("POST", rf"{api}/paths-info/(?P<revision>[^/]+)$", self._paths),
             ("GET", rf"{api}(/revision/(?P<revision>[^/]+))?$", self._info),
             ("POST", rf"^/{_ID}\.git/info/lfs/objects/batch$", self._batch),
             ("POST", rf"^/{_ID}\.git/info/lfs/verify$", self._verify),
@@ -258,7 +261,7 @@ class Handler(BaseHTTPRequestHandler):
         owner = wanted.get("organization") or user
         if owner != user:
             raise Refusal(403, f"{user} may not create repositories of {owner}")
-        name = f"{owner}/{wanted['name']}"
+        name = f"{'datasets/' * (wanted.get('type') == 'dataset')}{owner}/{wanted['name']}"
         if name in self.server.repositories:
             self._answer({"url": f"{self.server.url}/{name}", "error": "You already created this repository"}, 409)
             return
@@ -280,7 +283,7 @@ class Handler(BaseHTTPRequestHandler):
         files = []
         for wanted in self._json()["files"]:
             path = wanted["path"]
-            mode = "lfs" if path.endswith((".safetensors", ".bin", ".png", ".pt", ".pth")) else "regular"
+            mode = "lfs" if path.endswith((".safetensors", ".bin", ".png", ".pt", ".pth", ".parquet")) else "regular"
             oid = present[path].oid if path in present else None
             files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         self._answer({"files": files})
@@ -347,16 +350,29 @@ class Handler(BaseHTTPRequestHandler):
         files = [{"rfilename": path} for path in repository.commits[commit]]
         self._answer({"id": repo, "sha": commit, "private": repository.private, "siblings": files, "tags": []})
 
-    def _tree(self, repo: str, revision: str) -> None:
+    def _tree(self, repo: str, revision: str, folder: str | None = None) -> None:
         repository = self._readable(repo)
         files = repository.commits[self._commit_of(repository, revision)]
-        entries = []
-        for path, file in files.items():
-            entry = {"type": "file", "path": path, "size": len(file.content), "oid": file.oid}
-            if file.is_lfs:
-                entry["lfs"] = {"oid": file.oid, "size": len(file.content), "pointerSize": 130}
-            entries.append(entry)
-        self._answer(entries)
+        parent = "" if folder is None else f"{unquote(folder)}/"
+        inside = {path: file for path, file in files.items() if path.startswith(parent)}
+        folders = {path[: path.find("/", len(parent))] for path in inside if "/" in path[len(parent) :]}
+        if not self.is_recursive:
+            inside = {path: file for path, file in inside.items() if "/" not in path[len(parent) :]}
+        entries = [{"type": "directory", "path": path, "oid": path, "size": 0} for path in sorted(folders)]
+        self._answer([*entries, *(self._entry(path, file) for path, file in inside.items())])
+
+    def _paths(self, repo: str, revision: str) -> None:
+        repository = self._readable(repo)
+        files = repository.commits[self._commit_of(repository, revision)]
+        wanted = [path.strip("/") for path in self._json()["paths"]]
+        folders = {path for path in wanted if any(name.startswith(f"{path}/") for name in files)}
+        entries = [self._entry(path, files[path]) for path in wanted if path in files]
+        self._answer([*entries, *({"type": "directory", "path": path, "oid": path, "size": 0} for path in folders)])
+
+    def _entry(self, path: str, file: File) -> dict[str, Any]:
+        entry = {"type": "file", "path": path, "size": len(file.content), "oid": file.oid}
+        lfs = {"oid": file.oid, "size": len(file.content), "pointerSize": 130}
+        return entry | ({"lfs": lfs} if file.is_lfs else {})
 
     def _resolve(self, repo: str, revision: str, file: str) -> None:
         repository = self._readable(repo)

@@ -64,8 +64,9 @@ class Hub:
         return [status for verb, path, status in self._control("_log") if verb == method and part in path]
 
     def files(self, name: str, revision: str = "main") -> set[str]:
-        files = self._control(f"api/models/{name}/tree/{revision}")
-        return {entry["path"] for entry in files} - {".gitattributes"}
+        kind = "" if name.startswith("datasets/") else "models/"
+        entries = self._control(f"api/{kind}{name}/tree/{revision}?recursive=true")
+        return {entry["path"] for entry in entries if entry["type"] == "file"} - {".gitattributes"}
 
 
 def refused(action: Callable[[], Any]) -> str:

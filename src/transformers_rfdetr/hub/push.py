@@ -93,10 +93,12 @@ def _write_card(
         card.save(folder / "README.md")
 
 
-def create_repository(repo_id: str, *, private: bool | None, token: str | bool | None, kept: str = "") -> str:
+def create_repository(
+    repo_id: str, *, private: bool | None, token: str | bool | None, kept: str = "", repo_type: str = "model"
+) -> str:
     """Create a repository unless it exists, and return its id with the owner; errors are those of [`upload`]."""
     create = HfApi(token=token).create_repo
-    return _retry(lambda: create(repo_id, private=private, exist_ok=True).repo_id, repo_id, kept)
+    return _retry(lambda: create(repo_id, private=private, exist_ok=True, repo_type=repo_type).repo_id, repo_id, kept)
 
 
 def upload(
@@ -109,6 +111,7 @@ def upload(
     revision: str | None = None,
     create_pr: bool = False,
     path_in_repo: str = "",
+    repo_type: str = "model",
     **commit: Any,
 ) -> CommitInfo:
     """Upload files of a folder in one commit: a reader sees all of them or none.
@@ -122,6 +125,7 @@ def upload(
         revision: See [`push_to_hub`].
         create_pr: See [`push_to_hub`].
         path_in_repo: Folder of the repository.
+        repo_type: "model" or "dataset".
         **commit: `commit_message`, `commit_description`.
 
     Raises:
@@ -131,12 +135,13 @@ def upload(
 
     def attempt() -> CommitInfo:
         if revision is not None and not create_pr and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
+            api.create_branch(repo_id, branch=revision, exist_ok=True, repo_type=repo_type)
         operations = [
             CommitOperationAdd(str(Path(path_in_repo, path.relative_to(folder)).as_posix()), str(path))
             for path in sorted(files)
         ]
-        return api.create_commit(repo_id, operations, revision=revision, create_pr=create_pr, **commit)
+        where = {"revision": revision, "create_pr": create_pr, "repo_type": repo_type}
+        return api.create_commit(repo_id, operations, **where, **commit)
 
     return _retry(attempt, repo_id, kept)
 

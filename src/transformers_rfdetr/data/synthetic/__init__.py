@@ -3,7 +3,6 @@
 An image depends only on its seed, and nothing is downloaded.
 """
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +10,9 @@ from typing import Any
 
 from PIL import Image
 
+from ..dataset import InstanceDataset
+from ..writers.coco import write_coco_split
+from ..writers.output import Output, dataset_images
 from . import tray
 from .aerial import CLASSES, draw_scene
 from .tray import draw_tray
@@ -72,9 +74,7 @@ def save_dataset(folder: str | os.PathLike[str], images: Sequence[Image.Image], 
     Returns:
         The path of the annotations.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for image, entry in zip(images, coco["images"], strict=True):
-        image.save(Path(folder, entry["file_name"]))
+    dataset = InstanceDataset(coco, images)
     path = Path(folder, "_annotations.coco.json")
-    path.write_text(json.dumps(coco))
+    write_coco_split(dataset_images(dataset), dataset.classes, Path(folder), path, Output(Path(folder)))
     return path

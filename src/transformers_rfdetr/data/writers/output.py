@@ -6,7 +6,7 @@ import posixpath
 import shutil
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -20,6 +20,7 @@ from transformers.utils import logging
 from ...model.coco_labels import clip_box
 from ...model.image_io import open_image, read_rgb
 from ...model.masks import box_and_area, read_segmentation, to_rle
+from ..dataset import InstanceDataset
 from ..image_files import is_image_name
 
 logger = logging.get_logger(__name__)
@@ -40,6 +41,22 @@ class ImageObjects(NamedTuple):
 
 
 Splits = Mapping[str, Iterable[ImageObjects]]
+
+
+def dataset_images(dataset: InstanceDataset) -> Iterator[ImageObjects]:
+    """Yield the images of a dataset, without the folders that all of them are in."""
+    names = [_normalized(name) for name in dataset.names_of(dataset.image_ids())]
+    folders = {posixpath.dirname(name) for name in names}
+    is_relative = not any(name.startswith(("/", "../")) for name in names)
+    shared = posixpath.commonpath(folders) if folders and is_relative else ""
+    for index, (fields, annotations) in enumerate(dataset.annotated_images()):
+        name = posixpath.relpath(_normalized(fields.get("file_name") or f"{fields['image_id']:06d}"), shared or ".")
+        size = (fields["height"], fields["width"])
+        yield ImageObjects(dataset.encoded_image(index), name, size, annotations, fields["image_id"])
+
+
+def _normalized(name: str) -> str:
+    return posixpath.normpath(name.replace("\\", "/"))
 
 
 @dataclass
@@ -163,7 +180,8 @@ def polygons_of(item: Mapping[str, Any], size: tuple[int, int]) -> list[np.ndarr
     if isinstance(item["segmentation"], Mapping):
         return None
     rounded = [np.round(polygon, 3) for polygon in item["segmentation"]]
-    if to_rle(rounded, size)["counts"] != mask_of(item, size)["counts"]:
+    mask = mask_of(item, size)
+    if coco_mask.area(mask) and to_rle(rounded, size)["counts"] != mask["counts"]:
         return None
     return [polygon.reshape(-1, 2) for polygon in rounded]
 

@@ -1,8 +1,7 @@
 """Write annotated images in one of the formats, and say what it cannot hold."""
 
 import os
-import posixpath
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from .coco import write_coco
 from .cvat import write_cvat
 from .hub import write_hub
 from .labelme import write_labelme
-from .output import ImageObjects, Output, Splits
+from .output import ImageObjects, Output, Splits, dataset_images
 from .yolo import write_yolo
 
 WRITERS = {
@@ -74,7 +73,7 @@ def write_dataset(
         rule = "what `load_instance_dataset` returns without streaming=True"
         require(isinstance(split, InstanceDataset), "dataset", split, rule)
     data = InstanceDatasets(splits)
-    images = {name: _images_of(split) for name, split in data.items()}
+    images = {name: dataset_images(split) for name, split in data.items()}
     return write_annotations(images, data.classes, folder, format=format, copy_images=copy_images)
 
 
@@ -109,22 +108,6 @@ def write_annotations(
         WRITERS[format](named, classes, output)
     output.warn(folder)
     return folder
-
-
-def _images_of(dataset: InstanceDataset) -> Iterator[ImageObjects]:
-    """Yield the images of a dataset, without the folders that all of them are in."""
-    names = [_normalized(name) for name in dataset.names_of(dataset.image_ids())]
-    folders = {posixpath.dirname(name) for name in names}
-    is_relative = not any(name.startswith(("/", "../")) for name in names)
-    shared = posixpath.commonpath(folders) if folders and is_relative else ""
-    for index, (fields, annotations) in enumerate(dataset.annotated_images()):
-        name = posixpath.relpath(_normalized(fields.get("file_name") or f"{fields['image_id']:06d}"), shared or ".")
-        size = (fields["height"], fields["width"])
-        yield ImageObjects(dataset.encoded_image(index), name, size, annotations, fields["image_id"])
-
-
-def _normalized(name: str) -> str:
-    return posixpath.normpath(name.replace("\\", "/"))
 
 
 def _prepared(image: ImageObjects, classes: Mapping[int, str], output: Output) -> ImageObjects:

@@ -50,6 +50,8 @@ def yolo_values(item: Mapping[str, Any], size: tuple[int, int], output: Output) 
         if x1 <= x0 or y1 <= y0:
             output.note("boxes without a pixel in the image are not written.")
             return []
+        if [x0, y0, x1 - x0, y1 - y0] != item["bbox"]:
+            output.note("boxes are clipped to the image.")
         corners = np.array([[x0, y0], [x1, y1]]) / size[::-1]
         return [*corners.mean(0).tolist(), *(corners[1] - corners[0]).tolist()]
     outline, is_joined = _outline(item, size)
@@ -61,12 +63,12 @@ def yolo_values(item: Mapping[str, Any], size: tuple[int, int], output: Output) 
 def _outline(item: Mapping[str, Any], size: tuple[int, int]) -> tuple[np.ndarray, bool]:
     """Return one ring (V, 2) that has the mask of an object, and whether several were joined."""
     mask = mask_of(item, size)
+    region, top, left = crop_mask(mask)
     if not isinstance(item["segmentation"], Mapping):
         rings = [np.array(polygon).reshape(-1, 2).clip(0, size[::-1]) for polygon in item["segmentation"]]
         joined = join_rings(rings).round(3)
-        if to_rle([joined.ravel()], size)["counts"] == mask["counts"]:
+        if not region.any() or to_rle([joined.ravel()], size)["counts"] == mask["counts"]:
             return joined, len(rings) > 1
-    region, top, left = crop_mask(mask)
     rings = [ring + np.array([left, top]) for ring in trace_pixels(region)]
     return join_rings(rings), len(rings) > 1
 

@@ -1,0 +1,41 @@
+"""Outlines of masks are drawn by pycocotools to the same masks."""
+
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from pycocotools import mask as coco_mask
+
+from transformers_rfdetr.data.outlines import join_rings, trace_pixels
+
+from properties import holds
+
+
+def draw(rings, size) -> np.ndarray:
+    polygons = [ring.ravel().tolist() for ring in rings]
+    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *size))).astype(bool)
+
+
+@holds(100, mask=array_shapes(min_dims=2, max_dims=2, max_side=12).flatmap(lambda size: arrays(bool, size)))
+def test_one_line_encloses_exactly_the_pixels_of_a_mask(mask):
+    rings = trace_pixels(mask)
+    assert bool(rings) == bool(mask.any())
+    if rings:
+        assert np.array_equal(draw([join_rings(rings)], mask.shape), mask)
+
+
+def test_the_rings_of_a_square_with_a_hole_are_its_eight_corners():
+    mask = np.ones((4, 5), bool)
+    mask[1:3, 1:4] = False
+    outer, inner = (set(map(tuple, ring.tolist())) for ring in trace_pixels(mask))
+    assert outer == {(0, 0), (5, 0), (5, 4), (0, 4)}
+    assert inner == {(1, 1), (4, 1), (4, 3), (1, 3)}
+
+
+@holds(50, corners=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=4))
+def test_joined_rings_that_do_not_overlap_are_drawn_as_their_union(corners):
+    squares = [
+        np.array([[x, y], [x + 5, y], [x + 5, y + 5], [x, y + 5]], float) + 30 * np.array([number, 0])
+        for number, (x, y) in enumerate(corners)
+    ]
+    size = (30, 30 * len(corners))
+    assert np.array_equal(draw([join_rings(squares)], size), draw(squares, size))
