@@ -280,6 +280,16 @@ def test_names_of_any_letters_and_equal_names_in_folders_are_kept_apart(format, 
     assert not any("all" in path.parts for path in folder.rglob("*.png"))
 
 
+@pytest.mark.parametrize("name", ["../../a.png", "/a.png", "..\\..\\a.png", "b/../../../a.png", "..", ""])
+def test_names_cannot_leave_the_folder(name, tmp_path):
+    image, output = save_image(tmp_path / "x.png"), tmp_path / "inside" / "out"
+    folder = write(output, [item([[1, 1, 9, 1, 9, 9]])], "coco", image, name)
+    [sample] = read(folder)["train"]
+    assert (folder / "train" / sample["file_name"]).is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"inside", "x.png"}
+    assert [path.name for path in (tmp_path / "inside").iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize("format", WRITERS)
 def test_rows_become_image_files_with_a_suffix(format, tmp_path):
     datasets = pytest.importorskip("datasets")

@@ -25,8 +25,11 @@ from huggingface_hub import ModelCard, hf_hub_download
 from PIL import Image
 from transformers import AutoModelForInstanceSegmentation
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from typer.testing import CliRunner
 
-from transformers_rfdetr import RfDetrForInstanceSegmentation, RfDetrImageProcessor, load
+from annotated_images import save_coco, save_images
+from transformers_rfdetr import RfDetrForInstanceSegmentation, RfDetrImageProcessor, load, load_instance_dataset
+from transformers_rfdetr.cli.app import app
 from transformers_rfdetr.conversion import architecture
 from transformers_rfdetr.conversion.convert import convert_to_transformers
 from transformers_rfdetr.hub.model_code import CODE_FILES
@@ -358,6 +361,24 @@ def check_a_conversion_is_pushed_like_a_model(hub: Hub) -> None:
     loaded, _ = load("me/converted")
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
     hub.faults()
+
+
+def check_a_converted_dataset_is_pushed_and_loaded(hub: Hub) -> None:
+    source, output = hub.folder / "source", hub.folder / "rows"
+    save_coco(save_images(source) / "_annotations.coco.json")
+    command = ["convert-dataset", str(source), str(output), "--to", "hub", "--push", "trees", "--private"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert hub.files("datasets/me/trees") == {"README.md", "data/train-00000-of-00001.parquet"}
+    data = load_instance_dataset("me/trees")
+    assert data.id2label == {0: "roof", 1: "tree"}
+    counts = [(1, 0), (2, 1)]  # objects and crowds
+    assert [(count.objects, count.crowds) for count in data["train"].counts().values()] == counts
+    assert [sample["file_name"] for sample in data["train"]] == ["0.png", "1.png", "2.png"]
+    with token("token-of-other"):
+        message = CliRunner().invoke(app, [*command[:2], f"{output}-2", *command[3:6], "me/trees"]).stderr
+    assert "me/trees was not uploaded" in message
+    assert f"The files are in {output}-2." in message
 
 
 CHECKS = [name for name in dict(globals()) if name.startswith("check_")]
