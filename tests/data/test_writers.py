@@ -156,9 +156,12 @@ def test_crowd_regions_with_polygons_rle_and_boxes_stay_crowd_regions(format, tm
     assert [bool(one.get("segmentation")) for one in found] == [True, True, False, True]
 
 
-def test_the_mark_occluded_of_cvat_is_kept_in_cvat(tmp_path):
-    found = objects_in(write(tmp_path / "out", [item([[1, 1, 9, 1, 9, 9]], occluded=1)], "cvat"), tmp_path)
-    assert found[0]["occluded"] == 1
+def test_the_mark_occluded_of_cvat_is_kept_in_cvat_and_counted_elsewhere(tmp_path, hf_log):
+    objects = [item([[1, 1, 9, 1, 9, 9]], occluded=1)]
+    assert objects_in(write(tmp_path / "cvat", objects, "cvat"), tmp_path)[0]["occluded"] == 1
+    assert "occluded" not in hf_log.text
+    write(tmp_path / "yolo", objects, "yolo")
+    assert "yolo: 1 marks of occluded objects are not written" in hf_log.text
 
 
 # Other programs read what is written

@@ -31,7 +31,7 @@ def write_cvat(splits: Splits, classes: Mapping[int, str], output: Output) -> No
         for image in images:
             folder = output.folder / "images" / split
             name = output.place_image(image, folder).relative_to(folder).as_posix()
-            output.note_what_only_coco_keeps(image)
+            output.note_boxes(image)
             root.append(cvat_image(image, classes, {"id": str(len(root) - 2), "name": name, "subset": split}))
     ElementTree.indent(root)
     ElementTree.ElementTree(root).write(output.folder / "annotations.xml", encoding="utf-8", xml_declaration=True)

@@ -50,6 +50,7 @@ def row_features(class_names: list[str]) -> Any:
 
 def _row(index: int, image: ImageObjects, labels: Mapping[int, int], output: Output, split: str) -> dict[str, Any]:
     name = output.name_image(image, Path(split))
+    output.note_occluded(image)
     objects: dict[str, list[Any]] = {field: [] for field in _FIELDS}
     for number, item in enumerate(image.objects):
         segmentation = item.get("segmentation")

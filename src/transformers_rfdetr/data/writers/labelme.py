@@ -32,7 +32,8 @@ def write_labelme(splits: Splits, classes: Mapping[int, str], output: Output) ->
     for split, images in splits.items():
         for image in images:
             path = output.place_image(image, output.folder / split, by_stem=True)
-            output.note_what_only_coco_keeps(image)
+            output.note_boxes(image)
+            output.note_occluded(image)
             content = labelme_content(image, classes, path.name)
             path.with_suffix(".json").write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
             unused -= {item["category_id"] for item in image.objects}

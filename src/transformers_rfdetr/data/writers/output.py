@@ -117,7 +117,12 @@ class Output:
             path.write_bytes(image_bytes(image.image))
         return path
 
-    def note_what_only_coco_keeps(self, image: ImageObjects) -> None:
+    def note_occluded(self, image: ImageObjects) -> None:
+        """Count the objects of an image that are marked as occluded, if the format has no such mark."""
+        if count := sum(bool(item.get("occluded")) for item in image.objects):
+            self.note("marks of occluded objects are not written.", count)
+
+    def note_boxes(self, image: ImageObjects) -> None:
         """Count the boxes of an image that are not those of their masks; a format without both loses them."""
         for item in image.objects:
             if "segmentation" in item:

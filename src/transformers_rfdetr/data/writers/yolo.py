@@ -28,7 +28,8 @@ def write_yolo(splits: Splits, classes: Mapping[int, str], output: Output) -> No
         for image in images:
             description[key] = f"images/{key}"  # a split without images cannot be read
             path = output.place_image(image, output.folder / "images" / key, by_stem=True)
-            output.note_what_only_coco_keeps(image)
+            output.note_boxes(image)
+            output.note_occluded(image)
             lines = []
             for item in image.objects:
                 if item.get("iscrowd"):
