@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from PIL import Image
 from transformers import AutoModelForInstanceSegmentation
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -67,8 +67,7 @@ class Hub:
         return [status for verb, path, status in self._control("_log") if verb == method and part in path]
 
     def files(self, name: str, revision: str = "main") -> set[str]:
-        kind = "" if name.startswith("datasets/") else "models/"
-        entries = self._control(f"api/{kind}{name}/tree/{revision}?recursive=true")
+        entries = self._control(f"api/models/{name}/tree/{revision}?recursive=true")
         return {entry["path"] for entry in entries if entry["type"] == "file"} - {".gitattributes"}
 
 
@@ -369,7 +368,9 @@ def check_a_converted_dataset_is_pushed_and_loaded(hub: Hub) -> None:
     command = ["convert-dataset", str(source), str(output), "--to", "hub", "--push", "trees", "--private"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
-    assert hub.files("datasets/me/trees") == {"README.md", "data/train-00000-of-00001.parquet"}
+    files = set(HfApi().list_repo_files("me/trees", repo_type="dataset"))
+    assert files - {".gitattributes"} == {"README.md", "data/train-00000-of-00001.parquet"}
+    assert refused(lambda: HfApi(token="token-of-other").list_repo_files("me/trees", repo_type="dataset"))
     data = load_instance_dataset("me/trees")
     assert data.id2label == {0: "roof", 1: "tree"}
     counts = [(1, 0), (2, 1)]  # objects and crowds
