@@ -201,7 +201,7 @@ def test_aerial_images_are_shown_in_all_eight_orientations_equally_often():
 
 
 def test_default_is_rfdetrs_recipe_and_none_changes_nothing():
-    image, annotations = draw_scene(1)
+    image, annotations = draw_scene(1, (96, 96), metres_per_pixel=0.6)
     default = as_augmentation("default")
     for seed in range(5):
         one, other = default(image, annotations, rng(seed)), FlipAndCrop()(image, annotations, rng(seed))
@@ -213,7 +213,7 @@ def test_default_is_rfdetrs_recipe_and_none_changes_nothing():
 def test_augmentations_are_composed_with_pipelines():
     v2 = pytest.importorskip("torchvision.transforms.v2")
     flip = FlipAndCrop(flip=1.0, crop=0.0)
-    image, annotations = draw_scene(1)
+    image, annotations = draw_scene(1, (96, 96), metres_per_pixel=0.6)
     composed = Compose(flip, None, "none", v2.Compose([v2.RandomHorizontalFlip(p=1.0)]), "default")
     assert [type(one).__name__ for one in composed.augmentations if one] == [
         "FlipAndCrop",
