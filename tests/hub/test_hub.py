@@ -90,9 +90,9 @@ def token(value: str) -> Iterator[None]:
         os.environ["HF_TOKEN"] = before
 
 
-def quick_trainer(folder: Path) -> RfDetrTrainer:
+def quick_trainer(folder: Path, **settings: Any) -> RfDetrTrainer:
     """One optimizer step on two images, without evaluation and checkpoints."""
-    settings = QUICK | {"max_steps": 1, "save_strategy": "no", "eval_strategy": "no"}
+    settings = QUICK | {"max_steps": 1, "save_strategy": "no", "eval_strategy": "no"} | settings
     model = RfDetrForInstanceSegmentation(small_config(num_labels=1))
     return RfDetrTrainer(model, RfDetrTrainingArguments(str(folder), **settings), train_dataset=drawn(2))
 
@@ -312,6 +312,18 @@ def check_a_run_pushes_its_model_with_card_and_images_and_nothing_else(hub: Hub)
     best = max(entry.get("eval_segm_AP", -1) for entry in trainer.state.log_history)
     best = max(best, *(entry.get("eval_base_segm_AP", -1) for entry in trainer.state.log_history))
     assert shown["validation", "Mask AP"] == round(best, 4)
+
+
+def check_a_run_with_lora_pushes_the_merged_model_and_its_adapter(hub: Hub) -> None:
+    hub.faults()
+    pytest.importorskip("peft")
+    trainer = quick_trainer(hub.folder / "lora", lora=2)
+    trainer.push_to_hub(num_images=0)
+    expected = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors", "model.safetensors", "config.json"}
+    assert expected <= hub.files("me/lora")
+    loaded, _ = load("me/lora")
+    assert not any("lora" in name for name in loaded.state_dict())
+    assert "| LoRA | rank 2, of the attention of DINOv2 |" in card_of("me/lora")
 
 
 def check_a_run_whose_push_fails_is_complete_on_disk(hub: Hub) -> None:

@@ -65,6 +65,14 @@ _ClassBalance = Annotated[
         " Default: every image once an epoch."
     ),
 ]
+_Lora = Annotated[
+    int | None,
+    typer.Option(
+        metavar="RANK",
+        help="Train LoRA adapters of this rank, such as 16, instead of DINOv2; the heads are trained as without it."
+        " Default: train DINOv2.",
+    ),
+]
 _Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Any field of RfDetrTrainingArguments. May be repeated."),
@@ -98,6 +106,7 @@ def train(
     device: _Device = None,
     class_names: _ClassNames = None,
     class_balance: _ClassBalance = None,
+    lora: _Lora = None,
     settings: _Settings = None,
     resume: _Resume = True,
     image_folder: ImageFolderOption = None,
@@ -125,6 +134,7 @@ def train(
         "device": device,
         "class_names": None if class_names is None else read_names("--class-names", class_names),
         "class_balance": class_balance,
+        "lora": lora,
         "image_folder": image_folder,
         "push_to_hub": push_to_hub,
         "private": private or None,

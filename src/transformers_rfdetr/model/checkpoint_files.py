@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import cached_file, logging
 
@@ -181,7 +181,32 @@ class RfDetrCheckpoint(PreTrainedModel):
         return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save in the original layout, which rfdetr, transformers' port and this package read."""
+        """Save in the original layout, which rfdetr, transformers' port and this package read.
+
+        LoRA layers that `peft.inject_adapter_in_model` has put into the model are merged into the saved weights.
+        """
+        state_dict = kwargs.get("state_dict") or self.state_dict()
+        if any(".base_layer." in name for name in state_dict):
+            kwargs["state_dict"] = _merge_lora(self, state_dict)
         kwargs["save_original_format"] = False  # our names are the original ones: nothing must be renamed,
         self._weight_conversions: list = []  # which transformers 5.9 to 5.12 do otherwise
         super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def _merge_lora(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict under the names without adapters, with weight + scaling x B A instead of the weights."""
+    merged = {}
+    for name, tensor in state_dict.items():
+        layer, is_adapted, rest = name.partition(".base_layer.")
+        if is_adapted and rest == "weight":
+            module = model.get_submodule(layer)
+            for adapter in module.active_adapters:
+                down, up = (state_dict[f"{layer}.lora_{part}.{adapter}.weight"] for part in "AB")
+                tensor = tensor + module.scaling[adapter] * (up @ down)
+        if is_adapted or ".lora_" not in name:
+            merged[f"{layer}.{rest}" if is_adapted else name] = tensor
+        elif ".lora_A." not in name and ".lora_B." not in name:
+            raise ValueError(
+                f"{name:.200} cannot be merged into the saved weights. Call peft's merge_and_unload first."
+            )
+    return merged

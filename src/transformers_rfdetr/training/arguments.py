@@ -8,6 +8,8 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
+from .lora import DEFAULT_RANK
+
 
 @dataclass
 class RfDetrTrainingArguments(TrainingArguments):
@@ -47,6 +49,9 @@ class RfDetrTrainingArguments(TrainingArguments):
             above and below the model's.
         drop_path: Stochastic depth of DINOv2's last block, in [0, 1); the configuration's by default.
         freeze_backbone: Whether to keep the weights of DINOv2 unchanged.
+        lora: Rank of LoRA adapters of the attention of DINOv2, whose other weights are not changed. True is 16, 0 is no
+            LoRA. Adapters learn at `learning_rate`. Model folders contain the merged weights, and in `adapter/` the
+            adapter for peft.
         non_finite_loss: What to do if the loss or the gradient of an optimizer step is NaN or infinite. "stop" ends the
             run and names the images. "skip" discards the step with a warning, and ends the run after 10 in a row.
             Neither changes the weights.
@@ -97,6 +102,7 @@ class RfDetrTrainingArguments(TrainingArguments):
     multi_scale: bool = True
     drop_path: float | None = None
     freeze_backbone: bool = False
+    lora: int = 0
     non_finite_loss: str = "stop"
 
     def __post_init__(self) -> None:
@@ -121,12 +127,16 @@ class RfDetrTrainingArguments(TrainingArguments):
             ("early_stopping_min_delta", self.early_stopping_min_delta >= 0, "at least 0"),
             ("class_balance", self.class_balance is None or 0 < self.class_balance <= 1, "in (0, 1]"),
             ("drop_path", self.drop_path is None or 0 <= self.drop_path < 1, "in [0, 1)"),
+            ("lora", self.lora >= 0, "a rank, True or 0"),
+            ("freeze_backbone", not (self.lora and self.freeze_backbone), "False with `lora`, which freezes DINOv2"),
             ("non_finite_loss", self.non_finite_loss in ("stop", "skip"), "'stop' or 'skip'"),
             ("early_stopping", not self.early_stopping or self.eval_strategy != "no", "False without eval_strategy"),
             ("deepspeed", not self.deepspeed, "None. FSDP can shard the EMA weights"),
         ):
             if not is_valid:
                 raise ValueError(f"`{name}` must be {rule}, got {getattr(self, name)!r}.")
+        if self.lora is True:
+            self.lora = DEFAULT_RANK
         if self.bf16 is None:
             on_gpu = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from ..atomic_files import translate_disk_errors
 from .arguments import RfDetrTrainingArguments
 from .distributed import copy_full_tensor
+from .lora import ADAPTER_FOLDER, load_adapter
 
 logger = logging.get_logger(__name__)
 
@@ -127,6 +128,12 @@ def read_training_state(checkpoint: Path) -> tuple[dict[str, Any] | None, dict[s
     return _read_json(checkpoint / _STATE_NAME), load_file(weights) if weights.is_file() else {}
 
 
+def lora_rank(checkpoint: Path) -> int:
+    """Return the rank of the LoRA weights in a checkpoint, 0 if there are none."""
+    state = checkpoint / _STATE_NAME
+    return _read_json(state).get("lora", 0) if state.is_file() else 0
+
+
 def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -187,7 +194,9 @@ class BestModels:
         folder = directory / "best_total"
         if "total" not in self.values or not folder.is_dir():
             return
-        if (folder / "model.safetensors").is_file():
+        if self.args.lora:
+            load_adapter(model, folder / ADAPTER_FOLDER)
+        elif (folder / "model.safetensors").is_file():
             weights = load_file(folder / "model.safetensors")
             for name, parameter in model.named_parameters():
                 copy_full_tensor(parameter, weights[name])

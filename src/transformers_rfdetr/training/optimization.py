@@ -24,7 +24,7 @@ def parameter_groups(
 
     With n = 1 + the last tap's number, block i of DINOv2 learns at `learning_rate_encoder` x `layer_decay`^(n - i) x
     `component_decay`^2, its embeddings as a block -1, its last norm at i = n. The decoder learns at `learning_rate` x
-    `component_decay`, everything else (projector, first stage, heads, query tables) at `learning_rate`.
+    `component_decay`, everything else (projector, first stage, heads, query tables, LoRA) at `learning_rate`.
 
     Args:
         model: A model with rfdetr's parameter names, which a wrapper may prefix, and a configuration.
@@ -44,7 +44,7 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         rate, decay = learning_rate, weight_decay
-        if _ENCODER in name:
+        if _ENCODER in name and ".lora_" not in name:
             rate = learning_rate_encoder * layer_decay ** (last - _encoder_block(name, last)) * component_decay**2
             decay = 0.0 if any(part in name for part in _NOT_DECAYED) else weight_decay
         elif _DECODER in name:

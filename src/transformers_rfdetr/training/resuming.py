@@ -14,6 +14,7 @@ from .arguments import best_key, best_of_ema_and_base, non_ema_key
 from .checkpoints import (
     BestModels,
     find_checkpoint_problem,
+    lora_rank,
     new_checkpoint,
     newest_checkpoint,
     read_training_state,
@@ -24,6 +25,7 @@ from .checkpoints import (
 from .data_setup import describe_data
 from .distributed import copy_full_tensor, full_tensor, run_on_first_process
 from .faults import check_workers, translate_worker_errors
+from .lora import ADAPTER_FOLDER, save_adapter
 from .loss_log import LossLog
 from .streamed_evaluation import EvaluatingTrainer
 from .weight_average import WeightAverage
@@ -57,7 +59,7 @@ class ResumableTrainer(EvaluatingTrainer):
             **kwargs: Other arguments of `Trainer.train`.
 
         Raises:
-            ValueError: the checkpoint is not complete.
+            ValueError: the checkpoint is not complete, or is that of a run with another rank of LoRA.
             FloatingPointError: a loss or gradient is not finite (see `non_finite_loss`).
             OSError: the disk is full, a data loader worker died (ChildProcessError), or another process of the run died
                 (ConnectionAbortedError). Completed files are kept; partial files are never treated as complete.
@@ -70,6 +72,11 @@ class ResumableTrainer(EvaluatingTrainer):
                 f"`resume_from_checkpoint` must be a complete checkpoint, got {checkpoint}: {problem}."
                 f" resume_from_checkpoint=True takes the newest complete one of {output_dir}."
             )
+        if checkpoint and (rank := lora_rank(Path(checkpoint))) != self.args.lora:
+            raise ValueError(
+                f"`lora` must be the rank in {checkpoint}, {rank}{' (no LoRA)' * (not rank)}, got {self.args.lora}."
+                f" Pass lora={rank}, or train without resume_from_checkpoint."
+            )
         if self.args.should_save:
             restore_best_models(output_dir)
             if not checkpoint:
@@ -78,7 +85,7 @@ class ResumableTrainer(EvaluatingTrainer):
         self._checkpoint = Path(str(checkpoint)) if checkpoint else None
         self._hyperparameter_trial = trial
         self.weight_average, self.measured, self._first_state = None, {}, None
-        if self.is_world_process_zero():
+        if self.is_world_process_zero() and self.model is not None:  # a hyperparameter search deletes it after a trial
             describe_data(self.train_dataset, self.eval_dataset, self.model.config.num_queries, self.has_masks)
         with translate_worker_errors(self.args.world_size, output_dir):
             output = super().train(checkpoint, trial, *args, **kwargs)
@@ -139,7 +146,7 @@ class ResumableTrainer(EvaluatingTrainer):
     def end_training(self) -> None:
         """Leave the best weights, or without `load_best_model_at_end` the averaged ones, in the model."""
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-            self.best_models.load_total(self.model, Path(self.args.output_dir))
+            self.best_models.load_total(self.model, self.run_directory(self._hyperparameter_trial))
         elif self.weight_average is not None:
             self.weight_average.copy_to_model()
         self.weight_average = None
@@ -177,6 +184,8 @@ class ResumableTrainer(EvaluatingTrainer):
         """Write the weights that the model has, its configuration and the processor, without an upload."""
         if not self.is_fsdp_enabled:
             super().write_model(output_dir)
+            if self.args.lora and self.args.should_save:
+                save_adapter(self.model, self.args.lora, Path(output_dir, ADAPTER_FOLDER))
             return
         # transformers writes shards, or nothing, by FSDP's kind of state; a model folder has full tensors.
         state = {name: full_tensor(tensor).cpu() for name, tensor in self.model.state_dict().items()}
@@ -198,13 +207,16 @@ class ResumableTrainer(EvaluatingTrainer):
 
     def _write_training_state(self, folder: Path) -> None:
         average, tensors = self.weight_average, {}
-        if average is not None and not self.args.save_only_model:
-            tensors = {f"average.{name}": tensor for name, tensor in average.state_dict().items()}
+        if not self.args.save_only_model and (average is not None or self.args.lora):
+            averages = average.state_dict() if average is not None else {}
+            tensors = {f"average.{name}": tensor for name, tensor in averages.items()}
             for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad:
+                # The model file has the sum of a base layer and its adapter.
+                if parameter.requires_grad or ".base_layer." in name:
                     tensors[f"weights.{name}"] = full_tensor(parameter)
         state = {
             "lists_files": not self.args.save_only_model,
+            "lora": self.args.lora if tensors else 0,
             "num_ema_updates": average.num_updates if average is not None else 0,
             "best": self.best_models.values,
             "losses": self.loss_log.state_dict(),

@@ -41,6 +41,7 @@ def training_settings(
         "images in an optimizer step": images_in_step,
         "learning rate": f"{args.learning_rate:g}, {args.learning_rate_encoder:g} for DINOv2",
         "decay of the learning rate": f"{args.layer_decay:g} a block of DINOv2, {args.component_decay:g} a component",
+        **({"LoRA": f"rank {args.lora}, of the attention of DINOv2"} if args.lora else {}),
         "schedule": schedule,
         "weight decay": f"{args.weight_decay:g}",
         "maximum gradient norm": f"{args.max_grad_norm:g}",

@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress, logging
 
-from ..atomic_files import atomic_file, write_text
+from ..atomic_files import atomic_file, make_directory, write_text
 from ..data.drawing import draw_grid
 from ..data.prepared import PreparedDataset
 from ..evaluation.curves import draw_png, training_charts
@@ -19,6 +19,7 @@ from ..hub.model_code import add_code
 from ..hub.push import create_repository, upload
 from .arguments import note_on_metrics
 from .data_setup import unprepared
+from .lora import ADAPTER_FOLDER
 from .resuming import ResumableTrainer
 from .run_card import DRAWN_SCORE, draw_examples, metrics_of_run, training_settings
 
@@ -84,7 +85,7 @@ class UploadingTrainer(ResumableTrainer):
         self.create_model_card(with_code=with_code, **card)
         if self.push_in_progress is not None:
             self.push_in_progress.wait_until_done()
-        files = [*_model_files(folder), *code, *(folder / name for name in ("README.md", RECIPE, CURVES, GRID))]
+        files = [*self._model_files(folder), *code, *(folder / name for name in ("README.md", RECIPE, CURVES, GRID))]
         files = [path for path in files if path.is_file()]
         settings = {"revision": revision or self.args.hub_revision, "commit_message": commit_message, **access}
         if blocking:
@@ -101,10 +102,12 @@ class UploadingTrainer(ResumableTrainer):
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
         output_dir, files = Path(args.output_dir), []
-        for path in _model_files(folder):  # copies, because the checkpoint may be deleted while it is uploaded
-            with atomic_file(output_dir / path.name) as partial:
+        for path in self._model_files(folder):  # copies, because the checkpoint may be deleted while it is uploaded
+            copy = output_dir / path.relative_to(folder)
+            make_directory(copy.parent)
+            with atomic_file(copy) as partial:
                 shutil.copyfile(path, partial)
-            files.append(output_dir / path.name)
+            files.append(copy)
         uploads = [(output_dir, files, "")]
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             files = [path for path in folder.rglob("*") if path.is_file() and path.name != "training_args.bin"]
@@ -177,6 +180,11 @@ class UploadingTrainer(ResumableTrainer):
         )
         write_text(folder / "README.md", text)
 
+    def _model_files(self, folder: Path) -> list[Path]:
+        """Return what `from_pretrained` and peft read in a folder."""
+        patterns = [*_MODEL_FILES, *([f"{ADAPTER_FOLDER}/adapter_*"] if self.args.lora else [])]
+        return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+
     def _describe_run(self) -> Run:
         args, config = self.args, self.model.config
         splits = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"validation": self.eval_dataset}
@@ -220,8 +228,3 @@ class UploadingTrainer(ResumableTrainer):
 
 def _as_list(value: Any) -> list[Any]:
     return [] if value is None else [value] if isinstance(value, str) else list(value)
-
-
-def _model_files(folder: Path) -> list[Path]:
-    """Return what `from_pretrained` reads in a folder, without its subfolders."""
-    return [path for pattern in _MODEL_FILES for path in sorted(folder.glob(pattern))]

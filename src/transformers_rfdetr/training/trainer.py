@@ -7,6 +7,7 @@ instead of masks in evaluation, and resuming with the same numbers as a run that
 
 import copy
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from .callbacks import BestMetricStopping, TrainingEvents
 from .checkpoints import BestModels
 from .data_setup import check_evaluated_objects, check_splits, check_training_objects, match_classes, unprepared
 from .faults import NonFiniteGuard, discard_gradients
+from .lora import add_lora
 from .loss_log import LOSS_TERMS, LossLog
 from .optimization import parameter_groups, resize_batch, step_schedule, training_sizes
 from .run_upload import UploadingTrainer
@@ -168,6 +170,10 @@ class RfDetrTrainer(UploadingTrainer):
             match_classes(self.model.config, unprepared(self.train_dataset), keep_category_ids=True)
         if self.args.freeze_backbone:
             self.model.freeze_backbone()
+        if self.args.lora:
+            if self.is_fsdp_enabled:
+                raise ValueError(f"`lora` must be 0 with FSDP, got {self.args.lora}. Use DDP instead.")
+            add_lora(self.model, self.args.lora)
         if self.args.drop_path is not None:
             self.model.set_drop_path(self.args.drop_path)
 
@@ -178,6 +184,33 @@ class RfDetrTrainer(UploadingTrainer):
             self.model = model
             self._set_up_model()
         return model
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, Any]], float] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Search for better training arguments, with a new model of `model_init` in each trial.
+
+        Args:
+            hp_space: Function from a trial to training arguments. The datasets are prepared once, so that `seed`,
+                `multi_scale` and `class_balance` of the data are those that the trainer was made with.
+            compute_objective: Function from the metrics of an evaluation to the objective. By default it returns the
+                metric for the best model. The objective of a trial is that of its last evaluation.
+            n_trials: Number of trials.
+            direction: "maximize" or "minimize"; by default that of the metric for the best model.
+            **kwargs: Other arguments of `Trainer.hyperparameter_search`, such as `backend="optuna"`.
+
+        Returns:
+            The best run: `run_id`, `objective` and `hyperparameters`.
+        """
+        if compute_objective is None:
+            compute_objective = operator.itemgetter(best_key(self.args))
+            direction = direction or ("maximize" if self.args.greater_is_better else "minimize")
+        return super().hyperparameter_search(hp_space, compute_objective, n_trials, direction or "minimize", **kwargs)
 
     # -- data --------------------------------------------------------------------------------------------------------
 
