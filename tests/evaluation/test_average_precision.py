@@ -55,7 +55,7 @@ class TestAgainstPycocotools:
         per_category = {names[int(key)]: ap for key, ap in expected[kind]["ap_per_category"].items()}
         ours = {name: of_class[f"{kind}_AP"] for name, of_class in numbers["per_class"].items()}
         assert {name: ap for name, ap in ours.items() if ap > -1} == pytest.approx(per_category, abs=1e-9)
-        image_ids = evaluator._image_ids_by_category()
+        image_ids = evaluator.image_ids_by_category()
         results = [evaluator._run_cocoeval(category, image_ids[category], kind) for category in names]
         curves = np.array([average_over_recall(result, [1, 10, 100])[0][:, 0, -1] for result in results])
         per_iou = [curve[curve > -1].mean() for curve in curves.T]

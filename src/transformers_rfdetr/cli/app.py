@@ -2,7 +2,7 @@
 
 import typer
 
-from . import benchmark, check_dataset, convert, convert_dataset, evaluate, export, info, predict, train
+from . import benchmark, check_dataset, compare, convert, convert_dataset, evaluate, export, info, predict, train
 
 app = typer.Typer(
     add_completion=False,
@@ -12,6 +12,7 @@ app = typer.Typer(
 app.command(epilog=predict.EXAMPLE)(predict.predict)
 app.command(epilog=train.EXAMPLE)(train.train)
 app.command(epilog=evaluate.EXAMPLE)(evaluate.evaluate)
+app.command(epilog=compare.EXAMPLE)(compare.compare)
 app.command(epilog=check_dataset.EXAMPLE)(check_dataset.check_dataset)
 app.command(epilog=convert_dataset.EXAMPLE)(convert_dataset.convert_dataset)
 app.command(epilog=info.EXAMPLE)(info.info)

@@ -29,6 +29,13 @@ transformers-rfdetr evaluate runs/buildings/model buildings/ --split test --per-
 """
 _HIDDEN = ("AR_small", "AR_medium", "AR_large")
 _KINDS = {"segm": "mask", "bbox": "box"}
+_INTERVAL_METRICS = {
+    "segm_AP": "mask AP",
+    "segm_AP50": "mask AP50",
+    "bbox_AP": "box AP",
+    "bbox_AP50": "box AP50",
+    "mean_iou": "mean IoU",
+}
 _CLASS_METRICS = {"segm_AP": "mask AP", "segm_AP50": "mask AP50", "iou": "mask IoU", "bbox_AP": "box AP"}
 
 
@@ -76,6 +83,13 @@ ReferenceOption = Annotated[
         metavar="MODEL", help="Another model, such as the one that was exported, to print beside. Default: none."
     ),
 ]
+ConfidenceOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Level of confidence intervals, such as 0.95. The file of --output then contains what `compare` needs."
+        " Default: none."
+    ),
+]
 MinScoreOption = Annotated[
     float, typer.Option(min=0, max=1, help="Score that a detection must exceed to be shown in the report.")
 ]
@@ -99,15 +113,19 @@ def evaluate(
     min_score: MinScoreOption = 0.5,
     max_detections: MaxDetectionsOption = 100,
     reference: ReferenceOption = None,
+    confidence: ConfidenceOption = None,
 ) -> None:
     """Evaluate a model as COCO does: AP and AR of masks and boxes, and mean IoU."""
     from ..data.load import load_instance_dataset
+    from ..evaluation.confidence import compare, confidence_intervals, per_image, to_json
     from ..evaluation.error_analysis import analyse_evaluation
     from ..evaluation.evaluation_loop import evaluate_dataset
     from ..evaluation.report import save_report
 
     if threshold is not None and not 0 <= threshold < 1:
         raise ValueError(f"--threshold must be in [0, 1), got {threshold}. Omit it to count all detections.")
+    if confidence is not None and not 0 < confidence < 1:
+        raise ValueError(f"--confidence must be in (0, 1), got {confidence}. Use 0.95.")
     _make_directories(output, predictions, report)
     splits = load_instance_dataset(data, image_folder=image_folder)
     if split not in splits:
@@ -124,6 +142,10 @@ def evaluate(
         metrics = analysis.metrics
     typer.echo(f"{model} on {split} of {data}, {len(dataset)} images")
     typer.echo(format_numbers(metrics))
+    images = None if confidence is None else per_image(evaluator)
+    if images is not None and confidence is not None:
+        metrics["intervals"] = confidence_intervals(images, confidence)
+        typer.echo(format_intervals(metrics, confidence))
     if per_class:
         typer.echo(format_classes(metrics["per_class"]))
     if reference is not None:
@@ -131,10 +153,15 @@ def evaluate(
         other = evaluate_dataset(loaded, processor, dataset, **settings)
         typer.echo(f"{reference}, the reference")
         typer.echo(format_numbers(other.compute()))
+        if images is not None and confidence is not None:
+            typer.echo(format_comparison(compare(per_image(other), images, confidence), len(images.image_ids)))
     _note_low_scores(evaluator.highest_score, min_score)
     if output is not None:
         facts = {"model": model, "data": data, "split": split, "num_images": len(dataset), "threshold": threshold}
-        write_text(output, json.dumps(facts | metrics, indent=1))
+        text = json.dumps(facts | metrics, indent=1)
+        if images is not None:
+            text = f'{text[:-2]},\n "per_image": {json.dumps(to_json(images))}\n}}'  # on one line: it is for `compare`
+        write_text(output, text)
     if predictions is not None:
         rows = ",\n".join(map(json.dumps, evaluator.predictions()))
         write_text(predictions, f"[{rows}]\n")
@@ -184,6 +211,37 @@ def format_numbers(metrics: Mapping[str, Any]) -> str:
     if "mean_iou" in metrics:
         text += f"\nmean IoU (score > 0.5): {_format(metrics['mean_iou'])}"
     return text
+
+
+def format_intervals(metrics: Mapping[str, Any], confidence: float) -> str:
+    """Return a table of the metrics that have an interval, with it."""
+    intervals = {name: metrics["intervals"][name] for name in _INTERVAL_METRICS if name in metrics["intervals"]}
+    rows = [
+        [_INTERVAL_METRICS[name], _format(metrics[name]), "-" if low < 0 else f"{low:.3f} to {high:.3f}"]
+        for name, (low, high) in intervals.items()
+    ]
+    return format_table(["", "all images", f"{100 * confidence:g} % confidence"], rows)
+
+
+def format_comparison(comparison: Mapping[str, Any], num_images: int) -> str:
+    """Return a table of the differences that [`compare`] found, those of each class last."""
+    rows = [_describe(_INTERVAL_METRICS[name], one) for name, one in comparison.items() if name != "per_class"]
+    for class_name, differences in comparison["per_class"].items():
+        kind = "segm_AP" if "segm_AP" in differences else "bbox_AP"
+        rows.append(_describe(f"{_INTERVAL_METRICS[kind]}, {class_name}", differences[kind]))
+    first = comparison["segm_AP" if "segm_AP" in comparison else "bbox_AP"]
+    text = format_table(["", "first", "second", "difference", "interval", ""], rows)
+    if first.is_certain:
+        return text
+    needed = "" if first.num_images_needed is None else f"; about {first.num_images_needed} would be needed"
+    return f"{text}\nThe two cannot be told apart with these {num_images} images{needed}."
+
+
+def _describe(name: str, difference: Any) -> list[str]:
+    interval = f"{difference.low:+.3f} to {difference.high:+.3f}"
+    verdict = "" if not difference.is_certain else "better" if difference.difference > 0 else "worse"
+    numbers = [_format(difference.first), _format(difference.second), f"{difference.difference:+.3f}"]
+    return [name, *numbers, interval, verdict]
 
 
 def format_classes(per_class: Mapping[str, Mapping[str, Any]]) -> str:

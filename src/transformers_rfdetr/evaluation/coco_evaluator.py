@@ -14,6 +14,7 @@ from transformers.utils import logging
 from ..model.validation import error_context, is_integer, require, to_builtin
 from .coco_summary import (
     COCO_MAX_DETECTIONS,
+    CocoLists,
     average_over_recall,
     detection_limits,
     load_backend,
@@ -22,6 +23,7 @@ from .coco_summary import (
     summarize,
     summarize_class,
 )
+from .confidence import confidence_intervals, per_image
 from .ground_truth import GroundTruth, coco_from_images
 from .mask_iou import count_pixels
 from .mask_records import Detections, pack_detections
@@ -184,8 +186,11 @@ class InstanceSegmentationEvaluator:
             for label, score, shape in zip(*fields, strict=True):
                 yield {"image_id": image_id, "category_id": label, "score": score, **shape}
 
-    def compute(self) -> dict[str, Any]:
+    def compute(self, confidence: float | None = None) -> dict[str, Any]:
         """Return the metrics of all images.
+
+        Args:
+            confidence: Level of confidence intervals in (0, 1), such as 0.95; none by default.
 
         Returns:
             Floats in [0, 1], or -1 where the ground truth has no object, as in pycocotools:
@@ -194,19 +199,21 @@ class InstanceSegmentationEvaluator:
             * `mean_iou` and `mean_iou_class_blind`, see [`mean_iou`];
             * `per_class`, class name -> `segm_AP`, `segm_AP50`, `bbox_AP`, `iou` and `num_objects`, the number of
               objects that are not crowd regions. If several classes have the same name, the id is added to it.
+            * with `confidence`, `intervals`: see [`confidence.confidence_intervals`].
             Without masks in the detections or in the ground truth, only the bbox metrics.
         """
+        intervals = {} if confidence is None else {"intervals": confidence_intervals(per_image(self), confidence)}
         metrics = self.average_precision()
         per_class = metrics.pop("per_class")
         if self.has_masks:
             metrics |= self.mean_iou()
             for name, class_metrics in metrics.pop("per_class").items():
                 per_class[name] |= class_metrics
-        return {**metrics, "per_class": per_class}
+        return {**metrics, "per_class": per_class, **intervals}
 
     def average_precision(self) -> dict[str, Any]:
         """Return the part of [`compute`] that COCOeval computes, category by category."""
-        image_ids = self._image_ids_by_category()
+        image_ids = self.image_ids_by_category()
         per_class: dict[str, dict[str, Any]] = {name: {} for name in self.ground_truth.category_names.values()}
         metrics: dict[str, Any] = {}
         for kind in ("segm", "bbox") if self.has_masks else ("bbox",):
@@ -233,7 +240,7 @@ class InstanceSegmentationEvaluator:
             (T, R) float64 in [0, 1] of COCOeval: at the IoU thresholds 0.5, 0.55, ..., 0.95, the best precision where
             at least recall 0, 0.01, ..., 1 is reached, and 0 where it is not. The mean of all is the class's AP.
         """
-        kind, image_ids, curves = "segm" if self.has_masks else "bbox", self._image_ids_by_category(), {}
+        kind, image_ids, curves = "segm" if self.has_masks else "bbox", self.image_ids_by_category(), {}
         for category, name in self.ground_truth.category_names.items():
             result = self._run_cocoeval(category, image_ids[category], kind)
             if result is not None:
@@ -305,7 +312,7 @@ class InstanceSegmentationEvaluator:
             self.ground_truth.sizes[image_id] = detections.masks.size
         self._detections[image_id] = detections
 
-    def _image_ids_by_category(self) -> dict[int, list[int]]:
+    def image_ids_by_category(self) -> dict[int, list[int]]:
         """Return category id -> sorted ids of the images with its objects or detections; no others are needed."""
         image_ids: dict[int, list[int]] = {category: [] for category in self.ground_truth.category_names}
         for image_id in sorted(self.ground_truth.sizes):
@@ -317,6 +324,10 @@ class InstanceSegmentationEvaluator:
 
     def _run_cocoeval(self, category: int, image_ids: list[int], kind: str) -> dict[str, np.ndarray] | None:
         """Return COCOeval's result for a category and `kind` "segm" or "bbox"; see [`coco_summary.run_cocoeval`]."""
+        return run_cocoeval(self._backend, *self.coco_lists(category, image_ids, kind), kind, self._limits)
+
+    def coco_lists(self, category: int, image_ids: Sequence[int], kind: str) -> CocoLists:
+        """Return images, objects and detections of a category as COCOeval reads them; image ids are 1, 2, ..."""
         images: list[dict[str, Any]] = []
         objects: list[dict[str, Any]] = []
         detections: list[dict[str, Any]] = []
@@ -327,7 +338,7 @@ class InstanceSegmentationEvaluator:
             for annotations, records in ((objects, self.ground_truth.objects), (detections, self._detections)):
                 if (record := records.get(image_id)) is not None:
                     annotations += [{**one, "image_id": number} for one in record.to_coco(category, kind, size)]
-        return run_cocoeval(self._backend, images, objects, detections, kind, self._limits)
+        return images, objects, detections
 
 
 def evaluator_from_rows(

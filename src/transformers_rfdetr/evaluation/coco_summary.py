@@ -21,6 +21,7 @@ COCO_MAX_DETECTIONS = 100
 _AREAS = ("", "_small", "_medium", "_large")
 _AT_50, _AT_75 = 0, 5  # indices into T
 _PRECISION_SHAPE = (10, len(_AREAS))  # T, A
+CocoLists = tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]  # images, objects, detections
 _BACKENDS = (None, "pycocotools", "faster-coco-eval")
 
 
@@ -66,6 +67,39 @@ def run_cocoeval(
     """
     if all(annotation["iscrowd"] for annotation in objects):
         return None
+    evaluation = _make_cocoeval(backend, images, objects, detections, kind)
+    evaluation.params.maxDets = limits
+    with redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return evaluation.eval
+
+
+def match_detections(
+    images: list[dict[str, Any]], objects: list[dict[str, Any]], detections: list[dict[str, Any]], kind: str
+) -> list[dict[str, Any] | None]:
+    """Return how COCOeval of pycocotools matches the best 100 detections of one category, for each image.
+
+    The arguments are those of [`run_cocoeval`].
+
+    Returns:
+        For each image None, or a dict with `dtScores` (K,), `dtMatches` and `dtIgnore` (T, K) and `gtIgnore` (N,).
+    """
+    evaluation = _make_cocoeval((COCO, COCOeval), images, objects, detections, kind)
+    evaluation.params.maxDets = [COCO_MAX_DETECTIONS]
+    evaluation.params.areaRng, evaluation.params.areaRngLbl = evaluation.params.areaRng[:1], ["all"]
+    with redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+    return evaluation.evalImgs
+
+
+def _make_cocoeval(
+    backend: tuple[Any, Any],
+    images: list[dict[str, Any]],
+    objects: list[dict[str, Any]],
+    detections: list[dict[str, Any]],
+    kind: str,
+) -> Any:
     coco_class, eval_class = backend
     with redirect_stdout(io.StringIO()):
         cocos = []
@@ -75,11 +109,7 @@ def run_cocoeval(
             cocos.append(coco_class())
             cocos[-1].dataset = {"images": images, "annotations": numbered, "categories": [{"id": 1}]}
             cocos[-1].createIndex()
-        evaluation = eval_class(*cocos, kind)
-        evaluation.params.maxDets = limits
-        evaluation.evaluate()
-        evaluation.accumulate()
-    return evaluation.eval
+        return eval_class(*cocos, kind)
 
 
 def average_over_recall(result: dict[str, np.ndarray] | None, limits: list[int]) -> tuple[np.ndarray, np.ndarray]:
