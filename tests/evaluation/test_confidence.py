@@ -104,7 +104,7 @@ def test_compute_has_intervals_around_coco_s_numbers_only_if_they_are_wanted():
     plain, metrics = evaluator.compute(), evaluator.compute(confidence=0.9)
     intervals = metrics.pop("intervals")
     assert metrics == plain
-    assert intervals.keys() == {*METRICS, "per_class"}
+    assert intervals.keys() == {"confidence", *METRICS, "per_class"}
     for name in METRICS:
         low, high = intervals[name]
         assert 0 <= low < high <= 1
@@ -216,10 +216,14 @@ def test_the_commands_evaluate_with_intervals_and_compare(tmp_path):
     files = [tmp_path / "first.json", tmp_path / "second.json"]
     for file, threshold in zip(files, ("0", "0.6"), strict=True):
         command = ["evaluate", "rf-detr-seg-tiny", tmp_path / "data", "--confidence", 0.9, "--output", file]
+        command += ["--report", tmp_path]
         result = CliRunner().invoke(app, [str(part) for part in [*command, "--threshold", threshold]])
         assert result.exit_code == 0, result.output
         assert "90 % confidence" in result.output
-        assert json.loads(file.read_text())["intervals"]["segm_AP"]
+        low, high = json.loads(file.read_text())["intervals"]["segm_AP"]
+        page = (tmp_path / "report.html").read_text()
+        assert "With 90 % confidence" in page
+        assert f"mask AP {low:.3f} to {high:.3f};" in page
     result = CliRunner().invoke(app, ["compare", *map(str, files)])
     assert result.exit_code == 0, result.output
     assert "mask AP, car" in result.output

@@ -145,7 +145,7 @@ def evaluate(
     images = None if confidence is None else per_image(evaluator)
     if images is not None and confidence is not None:
         metrics["intervals"] = confidence_intervals(images, confidence)
-        typer.echo(format_intervals(metrics, confidence))
+        typer.echo(format_intervals(metrics))
     if per_class:
         typer.echo(format_classes(metrics["per_class"]))
     if reference is not None:
@@ -213,14 +213,14 @@ def format_numbers(metrics: Mapping[str, Any]) -> str:
     return text
 
 
-def format_intervals(metrics: Mapping[str, Any], confidence: float) -> str:
+def format_intervals(metrics: Mapping[str, Any]) -> str:
     """Return a table of the metrics that have an interval, with it."""
     intervals = {name: metrics["intervals"][name] for name in _INTERVAL_METRICS if name in metrics["intervals"]}
     rows = [
         [_INTERVAL_METRICS[name], _format(metrics[name]), "-" if low < 0 else f"{low:.3f} to {high:.3f}"]
         for name, (low, high) in intervals.items()
     ]
-    return format_table(["", "all images", f"{100 * confidence:g} % confidence"], rows)
+    return format_table(["", "all images", f"{100 * metrics['intervals']['confidence']:g} % confidence"], rows)
 
 
 def format_comparison(comparison: Mapping[str, Any], num_images: int) -> str:

@@ -162,8 +162,8 @@ def confidence_intervals(
         seed: Seed of the draws.
 
     Returns:
-        Metric -> (lowest, highest) in [0, 1] for `segm_AP`, `segm_AP50`, `bbox_AP`, `bbox_AP50` and `mean_iou`;
-        `per_class`, class name -> the same of the class. (-1, -1) without an object.
+        `confidence`; metric -> (lowest, highest) in [0, 1] for `segm_AP`, `segm_AP50`, `bbox_AP`, `bbox_AP50` and
+        `mean_iou`; `per_class`, class name -> the same of the class. (-1, -1) without an object.
     """
     require(0 < confidence < 1, "confidence", confidence, "in (0, 1)", "Use 0.95.")
     require(draws >= 1, "draws", draws, "at least 1")
@@ -172,7 +172,8 @@ def confidence_intervals(
         name: {metric: _bounded_interval(one, confidence) for metric, one in metrics.items()}
         for name, metrics in values.pop("per_class").items()
     }
-    return {metric: _bounded_interval(one, confidence) for metric, one in values.items()} | {"per_class": per_class}
+    intervals = {metric: _bounded_interval(one, confidence) for metric, one in values.items()}
+    return {"confidence": confidence, **intervals, "per_class": per_class}
 
 
 def _bounded_interval(values: np.ndarray, confidence: float) -> tuple[float, float]:

@@ -80,6 +80,7 @@ def save_report(
         loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["metric"] = _format_metric
+    environment.filters["interval"] = _format_interval
     page = environment.get_template("page.html.jinja").render(
         title=title,
         analysis=analysis,
@@ -87,6 +88,7 @@ def save_report(
         tiles=_tiles(analysis),
         metric_table=_metric_table(analysis),
         class_rows=_class_rows(analysis),
+        intervals=analysis.metrics.get("intervals"),
         has_iou="mean_iou" in analysis.metrics,
         curves=_draw(precision_recall_charts(analysis.curves)),
         confusion=_confusion(analysis),
@@ -116,6 +118,10 @@ def _worst_and_best(images: Sequence[ImageQuality], num_images: int) -> tuple[li
 
 def _format_metric(value: float) -> str:
     return "–" if value < 0 else f"{value:.3f}"
+
+
+def _format_interval(interval: tuple[float, float] | None) -> str:
+    return "–" if interval is None or interval[0] < 0 else f"{interval[0]:.3f} to {interval[1]:.3f}"
 
 
 def _kinds(analysis: Analysis) -> dict[str, str]:
@@ -161,6 +167,7 @@ def _class_rows(analysis: Analysis) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "num_objects": metrics["num_objects"],
+                "interval": _interval_of_class(analysis, name),
                 "metrics": [*aps, metrics["iou"]] if "iou" in metrics else aps,
                 "found": found,
                 "missed": analysis.confusion[label].sum() - found,
@@ -168,6 +175,11 @@ def _class_rows(analysis: Analysis) -> list[dict[str, Any]]:
             }
         )
     return sorted(rows, key=lambda row: math.inf if row["metrics"][0] < 0 else row["metrics"][0])
+
+
+def _interval_of_class(analysis: Analysis, name: str) -> tuple[float, float] | None:
+    of_class = analysis.metrics.get("intervals", {"per_class": {}})["per_class"].get(name, {})
+    return of_class.get(f"{next(iter(_kinds(analysis)))}_AP")
 
 
 def _confusion(analysis: Analysis) -> dict[str, Any]:
