@@ -169,7 +169,7 @@ def test_masks_without_image_are_said(tmp_path, hf_log):
 def test_a_folder_that_datasets_reads_is_left_to_it(tmp_path, monkeypatch):
     save(tmp_path)
     (tmp_path / "metadata.jsonl").write_text("{}")
-    monkeypatch.setattr("transformers_rfdetr.data.hub_rows._import_datasets", lambda: 1 / 0)
+    monkeypatch.setattr("transformers_rfdetr.data.hub_rows.import_datasets", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         load_instance_dataset(tmp_path)
 
