@@ -16,6 +16,7 @@ from .options import (
     DeviceOption,
     Dtype,
     DtypeOption,
+    IgnoreClassOption,
     ImageFolderOption,
     ThreadsOption,
     load_model,
@@ -109,6 +110,7 @@ def evaluate(
     threads: ThreadsOption = None,
     threshold: ThresholdOption = None,
     image_folder: ImageFolderOption = None,
+    ignore_class: IgnoreClassOption = None,
     report: ReportOption = None,
     min_score: MinScoreOption = 0.5,
     max_detections: MaxDetectionsOption = 100,
@@ -127,7 +129,7 @@ def evaluate(
     if confidence is not None and not 0 < confidence < 1:
         raise ValueError(f"--confidence must be in (0, 1), got {confidence}. Use 0.95.")
     _make_directories(output, predictions, report)
-    splits = load_instance_dataset(data, image_folder=image_folder)
+    splits = load_instance_dataset(data, image_folder=image_folder).ignore_classes(ignore_class or [])
     if split not in splits:
         raise ValueError(f"--split must be a split of {data}, {', '.join(splits)}, got {split}")
     dataset = splits[split]

@@ -47,6 +47,14 @@ ClassNamesOption = Annotated[
 ImageFolderOption = Annotated[
     str | None, typer.Option(help="Folder of the images. Default: the folder of the JSON file or data.yaml.")
 ]
+IgnoreClassOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ignore-class",
+        metavar="NAME",
+        help="A class of the data whose objects are regions in which detections are ignored. May be repeated.",
+    ),
+]
 PushToHubOption = Annotated[
     str | None, typer.Option(metavar="USER/NAME", help="Upload the model to this Hub repository. Default: no upload.")
 ]

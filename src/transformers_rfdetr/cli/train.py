@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from .errors import one_line_errors
-from .options import ImageFolderOption, PrivateOption, ResolutionOption, read_names
+from .options import IgnoreClassOption, ImageFolderOption, PrivateOption, ResolutionOption, read_names
 
 EXAMPLE = """examples:
 
@@ -106,6 +106,7 @@ def train(
     device: _Device = None,
     class_names: _ClassNames = None,
     class_balance: _ClassBalance = None,
+    ignore_class: IgnoreClassOption = None,
     lora: _Lora = None,
     settings: _Settings = None,
     resume: _Resume = True,
@@ -134,6 +135,7 @@ def train(
         "device": device,
         "class_names": None if class_names is None else read_names("--class-names", class_names),
         "class_balance": class_balance,
+        "ignore_classes": ignore_class or None,
         "lora": lora,
         "image_folder": image_folder,
         "push_to_hub": push_to_hub,

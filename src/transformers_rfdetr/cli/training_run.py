@@ -41,6 +41,7 @@ _OPTIONS: dict[str, set[Any]] = {
     "resolution": {int, str, list},
     "augmentation": {str},
     "class_names": {list, dict},
+    "ignore_classes": {list},
     "image_folder": {str},
     "push_to_hub": {str},
     "private": {bool},
@@ -231,6 +232,7 @@ def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
     is_first, output = arguments.process_index == 0, Path(recipe["output"])
     data = _load_data(recipe, arguments.seed)
     names = dict(zip(data.category_ids, data.id2label.values(), strict=True))
+    data = data.ignore_classes(recipe.get("ignore_classes", []))
     recipe = {**recipe, "class_names": names, "versions": _versions()}
     checkpoint = None
     if resume:  # all processes must decide the same

@@ -17,6 +17,7 @@ from ..model.validation import error_context
 from ..text_table import format_table
 from .annotation_records import AnnotationIndex, PackedRecords, complete_record, describe_image, read_sample
 from .coco import coco_categories, coco_records
+from .ignored_classes import IgnoredClassRecords
 from .image_files import upright_size
 from .label_maps import HasLabelMap, common_label_map, describe_classes, validate_classes
 from .prepared import PreparedDataset
@@ -223,6 +224,46 @@ class InstanceDatasets(dict[str, Any], HasLabelMap):
                     f"all splits must have the same classes, {describe_classes(self._classes)}, got"
                     f" {describe_classes(split._classes)} in split {name!r}. Pass the same `label_map` to all of them."
                 )
+
+    def ignore_classes(self, names: Sequence[str]) -> "InstanceDatasets":
+        """Return the splits without some classes, whose objects become regions in which detections are ignored.
+
+        Neither training nor evaluation rewards or punishes detections of any class in these regions: they become crowds
+        of each class.
+
+        Example:
+            >>> from transformers_rfdetr.data.dataset import InstanceDataset, InstanceDatasets
+            >>> from transformers_rfdetr.data.synthetic import draw_dataset
+            >>> images, coco = draw_dataset(4)
+            >>> data = InstanceDatasets({"train": InstanceDataset(coco, images)}).ignore_classes(["tree"])
+            >>> data.id2label
+            {0: 'building', 1: 'car', 2: 'pool', 3: 'tank'}
+
+        Args:
+            names: Names of the classes.
+
+        Raises:
+            ValueError: a name is not that of a class, or no class is left.
+        """
+        if not names:
+            return self
+        ids = {name: category for category, name in self._classes.items()}
+        if unknown := [name for name in names if name not in ids]:
+            raise ValueError(f"ignored classes must be among {describe_classes(self._classes)}, got {unknown}.")
+        ignored = {ids[name] for name in names}
+        classes = {category: name for category, name in self._classes.items() if category not in ignored}
+        if not classes:
+            raise ValueError(f"at least one class must not be ignored, got {list(names)}. Ignore fewer classes.")
+        splits: dict[str, InstanceDataset | InstanceStream] = {}
+        for split_name, split in self.items():
+            if isinstance(split, InstanceStream):
+                reader = IgnoredClassRecords(split._reader, ignored, classes)
+                splits[split_name] = InstanceStream(split.rows, reader, classes)
+                continue
+            records, index = IgnoredClassRecords(split._records, ignored, classes), AnnotationIndex(classes)
+            deque(index.validated(map(records.record, range(len(split)))), maxlen=0)  # exhaust it to build the index
+            splits[split_name] = InstanceDataset.from_index(index, records)
+        return InstanceDatasets(splits)
 
     def __str__(self) -> str:
         counted = {name: split for name, split in self.items() if isinstance(split, InstanceDataset)}
