@@ -237,6 +237,20 @@ def test_an_augmentation_is_chosen_by_its_name_and_stored(data, checkpoint, tmp_
     assert "other settings (augmentation 'strong' there, 'unset' here)" in line
 
 
+def test_lora_class_balance_and_ignored_classes_are_options_that_the_settings_file_repeats(checkpoint, tmp_path):
+    save_dataset(tmp_path / "train", *draw_dataset(5, classes=["building", "tree", "tank"]))
+    given = ["--lora", 2, "--class-balance", 0.9, "--ignore-class", "tree", "--model", checkpoint, "--device", "cpu"]
+    given += [*settings(*QUICK, "max_steps=1"), "--batch-size", 2, "--output", tmp_path / "first"]
+    result = run("train", tmp_path / "train", *given)
+    assert result.exit_code == 0, result.output
+    assert "class balance 0.9: an epoch has" in result.output
+    assert (tmp_path / "first" / "model" / "adapter" / "adapter_model.safetensors").is_file()
+    again = run("train", "--config", tmp_path / "first" / "train.yaml", "--output", tmp_path / "again")
+    assert again.exit_code == 0, again.output
+    assert_equal(weights(tmp_path / "again" / "model"), weights(tmp_path / "first" / "model"))
+    assert load(str(tmp_path / "again" / "model"))[0].config.id2label == {0: "building", 1: "tank"}
+
+
 def test_a_second_validation_split_is_refused(data, checkpoint, tmp_path):
     line = refusal("train", data, "--model", checkpoint, "--output", tmp_path, "--device", "cpu", "--validation", 0.2)
     assert "--validation requires data without a validation split, got 3 validation images" in line

@@ -12,6 +12,7 @@ from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from ..model.validation import error_context, is_index
 from .annotation_records import check_annotations, read_sample
 from .hub_rows import RowReader
+from .ignored_classes import IgnoredClassRecords
 from .label_maps import HasLabelMap
 from .prepared import SamplePreparation
 
@@ -25,7 +26,7 @@ class InstanceStream(HasLabelMap):
         classes: Names by category id.
     """
 
-    def __init__(self, rows: Any, reader: RowReader, classes: dict[int, str]) -> None:
+    def __init__(self, rows: Any, reader: RowReader | IgnoredClassRecords, classes: dict[int, str]) -> None:
         self.rows, self._reader, self._classes = rows, reader, classes
 
     def with_processor(
