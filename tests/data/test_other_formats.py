@@ -23,7 +23,7 @@ def test_annotations_of_other_programs_are_named_with_their_converter(name, tmp_
     path.parent.mkdir(exist_ok=True)
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     Image.new("RGB", (6, 4)).save(tmp_path / "a.png")
-    monkeypatch.setattr("transformers_rfdetr.data.hub_rows._import_datasets", lambda: pytest.fail("datasets is called"))
+    monkeypatch.setattr("transformers_rfdetr.data.hub_rows.import_datasets", lambda: pytest.fail("datasets is called"))
     for source in (tmp_path, path):
         for read in (load_instance_dataset, check_dataset):
             with pytest.raises(ValueError, match=converter) as raised:
@@ -33,7 +33,7 @@ def test_annotations_of_other_programs_are_named_with_their_converter(name, tmp_
 
 def test_a_folder_of_images_without_annotations_is_not_copied_into_a_cache(tmp_path, monkeypatch):
     Image.new("RGB", (6, 4)).save(tmp_path / "a.png")
-    monkeypatch.setattr("transformers_rfdetr.data.hub_rows._import_datasets", lambda: pytest.fail("datasets is called"))
+    monkeypatch.setattr("transformers_rfdetr.data.hub_rows.import_datasets", lambda: pytest.fail("datasets is called"))
     for read in (load_instance_dataset, check_dataset):
         with pytest.raises(ValueError, match="1 images and no annotations"):
             read(tmp_path)
