@@ -7,7 +7,7 @@ _FOLDER = Path(__file__).parent
 
 
 def tiny_checkpoint() -> Path:
-    """Return the folder of rf-detr-seg-tiny, a segmentation model of 2.7 million parameters.
+    """Return the folder of rf-detr-seg-tiny, a segmentation model of 2.6 million parameters.
 
     It was trained on drawn aerial images only, by `examples/train_tiny.py`, for tests, examples and first steps. It is
     not one of the published variants.
