@@ -69,6 +69,7 @@ def test_the_auto_classes_load_it_as_float32(tiny):
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
+@pytest.mark.long
 def test_the_command_evaluates_it_on_64_unseen_scenes_with_these_numbers(tmp_path):
     save_dataset(tmp_path / "valid", *draw_dataset(64, **SCALE, first_seed=UNSEEN))
     numbers = tmp_path / "numbers.json"

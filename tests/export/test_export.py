@@ -203,6 +203,10 @@ def test_the_metadata_describe_preprocessing_and_outputs(plain):
     model = onnx.load(plain.path)
     metadata = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
     assert metadata.pop("versions").keys() == {"transformers-rfdetr", "transformers", "torch", "onnxscript"}
+    config, processor = (metadata.pop(name) for name in ("config", "processor"))
+    assert RfDetrConfig.from_dict(config).to_dict() == plain.model.config.to_dict() | {"resolution": [72, 48]}
+    assert processor["size"] == {"height": 72, "width": 48}
+    assert processor["image_mean"] == [0.4, 0.5, 0.6]
     assert metadata == {
         "task": "instance-segmentation",
         "model": "RfDetrForInstanceSegmentation",
@@ -223,6 +227,12 @@ def test_the_metadata_describe_preprocessing_and_outputs(plain):
 def test_the_file_has_no_paths_of_the_machine_that_wrote_it(plain):
     assert str(Path(export_module.__file__).parent).encode() not in plain.data
     assert b"modeling_rf_detr" not in plain.data
+
+
+def test_the_file_has_no_name_of_a_checkpoint(chosen):
+    [config] = [one.value for one in onnx.load(chosen.path).metadata_props if one.key == "config"]
+    assert json.loads(config)["_name_or_path"] == ""
+    assert str(chosen.folder) not in config
 
 
 def test_the_model_is_not_changed(plain):

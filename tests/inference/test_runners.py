@@ -67,6 +67,7 @@ def assert_equal(found, expected):
     assert (found.dense_masks() != masks).sum() <= 1e-4 * masks.size
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("file", available(FILES))
 def test_a_file_finds_what_the_model_finds_with_the_same_ap(folder, drawn, file):
     runner, processor = load(str(folder / file), threads=1)
@@ -84,12 +85,20 @@ def test_a_file_finds_what_the_model_finds_with_the_same_ap(folder, drawn, file)
         assert found[name] == pytest.approx(expected_metrics[name], abs=1e-3)
 
 
-def test_a_file_of_another_size_that_selects_pairs_finds_what_the_model_finds(tmp_path, drawn):
+@pytest.fixture(scope="module")
+def selecting(tmp_path_factory):
+    """A small model, and its file for 72 x 48 pixels that selects pairs, for 2 images."""
     names = {0: "__parent__", 1: "building", 2: "tree", 3: "__background__"}
     backbone = {"num_hidden_layers": 2, "out_indices": [1, 2]}
     model = small_model(decoder_layers=1, backbone_config=backbone, id2label=names)
-    export(model, tmp_path / "best.onnx", resolution=(72, 48), post_process=True, batch_size=2)
-    runner, processor = load(str(tmp_path / "best.onnx"))
+    path = tmp_path_factory.mktemp("selecting") / "best.onnx"
+    export(model, path, resolution=(72, 48), post_process=True, batch_size=2)
+    return model, path
+
+
+def test_a_file_of_another_size_that_selects_pairs_finds_what_the_model_finds(selecting, drawn):
+    model, path = selecting
+    runner, processor = load(str(path))
     assert processor.size == {"height": 72, "width": 48}
     images = drawn[0][:3]
     expected = predict(model, processor, images, threshold=0.01)
@@ -98,6 +107,7 @@ def test_a_file_of_another_size_that_selects_pairs_finds_what_the_model_finds(tm
         assert_equal(one, other)
 
 
+@pytest.mark.long
 def test_a_file_takes_tiles_of_its_size(folder):
     runner, processor = load(str(folder / "model.onnx"))
     image, _ = draw_scene(UNSEEN + 1, (200, 240), metres_per_pixel=0.2)
@@ -108,6 +118,7 @@ def test_a_file_takes_tiles_of_its_size(folder):
         predict_tiled(runner, processor, image, tile=96)
 
 
+@pytest.mark.long
 def test_the_commands_take_a_file(folder, drawn, tmp_path):
     save_dataset(tmp_path / "data" / "valid", *drawn)
     file = folder / "model.onnx"
@@ -175,13 +186,13 @@ def test_broken_and_missing_files_are_named(tmp_path, suffix):
         ({"device": "mps"}, "`device` must be cpu, auto, or cuda"),
     ],
 )
-def test_what_a_file_cannot_change_is_refused(folder, arguments, words):
+def test_what_a_file_cannot_change_is_refused(selecting, arguments, words):
     with pytest.raises(ValueError, match=words):
-        load(str(folder / "model.onnx"), **arguments)
+        load(str(selecting[1]), **arguments)
 
 
-def test_a_file_cannot_be_trained_or_moved(folder):
-    runner, _ = load(str(folder / "model.onnx"))
+def test_a_file_cannot_be_trained_or_moved(selecting):
+    runner, _ = load(str(selecting[1]))
     assert runner.eval().train(False).to("cpu") is runner
     with pytest.raises(ValueError, match="cannot be trained"):
         runner.train(True)
@@ -189,7 +200,7 @@ def test_a_file_cannot_be_trained_or_moved(folder):
         runner.to("meta")
 
 
-def test_a_missing_runtime_is_named_with_its_command(folder, monkeypatch):
+def test_a_missing_runtime_is_named_with_its_command(selecting, monkeypatch):
     monkeypatch.setattr("transformers_rfdetr.inference.runners.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install onnxruntime"):
-        load(str(folder / "model.onnx"))
+        load(str(selecting[1]))

@@ -310,6 +310,7 @@ def recall_and_precision(found, annotations):
     return hits[0] / hits[1], hits[2] / max(1, hits[3])
 
 
+@pytest.mark.long
 def test_recall_in_tiles_is_that_of_images_of_the_size_of_a_tile():
     model, processor = load("rf-detr-seg-tiny")
 

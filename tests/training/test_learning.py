@@ -26,6 +26,7 @@ from small_models import small_config
 from training_run import QUICK, on_two_processes
 
 
+@pytest.mark.long
 def test_two_images_are_learned_to_a_mask_ap_of_0_9(tmp_path):
     images, coco = draw_dataset(2, (96, 96), metres_per_pixel=0.3, classes=["building"])
     data = InstanceDataset(coco, images)

@@ -199,7 +199,8 @@ def _metadata(
         "image_mean": processor.image_mean if processor.do_normalize else [0.0] * 3,
         "image_std": processor.image_std if processor.do_normalize else [1.0] * 3,
         "dtype": dtype,
-        "config": model.config.to_dict() | {"resolution": size},
+        # Without the name of the checkpoint, which may be a folder of this machine.
+        "config": model.config.to_dict() | {"resolution": size, "_name_or_path": ""},
         "processor": processor.to_dict(),
         "versions": {name: version(name) for name in ("transformers-rfdetr", "transformers", "torch", "onnxscript")},
     }
