@@ -154,7 +154,11 @@ CONFIG = {"config": json.dumps({"model_type": "rf_detr"}), "processor": "{}"}
     [
         ({"name": "image"}, "must have one input, pixel_values .*got {'image'"),
         ({"shape": ("batch", 3, "height", "width")}, "must have one input, pixel_values"),
-        ({}, "must have the metadata .*got none.*Export the model with `transformers-rfdetr export`"),
+        (
+            {},
+            "must have the metadata that `transformers-rfdetr export` writes, got none"
+            ".*Export the model with `transformers-rfdetr export`",
+        ),
         ({"metadata": {"outputs": "[", **CONFIG}}, "must have the metadata"),
         ({"metadata": {"outputs": '["boxes"]', "config": "[]", "processor": "{}"}}, "must have the metadata"),
         ({"metadata": {"outputs": '["boxes", "logits"]', **CONFIG}}, "must have the outputs .*got .'boxes'.\\."),

@@ -29,7 +29,7 @@ def load(
 ) -> tuple[Any, RfDetrImageProcessor]:
     """Load a model as the class that it was saved as, in evaluation mode, and its image processor.
 
-    A file that `transformers-rfdetr export` wrote becomes an [`RuntimeModel`], which is called like the plain model.
+    A file that `transformers-rfdetr export` wrote becomes a [`RuntimeModel`], which is called like the plain model.
 
     Example:
         >>> model, processor = load("rf-detr-seg-tiny")
@@ -91,10 +91,13 @@ def _load_file(
     name: str, device: Any, dtype: torch.dtype | None, id2label: Mapping[int, str] | None, kwargs: dict[str, Any]
 ) -> tuple[RuntimeModel, RfDetrImageProcessor]:
     """Load an exported file, and refuse what it cannot change."""
-    fixed = {"dtype": dtype not in (None, torch.float32), "id2label": id2label is not None}
-    fixed |= dict.fromkeys(set(kwargs) - {"threads", "providers"}, True)
-    for argument in sorted(argument for argument, is_given in fixed.items() if is_given):
-        raise ValueError(f"`{argument}` must be omitted for the exported file {name}. Export the model with it.")
+    fixed = set(kwargs) - {"threads", "providers"}
+    if dtype not in (None, torch.float32):
+        fixed.add("dtype")
+    if id2label is not None:
+        fixed.add("id2label")
+    if fixed:
+        raise ValueError(f"`{min(fixed)}` must be omitted for the exported file {name}. Export the model with it.")
     return load_exported(Path(name).expanduser(), device=device, **kwargs)
 
 

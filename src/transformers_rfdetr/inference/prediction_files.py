@@ -33,7 +33,7 @@ from .runners import RuntimeModel
 def fingerprint(model: Any) -> str:
     """Return a hash of a model's classes and of the first 16 numbers of each weight, or of its exported file."""
     if isinstance(model, RuntimeModel):
-        return model.fingerprint
+        return model.fingerprint()
     digest = hashlib.md5(repr(sorted(model.config.id2label.items())).encode(), usedforsecurity=False)
     for tensor in getattr(model, "_model", model).state_dict().values():
         digest.update(tensor.flatten()[:16].float().numpy(force=True).tobytes())

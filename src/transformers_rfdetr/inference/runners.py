@@ -46,24 +46,28 @@ class ModelFile(NamedTuple):
     metadata: Mapping[str, str]
     inputs: dict[str, list[Any]]  # name -> shape, in which an int is a fixed side
     outputs: list[str]
-    device: torch.device
     runtime: str
 
 
 class RuntimeModel(FixedSizeModel):
-    """An exported model that onnxruntime or OpenVINO runs, loaded by [`load`] and called like the plain one.
-
-    Attributes:
-        fingerprint: A hash of the file.
-    """
+    """An exported model that onnxruntime or OpenVINO runs, loaded by [`load`] and called like the plain one."""
 
     dtype = torch.float32  # of its inputs and outputs
 
-    def __init__(self, file: ModelFile, config: RfDetrConfig, fingerprint: str) -> None:
+    def __init__(self, path: Path, file: ModelFile, config: RfDetrConfig) -> None:
         batch_size, _, *size = file.inputs["pixel_values"]
-        super().__init__(config, file.device, (size[0], size[1]), batch_size if isinstance(batch_size, int) else None)
+        is_fixed = isinstance(batch_size, int)
+        super().__init__(config, torch.device("cpu"), (size[0], size[1]), batch_size if is_fixed else None)
         self.active = [file.runtime, f"{self.batch_size or 'any'} x {size[0]} x {size[1]}"]
-        self._run, self._outputs, self.fingerprint = file.run, file.outputs, fingerprint
+        self._path, self._run, self._outputs = path, file.run, file.outputs
+
+    def fingerprint(self) -> str:
+        """Return a hash of the file."""
+        digest = hashlib.md5(usedforsecurity=False)
+        for path in (self._path, self._path.with_suffix(".bin")) if self._path.suffix == ".xml" else (self._path,):
+            with path.open("rb") as file:
+                hashlib.file_digest(file, lambda: digest)
+        return digest.hexdigest()
 
     def _stage(self, tensors: list[Tensor]) -> StagePrediction:
         outputs = dict(zip(self._outputs, tensors, strict=True))
@@ -105,14 +109,7 @@ def load_exported(
         else:
             file = _open_onnx(path, str(device or "cpu"), providers, threads)
         config, processor = _read_metadata(file)
-    return RuntimeModel(file, config, _hash(path)), processor
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.md5(path.read_bytes(), usedforsecurity=False)
-    if path.suffix == ".xml":
-        digest.update(path.with_suffix(".bin").read_bytes())
-    return digest.hexdigest()
+    return RuntimeModel(path, file, config), processor
 
 
 def _read_metadata(file: ModelFile) -> tuple[RfDetrConfig, RfDetrImageProcessor]:
@@ -128,7 +125,7 @@ def _read_metadata(file: ModelFile) -> tuple[RfDetrConfig, RfDetrImageProcessor]
         processor = RfDetrImageProcessor.from_dict(json.loads(file.metadata["processor"]))
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"the file must have the metadata that transformers-rfdetr {{version}} writes, got"
+            "the file must have the metadata that `transformers-rfdetr export` writes, got"
             f" {sorted(file.metadata) or 'none'}: {type(error).__name__}: {error}. {_REMEDY}"
         ) from error
     if file.outputs != names:
@@ -160,7 +157,6 @@ def _open_onnx(path: Path, device: str, providers: Sequence[Any] | None, threads
         session.get_modelmeta().custom_metadata_map,
         {one.name: one.shape for one in session.get_inputs()},
         outputs,
-        torch.device("cpu"),
         f"onnxruntime {session.get_providers()[0]}",
     )
 
@@ -207,4 +203,4 @@ def _open_openvino(path: Path, device: str, threads: int | None) -> ModelFile:
         for one in model.inputs
     }
     outputs = [one.any_name for one in model.outputs]
-    return ModelFile(run, metadata, shapes, outputs, torch.device("cpu"), f"openvino {name}")
+    return ModelFile(run, metadata, shapes, outputs, f"openvino {name}")
