@@ -324,7 +324,7 @@ class InstanceSegmentationEvaluator:
 
     def _run_cocoeval(self, category: int, image_ids: list[int], kind: str) -> dict[str, np.ndarray] | None:
         """Return COCOeval's result for a category and `kind` "segm" or "bbox"; see [`coco_summary.run_cocoeval`]."""
-        return run_cocoeval(self._backend, *self.coco_lists(category, image_ids, kind), kind, self._limits)
+        return run_cocoeval(self._backend, self.coco_lists(category, image_ids, kind), kind, self._limits)
 
     def coco_lists(self, category: int, image_ids: Sequence[int], kind: str) -> CocoLists:
         """Return images, objects and detections of a category as COCOeval reads them; image ids are 1, 2, ..."""
@@ -338,7 +338,7 @@ class InstanceSegmentationEvaluator:
             for annotations, records in ((objects, self.ground_truth.objects), (detections, self._detections)):
                 if (record := records.get(image_id)) is not None:
                     annotations += [{**one, "image_id": number} for one in record.to_coco(category, kind, size)]
-        return images, objects, detections
+        return CocoLists(images, objects, detections)
 
 
 def evaluator_from_rows(

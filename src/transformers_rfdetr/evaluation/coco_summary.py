@@ -7,7 +7,7 @@ the number of detections.
 import io
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -21,8 +21,15 @@ COCO_MAX_DETECTIONS = 100
 _AREAS = ("", "_small", "_medium", "_large")
 _AT_50, _AT_75 = 0, 5  # indices into T
 _PRECISION_SHAPE = (10, len(_AREAS))  # T, A
-CocoLists = tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]  # images, objects, detections
 _BACKENDS = (None, "pycocotools", "faster-coco-eval")
+
+
+class CocoLists(NamedTuple):
+    """What COCOeval reads of one category."""
+
+    images: list[dict[str, Any]]
+    objects: list[dict[str, Any]]  # annotations without `id` and `category_id`, which are added
+    detections: list[dict[str, Any]]  # results with `area`, without `id` and `category_id`
 
 
 def load_backend(backend: str | None) -> tuple[Any, Any]:
@@ -45,29 +52,22 @@ def detection_limits(max_detections: int) -> list[int]:
 
 
 def run_cocoeval(
-    backend: tuple[Any, Any],
-    images: list[dict[str, Any]],
-    objects: list[dict[str, Any]],
-    detections: list[dict[str, Any]],
-    kind: str,
-    limits: list[int],
+    backend: tuple[Any, Any], lists: CocoLists, kind: str, limits: list[int]
 ) -> dict[str, np.ndarray] | None:
     """Return COCOeval's `precision` (T, R, 1, A, L) and `recall` (T, 1, A, L) of one category.
 
     Args:
         backend: The classes that [`load_backend`] returns.
-        images: COCO images.
-        objects: COCO annotations; `id` and `category_id` are added here.
-        detections: COCO results with `area`; `id` and `category_id` are added here.
+        lists: The category's images, objects and detections.
         kind: "segm" or "bbox".
         limits: L numbers of detections, from [`detection_limits`].
 
     Returns:
         None if there is no object to find: crowd regions alone are ignored.
     """
-    if all(annotation["iscrowd"] for annotation in objects):
+    if all(annotation["iscrowd"] for annotation in lists.objects):
         return None
-    evaluation = _make_cocoeval(backend, images, objects, detections, kind)
+    evaluation = _make_cocoeval(backend, lists, kind)
     evaluation.params.maxDets = limits
     with redirect_stdout(io.StringIO()):
         evaluation.evaluate()
@@ -75,9 +75,7 @@ def run_cocoeval(
     return evaluation.eval
 
 
-def match_detections(
-    images: list[dict[str, Any]], objects: list[dict[str, Any]], detections: list[dict[str, Any]], kind: str
-) -> list[dict[str, Any] | None]:
+def match_detections(lists: CocoLists, kind: str) -> list[dict[str, Any] | None]:
     """Return how COCOeval of pycocotools matches the best 100 detections of one category, for each image.
 
     The arguments are those of [`run_cocoeval`].
@@ -85,7 +83,7 @@ def match_detections(
     Returns:
         For each image None, or a dict with `dtScores` (K,), `dtMatches` and `dtIgnore` (T, K) and `gtIgnore` (N,).
     """
-    evaluation = _make_cocoeval((COCO, COCOeval), images, objects, detections, kind)
+    evaluation = _make_cocoeval((COCO, COCOeval), lists, kind)
     evaluation.params.maxDets = [COCO_MAX_DETECTIONS]
     evaluation.params.areaRng, evaluation.params.areaRngLbl = evaluation.params.areaRng[:1], ["all"]
     with redirect_stdout(io.StringIO()):
@@ -93,21 +91,15 @@ def match_detections(
     return evaluation.evalImgs
 
 
-def _make_cocoeval(
-    backend: tuple[Any, Any],
-    images: list[dict[str, Any]],
-    objects: list[dict[str, Any]],
-    detections: list[dict[str, Any]],
-    kind: str,
-) -> Any:
+def _make_cocoeval(backend: tuple[Any, Any], lists: CocoLists, kind: str) -> Any:
     coco_class, eval_class = backend
     with redirect_stdout(io.StringIO()):
         cocos = []
-        for annotations in (objects, detections):
+        for annotations in (lists.objects, lists.detections):
             # Ids start at 1: COCOeval marks an unmatched annotation with 0.
             numbered = [{**one, "id": number, "category_id": 1} for number, one in enumerate(annotations, 1)]
             cocos.append(coco_class())
-            cocos[-1].dataset = {"images": images, "annotations": numbered, "categories": [{"id": 1}]}
+            cocos[-1].dataset = {"images": lists.images, "annotations": numbered, "categories": [{"id": 1}]}
             cocos[-1].createIndex()
         return eval_class(*cocos, kind)
 

@@ -71,7 +71,7 @@ def per_image(evaluator: Any) -> PerImage:
 
 
 def _match_table(lists: CocoLists, kind: str) -> MatchTable:
-    matched = match_detections(*lists, kind)
+    matched = match_detections(lists, kind)
     num_objects = np.array([0 if one is None else np.sum(one["gtIgnore"] == 0) for one in matched], np.int64)
     present = [(index, one) for index, one in enumerate(matched) if one is not None]
     scores = np.concatenate([np.empty(0), *(one["dtScores"] for _, one in present)])
