@@ -155,8 +155,9 @@ def evaluate(
         other = evaluate_dataset(loaded, processor, dataset, **settings)
         typer.echo(f"{reference}, the reference")
         typer.echo(format_numbers(other.compute()))
-        if images is not None and confidence is not None:
-            typer.echo(format_comparison(compare(per_image(other), images, confidence), len(images.image_ids)))
+        if images is not None:
+            level = metrics["intervals"]["confidence"]
+            typer.echo(format_comparison(compare(per_image(other), images, level), len(images.image_ids)))
     _note_low_scores(evaluator.highest_score, min_score)
     if output is not None:
         facts = {"model": model, "data": data, "split": split, "num_images": len(dataset), "threshold": threshold}

@@ -17,20 +17,11 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        help="A folder, a Hub id, a published name such as rf-detr-seg-medium, or rf-detr-seg-tiny, which is in the"
-        " package."
-    ),
-]
-AnyModelArgument = Annotated[
-    str,
-    typer.Argument(
-        help="A folder, a Hub id, a published name such as rf-detr-seg-medium, rf-detr-seg-tiny, which is in the"
-        " package, or an exported file, .onnx or .xml."
-    ),
-]
+_MODELS = (
+    "A folder, a Hub id, a published name such as rf-detr-seg-medium, or rf-detr-seg-tiny, which is in the package"
+)
+ModelArgument = Annotated[str, typer.Argument(help=f"{_MODELS}.")]
+AnyModelArgument = Annotated[str, typer.Argument(help=f"{_MODELS}; or an exported file, .onnx or .xml.")]
 ThreadsOption = Annotated[int | None, typer.Option(help="Number of CPU threads. Default: one for each core.", min=1)]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto, which uses a GPU if there is one.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Data type of the weights and the computation.")]
