@@ -9,6 +9,7 @@ of all of them is printed at the end; `MORE_RESULTS.md` has it.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import tempfile
@@ -21,12 +22,14 @@ import torch
 from PIL import Image
 from transformers import set_seed
 
-from transformers_rfdetr import RfDetrTrainer, RfDetrTrainingArguments, load, load_instance_dataset, tiny_checkpoint
+from transformers_rfdetr import RfDetrTrainer, load, load_instance_dataset, tiny_checkpoint
+from transformers_rfdetr.cli.demo import fine_tuning_arguments
 from transformers_rfdetr.data.class_balance import class_repeat_factors
 from transformers_rfdetr.data.dataset import InstanceDataset, InstanceDatasets
 from transformers_rfdetr.data.splits import split_dataset
+from transformers_rfdetr.data.synthetic import draw_images
 from transformers_rfdetr.data.synthetic.canvas import box_depth, disc_depth
-from transformers_rfdetr.data.synthetic.tray import _Tray
+from transformers_rfdetr.data.synthetic.tray import Tray
 
 CLASSES = ("bolt", "nut", "washer", "pin", "square nut")
 OFTEN, RARELY = (0.32, 0.32, 0.3, 0.03, 0.03), (0.2,) * 5
@@ -42,7 +45,7 @@ RECIPES: dict[str, tuple[dict[str, Any], str]] = {
 FIELDS = ("data", "recipe", "seed", "steps", "checkpoint")  # that identify a run
 
 
-class Tray(_Tray):
+class PartsTray(Tray):
     """A tray with two more kinds of parts, which the package does not draw."""
 
     def draw_pin(self) -> bool:
@@ -79,7 +82,7 @@ class Tray(_Tray):
 def draw_parts(seed: int, frequencies: tuple[float, ...]) -> tuple[Image.Image, list[dict[str, Any]]]:
     """Return a tray of 144 px and its annotations, with `frequencies` of the classes."""
     rng = np.random.default_rng(seed)
-    tray = Tray(rng, (144, 144), 144 / 60)
+    tray = PartsTray(rng, (144, 144), 144 / 60)
     tray.draw_ground()
     draw = (tray.draw_bolt, tray.draw_nut, tray.draw_washer, tray.draw_pin, tray.draw_square_nut)
     wanted = rng.integers(2, 10)
@@ -93,15 +96,11 @@ def draw_parts(seed: int, frequencies: tuple[float, ...]) -> tuple[Image.Image, 
 def drawn_data(num_train: int = 40, num_validation: int = 60) -> InstanceDatasets:
     """Return the drawn splits."""
     splits = {}
+    categories = [{"id": number, "name": name} for number, name in enumerate(CLASSES, start=1)]
     for name, first, count, often in (("train", 0, num_train, OFTEN), ("validation", 9000, num_validation, RARELY)):
-        drawn = {seed: draw_parts(seed, often) for seed in range(first, first + count)}
-        annotations = [annotation for _, found in drawn.values() for annotation in found]
-        coco = {
-            "images": [{"id": seed, "file_name": f"{seed}.png", "height": 144, "width": 144} for seed in drawn],
-            "annotations": [{**one, "id": number} for number, one in enumerate(annotations, start=1)],
-            "categories": [{"id": number, "name": name} for number, name in enumerate(CLASSES, start=1)],
-        }
-        splits[name] = InstanceDataset(coco, [image for image, _ in drawn.values()])
+        draw = functools.partial(draw_parts, frequencies=often)
+        images, coco = draw_images(range(first, first + count), categories, draw)
+        splits[name] = InstanceDataset(coco, images)
     return InstanceDatasets(splits)
 
 
@@ -130,25 +129,7 @@ def train(data: InstanceDatasets, recipe: str, seed: int, steps: int, resolution
         "rf-detr-seg-tiny", id2label=data.id2label, resolution=resolution, num_queries=queries, group_detr=3
     )
     with tempfile.TemporaryDirectory() as folder:
-        arguments = RfDetrTrainingArguments(
-            folder,
-            max_steps=steps,
-            per_device_train_batch_size=8,
-            gradient_accumulation_steps=1,
-            learning_rate=1e-3,
-            learning_rate_encoder=5e-4,
-            max_grad_norm=1.0,
-            lr_scheduler_type="cosine",
-            warmup_steps=steps // 10,
-            multi_scale=False,
-            ema_decay=0.95,
-            eval_strategy="no",
-            save_strategy="no",
-            dataloader_num_workers=0,
-            seed=seed,
-            report_to="none",
-            **settings,
-        )
+        arguments = fine_tuning_arguments(Path(folder), steps, seed, **settings)
         splits = {"train_dataset": data["train"], "eval_dataset": data["validation"]}
         trainer = RfDetrTrainer(model, arguments, **splits, processing_class=processor, augmentation=augmentation)
         trainer.train()

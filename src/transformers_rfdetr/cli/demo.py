@@ -3,7 +3,7 @@
 import json
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from PIL import Image
@@ -57,7 +57,7 @@ def demo(
     model, processor = load(TINY_NAME, id2label=data.id2label)
     trainer = RfDetrTrainer(
         model,
-        _arguments(output / "run", steps, seed),
+        fine_tuning_arguments(output / "run", steps, seed, logging_steps=max(1, steps // 12)),
         train_dataset=data["train"],
         processing_class=processor,
         augmentation=FlipAndCrop(crop=0.0, rotate=0.75),  # trays have no upright direction
@@ -81,7 +81,8 @@ def demo(
     )
 
 
-def _arguments(folder: Path, steps: int, seed: int) -> RfDetrTrainingArguments:
+def fine_tuning_arguments(folder: Path, steps: int, seed: int, **settings: Any) -> RfDetrTrainingArguments:
+    """Return arguments for a short training of rf-detr-seg-tiny; `settings` are further ones."""
     return RfDetrTrainingArguments(
         str(folder),
         max_steps=steps,
@@ -96,10 +97,10 @@ def _arguments(folder: Path, steps: int, seed: int) -> RfDetrTrainingArguments:
         ema_decay=0.95,  # an average over twenty optimizer steps
         eval_strategy="no",
         save_strategy="no",
-        logging_steps=max(1, steps // 12),
         dataloader_num_workers=0,
         seed=seed,
         report_to="none",
+        **settings,
     )
 
 

@@ -44,7 +44,7 @@ def draw_dataset(
     """
     categories = [{"id": CLASSES.index(name) + 1, "name": name} for name in CLASSES if name in classes]
     seeds = range(first_seed, first_seed + num_images)
-    return _draw(
+    return draw_images(
         seeds, categories, lambda seed: draw_scene(seed, size, metres_per_pixel=metres_per_pixel, classes=classes)
     )
 
@@ -52,10 +52,13 @@ def draw_dataset(
 def draw_trays(num_images: int, size: tuple[int, int] = (144, 144), *, first_seed: int = 0) -> Dataset:
     """Draw the trays of `num_images` consecutive seeds, as [`draw_dataset`] does aerial images."""
     categories = [{"id": number, "name": name} for number, name in enumerate(tray.CLASSES, start=1)]
-    return _draw(range(first_seed, first_seed + num_images), categories, lambda seed: draw_tray(seed, size))
+    return draw_images(range(first_seed, first_seed + num_images), categories, lambda seed: draw_tray(seed, size))
 
 
-def _draw(seeds: range, categories: list[dict[str, Any]], draw: Callable[[int], tuple[Image.Image, Any]]) -> Dataset:
+def draw_images(
+    seeds: range, categories: list[dict[str, Any]], draw: Callable[[int], tuple[Image.Image, Any]]
+) -> Dataset:
+    """Draw the images of `seeds`, where `draw` returns an image and its annotations, as [`draw_dataset`] does."""
     images, entries = [], []
     annotations: list[dict[str, Any]] = []
     for seed in seeds:

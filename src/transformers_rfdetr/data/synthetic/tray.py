@@ -35,7 +35,7 @@ def draw_tray(seed: int, size: tuple[int, int] = (160, 160)) -> tuple[Image.Imag
         `CLASSES`, from 1.
     """
     rng = np.random.default_rng(seed)
-    tray = _Tray(rng, size, min(size) / 60)
+    tray = Tray(rng, size, min(size) / 60)
     tray.draw_ground()
     wanted = rng.integers(2, 10)
     for _ in range(6 * wanted):
@@ -46,7 +46,7 @@ def draw_tray(seed: int, size: tuple[int, int] = (160, 160)) -> tuple[Image.Imag
     return tray.render(), tray.annotations(seed, range(1, len(CLASSES) + 1))
 
 
-class _Tray(Canvas):
+class Tray(Canvas):
     """A tray that is being drawn, at `scale` pixels per millimetre."""
 
     def draw_ground(self) -> None:
