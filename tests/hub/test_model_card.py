@@ -26,14 +26,19 @@ def test_the_card_has_the_metrics_of_the_run_as_a_table_and_for_the_hub():
         splits={"train": (10, 31), "validation": (7, 20)},
         objects={"cat": 30, "dog": 1},
         results={
-            "validation": numbers(0.123456, per_class={"cat": {"segm_AP": 0.2}, "dog": {"segm_AP": -1.0}}),
+            "validation": numbers(
+                0.123456,
+                per_class={"cat": {"segm_AP": 0.2}, "dog": {"segm_AP": -1.0}},
+                intervals={"confidence": 0.9, "segm_AP": (0.1, 0.15), "segm_AP_large": (-1.0, -1.0), "per_class": {}},
+            ),
             "test": numbers(0.5),
         },
         recipe={"epochs": 2},
         note="Not COCO's.",
     )
     card = model_card("me/pets", small_config(num_labels=2, id2label={0: "cat", 1: "dog"}), has_masks=True, run=run)
-    assert "|  | validation | test |\n| --- | --- | --- |\n| Mask AP | 0.123 | 0.500 |" in card
+    assert "|  | validation | test |\n| --- | --- | --- |\n| Mask AP | 0.123 (0.100 to 0.150) | 0.500 |" in card
+    assert "90 % confidence intervals" in card
     assert "| Mask AP, large objects | – | – |" in card
     assert "Not COCO's." in card
     assert "| label | class | objects to train on | mask AP, validation |" in card

@@ -7,7 +7,7 @@ import torch.distributed
 from evaluation_cases import TWELVE, plain_cocoeval
 from transformers_rfdetr import RfDetrForObjectDetection
 from transformers_rfdetr.data.dataset import InstanceDataset
-from transformers_rfdetr.evaluation.evaluation_loop import evaluate_instance_segmentation
+from transformers_rfdetr.evaluation.evaluation_loop import evaluate_dataset, evaluate_instance_segmentation
 from transformers_rfdetr.training.trainer import RfDetrTrainer, RfDetrTrainingArguments
 
 from small_models import small_config
@@ -31,6 +31,24 @@ def test_the_evaluation_loss_is_that_of_one_batch_with_all_images(tmp_path):
     with torch.no_grad():
         expected = trainer.model.eval()(**batch).loss.item()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_only_an_evaluation_after_training_has_confidence_intervals_and_the_card_shows_them(tmp_path):
+    trainer = build_trainer(tmp_path, max_steps=1, eval_strategy="steps", eval_steps=1, save_strategy="no", seed=0)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    assert "confidence intervals" not in (tmp_path / "README.md").read_text()
+    found = trainer.evaluate()
+    evaluator = evaluate_dataset(trainer.model, trainer.processing_class, drawn(7, 100), progress=False)
+    expected = evaluator.compute(0.95)["intervals"]
+    assert found["eval_intervals"] == {
+        **{name: pytest.approx(expected[name], abs=1e-6) for name in expected if name != "per_class"},
+        "per_class": found["eval_intervals"]["per_class"],
+    }
+    trainer.create_model_card()
+    assert "95 % confidence intervals" in (tmp_path / "README.md").read_text()
+    assert "eval_intervals" not in build_trainer(tmp_path, eval_confidence=None).evaluate()
 
 
 def test_predict_returns_detections_as_coco_results(tmp_path):

@@ -112,6 +112,7 @@ def model_card(
         changes=changes,
         result_rows=_result_rows(run),
         split_rows=[(split, *counts) for split, counts in run.splits.items()],
+        confidence=next((one["intervals"]["confidence"] for one in run.results.values() if "intervals" in one), None),
         class_columns=class_columns,
         class_rows=class_rows,
         auto_class="AutoModelForInstanceSegmentation" if has_masks else "AutoModelForObjectDetection",
@@ -145,7 +146,7 @@ def _pipeline_tag(has_masks: bool) -> str:
 def _result_rows(run: Run) -> list[list[str]]:
     """Return a row for each metric that a split has, with a column for each split."""
     return [
-        [label, *(_format(metrics.get(key)) for metrics in run.results.values())]
+        [label, *(_format_with_interval(key, metrics) for metrics in run.results.values())]
         for key, label in _METRICS.items()
         if any(key in metrics for metrics in run.results.values())
     ]
@@ -171,6 +172,12 @@ def _class_table(config: RfDetrConfig, run: Run) -> tuple[list[str], list[list[A
 
 def _format(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, int | float) and math.isfinite(value) and value >= 0 else "–"
+
+
+def _format_with_interval(key: str, metrics: Mapping[str, Any]) -> str:
+    low, high = metrics.get("intervals", {}).get(key, (-1.0, -1.0))
+    interval = f" ({low:.3f} to {high:.3f})" if low >= 0 else ""
+    return _format(metrics.get(key)) + interval
 
 
 def _eval_results(run: Run, has_masks: bool) -> list[EvalResult]:

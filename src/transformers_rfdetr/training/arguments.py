@@ -37,6 +37,8 @@ class RfDetrTrainingArguments(TrainingArguments):
             value but 0 is mentioned in the log and the model card.
         eval_max_detections: Number of detections per image and class for additional metrics, such as
             `eval_segm_AP_300`, for images with more than 100 objects.
+        eval_confidence: Level of the confidence intervals, in (0, 1), that an evaluation after training returns as
+            `eval_intervals` and the model card shows; None computes none.
         early_stopping: Whether to stop when the metric for the best model stops improving.
         early_stopping_patience: Evaluations without an improvement after which training stops.
         early_stopping_min_delta: Change of the metric that an improvement must exceed.
@@ -94,6 +96,7 @@ class RfDetrTrainingArguments(TrainingArguments):
     eval_base_model: bool = False
     eval_score_threshold: float = 0.0
     eval_max_detections: int = 100
+    eval_confidence: float | None = 0.95
     early_stopping: bool = False
     early_stopping_patience: int = 10
     early_stopping_min_delta: float = 0.001
@@ -123,6 +126,7 @@ class RfDetrTrainingArguments(TrainingArguments):
             ("ema_tau", self.ema_tau >= 0, "at least 0"),
             ("eval_score_threshold", 0 <= self.eval_score_threshold < 1, "in [0, 1)"),
             ("eval_max_detections", self.eval_max_detections >= 1, "at least 1"),
+            ("eval_confidence", self.eval_confidence is None or 0 < self.eval_confidence < 1, "in (0, 1)"),
             ("early_stopping_patience", self.early_stopping_patience >= 1, "at least 1"),
             ("early_stopping_min_delta", self.early_stopping_min_delta >= 0, "at least 0"),
             ("class_balance", self.class_balance is None or 0 < self.class_balance <= 1, "in (0, 1]"),

@@ -67,8 +67,11 @@ class StreamedEvaluation:
         for target, found in zip(labels, predictions, strict=True):
             self.evaluator.update(target["image_id"].item(), **to_category_ids(found, self.category_of))
 
-    def compute(self, process_index: int, num_processes: int) -> dict[str, Any]:
-        """Merge the records of all processes on the first one; return the metrics on all of them."""
+    def compute(self, process_index: int, num_processes: int, confidence: float | None) -> dict[str, Any]:
+        """Merge the records of all processes on the first one; return the metrics on all of them.
+
+        With `confidence` their intervals are among them, as of [`InstanceSegmentationEvaluator.compute`].
+        """
         parts: list[Any] = [(self.evaluator.state(), self.loss, self.num_objects)]
         if num_processes > 1:
             gathered = [None] * num_processes if process_index == 0 else None
@@ -79,7 +82,7 @@ class StreamedEvaluation:
             for state, _, _ in parts[1:]:
                 self.evaluator.merge(state)
             loss = sum(part[1] for part in parts) / max(1, sum(part[2] for part in parts))
-            return {"loss": loss, **(self.evaluator.compute() if len(self.evaluator) else {})}
+            return {"loss": loss, **(self.evaluator.compute(confidence) if len(self.evaluator) else {})}
 
         return run_on_first_process(merge, process_index)
 
@@ -142,7 +145,7 @@ class EvaluatingTrainer(PrivateTrainerApi):
     weight_average: WeightAverage | None
     measured: dict[str, dict[str, Any]]  # title -> metrics of the trained model
     _evaluations: Sequence[StreamedEvaluation] = ()  # the last one of each evaluation dataset, the present one at last
-    _per_class: Mapping[str, Any] = MappingProxyType({})
+    _nested_metrics: Mapping[str, Any] = MappingProxyType({})  # dictionaries, which the log does not take
 
     @property
     def has_masks(self) -> bool:
@@ -163,10 +166,13 @@ class EvaluatingTrainer(PrivateTrainerApi):
         return self.weight_average.in_model() if self._evaluates_average else nullcontext()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return the metrics of a dataset; `eval_per_class` is a dictionary, of which one metric a class is logged."""
+        """Return the metrics of a dataset.
+
+        `eval_per_class` and, after training, `eval_intervals` are dictionaries; one metric of each class is logged.
+        """
         with translate_worker_errors(self.args.world_size):
             metrics = super().evaluate(*args, **kwargs)
-        return metrics | self._per_class
+        return metrics | self._nested_metrics
 
     def evaluation_loop(
         self,
@@ -200,11 +206,13 @@ class EvaluatingTrainer(PrivateTrainerApi):
         others = [one for one in self._evaluations if one.dataset is not evaluation.dataset]
         self._evaluations = [*others, evaluation][-num_datasets:]
         output = super().evaluation_loop(dataloader, description, *args)
-        metrics = evaluation.compute(self.args.process_index, self.args.world_size)
+        confidence = None if self.is_in_train else self.args.eval_confidence
+        metrics = evaluation.compute(self.args.process_index, self.args.world_size, confidence)
         if not self.is_in_train:
             self.measured[self._title_of(evaluation.dataset, prefix)] = dict(metrics)
-        per_class = metrics.pop("per_class", {})
-        self._per_class = {f"{prefix}_per_class": per_class}
+        nested = {name: metrics.pop(name) for name in ("per_class", "intervals") if name in metrics}
+        self._nested_metrics = {f"{prefix}_{name}": values for name, values in nested.items()}
+        per_class = nested.get("per_class", {})
         if len(per_class) > 1:  # for the log, which takes numbers only
             metric = self.class_metric if self.class_metric in metrics else "bbox_AP"
             metrics |= {f"{metric}/{category}": values[metric] for category, values in per_class.items()}
