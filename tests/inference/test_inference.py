@@ -228,7 +228,7 @@ def test_a_copy_for_one_size_computes_the_same(kind, size):
     for name in ("logits", "pred_boxes") + ("pred_masks",) * (kind is SEGMENTATION):
         torch.testing.assert_close(getattr(outputs, name), getattr(expected, name), atol=1e-4, rtol=1e-4)
     assert max(fast.differences.values()) < 1e-5
-    assert set(fast.differences) == {"logits", "boxes", "selected tokens"} | (
+    assert set(fast.differences) == {"logits", "boxes", "features", "selected tokens"} | (
         {"masks"} if kind is SEGMENTATION else set()
     )
     assert fast.active == ["float32", f"2 x {height} x {width}"]

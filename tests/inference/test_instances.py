@@ -12,6 +12,7 @@ from transformers_rfdetr.data.drawing import color_of, draw_annotations, draw_gr
 from transformers_rfdetr.inference.instances import Instances
 
 SIZE = (60, 80)
+EMBEDDINGS = (np.arange(6, dtype=np.float32).reshape(3, 2) / 7, np.array([0.1, -3], np.float32))
 
 
 def bitmaps() -> np.ndarray:
@@ -33,12 +34,13 @@ def found(tracked: bool = False, masks: bool = True) -> Instances:
         SIZE,
         np.array([4, 7, -1]) if tracked else None,
         np.array([30, 10, 30]) if tracked else None,
+        *(EMBEDDINGS if tracked else ()),
     )
 
 
 def equal(one: Instances, other: Instances) -> bool:
     assert (one.names, one.masks, one.image_size) == (other.names, other.masks, other.image_size)
-    for name in ("boxes", "scores", "labels", "track_ids", "category_ids"):
+    for name in ("boxes", "scores", "labels", "track_ids", "category_ids", "embeddings", "image_embedding"):
         mine, theirs = getattr(one, name), getattr(other, name)
         assert (mine is None and theirs is None) or (mine.dtype == theirs.dtype and (mine == theirs).all())
     return True
@@ -62,6 +64,8 @@ def test_select_applies_to_all_fields(chosen):
     assert (some.boxes == instances.boxes[numbers]).all()
     assert some.track_ids.tolist() == instances.track_ids[numbers].tolist()
     assert some.category_ids.tolist() == instances.category_ids[numbers].tolist()
+    assert some.embeddings.tolist() == instances.embeddings[numbers].tolist()
+    assert some.image_embedding.tolist() == instances.image_embedding.tolist()
 
 
 def test_all_conversions_accept_zero_instances():
@@ -69,7 +73,9 @@ def test_all_conversions_accept_zero_instances():
     assert len(none) == 0
     assert none.dense_masks().shape == (0, *SIZE)
     assert none.to_coco(1) == none.polygons() == none.crops(Image.new("RGB", SIZE[::-1])) == []
-    assert none.to_dict() == {"image_size": [60, 80], "instances": []}
+    stored = none.to_dict()
+    assert stored == {"image_size": [60, 80], "instances": [], "image_embedding": EMBEDDINGS[1].tolist()}
+    assert Instances.from_dict(stored).embeddings.shape == (0, 2)
     assert len(none.to_supervision()) == 0
 
 

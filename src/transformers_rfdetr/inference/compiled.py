@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.utils import logging
 
-from ..model.modeling_rf_detr import RfDetrForObjectDetection
+from ..model.modeling_rf_detr import RfDetrForObjectDetection, pool_features
 from ..model.modeling_rf_detr_dinov2 import resize_position_table
 from ..model.predictions_rf_detr import MaskFactors, StagePrediction
 from ..model.validation import as_pair, check_resolution, read_size, require
@@ -30,8 +30,9 @@ class InferenceModel(FixedSizeModel):
     """A copy of a model that runs on batches of one size; created by [`compile_for_inference`].
 
     Attributes:
-        differences: The largest difference of logits, boxes, masks and the scores of the selected tokens from the plain
-            model in float32 on a noise image, relative to the largest magnitude of each, or to 1 if that is smaller.
+        differences: The largest difference of logits, boxes, masks, pooled features and the scores of the selected
+            tokens from the plain model in float32 on a noise image, relative to the largest magnitude of each, or to 1
+            if that is smaller.
     """
 
     def __init__(self, model: RfDetrForObjectDetection, size: tuple[int, int], batch_size: int, dtype: torch.dtype):
@@ -47,18 +48,20 @@ class InferenceModel(FixedSizeModel):
     def _tensors(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         base = self._model.forward_features(pixel_values, None, False, False)
         stage = self._model.last_stage(base, self.size)
-        tensors = (base.enc_indices, self._model.mask_background_logits(stage.logits), stage.boxes)
+        embeddings = (base.last_hidden_state, pool_features(base.backbone_features, None))
+        tensors = (base.enc_indices, self._model.mask_background_logits(stage.logits), stage.boxes, *embeddings)
         if stage.masks is None:
             return tensors
         return *tensors, stage.masks.pixels, *stage.masks.project(stage.masks.queries)
 
     def _stage(self, tensors: list[Tensor]) -> StagePrediction:
-        _, logits, boxes, *masks = tensors
-        if not masks:
-            return StagePrediction(logits, boxes)
-        pixels, vectors, offsets = masks
-        projected = torch.cat([vectors, offsets], dim=-1)
-        return StagePrediction(logits, boxes, MaskFactors(pixels, projected, lambda q: (q[..., :-1], q[..., -1:])))
+        _, logits, boxes, queries, features, *parts = tensors
+        masks = None
+        if parts:
+            pixels, vectors, offsets = parts
+            projected = torch.cat([vectors, offsets], dim=-1)
+            masks = MaskFactors(pixels, projected, lambda q: (q[..., :-1], q[..., -1:]))
+        return StagePrediction(logits, boxes, masks, queries, features)
 
 
 def compile_for_inference(
@@ -170,12 +173,15 @@ def _check(fast: InferenceModel, model: RfDetrForObjectDetection, image: Tensor)
         ValueError: A difference is larger than the tolerance.
     """
     tolerance = _TOLERANCES[fast.dtype]
-    chosen, *found = (tensor[:1].clone() for tensor in fast._run(image.expand(fast.batch_size, -1, -1, -1)))
+    tensors = (tensor[:1].clone() for tensor in fast._run(image.expand(fast.batch_size, -1, -1, -1)))
+    chosen, logits, boxes, _, features, *parts = tensors
     with ForcedTopK([chosen]) as choices:
         expected = copy.deepcopy(model).eval().float().predict_stage(image.float())
-    pairs = {"logits": (found[0], expected.logits), "boxes": (found[1], expected.boxes)}
+    pairs = {"logits": (logits, expected.logits), "boxes": (boxes, expected.boxes)}
+    pairs["features"] = (features, expected.features)
     if expected.masks is not None:
-        masks = MaskFactors(found[2].float(), found[3].float(), lambda vectors: (vectors, found[4].float()))
+        pixels, projected, offsets = (part.float() for part in parts)
+        masks = MaskFactors(pixels, projected, lambda vectors: (vectors, offsets))
         pairs["masks"] = (masks.logits(), expected.masks.logits())
     fast.differences["selected tokens"] = max(choices.losses)
     for name, (one, other) in pairs.items():

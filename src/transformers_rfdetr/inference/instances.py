@@ -28,6 +28,11 @@ class Instances:
             confirmed track; None without tracking.
         category_ids: (K,) int64, category ids of the dataset that the model was trained on; None if the model's
             configuration does not have them.
+        embeddings: (K, D) float32, the query of each instance after the last decoder layer; None unless [`predict`] was
+            asked for them. Instances that look alike to the model have similar vectors. They are not normalized: divide
+            them by their norms, and inner products are cosine similarities.
+        image_embedding: (D,) float32, the mean over the image of the features that the decoder reads, not normalized;
+            None as above.
     """
 
     boxes: np.ndarray
@@ -38,6 +43,8 @@ class Instances:
     image_size: tuple[int, int]
     track_ids: np.ndarray | None = None
     category_ids: np.ndarray | None = None
+    embeddings: np.ndarray | None = None
+    image_embedding: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -61,6 +68,8 @@ class Instances:
             self.image_size,
             None if self.track_ids is None else self.track_ids[chosen],
             None if self.category_ids is None else self.category_ids[chosen],
+            None if self.embeddings is None else self.embeddings[chosen],
+            self.image_embedding,
         )
 
     def dense_masks(self) -> np.ndarray:
@@ -139,7 +148,11 @@ class Instances:
         return results
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to a dictionary for JSON: `image_size`, and `instances`, a list with one dictionary per instance."""
+        """Convert to a dictionary for JSON: `image_size`, and `instances`, a list with one dictionary per instance.
+
+        Embeddings are in it if there are any, which is about 5 KB of JSON for each vector; set both fields to None to
+        omit them.
+        """
         instances = []
         for index, name in enumerate(self.names):
             one = {
@@ -153,16 +166,26 @@ class Instances:
                     one[key] = int(ids[index])
             if self.masks is not None:
                 one["mask"] = self.masks[index]
+            if self.embeddings is not None:
+                one["embedding"] = self.embeddings[index].tolist()
             instances.append(one)
-        return {"image_size": list(self.image_size), "instances": instances}
+        stored: dict[str, Any] = {"image_size": list(self.image_size), "instances": instances}
+        if self.image_embedding is not None:
+            stored["image_embedding"] = self.image_embedding.tolist()
+        return stored
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "Instances":
         """Restore what [`to_dict`](Instances.to_dict) returned."""
         found = stored["instances"]
 
-        def optional_ids(key: str) -> np.ndarray | None:
-            return np.array([one[key] for one in found], np.int64) if found and key in found[0] else None
+        def optional(key: str, dtype: type = np.int64) -> np.ndarray | None:
+            return np.array([one[key] for one in found], dtype) if found and key in found[0] else None
+
+        image_embedding = np.array(stored["image_embedding"], np.float32) if "image_embedding" in stored else None
+        embeddings = optional("embedding", np.float32)
+        if embeddings is None and image_embedding is not None and not found:
+            embeddings = np.empty((0, len(image_embedding)), np.float32)
 
         return cls(
             np.array([one["box"] for one in found], np.float32).reshape(-1, 4),
@@ -171,8 +194,10 @@ class Instances:
             [one["name"] for one in found],
             [one["mask"] for one in found] if all("mask" in one for one in found) else None,
             tuple(stored["image_size"]),
-            optional_ids("track_id"),
-            optional_ids("category_id"),
+            optional("track_id"),
+            optional("category_id"),
+            embeddings,
+            image_embedding,
         )
 
     def draw(self, image: PIL.Image.Image, *, color_by: str = "class") -> PIL.Image.Image:

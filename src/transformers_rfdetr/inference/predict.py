@@ -37,6 +37,7 @@ def predict(
     classes: Sequence[str] | None = None,
     top_k: int | None = None,
     batch_size: int = 8,
+    embeddings: bool = False,
 ) -> list[Instances]:
     """Predict the instances of images.
 
@@ -58,12 +59,15 @@ def predict(
         classes: Names of the classes to predict; all by default.
         top_k: Number of pairs of query and class to select in each image; the number of queries by default.
         batch_size: Number of images in a forward pass.
+        embeddings: Whether to return vectors of instances and images for search and clustering; see
+            [`Instances.embeddings`]. Exported files do not contain them.
 
     Returns:
         The instances of each image.
 
     Raises:
-        ValueError: an image cannot be read (the message has its index), or an argument is out of range.
+        ValueError: an image cannot be read (the message has its index), an argument is out of range, or an exported
+            model is to return embeddings.
     """
     check_threshold(threshold)
     require(batch_size >= 1, "batch_size", batch_size, "at least 1")
@@ -79,7 +83,7 @@ def predict(
             for index, image in enumerate(batch, start=len(found)):
                 with error_context(f"image {index}"):
                     tensors.append(processor.read(image))
-            found += _predict_batch(model, processor, tensors, threshold, wanted, top_k)
+            found += _predict_batch(model, processor, tensors, threshold, wanted, top_k, embeddings)
     finally:
         model.train(was_training)
     return found
@@ -121,10 +125,16 @@ def _predict_batch(
     threshold: float,
     wanted: Tensor | None,
     top_k: int | None,
+    embeddings: bool,
 ) -> Iterator[Instances]:
     inputs = processor(images, input_data_format="channels_first").to(model.device)
     pixel_mask = inputs.get("pixel_mask")
     stage = model.predict_stage(inputs["pixel_values"], pixel_mask)
+    if embeddings and stage.features is None:
+        raise ValueError(
+            "`embeddings` requires a PyTorch model, got an exported file, which does not contain them. Use the model"
+            " that was exported."
+        )
     logits = stage.logits
     if wanted is not None:  # before the top-k selection, which other classes would fill
         unwanted = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
@@ -143,4 +153,8 @@ def _predict_batch(
         scores, labels, boxes = (part.numpy(force=True) for part in (found.scores, found.labels, found.boxes_xyxy))
         names = [model.config.id2label[label] for label in labels.tolist()]
         categories = None if category_ids is None else np.array(category_ids, np.int64)[labels]
-        yield Instances(boxes, scores, labels, names, masks, size, category_ids=categories)
+        instances = Instances(boxes, scores, labels, names, masks, size, category_ids=categories)
+        if embeddings:
+            instances.embeddings = stage.queries[index, found.queries].float().numpy(force=True)
+            instances.image_embedding = stage.features[index].numpy(force=True)
+        yield instances

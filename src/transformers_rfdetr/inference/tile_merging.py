@@ -56,6 +56,8 @@ def merge_tiles(
        that tile has a piece of the object, else by the tiles that have one; the box is the union of all boxes, and
        score and class are those of the largest piece. Only pieces above `threshold` count as such.
 
+    Embeddings are those of the piece with the score and the class; that of the image is the mean of the tiles'.
+
     Args:
         found: The tiles of [`cut_tiles`], at least one, with their instances in pixels of the tile. Without masks,
             boxes are compared.
@@ -65,8 +67,10 @@ def merge_tiles(
     Returns:
         Instances with a score above `threshold`, best first.
     """
+    image_embeddings = [one.image_embedding for _, one in found if one.image_embedding is not None]
+    image_embedding = np.mean(image_embeddings, axis=0) if image_embeddings else None
     if not any(len(instances) for _, instances in found):
-        return replace(found[0][1], image_size=image_size)
+        return replace(found[0][1], image_size=image_size, image_embedding=image_embedding)
     pieces = _Pieces(found, image_size, threshold)
     groups = _group(pieces, *_compare_all(pieces))
     merged = [pieces.unite(group) for group in groups if pieces.is_sure[group].any()]
@@ -77,6 +81,7 @@ def merge_tiles(
         boxes=np.array([box for _, box, _ in merged], np.float32).reshape(-1, 4),
         masks=None if pieces.instances.masks is None else [mask for _, _, mask in merged],
         image_size=image_size,
+        image_embedding=image_embedding,
     )
 
 
@@ -228,6 +233,7 @@ class _Pieces:
 
 def _concatenate(found: Sequence[Instances]) -> Instances:
     ids = [each.category_ids for each in found if each.category_ids is not None]
+    embeddings = [each.embeddings for each in found if each.embeddings is not None]
     return Instances(
         np.concatenate([each.boxes for each in found]),
         np.concatenate([each.scores for each in found]),
@@ -236,6 +242,7 @@ def _concatenate(found: Sequence[Instances]) -> Instances:
         None if found[0].masks is None else [mask for each in found for mask in each.masks or []],
         found[0].image_size,
         category_ids=np.concatenate(ids) if ids else None,
+        embeddings=np.concatenate(embeddings) if embeddings else None,
     )
 
 

@@ -37,6 +37,7 @@ def predict_tiled(
     threshold: float = 0.5,
     batch_size: int = 4,
     classes: Sequence[str] | None = None,
+    embeddings: bool = False,
     progress: bool = False,
 ) -> Instances:
     """Predict one large image in tiles, and merge the pieces of objects that tile borders cut.
@@ -54,7 +55,7 @@ def predict_tiled(
         (300, 400)
 
     Args:
-        model, threshold, classes: See [`predict`]; a compiled model must have the size of a tile.
+        model, threshold, classes, embeddings: See [`predict`]; a compiled model must have the size of a tile.
         processor: The model's image processor; its `size` is ignored.
         image: One image in any form that the processor accepts. One that is smaller than a tile is padded with the
             processor's mean color.
@@ -80,11 +81,12 @@ def predict_tiled(
     tile_processor = copy.copy(processor)
     tile_processor.size, tile_processor.pad_size = {"height": size[0], "width": size[1]}, None
     least_score = threshold if len(tiles) == 1 else min(threshold, WEAK_SCORE)
+    settings: dict[str, Any] = {"threshold": least_score, "classes": classes, "embeddings": embeddings}
     found: list[tuple[Tile, Instances]] = []
     for start in logging.tqdm(range(0, len(tiles), batch_size), desc="Tiles", disable=not progress):
         batch = tiles[start : start + batch_size]
         crops = [_crop(processor, pixels, each, size) for each in batch]
-        results = predict(model, tile_processor, crops, threshold=least_score, classes=classes, batch_size=batch_size)
+        results = predict(model, tile_processor, crops, batch_size=batch_size, **settings)
         found += [(each, _without_padding(result, each)) for each, result in zip(batch, results, strict=True)]
     return merge_tiles(found, image_size, threshold)
 

@@ -115,6 +115,19 @@ def valid_ratios(paddings: Sequence[Tensor]) -> Tensor:
     return torch.stack(ratios, dim=1).repeat(1, 1, 2)
 
 
+def pool_features(features: Tensor, pixel_mask: Tensor | None) -> Tensor:
+    """Return the mean of a feature map (B, D, H, W) over the patches without padding, (B, D) float32.
+
+    For search in images this map, the projector's, is better than those of DINOv2: nearest neighbors among drawn scenes
+    have more objects in common.
+    """
+    if pixel_mask is None:
+        return features.float().mean((2, 3))
+    [padding] = level_padding_masks(pixel_mask, [features])
+    is_image = ~padding[:, None]
+    return (features.float() * is_image).sum((2, 3)) / is_image.sum((2, 3)).clamp(min=1)
+
+
 # -- first stage -----------------------------------------------------------------------------------------------------
 
 
@@ -422,9 +435,14 @@ class RfDetrForObjectDetection(RfDetrModel):
 
     def predict_stage(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> StagePrediction:
         """Return the last layer's prediction, with background logits masked and without dense masks."""
-        base = self.forward_features(pixel_values, drop_full_mask(pixel_mask))
+        pixel_mask = drop_full_mask(pixel_mask)
+        base = self.forward_features(pixel_values, pixel_mask)
         last = self.last_stage(base, (pixel_values.shape[-2], pixel_values.shape[-1]))
-        return last._replace(logits=self.mask_background_logits(last.logits))
+        return last._replace(
+            logits=self.mask_background_logits(last.logits),
+            queries=base.last_hidden_state,
+            features=pool_features(base.backbone_features, pixel_mask),
+        )
 
     def mask_background_logits(self, logits: Tensor) -> Tensor:
         """Set the logits (B, N, C) of labels such as `__background__` to -1e4.

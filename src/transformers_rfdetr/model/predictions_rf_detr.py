@@ -37,3 +37,6 @@ class StagePrediction(NamedTuple):
     logits: Tensor  # (B, N, C)
     boxes: Tensor  # (B, N, 4), (cx, cy, w, h)
     masks: MaskFactors | None = None
+    # Of `predict_stage` only, and not of exported files:
+    queries: Tensor | None = None  # (B, N, D), the queries after the last decoder layer
+    features: Tensor | None = None  # (B, D) float32, the mean of the feature map over the image
