@@ -93,15 +93,12 @@ def draw_parts(seed: int, frequencies: tuple[float, ...]) -> tuple[Image.Image, 
     return tray.render(), tray.annotations(seed, range(1, len(CLASSES) + 1))
 
 
-def drawn_data(num_train: int = 40, num_validation: int = 60) -> InstanceDatasets:
-    """Return the drawn splits."""
-    splits = {}
+def drawn_split(first_seed: int, count: int, frequencies: tuple[float, ...]) -> InstanceDataset:
+    """Return trays with `frequencies` of the classes."""
     categories = [{"id": number, "name": name} for number, name in enumerate(CLASSES, start=1)]
-    for name, first, count, often in (("train", 0, num_train, OFTEN), ("validation", 9000, num_validation, RARELY)):
-        draw = functools.partial(draw_parts, frequencies=often)
-        images, coco = draw_images(range(first, first + count), categories, draw)
-        splits[name] = InstanceDataset(coco, images)
-    return InstanceDatasets(splits)
+    draw = functools.partial(draw_parts, frequencies=frequencies)
+    images, coco = draw_images(range(first_seed, first_seed + count), categories, draw)
+    return InstanceDataset(coco, images)
 
 
 def real_data(folder: Path) -> InstanceDatasets:
@@ -177,7 +174,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     checkpoint = hashlib.sha256((Path(tiny_checkpoint()) / "model.safetensors").read_bytes()).hexdigest()[:8]
-    sources = {"drawn": (drawn_data(), options.seeds, 144, 60)}
+    drawn = InstanceDatasets({"train": drawn_split(0, 40, OFTEN), "validation": drawn_split(9000, 60, RARELY)})
+    sources = {"drawn": (drawn, options.seeds, 144, 60)}
     if options.real:
         sources[options.real.name] = (real_data(options.real), 1, 192, 120)
     wanted = [

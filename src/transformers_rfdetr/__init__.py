@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .inference.compiled import compile_for_inference
     from .inference.instances import Instances
     from .inference.predict import predict
+    from .inference.suggestions import suggest
     from .inference.tiling import predict_tiled
     from .inference.video.predict_video import predict_video
     from .model.configuration_rf_detr import RfDetrConfig, RfDetrDinov2Config
@@ -66,6 +67,7 @@ __all__ = [
     "resolve_variant",
     "sample_image",
     "split_dataset",
+    "suggest",
     "tiny_checkpoint",
     "write_dataset",
     "write_report",
@@ -100,6 +102,7 @@ _LATER = {
     "resolve_variant": "model.variants_rf_detr",
     "sample_image": "assets",
     "split_dataset": "data.splits",
+    "suggest": "inference.suggestions",
     "tiny_checkpoint": "assets",
     "write_dataset": "data.writers.write",
     "write_report": "evaluation.report",

@@ -2,7 +2,19 @@
 
 import typer
 
-from . import benchmark, check_dataset, compare, convert, convert_dataset, evaluate, export, info, predict, train
+from . import (
+    benchmark,
+    check_dataset,
+    compare,
+    convert,
+    convert_dataset,
+    evaluate,
+    export,
+    info,
+    predict,
+    suggest,
+    train,
+)
 
 app = typer.Typer(
     add_completion=False,
@@ -13,6 +25,7 @@ app.command(epilog=predict.EXAMPLE)(predict.predict)
 app.command(epilog=train.EXAMPLE)(train.train)
 app.command(epilog=evaluate.EXAMPLE)(evaluate.evaluate)
 app.command(epilog=compare.EXAMPLE)(compare.compare)
+app.command(epilog=suggest.EXAMPLE)(suggest.suggest)
 app.command(epilog=check_dataset.EXAMPLE)(check_dataset.check_dataset)
 app.command(epilog=convert_dataset.EXAMPLE)(convert_dataset.convert_dataset)
 app.command(epilog=info.EXAMPLE)(info.info)

@@ -22,6 +22,7 @@ _MODELS = (
 )
 ModelArgument = Annotated[str, typer.Argument(help=f"{_MODELS}.")]
 AnyModelArgument = Annotated[str, typer.Argument(help=f"{_MODELS}; or an exported file, .onnx or .xml.")]
+ModelOption = Annotated[str, typer.Option(help=f"{_MODELS}.")]
 ThreadsOption = Annotated[int | None, typer.Option(help="Number of CPU threads. Default: one for each core.", min=1)]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto, which uses a GPU if there is one.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Data type of the weights and the computation.")]
