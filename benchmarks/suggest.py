@@ -46,7 +46,7 @@ def annotate_more(
         chosen = rng.choice(len(rest), PER_ROUND, replace=False)
     else:
         images, known = ([data[index]["image"] for index in indices] for indices in (rest, annotated))
-        chosen = [one.index for one in suggest(model, processor, images, PER_ROUND, annotated=known)]
+        chosen = [one.image_index for one in suggest(model, processor, images, PER_ROUND, annotated=known)]
     return [*annotated, *(rest[index] for index in chosen)]
 
 

@@ -31,7 +31,7 @@ def test_images_are_selected_by_errors_times_distance_to_what_is_selected():
     spread = embeddings.std()
     # Image 0 is the most uncertain. Image 1 is nearly as uncertain, and nearly equal to it.
     found = rank(np.array([5.0, 4.9, 2.0, 1.0]), embeddings, np.empty((0, 1)), 4)
-    assert [one.index for one in found] == [0, 3, 2, 1]
+    assert [one.image_index for one in found] == [0, 3, 2, 1]
     expected = [1.0, 3.0 / spread, 1.0 / spread, 0.1 / spread]
     assert [one.distance for one in found] == pytest.approx(expected)
     assert [one.expected_errors for one in found] == [5.0, 1.0, 2.0, 4.9]
@@ -40,22 +40,22 @@ def test_images_are_selected_by_errors_times_distance_to_what_is_selected():
 def test_images_near_annotated_ones_rank_lower():
     embeddings = np.array([[0.0], [0.1], [1.0]])
     errors = np.array([5.0, 4.9, 2.0])
-    assert [one.index for one in rank(errors, embeddings, np.array([[0.0]]), 3)] == [2, 1, 0]
+    assert [one.image_index for one in rank(errors, embeddings, np.array([[0.0]]), 3)] == [2, 1, 0]
     assert rank(errors[:0], embeddings[:0], embeddings, 3) == []
 
 
 def test_images_without_uncertain_detections_are_ranked_by_distance():
     found = rank(np.zeros(3), np.array([[0.0], [0.1], [1.0]]), np.array([[0.0]]), 3)
-    assert [one.index for one in found] == [2, 1, 0]
+    assert [one.image_index for one in found] == [2, 1, 0]
 
 
 def test_a_model_suggests_scenes_before_an_empty_image(tiny):
     found = suggest(*tiny, [BLANK, *SCENES], 3)
-    assert sorted(one.index for one in found) == [1, 2, 3]
+    assert sorted(one.image_index for one in found) == [1, 2, 3]
     scores = [one.scores for one in predict(*tiny, SCENES, threshold=0.1)]
     assert found[0].expected_errors == pytest.approx(max(map(expected_errors, scores)), rel=1e-5)
-    again = suggest(*tiny, SCENES, 1, annotated=[SCENES[found[0].index - 1]])
-    assert again[0].index != found[0].index - 1
+    again = suggest(*tiny, SCENES, 1, annotated=[SCENES[found[0].image_index - 1]])
+    assert again[0].image_index != found[0].image_index - 1
     with pytest.raises(ValueError, match="`count` must be an integer of at least 1, got 0"):
         suggest(*tiny, SCENES, 0)
 

@@ -62,7 +62,7 @@ def suggest(
         annotated=_read_images(known, [], unreadable),
         batch_size=batch_size,
     )
-    suggested = [(readable[one.index], one.expected_errors, one.distance) for one in found]
+    suggested = [(readable[one.image_index], one.expected_errors, one.distance) for one in found]
     _write(output, suggested)
     rows = [[image.name, f"{errors:.1f}", f"{distance:.2f}"] for image, errors, distance in suggested[:_MAX_SHOWN]]
     typer.echo(format_table(["image", "expected errors", "distance to the others"], rows))

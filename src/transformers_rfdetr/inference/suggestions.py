@@ -17,13 +17,13 @@ class Suggestion(NamedTuple):
     """An image to annotate.
 
     Attributes:
-        index: Its index among the images.
+        image_index: Its index among the images.
         expected_errors: Expected number of wrong and of missed objects at a threshold of 0.5.
         distance: Distance of its features to those of the nearest image that is annotated or was suggested before it,
             relative to a typical distance from the mean of all images; 1 for the first image if there is none.
     """
 
-    index: int
+    image_index: int
     expected_errors: float
     distance: float
 
@@ -85,7 +85,7 @@ def rank(errors: np.ndarray, embeddings: np.ndarray, known: np.ndarray, count: i
     distances = np.ones(len(errors))
     if len(known):
         distances = np.min([np.linalg.norm(embeddings - one, axis=1) for one in known], axis=0) / spread
-    is_free = np.ones(len(errors), bool)
+    is_free: np.ndarray = np.ones(len(errors), bool)
     selected = []
     for _ in range(min(count, len(errors))):
         # Images of equal value, such as those without detections, are told apart by their distance.
