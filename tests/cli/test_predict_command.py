@@ -18,12 +18,13 @@ import torch
 import typer
 from click.testing import Result
 from PIL import Image
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from typer.testing import CliRunner
 
 from evaluation_cases import evaluated, plain_cocoeval, twelve, updates_of
-from transformers_rfdetr import RfDetrImageProcessor, load, predict, predict_tiled
+from transformers_rfdetr import RfDetrImageProcessor, load, load_instance_dataset, predict, predict_tiled
 from transformers_rfdetr.cli import predict as command
 from transformers_rfdetr.inference import folder as bulk_prediction
 from transformers_rfdetr.inference.instances import Instances
@@ -465,6 +466,62 @@ def test_the_coco_file_of_a_coco_dataset_has_its_image_ids_and_category_ids(mode
     assert "--split must be validation" in wrong.output
 
 
+@pytest.mark.parametrize("format", ["coco", "yolo", "labelme", "cvat", "label-studio"])
+def test_predictions_to_correct_are_read_back_with_the_same_names_and_masks(
+    format: str, model: Path, few: Path, whole: Path, tmp_path: Path
+):
+    shutil.copytree(whole, tmp_path / "out", ignore=shutil.ignore_patterns("images", "settings.json"))
+    settings = json.loads((whole / "settings.json").read_text()) | {"images": False}
+    (tmp_path / "out" / "settings.json").write_text(json.dumps(settings))
+    done = run(model, few, "-o", tmp_path / "out", "--save-as", format)
+    assert done.exit_code == 0, done.output
+    assert not (tmp_path / "out" / "images").exists()
+    data = load_instance_dataset(tmp_path / "out" / format)["train"]
+    found = {Path(sample["file_name"]).stem: sample for sample in data}
+    assert len(found) == len(records(whole)) == 7
+    for record in records(whole):
+        instances = Instances.from_dict(record)
+        expected = instances.select(instances.areas > 0)
+        sample = found[Path(record["image"]).stem]
+        assert np.array_equal(np.asarray(sample["image"]), np.asarray(Image.open(few / record["image"])))
+        assert [data.id2label[one["category_id"]] for one in sample["annotations"]] == expected.names
+        for one, mask in zip(sample["annotations"], expected.masks, strict=True):
+            segmentation, size = one["segmentation"], expected.image_size
+            drawn = coco_mask.frPyObjects(segmentation, *size) if isinstance(segmentation, list) else [segmentation]
+            assert coco_mask.iou([coco_mask.merge(drawn)], [mask], [0])[0, 0] == 1
+    again = run(model, few, "-o", tmp_path / "out", "--save-as", format)
+    assert "which was there already and is kept" in again.output
+
+
+def test_predictions_of_a_dataset_to_correct_have_its_split_names_ids_and_linked_images(
+    model: Path, few: Path, tmp_path: Path
+):
+    shutil.copytree(few, tmp_path / "data" / "valid")
+    images = [{"id": 50 + n, "file_name": f"{n}.png", "height": 20 + n % 5, "width": 30} for n in range(7)]
+    content = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
+    (tmp_path / "data" / "valid" / "_annotations.coco.json").write_text(json.dumps(content))
+    arguments = ["--dataset", tmp_path / "data", "--split", "valid", "-o", tmp_path / "out", "--save-as", "coco"]
+    done = run(model, *arguments)
+    assert done.exit_code == 0, done.output
+    written = json.loads((tmp_path / "out" / "coco" / "valid" / "_annotations.coco.json").read_text())
+    assert [(image["id"], image["file_name"]) for image in written["images"]] == [
+        (50 + n, f"{n}.png") for n in range(7)
+    ]
+    assert (tmp_path / "out" / "coco" / "valid" / "3.png").samefile(tmp_path / "data" / "valid" / "3.png")
+    scores = COCO(tmp_path / "out" / "predictions.coco.json").dataset["annotations"]
+    assert [one["score"] for one in written["annotations"]] == [one["score"] for one in scores]
+    assert len(scores) > 7
+
+
+def test_one_of_several_processes_does_not_write_for_an_annotation_program(
+    model: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = run(model, few, "-o", tmp_path, "--save-as", "coco")
+    assert done.exit_code == 2
+    assert "--save-as requires one process, got 2" in done.output
+
+
 def test_a_dataset_is_predicted_by_its_column_of_images_and_keeps_its_image_ids(
     model: Path, few: Path, whole: Path, tmp_path: Path
 ):
@@ -668,6 +725,7 @@ WRONG = {
     "nowhere": (["http://127.0.0.1:1/a b"], "not read"),
     "display": (["{few}", "--show"], "--show requires a display"),
     "color": (["{few}", "--color-by", "size"], "`color_by` must be 'class' or 'instance', got 'size'"),
+    "save-as": (["{video}", "--save-as", "coco"], "--save-as requires images, got sources without images"),
     "overlap": (["{few}", "--overlap", "0.3"], "--overlap requires --tile, got --overlap 0.3"),
     "url": (["http://[bad"], "http://[bad: Invalid IPv6 URL"),
     "of a video": (["{video}", "--threshold", "50"], "got 50.0"),

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from annotation_programs import SIZE, check_command, masks_of, objects_of, pixel_polygon, save_image
 from transformers_rfdetr import check_dataset, load_instance_dataset
 from transformers_rfdetr.data.label_studio import decode_brush
+from transformers_rfdetr.data.writers.label_studio import encode_brush
 
 HEIGHT, WIDTH = SIZE
 
@@ -109,7 +110,21 @@ def test_a_brush_that_label_studio_converter_wrote_is_decoded():
     """The bytes are those of `encode_rle` of label-studio-converter 0.0.59."""
     expected = np.zeros((3, 5), bool)
     expected[1, 1:4] = True
-    assert np.array_equal(decode_brush([0, 0, 0, 60, 57, 27, 254, 23, 0, 183, 255, 133, 192, 0], (3, 5)), expected)
+    written = [0, 0, 0, 60, 57, 27, 254, 23, 0, 183, 255, 133, 192, 0]
+    assert np.array_equal(decode_brush(written, (3, 5)), expected)
+    assert len(encode_brush(expected)) == len(written)
+
+
+@settings(max_examples=40, deadline=None)
+@given(arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 300)), fill=st.booleans()))
+def test_a_mask_that_is_encoded_as_a_brush_is_decoded_again(mask):
+    assert np.array_equal(decode_brush(list(encode_brush(mask)), mask.shape), mask)
+
+
+def test_runs_of_more_pixels_than_a_length_can_count_are_divided():
+    mask = np.zeros((400, 500), bool)
+    mask[150:390] = True
+    assert np.array_equal(decode_brush(list(encode_brush(mask)), mask.shape), mask)
 
 
 @settings(max_examples=40, deadline=None)
@@ -160,6 +175,18 @@ def test_only_completed_annotations_are_read(tmp_path, hf_log):
     with pytest.raises(ValueError, match=r"export\.json: task 6: .*one completed annotation, got 2"):
         load_instance_dataset(tmp_path)
     assert check_dataset(tmp_path).count("invalid_object") == 1
+
+
+def test_predictions_are_read_from_tasks_to_import_which_have_no_annotations(tmp_path):
+    tasks = [{"data": task(number=1)["data"], "predictions": [{"result": [result(), result(number=1)]}]}]
+    save(tmp_path, *tasks)
+    check_command(tmp_path, objects=2, masks=2)
+
+
+def test_the_meta_text_iscrowd_marks_a_crowd_region(tmp_path):
+    marked = {**result(number=1), "meta": {"text": ["iscrowd", "many"]}}
+    save(tmp_path, task(result(), marked, {**result(number=2), "meta": {"text": "iscrowd"}}))
+    assert [one["iscrowd"] for one in objects_of(tmp_path)] == [0, 1, 1]
 
 
 @pytest.mark.parametrize(

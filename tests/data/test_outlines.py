@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from pycocotools import mask as coco_mask
 
-from transformers_rfdetr.data.outlines import join_rings, trace_pixels
+from transformers_rfdetr.data.outlines import editable_polygons, join_rings, trace_pixels
 
 from properties import holds
 
@@ -39,3 +39,21 @@ def test_joined_rings_that_do_not_overlap_are_drawn_as_their_union(corners):
     ]
     size = (30, 30 * len(corners))
     assert np.array_equal(draw([join_rings(squares)], size), draw(squares, size))
+
+
+def test_editable_polygons_of_a_disc_have_few_points_and_draw_exactly_its_pixels():
+    rows, columns = np.mgrid[:80, :90]
+    disc = np.hypot(rows - 40, columns - 50) < 30
+    rle = coco_mask.encode(np.asfortranarray(disc.astype(np.uint8)))
+    [polygon] = editable_polygons(rle)
+    assert np.array_equal(draw([np.array(polygon)], disc.shape), disc)
+    assert len(polygon) / 2 < 0.6 * len(trace_pixels(disc)[0])
+
+
+def test_a_mask_of_two_parts_has_two_editable_polygons_and_one_with_a_hole_or_without_a_pixel_none():
+    mask = np.zeros((20, 30), np.uint8, order="F")
+    assert editable_polygons(coco_mask.encode(mask)) is None
+    mask[2:9, 3:12] = mask[12:18, 20:29] = 1
+    assert len(editable_polygons(coco_mask.encode(mask))) == 2
+    mask[4:6, 5:8] = 0
+    assert editable_polygons(coco_mask.encode(mask)) is None

@@ -146,7 +146,7 @@ def test_boxes_without_a_mask_stay_so(format, tmp_path):
     assert third["bbox"] == [0, 0, 48, 40]
 
 
-@pytest.mark.parametrize("format", ["coco", "labelme", "cvat", "hub"])
+@pytest.mark.parametrize("format", ["coco", "labelme", "cvat", "label-studio", "hub"])
 def test_crowd_regions_with_polygons_rle_and_boxes_stay_crowd_regions(format, tmp_path):
     pytest.importorskip("datasets")
     crowds = [item([[1, 1, 9, 1, 9, 9]]), item(encode(ring_mask())), item(bbox=[1.0, 2.0, 3.0, 4.0])]
@@ -278,7 +278,7 @@ def test_names_of_any_letters_and_equal_names_in_folders_are_kept_apart(format, 
     assert len(found) == len(names)
     for number, name in enumerate(names):
         np.testing.assert_array_equal(found[number, number], np.asarray(Image.open(source / name)))
-    renamed = 1 if format in ("coco", "cvat") else 2
+    renamed = 1 if format in ("coco", "cvat", "label-studio") else 2
     assert f"{renamed} images have new names" in hf_log.text
     assert not any("all" in path.parts for path in folder.rglob("*.png"))
 

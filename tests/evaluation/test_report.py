@@ -18,9 +18,10 @@ from pycocotools import mask as coco_mask
 from evaluation_cases import SCENE, SCENE_PROCESSOR, ScriptedModel, rectangle, rle, scene, scene_model
 from transformers_rfdetr import RfDetrImageProcessor
 from transformers_rfdetr.data.dataset import InstanceDataset
+from transformers_rfdetr.data.outlines import simplify_ring
 from transformers_rfdetr.evaluation.error_analysis import analyse
 from transformers_rfdetr.evaluation.report import save_report, write_report
-from transformers_rfdetr.evaluation.report.outlines import outline, simplify_ring, trace_rings
+from transformers_rfdetr.evaluation.report.outlines import outline, trace_rings
 from transformers_rfdetr.inference.instances import Instances
 
 CHROMIUM = shutil.which("chromium")

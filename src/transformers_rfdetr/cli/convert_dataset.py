@@ -1,13 +1,12 @@
 """`transformers-rfdetr convert-dataset`: write a dataset in another format, and push it to the Hub."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .errors import one_line_errors, terminated_as_interrupted
-from .options import ClassNamesOption, ImageFolderOption, PrivateOption, read_names
+from .options import ClassNamesOption, Format, ImageFolderOption, PrivateOption, read_names
 
 if TYPE_CHECKING:
     from ..data.dataset import InstanceDatasets
@@ -18,17 +17,6 @@ transformers-rfdetr convert-dataset my-export yolo-data --to yolo --split 0.8,0.
 
 transformers-rfdetr convert-dataset annotations.xml rows --to hub --push me/my-dataset
 """
-
-
-class Format(StrEnum):
-    """The formats that can be written."""
-
-    COCO = "coco"
-    YOLO = "yolo"
-    LABELME = "labelme"
-    CVAT = "cvat"
-    HUB = "hub"
-
 
 _Source = Annotated[
     str,

@@ -17,6 +17,17 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class Format(StrEnum):
+    """The formats in which annotations can be written."""
+
+    COCO = "coco"
+    YOLO = "yolo"
+    LABELME = "labelme"
+    CVAT = "cvat"
+    LABEL_STUDIO = "label-studio"
+    HUB = "hub"
+
+
 _MODELS = (
     "A folder, a Hub id, a published name such as rf-detr-seg-medium, or rf-detr-seg-tiny, which is in the package"
 )

@@ -24,6 +24,7 @@ from .options import (
     DeviceOption,
     Dtype,
     DtypeOption,
+    Format,
     ThreadsOption,
     absolute,
     load_model,
@@ -47,6 +48,8 @@ transformers-rfdetr predict my-model street.mp4 --track --batch-size 16
 transformers-rfdetr predict my-model rtsp://camera.local/stream --show
 
 transformers-rfdetr predict my-model survey.tif --tile auto --overlap 0.25
+
+transformers-rfdetr predict my-model photos/ --save-as labelme --output to-correct
 
 torchrun --nproc-per-node 8 -m transformers_rfdetr.cli.app predict my-model photos/
 
@@ -84,6 +87,13 @@ OverlapOption = Annotated[
     float | None, typer.Option(help="Minimum overlap of neighboring tiles, as a fraction of their side. Default: 0.2.")
 ]
 ImagesOption = Annotated[bool, typer.Option(help="Write each image and video with the instances drawn on it.")]
+SaveAsOption = Annotated[
+    Format | None,
+    typer.Option(
+        help="Write the images and their instances to OUTPUT/FORMAT for an annotation program, to correct them there,"
+        " instead of drawn images. Default: off."
+    ),
+]
 CropsOption = Annotated[bool, typer.Option("--save-crops", help="Write a crop of each instance. Default: off.")]
 ColorOption = Annotated[
     str | None, typer.Option(help="class or instance. Default: class, or with --track instance (one color per track).")
@@ -103,7 +113,8 @@ class _Inputs(NamedTuple):
     names: list[str]
     images: "list[InputImage]"
     videos: "list[InputImage]"
-    dataset: Sequence[Any] | None
+    dataset: Sequence[Any] | None = None
+    split: str = "train"
 
 
 @dataclass(frozen=True)
@@ -118,6 +129,7 @@ class _Run:
     shard: tuple[int, int]
     strict: bool
     show: Callable[[Any, int], None] | None
+    save_as: Format | None
 
 
 @one_line_errors
@@ -138,6 +150,7 @@ def predict(
     overlap: OverlapOption = None,
     images: ImagesOption = True,
     save_crops: CropsOption = False,
+    save_as: SaveAsOption = None,
     color_by: ColorOption = None,
     track: TrackOption = False,
     max_frames: FramesOption = None,
@@ -157,7 +170,7 @@ def predict(
     if model == TINY_NAME and not sources and dataset is None:
         sources = [str(sample_image())]
     inputs = _read_inputs(sources, dataset, split, output)
-    _check_options(inputs, tile, overlap, save_crops, track, max_frames)
+    _check_options(inputs, tile, overlap, save_crops, save_as, track, max_frames)
     window = _open_window() if show else None
     if device == "auto" and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -169,14 +182,14 @@ def predict(
         batch_size=batch_size,
         tile=tile if tile in (None, "auto") else read_size("--tile", tile),
         overlap=0.2 if overlap is None else overlap,
-        draw=images,
+        draw=images and save_as is None,
         crops=save_crops,
         color_by=cast(Any, color_by or ("instance" if track else "class")),  # FolderOptions checks it
     )
     tracking = {"track": track, "max_frames": max_frames}
     origin = {"model": absolute(model), "sources": inputs.names, "dtype": dtype.value, **tracking}
     shard = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    run = _Run(loaded, processor, output, options, origin, shard, strict, window)
+    run = _Run(loaded, processor, output, options, origin, shard, strict, window, save_as)
     with _exit_codes(output):
         num_failed = _predict_images(run, inputs) if inputs.images or not inputs.videos else 0
         num_failed += _predict_videos(run, inputs.videos, {**tracking, "patience": patience})
@@ -185,11 +198,17 @@ def predict(
 
 
 def _check_options(
-    inputs: "_Inputs", tile: str | None, overlap: float | None, save_crops: bool, track: bool, max_frames: int | None
+    inputs: "_Inputs",
+    tile: str | None,
+    overlap: float | None,
+    save_crops: bool,
+    save_as: Format | None,
+    track: bool,
+    max_frames: int | None,
 ) -> None:
-    """Raise ValueError for an option that would have no effect."""
+    """Raise ValueError for an option that would have no effect, or cannot be used by one of several processes."""
     options = {
-        "images": {"--tile": tile is not None, "--save-crops": save_crops},
+        "images": {"--tile": tile is not None, "--save-crops": save_crops, "--save-as": save_as is not None},
         "videos": {"--track": track, "--max-frames": max_frames is not None},
     }
     for kind, is_given in options.items():
@@ -198,6 +217,11 @@ def _check_options(
                 raise ValueError(f"{option} requires {kind}, got sources without {kind}. Omit it.")
     if overlap is not None and tile is None:
         raise ValueError(f"--overlap requires --tile, got --overlap {overlap} alone. Add --tile auto.")
+    if save_as is not None and (num_processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise ValueError(
+            f"--save-as requires one process, got {num_processes}. Predict with --no-images instead; then run the"
+            " command with --save-as in one process, which skips what is done."
+        )
 
 
 @contextmanager
@@ -227,7 +251,7 @@ def _read_inputs(sources: list[str] | None, dataset: str | None, split: str, out
         raise ValueError(f"either sources (files, folders, URLs, ...) or --dataset must be given, got {given_both}")
     if dataset is not None:
         images, rows = _read_dataset(dataset, split)
-        return _Inputs([f"{dataset} {split}"], images, [], rows)
+        return _Inputs([f"{dataset} {split}"], images, [], rows, split)
     given = sources or []
     streams = [source for source in given if _is_stream(source, is_alone=len(given) == 1)]
     files = list_images([source for source in given if source not in streams], exclude=output)
@@ -236,7 +260,7 @@ def _read_inputs(sources: list[str] | None, dataset: str | None, split: str, out
     found = zip(names, [*(video.source for video in videos), *streams], strict=True)
     images = [file for file in files if file not in videos]
     settings = sorted({redact_url(absolute(source)) for source in given})
-    return _Inputs(settings, images, [*starmap(InputImage, found)], None)
+    return _Inputs(settings, images, [*starmap(InputImage, found)])
 
 
 def _is_stream(source: str, is_alone: bool) -> bool:
@@ -318,13 +342,13 @@ class _Column(Sequence):
     """The images of a dataset, each decoded on access: `datasets` < 4 decodes a whole column at once."""
 
     def __init__(self, rows: Any, column: str) -> None:
-        self._rows, self._column = rows, column
+        self.rows, self._column = rows, column
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._rows[index][self._column]
+        return self.rows[index][self._column]
 
 
 # Images
@@ -364,6 +388,8 @@ def _predict_images(run: _Run, inputs: _Inputs) -> int:
     finally:
         Image.MAX_IMAGE_PIXELS = max_pixels
     _report_images(summary, run.output, *run.shard)
+    if run.save_as is not None:
+        _save_as(run, inputs, run.save_as)
     return len(summary.failed)
 
 
@@ -396,6 +422,20 @@ def _report_images(summary: "Summary", output: Path, rank: int, world_size: int)
         typer.echo(f"{output / 'predictions.jsonl'}, {output / 'predictions.coco.json'}")
     elif world_size > 1:
         typer.echo("Other processes have not finished; the last one writes the results of all.")
+
+
+def _save_as(run: _Run, inputs: _Inputs, format: Format) -> None:
+    """Write the predictions of the images for an annotation program, and print where they are."""
+    from ..data.dataset import InstanceDataset
+    from ..inference.save_as import save_predictions_as
+
+    is_there = (run.output / format).exists()
+    rows = getattr(inputs.dataset, "rows", None)
+    dataset = rows if isinstance(rows, InstanceDataset) else inputs.dataset
+    folder = save_predictions_as(
+        run.output, format.value, inputs.images, run.model.config, dataset=dataset, split=inputs.split
+    )
+    typer.echo(f"{folder}{', which was there already and is kept. Delete it to write it again.' if is_there else ''}")
 
 
 # Videos

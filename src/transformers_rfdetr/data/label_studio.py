@@ -18,6 +18,7 @@ from .geometry import Geometry, check_size, ellipse, polygon, read_points, regio
 from .image_files import is_image_name
 from .image_folder import ImageFolder
 
+CROWD_TEXT = "iscrowd"  # in the meta information of an object
 # Results that describe the image or an object, and are none.
 _NO_OBJECTS = ("choices", "textarea", "rating", "number", "datetime", "taxonomy", "pairwise", "ranker", "relation")
 
@@ -26,7 +27,7 @@ def is_label_studio(content: Any) -> bool:
     """Return whether the content of a JSON file is a list of tasks."""
     first = content[0] if isinstance(content, list) and content else None
     is_task = isinstance(first, Mapping) and isinstance(first.get("data"), Mapping)
-    return is_task and bool({"annotations", "completions"} & first.keys())
+    return is_task and bool({"annotations", "completions", "predictions"} & first.keys())
 
 
 def find_label_studio_files(files: SourceFiles) -> list[Path]:
@@ -37,8 +38,9 @@ def find_label_studio_files(files: SourceFiles) -> list[Path]:
 def read_label_studio(files: SourceFiles, paths: list[Path], image_folder: Any) -> AnnotatedFiles:
     """Read the completed annotations; files in folders such as train and val are splits.
 
-    A rectangle is a box without a mask; one that is rotated is a polygon. Predictions, and tasks that are skipped or
-    not annotated, are not read.
+    A rectangle is a box without a mask; one that is rotated is a polygon. An object with the meta text `iscrowd` is a
+    crowd region. Tasks that are skipped or not annotated are not read. Predictions are read from tasks to import, which
+    have nothing else.
     """
     locator = ImageLocator(files.root, image_folder)
     result = AnnotatedFiles(files.source, locator.folder)
@@ -63,12 +65,13 @@ def read_label_studio(files: SourceFiles, paths: list[Path], image_folder: Any) 
 
 
 def _completed(task: Any) -> list[Mapping[str, Any]]:
-    """Return the annotations of a task that were neither skipped nor only predicted."""
+    """Return the annotations of a task that were not skipped; of a task with predictions only, these."""
     if not isinstance(task, Mapping) or not isinstance(task.get("data"), Mapping):
         raise ValueError(f"a task must have 'data' and 'annotations', got {task!r:.60}. Export it again.")
-    given = task.get("annotations", task.get("completions")) or []
+    key = next((key for key in ("annotations", "completions", "predictions") if key in task), "annotations")
+    given = task.get(key) or []
     if not isinstance(given, list) or not all(isinstance(item, Mapping) for item in given):
-        raise ValueError(f"'annotations' must be a list of dicts, got {given!r:.60}. Export it again.")
+        raise ValueError(f"{key!r} must be a list of dicts, got {given!r:.60}. Export it again.")
     return [item for item in given if not item.get("was_cancelled") and not item.get("skipped")]
 
 
@@ -148,7 +151,15 @@ def _read_annotation(annotation: Mapping[str, Any], image: AnnotatedImage, where
                     f"objects must be drawn on an upright image of one size, got {size} beside {image.size} and"
                     f" `image_rotation` {item.get('image_rotation')!r:.20}. Draw them again."
                 )
-            image.add_parts({key: [Part(names[0], _read_geometry(item, size))]}, item["place"])
+            part = Part(names[0], _read_geometry(item, size), {"iscrowd": int(_is_crowd(item))})
+            image.add_parts({key: [part]}, item["place"])
+
+
+def _is_crowd(item: Mapping[str, Any]) -> bool:
+    """Return whether an annotator, or our writer, has noted that an object is a crowd region."""
+    meta = item.get("meta")
+    texts = meta.get("text") if isinstance(meta, Mapping) else None
+    return CROWD_TEXT in texts if isinstance(texts, list) else texts == CROWD_TEXT
 
 
 def _geometry_kind(kind: str, value: Mapping[str, Any]) -> str | None:

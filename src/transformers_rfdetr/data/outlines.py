@@ -4,9 +4,17 @@ Axis letters: R C rows and columns of a mask, V points of a ring. Points are x, 
 is closed: its first point is not repeated.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from pycocotools import mask as coco_mask
+
+from ..model.masks import to_rle
+
+# Pixels that a simplified line may deviate from the middles of the sides of pixels. The centers of the pixels are
+# 0.35 away from the line through these.
+_TOLERANCE = 0.3
 
 
 def trace_pixels(mask: np.ndarray) -> list[np.ndarray]:
@@ -53,3 +61,53 @@ def join_rings(rings: Sequence[np.ndarray]) -> np.ndarray:
     starts = [ring[:1] for ring in rings]
     closed = [points for ring in rings for points in (ring, ring[:1])]
     return np.concatenate([*closed, *starts[-2::-1]]) if len(rings) > 1 else rings[0]
+
+
+def simplify_ring(ring: np.ndarray, tolerance: float) -> np.ndarray:
+    """Return those points of a ring (V, 2) that a line within `tolerance` needs, by Douglas and Peucker's algorithm.
+
+    A ring that would become a line or a point is returned as it is.
+    """
+    points = np.concatenate([ring, ring[:1]])
+    farthest = int(np.hypot(*(points - points[0]).T).argmax())
+    is_kept: np.ndarray = np.zeros(len(points), bool)
+    is_kept[[0, farthest]] = True
+    spans = [(0, farthest), (farthest, len(ring))]
+    while spans:
+        start, end = spans.pop()
+        if end - start < 2:
+            continue
+        along = points[end] - points[start]
+        away = points[start + 1 : end] - points[start]
+        distances = np.abs(along[0] * away[:, 1] - along[1] * away[:, 0]) / np.hypot(*along)
+        middle = start + 1 + int(distances.argmax())
+        if distances[middle - start - 1] > tolerance:
+            is_kept[middle] = True
+            spans += [(start, middle), (middle, end)]
+    is_kept[-1] = False
+    return points[is_kept] if is_kept.sum() > 2 else ring
+
+
+def editable_polygons(rle: Mapping[str, Any]) -> list[list[float]] | None:
+    """Return polygons with few points, from which pycocotools draws exactly the mask of a compressed RLE.
+
+    The lines lead through the middles of the sides of pixels, and may deviate by less than the distance to the nearest
+    center of a pixel. None if no polygons draw the mask, such as with holes.
+    """
+    left, top, width, height = coco_mask.toBbox(rle).astype(int).tolist()
+    region = coco_mask.decode(rle)[top : top + height, left : left + width].astype(bool)
+    rings = [simplify_ring(_through_sides(ring), _TOLERANCE) for ring in trace_pixels(region)]
+    polygons = [(ring + np.array([left, top])).ravel().tolist() for ring in rings]
+    if not polygons:
+        return None
+    drawn = to_rle([np.array(polygon) for polygon in polygons], tuple(rle["size"]))
+    return polygons if np.array_equal(coco_mask.decode(drawn), coco_mask.decode(rle)) else None
+
+
+def _through_sides(ring: np.ndarray) -> np.ndarray:
+    """Return the middles of the sides of pixels that a ring (V, 2) of corners leads along."""
+    sides = np.roll(ring, -1, axis=0) - ring
+    lengths = np.abs(sides).sum(1).astype(int)
+    starts, steps = np.repeat(ring, lengths, axis=0), np.repeat(np.sign(sides), lengths, axis=0)
+    along = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return starts + steps * (along[:, None] + 0.5)

@@ -112,9 +112,7 @@ def write_results(folder: Path, names: Sequence[str], config: RfDetrConfig) -> b
         return False
     wanted = set(names)
     order = [*names, *(name for name in records if name not in wanted)]  # the latter are of earlier runs
-    category_ids = category_ids_of(config) or range(len(config.id2label))
-    labels = class_labels(config.id2label)
-    categories = [{"id": category_ids[label], "name": name} for label, name in labels.items()]
+    categories = [{"id": category, "name": name} for category, name in class_names_of(config).items()]
     images: list[dict[str, Any]] = []
     num_annotations = 0
     with ExitStack() as stack:
@@ -135,14 +133,21 @@ def write_results(folder: Path, names: Sequence[str], config: RfDetrConfig) -> b
             instances, image_id = Instances.from_dict(record), record.get("image_id", len(images) + 1)
             height, width = instances.image_size
             images.append({"id": image_id, "file_name": name, "height": height, "width": width})
-            for annotation in _annotations(instances, image_id):
+            for annotation in coco_annotations(instances, image_id):
                 num_annotations += 1
                 coco.write("," * (num_annotations > 1) + "\n" + json.dumps({"id": num_annotations, **annotation}))
         coco.write(f'],\n"images": {json.dumps(images)}}}\n')
     return True
 
 
-def _annotations(instances: Instances, image_id: int) -> Iterator[dict[str, Any]]:
+def class_names_of(config: RfDetrConfig) -> dict[int, str]:
+    """Return the name of each category id of a model, or of each label if it does not know them."""
+    category_ids = category_ids_of(config) or range(len(config.id2label))
+    return {category_ids[label]: name for label, name in class_labels(config.id2label).items()}
+
+
+def coco_annotations(instances: Instances, image_id: int) -> Iterator[dict[str, Any]]:
+    """Yield the instances of an image that have a pixel as COCO annotations with scores."""
     instances = instances.select(instances.areas > 0)  # as `to_coco` does
     boxes = box_xyxy_to_xywh(instances.boxes.astype(float)).tolist()
     for result, box, area in zip(instances.to_coco(image_id), boxes, instances.areas.tolist(), strict=True):

@@ -10,9 +10,11 @@ import numpy as np
 from ..cvat import CROWD_ATTRIBUTE
 from .output import ImageObjects, Output, Splits, check_class_names, crop_mask, mask_of, polygons_of
 
+_DESCRIPTION = "description"
+
 
 def write_cvat(splits: Splits, classes: Mapping[int, str], output: Output) -> None:
-    """Write splits as subsets. A crowd region has the attribute `is_crowd`."""
+    """Write splits as subsets. A crowd region has the attribute `is_crowd`, and a description is an attribute too."""
     check_class_names(classes, "CVAT")
     for split in splits:
         if split != split.strip() or split.lower() in ("", "default"):
@@ -20,21 +22,30 @@ def write_cvat(splits: Splits, classes: Mapping[int, str], output: Output) -> No
     root = Element("annotations")
     SubElement(root, "version").text = "1.1"
     labels = SubElement(SubElement(SubElement(root, "meta"), "task"), "labels")
-    for name in classes.values():
-        label = SubElement(labels, "label")
-        SubElement(label, "name").text = name
-        attribute = SubElement(SubElement(label, "attributes"), "attribute")
-        description = {"name": CROWD_ATTRIBUTE, "mutable": "False", "input_type": "checkbox"}
-        for key, value in {**description, "default_value": "false", "values": "false"}.items():
-            SubElement(attribute, key).text = value
+    is_described = False
     for split, images in splits.items():
         for image in images:
             folder = output.folder / "images" / split
             name = output.place_image(image, folder).relative_to(folder).as_posix()
             output.note_boxes(image)
+            is_described |= any(item.get("description") for item in image.objects)
             root.append(cvat_image(image, classes, {"id": str(len(root) - 2), "name": name, "subset": split}))
+    attributes = {CROWD_ATTRIBUTE: ("checkbox", "false")} | ({_DESCRIPTION: ("text", "")} if is_described else {})
+    for name in classes.values():
+        label = SubElement(labels, "label")
+        SubElement(label, "name").text = name
+        _define_attributes(SubElement(label, "attributes"), attributes)
     ElementTree.indent(root)
     ElementTree.ElementTree(root).write(output.folder / "annotations.xml", encoding="utf-8", xml_declaration=True)
+
+
+def _define_attributes(element: Element, attributes: Mapping[str, tuple[str, str]]) -> None:
+    """Define attributes of a label: name -> type of its input, and default."""
+    for name, (input_type, default) in attributes.items():
+        attribute = SubElement(element, "attribute")
+        fields = {"name": name, "mutable": "False", "input_type": input_type}
+        for key, value in {**fields, "default_value": default, "values": default}.items():
+            SubElement(attribute, key).text = value
 
 
 def cvat_image(image: ImageObjects, classes: Mapping[int, str], attributes: Mapping[str, str]) -> Element:
@@ -50,6 +61,8 @@ def cvat_image(image: ImageObjects, classes: Mapping[int, str], attributes: Mapp
                 common["group_id"] = str(group)
             part = SubElement(element, tag, {**common, **values})
             SubElement(part, "attribute", {"name": CROWD_ATTRIBUTE}).text = str(bool(item.get("iscrowd"))).lower()
+            if item.get("description"):
+                SubElement(part, "attribute", {"name": _DESCRIPTION}).text = str(item["description"])
     return element
 
 

@@ -50,7 +50,7 @@ def labelme_content(image: ImageObjects, classes: Mapping[int, str], image_path:
         common = {
             "label": classes[item["category_id"]],
             "group_id": group if len(parts) > 1 else None,
-            "description": "",
+            "description": str(item.get("description") or ""),
             "flags": {"iscrowd": True} if item.get("iscrowd") else {},
         }
         shapes += [{**common, **part} for part in parts]

@@ -38,6 +38,7 @@ class ImageObjects(NamedTuple):
     size: tuple[int, int]  # (H, W), upright
     objects: list[dict[str, Any]]  # COCO annotations with the category ids of the classes
     image_id: int | None = None  # by default the index of the image
+    is_predicted: bool = False  # whether the objects are predictions, which nobody has looked at
 
 
 Splits = Mapping[str, Iterable[ImageObjects]]

@@ -16,6 +16,7 @@ from ..output_folder import check_output_folder
 from .coco import write_coco
 from .cvat import write_cvat
 from .hub import write_hub
+from .label_studio import write_label_studio
 from .labelme import write_labelme
 from .output import ImageObjects, Output, Splits, dataset_images
 from .yolo import write_yolo
@@ -25,6 +26,7 @@ WRITERS = {
     "yolo": write_yolo,
     "labelme": write_labelme,
     "cvat": write_cvat,
+    "label-studio": write_label_studio,
     "hub": write_hub,
 }
 
@@ -56,6 +58,8 @@ def write_dataset(
               the parts of an object are joined to one polygon, as are holes. Crowd regions are not written;
             * "labelme": a JSON for each image. RLE becomes a `mask`;
             * "cvat": the XML of CVAT for images 1.1. RLE becomes a `mask`;
+            * "label-studio": tasks to import and the labeling interface. RLE and objects of several parts become
+              brushes;
             * "hub": Parquet files for `datasets.load_dataset`, which contain the images.
         copy_images: Whether to copy images. By default they are hard links where possible: editing one changes both.
 
@@ -86,6 +90,9 @@ def write_annotations(
     copy_images: bool = False,
 ) -> Path:
     """Write images with their objects, such as predictions; see [`write_dataset`].
+
+    The field `description` of an object is written where the program shows it: in labelme and Label Studio, and as an
+    attribute in CVAT.
 
     Args:
         splits: The images of each split; they are iterated over once.

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 
+from ...data.outlines import simplify_ring
 from ...inference.instances import Instances
 from ...model.masks import rasterize
 
@@ -49,28 +50,3 @@ def trace_rings(mask: np.ndarray) -> list[np.ndarray]:
 
     lines = contourpy.contour_generator(z=np.pad(mask, 1).astype(np.float64)).lines(0.5)
     return [line[:-1] - 0.5 for line in lines]  # from padded indices of pixels to coordinates of the image
-
-
-def simplify_ring(ring: np.ndarray, tolerance: float) -> np.ndarray:
-    """Return those points of a ring (V, 2) that a line within `tolerance` needs, by Douglas and Peucker's algorithm.
-
-    A ring that would become a line or a point is returned as it is.
-    """
-    points = np.concatenate([ring, ring[:1]])
-    farthest = int(np.hypot(*(points - points[0]).T).argmax())
-    is_kept: np.ndarray = np.zeros(len(points), bool)
-    is_kept[[0, farthest]] = True
-    spans = [(0, farthest), (farthest, len(ring))]
-    while spans:
-        start, end = spans.pop()
-        if end - start < 2:
-            continue
-        along = points[end] - points[start]
-        away = points[start + 1 : end] - points[start]
-        distances = np.abs(along[0] * away[:, 1] - along[1] * away[:, 0]) / np.hypot(*along)
-        middle = start + 1 + int(distances.argmax())
-        if distances[middle - start - 1] > tolerance:
-            is_kept[middle] = True
-            spans += [(start, middle), (middle, end)]
-    is_kept[-1] = False
-    return points[is_kept] if is_kept.sum() > 2 else ring
