@@ -161,10 +161,11 @@ def test_a_drawn_flight_keeps_the_identities_of_its_objects(tiny, tmp_path):
     assert switches <= 0.02 * crossings
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_has_the_same_ap(tiny, dtype):
-    expected = analysed(*tiny, 6).metrics["segm_AP"]
-    assert analysed(*load("rf-detr-seg-tiny", dtype=dtype), 6).metrics["segm_AP"] == pytest.approx(expected, abs=0.02)
+def test_half_precision_has_the_same_ap(tiny):
+    expected = analysed(*tiny, 4).metrics["segm_AP"]
+    for dtype in (torch.float16, torch.bfloat16):
+        found = analysed(*load("rf-detr-seg-tiny", dtype=dtype), 4).metrics["segm_AP"]
+        assert found == pytest.approx(expected, abs=0.02), dtype
 
 
 @pytest.mark.long  # compiles with the C++ compiler

@@ -161,6 +161,7 @@ def half(tmp_path_factory):
     return SimpleNamespace(model=model.float(), path=path, done=done)
 
 
+@pytest.mark.long
 def test_tied_proposals_in_another_order_are_not_differences(half):
     inputs = pixels(1)
     with torch.no_grad():
@@ -170,6 +171,7 @@ def test_tied_proposals_in_another_order_are_not_differences(half):
     assert 0 < half.done.differences["boxes"] < 5e-3
 
 
+@pytest.mark.long
 def test_a_float16_file_keeps_its_inputs_outputs_and_heads_in_float32(half):
     model = onnx.load(half.path)
     types = {value.name: value.type.tensor_type.elem_type for value in [*model.graph.input, *model.graph.output]}

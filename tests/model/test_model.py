@@ -336,6 +336,7 @@ graphs = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.long
 @graphs
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_evaluation_forward_compiles_into_one_graph(kind):

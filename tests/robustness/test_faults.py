@@ -85,8 +85,8 @@ def snapshot(run: Path) -> dict[str, dict[str, bytes]]:
     return {folder.name: tree(folder) for folder in run.iterdir() if not folder.name.startswith(".")}
 
 
-# A process is killed before every fifth change of the disk, and in the long run before every change.
-every_change = [5, pytest.param(1, marks=pytest.mark.long)]
+# A process is killed before every tenth change of the disk, and in the long run before every change.
+every_change = [10, pytest.param(1, marks=pytest.mark.long)]
 
 
 def faults_of(clean: Ended, step: int, lengths: Sequence[int], num_parts: int) -> dict[str, dict[str, Any]]:
