@@ -8,9 +8,10 @@ import argparse
 import time
 from pathlib import Path
 
-import torch
+from transformers import set_seed
 
-from transformers_rfdetr import FlipAndCrop, RfDetrTrainer, RfDetrTrainingArguments, load, load_instance_dataset
+from transformers_rfdetr import FlipAndCrop, RfDetrTrainer, load, load_instance_dataset
+from transformers_rfdetr.cli.demo import fine_tuning_arguments
 
 
 def main() -> None:
@@ -18,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--output", default="runs/nuclei")
-    parser.add_argument("--steps", type=int, default=600, help="optimizer steps of 8 images")
+    parser.add_argument("--steps", type=int, default=600, help="optimizer steps of 4 images")
     parser.add_argument("--resolution", type=int, default=192)
     parser.add_argument("--num-queries", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
@@ -26,7 +27,7 @@ def main() -> None:
     started = time.perf_counter()
     files = {"train": options.folder / "train.json", "validation": options.folder / "val.json"}
     data = load_instance_dataset(files, image_folder=options.folder / "images")
-    torch.manual_seed(options.seed)  # for the heads of the new class
+    set_seed(options.seed)  # for the heads of the new class
     model, processor = load(
         "rf-detr-seg-tiny",
         id2label=data.id2label,
@@ -34,23 +35,7 @@ def main() -> None:
         num_queries=options.num_queries,
         group_detr=3,
     )
-    arguments = RfDetrTrainingArguments(
-        options.output,
-        max_steps=options.steps,
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=1,
-        learning_rate=8e-4,
-        learning_rate_encoder=6e-4,
-        max_grad_norm=1.0,
-        lr_scheduler_type="cosine",
-        warmup_steps=options.steps // 20,
-        multi_scale=False,
-        eval_strategy="no",
-        save_strategy="no",
-        dataloader_num_workers=0,
-        seed=options.seed,
-        report_to="none",
-    )
+    arguments = fine_tuning_arguments(Path(options.output), options.steps, options.seed)
     trainer = RfDetrTrainer(
         model,
         arguments,

@@ -168,7 +168,7 @@ def main() -> None:
     """Run what is not finished, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--real", type=Path, metavar="FOLDER", help="a dataset, one seed for each recipe")
-    parser.add_argument("--steps", type=int, default=150, help="optimizer steps of 8 images")
+    parser.add_argument("--steps", type=int, default=150, help="optimizer steps of 4 images")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each recipe on drawn data")
     parser.add_argument("--runs", type=Path, default=Path("runs/recipes.jsonl"), help="file of the finished runs")
     options = parser.parse_args()
@@ -195,7 +195,7 @@ def main() -> None:
             with options.runs.open("a") as file:
                 file.write(json.dumps(finished[key]) + "\n")
             print(finished[key], flush=True)
-    print(f"\n{options.steps} optimizer steps of 8 images\n")
+    print(f"\n{options.steps} optimizer steps of 4 images\n")
     print(table([finished[tuple(run.values())] for run in wanted]))
 
 

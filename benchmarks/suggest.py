@@ -70,7 +70,7 @@ def main() -> None:
     """Run what is not finished, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of 8 images in each round")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of 4 images in each round")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", type=Path, default=Path("runs/suggest.jsonl"), help="file of the finished runs")
     options = parser.parse_args()

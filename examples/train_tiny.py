@@ -49,9 +49,9 @@ class Round(NamedTuple):
     freeze_backbone: bool
 
 
-# The first learns features and masks. The second costs half as much per step, and learns which of the queries on one
+# The first learns features and masks. The others cost half as much per step, and learn which of the queries on one
 # object is to report it.
-ROUNDS = [Round(2400, 8e-4, 5, False), Round(2200, 8e-4, 3, True)]
+ROUNDS = [Round(2400, 8e-4, 5, False), Round(2200, 8e-4, 3, True), Round(1200, 8e-4, 3, True)]
 NOTE = """\
 This is a small model for tests, examples and first steps, not one of the published variants. It has only seen aerial
 images that transformers-rfdetr draws, of 0.15 to 0.28 metres per pixel, and finds little in photographs. Its script is
