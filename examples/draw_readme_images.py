@@ -28,8 +28,8 @@ def main(output: str) -> None:
     ground_truth = draw_annotations(image, sample["annotations"], model.config.id2label)
     draw_grid([[ground_truth, found.draw(image)]], ["ground truth", "predicted"]).save(folder / "comparison.png")
 
-    town, _ = draw_scene(_SEED + 1, (384, 512), metres_per_pixel=0.2)
-    predict_tiled(model, processor, town).draw(town, color_by="instance").save(folder / "tiles.png")
+    town, _ = draw_scene(_SEED + 1, (384, 512), metres_per_pixel=0.25)
+    predict_tiled(model, processor, town, overlap=0.3).draw(town, color_by="instance").save(folder / "tiles.png")
 
     street, _ = draw_scene(_SEED + 2, (_SIDE, 2 * _SIDE), metres_per_pixel=_METRES_PER_PIXEL)
     with tempfile.TemporaryDirectory() as temporary:
