@@ -7,7 +7,6 @@ import math
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 
 import matplotlib.path
 import numpy as np
@@ -16,6 +15,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from evaluation_cases import SCENE, SCENE_PROCESSOR, ScriptedModel, rectangle, rle, scene, scene_model
+from html_page import Page
 from transformers_rfdetr import RfDetrImageProcessor
 from transformers_rfdetr.data.dataset import InstanceDataset
 from transformers_rfdetr.data.outlines import simplify_ring
@@ -69,40 +69,6 @@ class TestOutlines:
         boxes, scores = np.array([[200, 100, 202, 101]], np.float32), np.ones(1, np.float32)
         instances = Instances(boxes, scores, np.zeros(1, np.int64), ["house"], [mask], (400, 400))
         assert outline(instances, 0, (40, 40)) == "M20 10 20.2 10 20.2 10.1 20 10.1Z"
-
-
-class Page(HTMLParser):
-    """A page's elements, words and script; fails where tags do not match."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.text = text
-        self.elements, self.words, self.script, self.style, self.open = [], [], "", "", []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in ("meta", "input", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open[-1:] == ["script"]:
-            self.script += data
-        elif self.open[-1:] == ["style"]:
-            self.style += data
-        else:
-            self.words.append(data)
-
-    def of(self, tag):
-        return [attrs for name, attrs in self.elements if name == tag]
 
 
 NASTY = ['<script>alert("a")</script>', '"><img src=x onerror=alert(1)>', "a & b's {0} %s \udcff"]

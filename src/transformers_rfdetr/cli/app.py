@@ -3,6 +3,7 @@
 import typer
 
 from . import (
+    audit,
     benchmark,
     check_dataset,
     compare,
@@ -27,6 +28,7 @@ app.command(epilog=evaluate.EXAMPLE)(evaluate.evaluate)
 app.command(epilog=compare.EXAMPLE)(compare.compare)
 app.command(epilog=suggest.EXAMPLE)(suggest.suggest)
 app.command(epilog=check_dataset.EXAMPLE)(check_dataset.check_dataset)
+app.command(epilog=audit.EXAMPLE)(audit.audit)
 app.command(epilog=convert_dataset.EXAMPLE)(convert_dataset.convert_dataset)
 app.command(epilog=info.EXAMPLE)(info.info)
 app.command(epilog=benchmark.EXAMPLE)(benchmark.benchmark)

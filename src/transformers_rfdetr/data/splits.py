@@ -85,10 +85,8 @@ def folds(dataset: Any, count: int = 5, *, seed: int = 0, by: Grouping = "auto")
         ValueError: `count` is below 2 or above the number of groups, `by` does not fit the images, or an image cannot
             be read.
     """
-    require(is_integer(count) and count >= 2, "count", count, "an integer of at least 2")
     dataset = _as_dataset(dataset)
-    parts = _distribute(dataset, [1 / count] * count, seed, by)
-    require(all(map(len, parts)), "count", count, "at most the number of groups of images", "Use fewer folds.")
+    parts = fold_indices(dataset, count, seed=seed, by=by)
     return [
         InstanceDatasets(
             {
@@ -98,6 +96,14 @@ def folds(dataset: Any, count: int = 5, *, seed: int = 0, by: Grouping = "auto")
         )
         for number in range(count)
     ]
+
+
+def fold_indices(dataset: Any, count: int = 5, *, seed: int = 0, by: Grouping = "auto") -> list[np.ndarray]:
+    """Return the indices of the images in the validation split of each of [`folds`], ascending."""
+    require(is_integer(count) and count >= 2, "count", count, "an integer of at least 2")
+    parts = _distribute(_as_dataset(dataset), [1 / count] * count, seed, by)
+    require(all(map(len, parts)), "count", count, "at most the number of groups of images", "Use fewer folds.")
+    return parts
 
 
 def _as_dataset(dataset: Any) -> InstanceDataset:

@@ -162,9 +162,9 @@ def analyse_evaluation(
     for index, (image_id, name) in enumerate(zip(ground_truth.sizes, image_names, strict=True)):
         record, found = ground_truth.objects_of(image_id), detections[image_id]
         indices = np.flatnonzero(found.scores > min_score)
-        objects = _to_instances(record, np.arange(len(record.labels)), image_id, evaluator)
+        objects = to_instances(record, np.arange(len(record.labels)), image_id, evaluator)
         images.append(
-            match_image(index, name, objects, record.is_crowd, _to_instances(found, indices, image_id, evaluator))
+            match_image(index, name, objects, record.is_crowd, to_instances(found, indices, image_id, evaluator))
         )
     images.sort(key=lambda image: (image.quality, -image.num_errors))
     return Analysis(
@@ -179,7 +179,7 @@ def analyse_evaluation(
     )
 
 
-def _to_instances(
+def to_instances(
     record: Objects | Detections, indices: np.ndarray, image_id: int, evaluator: InstanceSegmentationEvaluator
 ) -> Instances:
     """Return the objects or detections at `indices` of an image; objects have score 1."""
@@ -205,7 +205,7 @@ def _to_instances(
 
 def match_image(index: int, name: str, objects: Instances, is_crowd: np.ndarray, detections: Instances) -> ImageQuality:
     """Match the detections of an image, the best first, with its N objects; `is_crowd` is (N,) bool."""
-    ious = _pairwise_ious(detections, objects, is_crowd)
+    ious = pairwise_ious(detections, objects, is_crowd)
     same_class = detections.labels[:, None] == objects.labels
     matches, in_crowd = _match(ious, same_class, is_crowd)
     object_outcomes = ["crowd" if crowd else "missed" for crowd in is_crowd]
@@ -224,7 +224,7 @@ def match_image(index: int, name: str, objects: Instances, is_crowd: np.ndarray,
     return ImageQuality(index, name, objects, detections, object_outcomes, detection_outcomes, matches, matched_ious)
 
 
-def _pairwise_ious(detections: Instances, objects: Instances, is_crowd: np.ndarray) -> np.ndarray:
+def pairwise_ious(detections: Instances, objects: Instances, is_crowd: np.ndarray) -> np.ndarray:
     """Return IoUs (K, N) float64 of masks, or of boxes without masks; with a crowd region, the share inside it."""
     if not len(detections) or not len(objects):
         return np.zeros((len(detections), len(objects)))

@@ -4,18 +4,13 @@ The page is one file that loads nothing: its images are inside, its policy allow
 escapes every text that comes from data or from a checkpoint.
 """
 
-import base64
-import hashlib
-import io
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-import PIL.Image
 from markupsafe import Markup
 
 from ...atomic_files import write_text
@@ -24,10 +19,9 @@ from ...model.validation import require
 from ..curves import Chart, draw_svg, precision_recall_charts, training_charts
 from ..error_analysis import Analysis, ImageQuality, analyse
 from .outlines import outline
+from .page import page_environment, style_and_script, to_data_uri
 
-_TEMPLATES = Path(__file__).with_name("templates")
 _LONGEST_SIDE = 640  # of an image on the page, in pixels
-_MAX_JPEG_BYTES, _JPEG_QUALITIES = 100_000, (85, 70, 50, 30, 15)
 _MAX_CONFUSION_CLASSES = 20
 _INDEX_50, _INDEX_75 = 0, 5  # of IoU 0.5 and 0.75 among COCO's thresholds
 _KINDS = {"segm": "mask", "bbox": "box"}
@@ -74,11 +68,8 @@ def save_report(
         ValueError: `training` has no log of a training run, or `num_images` is negative.
     """
     require(num_images >= 0, "num_images", num_images, "at least 0")
-    script = (_TEMPLATES / "page.js").read_text(encoding="utf-8")
     worst, best = _worst_and_best(analysis.images, num_images)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = page_environment()
     environment.filters["metric"] = _format_metric
     environment.filters["interval"] = _format_interval
     page = environment.get_template("page.html.jinja").render(
@@ -95,9 +86,7 @@ def save_report(
         training=_draw([] if training is None else training_charts(_read_log(Path(training)))),
         worst=[_card(image, dataset) for image in worst],
         best=[_card(image, dataset) for image in best],
-        style=Markup((_TEMPLATES / "page.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        **style_and_script("page.js"),
     )
     path = Path(folder) / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -243,7 +232,7 @@ def _card(image: ImageQuality, dataset: Any) -> dict[str, Any]:
         "num_objects": _num_objects(image),
         "width": photo.width,
         "height": photo.height,
-        "photo": _to_data_uri(photo),
+        "photo": to_data_uri(photo),
         "layers": {
             "truth": _layer(objects, image.object_outcomes, object_words, size),
             "prediction": _layer(detections, image.detection_outcomes, detection_words, size),
@@ -259,13 +248,3 @@ def _layer(
         (outcomes[index], outline(instances, index, size), f"{instances.names[index]}, {words[index]}")
         for index in reversed(range(len(instances)))
     ]
-
-
-def _to_data_uri(photo: PIL.Image.Image) -> str:
-    """Return an image as JPEG in a data URI, in the first quality that is small enough."""
-    for quality in _JPEG_QUALITIES:
-        stream = io.BytesIO()
-        photo.save(stream, "JPEG", quality=quality, optimize=True)
-        if stream.tell() <= _MAX_JPEG_BYTES:
-            break
-    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"

@@ -1,0 +1,131 @@
+"""Write one HTML page about the suspects of a label audit: a crop of each, with both outlines and the reason."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from pycocotools import mask as coco_mask
+
+from ...atomic_files import write_text
+from ...inference.instances import Instances
+from ...model.masks import region_to_rle
+from ..audit_files import explain
+from ..label_audit import KINDS, AuditedImage, Suspect
+from .outlines import outline
+from .page import page_environment, style_and_script, to_data_uri
+
+_MAX_SUSPECTS = 300  # on the page
+_SIDE = 360  # of a crop on the page, in pixels
+_MARGIN, _MIN_CROP = 0.75, 64  # around an object, as a share of its longer side; pixels of the image
+
+
+def save_audit_page(
+    folder: str | Path,
+    images: Sequence[AuditedImage],
+    suspects: Sequence[Suspect],
+    dataset: Any,
+    *,
+    title: str = "Label audit",
+) -> Path:
+    """Write `audit.html` about the first 300 suspects, and return the file. It takes about 15 KB per suspect.
+
+    Args:
+        folder: An existing folder.
+        images: The images that were audited.
+        suspects: What [`find_suspects`] returns.
+        dataset: The dataset that was audited; its images are read again.
+        title: Title of the page.
+    """
+    shown = suspects[:_MAX_SUSPECTS]
+    by_image: dict[int, list[int]] = {}
+    for number, suspect in enumerate(shown):
+        by_image.setdefault(suspect.image, []).append(number)
+    cards: dict[int, dict[str, Any]] = {}
+    for index, numbers in by_image.items():
+        photo = dataset[images[index].index]["image"].convert("RGB")
+        cards |= {number: _card(shown[number], images[index], photo) for number in numbers}
+    page = (
+        page_environment()
+        .get_template("audit.html.jinja")
+        .render(
+            title=title,
+            cards=[cards[number] for number in range(len(shown))],
+            num_suspects=len(suspects),
+            num_objects=sum(int((~image.is_crowd).sum()) for image in images),
+            num_images=len(images),
+            kinds=[(kind, count) for kind in KINDS if (count := Counter(one.kind for one in shown)[kind])],
+            classes=sorted({card["class_name"] for card in cards.values()}),
+            **style_and_script("audit.js"),
+        )
+    )
+    path = Path(folder) / "audit.html"
+    write_text(path, page, errors="replace")  # file names may contain characters that are not valid in UTF-8
+    return path
+
+
+def _card(suspect: Suspect, image: AuditedImage, photo: PIL.Image.Image) -> dict[str, Any]:
+    """Return what the page shows of a suspect: the crop of the photo, and the outlines of objects and detection."""
+    place = [image.objects.boxes[suspect.object]] if suspect.object is not None else []
+    place += [image.detections.boxes[suspect.detection]] if suspect.detection is not None else []
+    window = _window(np.array(place), (photo.height, photo.width))
+    left, top, right, bottom = window
+    scale = _SIDE / max(right - left, bottom - top)
+    size = (round((bottom - top) * scale), round((right - left) * scale))
+    others = [index for index in _inside(image.objects, window) if index != suspect.object]
+    objects = crop_instances(image.objects.select([*others, *_listed(suspect.object)]), window)
+    detections = crop_instances(image.detections.select(_listed(suspect.detection)), window)
+    paths = [outline(objects, index, size) for index in range(len(objects))]
+    return {
+        "suspect": suspect,
+        "kind": suspect.kind,
+        "class_name": suspect.class_name or suspect.suggestion,
+        "reason": explain(suspect),
+        "name": image.name,
+        "annotation_id": None if suspect.object is None else image.annotation_ids[suspect.object],
+        "width": size[1],
+        "height": size[0],
+        "photo": to_data_uri(photo.crop(window).resize(size[::-1], PIL.Image.Resampling.BICUBIC)),
+        "others": list(zip(paths, objects.names, strict=True))[: len(others)],
+        "annotated": paths[len(others) :],
+        "detected": [outline(detections, index, size) for index in range(len(detections))],
+    }
+
+
+def _listed(index: int | None) -> list[int]:
+    return [] if index is None else [index]
+
+
+def _window(boxes: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return left, top, right and bottom of a square around boxes_xyxy (B, 4), moved into an image of `size` (H, W).
+
+    It is cut off at an image that is smaller.
+    """
+    low, high = boxes[:, :2].min(0), boxes[:, 2:].max(0)
+    side = max((high - low).max() * (1 + 2 * _MARGIN), _MIN_CROP)
+    limit = np.array(size[::-1])
+    start = np.clip((low + high) / 2 - side / 2, 0, np.maximum(limit - side, 0))
+    left, top = np.floor(start).astype(int).tolist()
+    right, bottom = np.minimum(np.ceil(start + side), limit).astype(int).tolist()
+    return left, top, right, bottom
+
+
+def _inside(instances: Instances, window: tuple[int, int, int, int]) -> list[int]:
+    """Return the indices of the instances whose boxes overlap a window."""
+    left, top, right, bottom = window
+    x0, y0, x1, y1 = instances.boxes.T
+    return np.flatnonzero((x0 < right) & (x1 > left) & (y0 < bottom) & (y1 > top)).tolist()
+
+
+def crop_instances(instances: Instances, window: tuple[int, int, int, int]) -> Instances:
+    """Return instances in the coordinates of a window: left, top, right, bottom in pixels inside the image."""
+    left, top, right, bottom = window
+    size = (bottom - top, right - left)
+    boxes = (instances.boxes - np.array([left, top] * 2, np.float32)).clip(0, np.array([*size[::-1]] * 2, np.float32))
+    masks = instances.masks
+    if masks is not None:
+        regions = [coco_mask.decode(mask)[top:bottom, left:right].astype(bool) for mask in masks]
+        masks = [region_to_rle(region, 0, 0, size) for region in regions]
+    return Instances(boxes, instances.scores, instances.labels, instances.names, masks, size)
