@@ -172,24 +172,21 @@ def measure(images: Sequence[AuditedImage], image_ids: Sequence[int], broken: li
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the measurement as a Markdown table."""
+    """Return the measurement as a Markdown table: right suspects, of how many, and the share of the breaks found."""
     suspects, right, broken = result["suspects"], result["right"], result["broken"]
-    cuts = {
-        "first 100": 100,
-        "as many as broken": len(broken),
-        "evidence >= 0.5": sum(s.evidence >= 0.5 for s in suspects),
-    }
-    header = "".join(f" {name}: precision | recall |" for name in cuts)
-    lines = [f"| labels | broken |{header}", "|---|---|" + "---|---|" * len(cuts)]
+    cuts = {"first 100 suspects": 100, "as many as broken labels": len(broken)}
+    cuts["evidence >= 0.5"] = sum(one.evidence >= 0.5 for one in suspects)
+    lines = [f"| labels | broken | {' | '.join(cuts)} |", "|---|---|" + "---|" * len(cuts)]
     for kind in [*KINDS, None]:
-        of_kind = [one for one in broken if kind in (None, one.kind)]
+        num_broken = sum(kind in (None, one.kind) for one in broken)
         cells = []
         for count in cuts.values():
             pairs = list(zip(suspects, right, strict=True))[:count]
-            shown = [ok for suspect, ok in pairs if kind is None or suspect.kind == KINDS[kind]]
-            found = sum(ok is not None for ok in shown)
-            cells += [f"{found / max(len(shown), 1):.2f} of {len(shown)}", f"{found / max(len(of_kind), 1):.2f}"]
-        lines.append(f"| {kind or 'all'} | {len(of_kind)} | {' | '.join(cells)} |")
+            shown = [found for suspect, found in pairs if kind is None or suspect.kind == KINDS[kind]]
+            num_right = sum(found is not None for found in shown)
+            precision, recall = num_right / max(len(shown), 1), num_right / max(num_broken, 1)
+            cells.append(f"{precision:.2f} of {len(shown)}, {recall:.2f}")
+        lines.append(f"| {kind or 'all'} | {num_broken} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -74,8 +74,8 @@ def test_each_image_is_judged_by_the_model_that_has_not_seen_it(tmp_path):
     assert json.loads((tmp_path / "out" / "audit.json").read_text())["folds"] == 2
     dataset = load_instance_dataset(tmp_path / "data")["train"]
     folder = tmp_path / "out" / "folds"
-    trained = {path: path.stat().st_mtime_ns for path in folder.glob("*/run/model/model.safetensors")}
-    assert len(trained) == 2
+    with pytest.raises(ValueError, match="must have 3 folds of these labels, got others"):
+        evaluate_folds(dataset, str(tmp_path / "model"), 3, folder, None, QUICK, "cpu", 8)
     evaluator = evaluate_folds(dataset, str(tmp_path / "model"), 2, folder, None, QUICK, "cpu", 8)
     parts = fold_indices(dataset, 2)
     assert sorted(np.concatenate(parts)) == list(range(5))
@@ -97,6 +97,7 @@ def test_each_image_is_judged_by_the_model_that_has_not_seen_it(tmp_path):
         (["--set", "max_steps=2"], "--config and --set require --folds"),
         (["--split", "test"], "--split must be a split of"),
         (["--folds", 1], "--folds"),
+        (["--save-as", "yolo"], "--save-as must be coco, labelme, cvat or label-studio, got yolo"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message, scenes, tmp_path):

@@ -54,7 +54,9 @@ _Folds = Annotated[
 ]
 _Config = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Settings of `train` for --folds, as YAML. Default: 10 epochs, else as `train`."),
+    typer.Option(
+        metavar="FILE", help="Settings of `train` for --folds, as YAML. Default: those of `train`, but 10 epochs."
+    ),
 ]
 _Settings = Annotated[
     list[str] | None,
@@ -63,7 +65,8 @@ _Settings = Annotated[
 _SaveAs = Annotated[
     Format | None,
     typer.Option(
-        help="Write the dataset with the suspects marked to OUTPUT/FORMAT, for an annotation program. Default: off."
+        help="Write the dataset with the suspects marked to OUTPUT/FORMAT, for an annotation program: coco, labelme,"
+        " cvat or label-studio. Default: off."
     ),
 ]
 _MinEvidence = Annotated[float, typer.Option(min=0, max=1, help="Evidence from which a label is a suspect.")]
@@ -104,6 +107,8 @@ def audit(
     if split not in splits:
         raise ValueError(f"--split must be a split of {data}, {', '.join(splits)}, got {split}")
     dataset = splits[split]
+    if save_as in (Format.YOLO, Format.HUB):
+        raise ValueError(f"--save-as must be coco, labelme, cvat or label-studio, got {save_as}, which has no marks.")
     if save_as is not None and (output / save_as).exists():
         raise ValueError(f"{output / save_as} must not exist. Delete it, or pass another --output.")
     if folds is None:

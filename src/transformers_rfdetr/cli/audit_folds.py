@@ -1,5 +1,7 @@
 """Fine-tune a model without each part of a dataset in turn, and let it judge that part."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import typer
 from torch.utils.data import Subset
 
+from ..atomic_files import make_directory, write_text
 from ..data.dataset import InstanceDataset
 from ..data.splits import fold_indices
 from ..data.writers.write import write_dataset
@@ -16,7 +19,7 @@ from ..evaluation.label_audit import MIN_SCORE
 from .options import Dtype, load_model
 from .training_run import read_recipe, read_setting, run_recipe
 
-EPOCHS = 10  # of a fine-tuning, if nothing else is given
+EPOCHS = 10  # of a fine-tuning, unless the user says how long
 
 
 def evaluate_folds(
@@ -42,9 +45,17 @@ def evaluate_folds(
         settings: "NAME=VALUE", which override it.
         device: Device of training and evaluation.
         batch_size: Images per batch of the evaluation.
+
+    Raises:
+        ValueError: the folder has folds of other data, or another number of them.
     """
-    evaluator = InstanceSegmentationEvaluator(dataset.coco())
+    coco = dataset.coco()
+    _check_folder(folder, {"folds": count, "data": hashlib.sha256(repr(coco).encode()).hexdigest()})
+    evaluator = InstanceSegmentationEvaluator(coco)
     image_ids = dataset.image_ids()
+    given = [*map(read_setting, settings)]
+    if config is None and not {"epochs", "num_train_epochs", "max_steps"} & {name for name, _ in given}:
+        given.append(("epochs", EPOCHS))
     parts = fold_indices(dataset, count)
     for number, part in enumerate(parts, start=1):
         typer.echo(f"Fold {number} of {count}: training without {len(part)} of {len(dataset)} images")
@@ -52,14 +63,21 @@ def evaluate_folds(
         data, run = folder / str(number) / "data", folder / str(number) / "run"
         if not data.exists():
             write_dataset({"train": Subset(dataset, others)}, data)
-        given: list[tuple[str, Any]] = [("model", model), ("data", str(data)), ("output", str(run)), ("device", device)]
-        recipe = read_recipe(config, [*map(read_setting, settings), *given])
-        if not {"num_train_epochs", "max_steps"} & recipe.keys():
-            recipe["num_train_epochs"] = float(EPOCHS)
-        run_recipe({"eval_strategy": "no", **recipe})
+        places = {"model": model, "data": str(data), "output": str(run), "device": device}
+        run_recipe({"eval_strategy": "no", **read_recipe(config, [*given, *places.items()])})
         loaded, processor = load_model(str(run / "model"), device, Dtype.FLOAT32, None)
         held_out = Subset(dataset, part.tolist())
         found = evaluate_dataset(loaded, processor, held_out, batch_size=batch_size, score_threshold=MIN_SCORE)
         # A subset numbers its images anew if they have no ids.
         evaluator.merge({image_ids[index]: one for index, one in zip(part, found.state().values(), strict=True)})
     return evaluator
+
+
+def _check_folder(folder: Path, facts: dict[str, Any]) -> None:
+    """Write what the folds in a folder are of, or raise ValueError if it has folds of something else."""
+    path = folder / "folds.json"
+    if not path.exists():
+        make_directory(folder)
+        write_text(path, json.dumps(facts))
+    elif json.loads(path.read_text(encoding="utf-8")) != facts:
+        raise ValueError(f"{folder} must have {facts['folds']} folds of these labels, got others. Delete it.")
