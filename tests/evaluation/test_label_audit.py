@@ -23,7 +23,8 @@ from transformers_rfdetr.evaluation.label_audit import (
     rarity,
     usual_ious,
 )
-from transformers_rfdetr.evaluation.report.audit_page import crop_instances, save_audit_page
+from transformers_rfdetr.evaluation.report.audit_page import save_audit_page
+from transformers_rfdetr.evaluation.report.crops import crop_instances
 
 CLASSES = {3: "house", 7: "pool"}
 HOUSE, POOL = CLASSES

@@ -71,6 +71,11 @@ class TestOutlines:
         assert outline(instances, 0, (40, 40)) == "M20 10 20.2 10 20.2 10.1 20 10.1Z"
 
 
+def galleries(page):
+    """The worst and the best images."""
+    return Page("".join(re.findall(r'<section id="(?:worst|best)">.*?</section>', page.text, re.DOTALL)))
+
+
 NASTY = ['<script>alert("a")</script>', '"><img src=x onerror=alert(1)>', "a & b's {0} %s \udcff"]
 
 
@@ -108,7 +113,9 @@ class TestPage:
                 assert name != "style" or "url(" not in value
         assert "url(" not in page.style
         assert "@import" not in page.style
-        assert {link["href"][1:] for link in page.of("a")} == {one["id"] for one in page.of("section")}
+        ids = {one["id"] for _, one in page.elements if "id" in one}
+        assert {link["href"][1:] for link in page.of("a")} <= ids
+        assert {one["id"] for one in page.of("section")} <= {link["href"][1:] for link in page.of("a")}
 
     def test_its_policy_allows_only_its_own_script(self, page):
         [policy] = [one["content"] for one in page.of("meta") if one.get("http-equiv") == "Content-Security-Policy"]
@@ -121,10 +128,11 @@ class TestPage:
         ]
 
     def test_worst_and_best_images_are_shown_once_and_empty_ones_are_not(self, page):
-        assert len(page.of("image")) == 3
-        names = [one["aria-label"] for one in page.of("svg") if one["aria-label"] in {"</b></figure>.png", *NASTY[:1]}]
+        gallery = galleries(page)
+        assert len(gallery.of("image")) == 3
+        names = [one["aria-label"] for one in gallery.of("svg") if one["aria-label"] in ("</b></figure>.png", NASTY[0])]
         assert names == ["</b></figure>.png", NASTY[0]]  # the missed one is the worst, the correct one the best
-        outcomes = [one["class"] for one in page.of("path") if "class" in one]
+        outcomes = [one["class"] for one in gallery.of("path") if "class" in one]
         assert sorted(outcomes) == sorted(
             [
                 "missed",
@@ -154,7 +162,7 @@ class TestPage:
         analysis = analyse(scene_model(), SCENE_PROCESSOR, scene(), progress=False)
         for wanted, expected in ((0, 0), (1, 2), (2, 3), (50, 3)):
             path = save_report(tmp_path, analysis, scene(), num_images=wanted)
-            assert len(Page(path.read_text()).of("image")) == expected
+            assert len(galleries(Page(path.read_text())).of("image")) == expected
         with pytest.raises(ValueError, match=r"`num_images` must be .* got -1"):
             save_report(tmp_path, analysis, scene(), num_images=-1)
 
@@ -165,18 +173,76 @@ class TestPage:
         page = Page(path.read_text())
         assert words in "".join(page.words)
         assert "best" not in {one["id"] for one in page.of("section")}
-        assert len(page.of("image")) == 3  # all of them among the worst
+        assert len(galleries(page).of("image")) == 3  # all of them among the worst
 
     def test_pointing_at_an_instance_shows_its_class_and_that_of_its_match(self, tmp_path):
         page = Page(write_report(tmp_path, scene_model(), SCENE_PROCESSOR, scene(), progress=False).read_text())
         titles = re.findall(r"<title>(.*?)</title></path>", page.text)
-        assert {"pool, missed", "house, found", "pool, found as house", "pool, crowd"} <= set(titles)
+        assert {"pool, missed: not detected", "house, found", "pool, found as house", "pool, crowd"} <= set(titles)
         assert {
             "house, score 0.90, correct, IoU 0.80",
             "house, score 0.80, duplicate",
             "house, score 0.70, annotated as pool, IoU 1.00",
             "pool, score 0.60, in a crowd",
         } <= set(titles)
+
+    def test_each_reason_has_its_objects_by_class_and_size_and_an_example_of_them(self, tmp_path):
+        page = Page(write_report(tmp_path, scene_model(), SCENE_PROCESSOR, scene(), progress=False).read_text())
+        [section] = re.findall(r'<section id="missed">.*?</section>', page.text, re.DOTALL)
+        rows = [re.findall(r"<t[hd].*?>(?:<a.*?>)?(.*?)(?:</a>)?</t[hd]>", row) for row in section.split("<tr")[1:]]
+        assert rows == [  # the house has 400 pixels, one pool 100 and the other one 400
+            ["reason", "objects", "small", "medium", "large"],
+            ["not detected", "1", "1", "", ""],
+            ["other class", "1", "1", "", ""],
+            ["found twice", "1", "1", "", ""],
+            ["all objects", "4", "4", "0", "0"],
+            ["class", "objects", "not detected", "other class", "found twice"],
+            ["pool", "2", "1", "1", ""],
+            ["house", "2", "", "", "1"],
+        ]
+        figures = re.findall(r"<figure.*?</figure>", section, re.DOTALL)
+        captions = [re.findall("<figcaption>(.*?)</figcaption>", one)[0] for one in figures]
+        assert [re.sub("<.*?>", " ", caption).split() for caption in captions] == [
+            ["pool", "in", "missed.png"],
+            ["pool", "in", "many.png", "found", "as", "house"],
+            ["house", "in", "many.png"],
+        ]
+        assert [re.findall(r'<path class="(.*?)"', one) for one in figures] == [
+            ["missed"],
+            ["other-class", "in-a-crowd", "other-class", "correct", "duplicate"],
+            ["found", "in-a-crowd", "other-class", "correct", "duplicate"],
+        ]
+        assert "The first stage of an exported file is not known." in section
+
+    def test_examples_are_three_of_the_largest_objects_of_different_images(self, tmp_path):
+        squares = [(0, 6), (0, 8), (0, 10), (1, 2), (1, 4)]  # image and side
+        masks = [rectangle((0, side), (9 * side - 9, 10 * side - 9), (40, 90)) for _, side in squares]
+        coco = {
+            "images": [{"id": image, "height": 40, "width": 90} for image in (0, 1)],
+            "annotations": [
+                {"image_id": image, "category_id": 1, "segmentation": rle(mask)}
+                for (image, _), mask in zip(squares, masks, strict=True)
+            ],
+            "categories": [{"id": 1, "name": "house"}],
+        }
+        dataset = InstanceDataset(coco, [Image.new("RGB", (90, 40))] * 2)
+        page = write_report(tmp_path, ScriptedModel([[], []], ["house"]), SCENE_PROCESSOR, dataset, progress=False)
+        [section] = re.findall(r'<section id="missed">.*?</section>', page.read_text(), re.DOTALL)
+        paths = re.findall(r'class="missed" d="M(.*?)Z"', section)
+        points = [np.array(path.split(), float).reshape(-1, 2) for path in paths]
+        scale = 320 / 64  # from 64 x 40 pixels around each
+        assert [np.ptp(one, axis=0).max() / scale for one in points] == pytest.approx([10, 4, 8], abs=0.2)
+
+    def test_where_all_objects_are_found_once_there_is_no_such_section(self, tmp_path):
+        coco = {
+            "images": [{"id": 0, "height": 40, "width": 40}],
+            "annotations": [{"image_id": 0, "category_id": 1, "segmentation": rle(rectangle((0, 9), (0, 9), SCENE))}],
+            "categories": [{"id": 1, "name": "house"}],
+        }
+        model = ScriptedModel([[(0, 0.9, rectangle((0, 9), (0, 9), SCENE))]], ["house"])
+        dataset = InstanceDataset(coco, [Image.new("RGB", SCENE)])
+        page = Page(write_report(tmp_path, model, SCENE_PROCESSOR, dataset, progress=False).read_text())
+        assert "missed" not in {one["id"] for one in page.of("section")}
 
     def test_the_page_is_small_whatever_the_images_contain(self, tmp_path):
         rng = np.random.default_rng(0)
@@ -297,7 +363,7 @@ def test_a_foreign_script_does_not_run_and_is_reported_on_the_console(tmp_path):
 def test_tables_that_are_wider_than_a_phone_say_that_they_scroll(tmp_path):
     page = write_report(tmp_path, scene_model(), SCENE_PROCESSOR, scene(), progress=False)
     text = page.read_text(encoding="utf-8")
-    for width, num_hints in (("1240px", 0), ("390px", 2)):  # the metrics and the classes
+    for width, num_hints in (("1240px", 0), ("390px", 4)):  # metrics, classes, reasons, reasons by class
         page.write_text(text.replace("</style>", f"body{{width:{width}}}</style>"), encoding="utf-8")
         document, console = browse(page, "--window-size=1280,900", profile=tmp_path / "profile")
         assert console == []

@@ -18,6 +18,7 @@ from ..data.load import load_instance_dataset
 from ..data.synthetic import draw_trays, save_dataset
 from ..evaluation.error_analysis import analyse_evaluation
 from ..evaluation.evaluation_loop import evaluate_dataset
+from ..evaluation.missed_objects import StageRecord
 from ..evaluation.report import save_report
 from ..hub.load import load
 from ..inference.predict import predict
@@ -67,8 +68,9 @@ def demo(
     trainer.save_model(str(output / "model"))
 
     model, processor = load(str(output / "model"))
-    evaluator = evaluate_dataset(model, processor, data["validation"])
-    analysis = analyse_evaluation(evaluator, data["validation"])
+    stages = StageRecord()
+    evaluator = evaluate_dataset(model, processor, data["validation"], stages=stages)
+    analysis = analyse_evaluation(evaluator, data["validation"], stages=stages)
     write_text(output / "metrics.json", json.dumps(analysis.metrics, indent=1))
     save_report(output, analysis, data["validation"], training=output / "run", title="the demo")
     with atomic_file(output / "predictions.png") as partial:

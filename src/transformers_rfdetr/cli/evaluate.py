@@ -122,6 +122,7 @@ def evaluate(
     from ..evaluation.confidence import compare, confidence_intervals, per_image, to_json
     from ..evaluation.error_analysis import analyse_evaluation
     from ..evaluation.evaluation_loop import evaluate_dataset
+    from ..evaluation.missed_objects import StageRecord
     from ..evaluation.report import save_report
 
     if threshold is not None and not 0 <= threshold < 1:
@@ -136,11 +137,13 @@ def evaluate(
     loaded, processor = load_model(model, device, dtype, threads)
     settings: dict[str, Any] = {"score_threshold": threshold, "max_detections": max_detections}
     settings["batch_size"] = batch_size
-    evaluator = evaluate_dataset(loaded, processor, dataset, **settings)
+    stages = None if report is None else StageRecord()
+    evaluator = evaluate_dataset(loaded, processor, dataset, stages=stages, **settings)
     if report is None:
         metrics = evaluator.compute()
     else:
-        analysis = analyse_evaluation(evaluator, dataset, min_score=min_score, score_threshold=threshold)
+        scores = {"min_score": min_score, "score_threshold": threshold}
+        analysis = analyse_evaluation(evaluator, dataset, stages=stages, **scores)
         metrics = analysis.metrics
     typer.echo(f"{model} on {split} of {data}, {len(dataset)} images")
     typer.echo(format_numbers(metrics))

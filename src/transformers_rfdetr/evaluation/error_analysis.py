@@ -12,13 +12,14 @@ from pycocotools import mask as coco_mask
 
 from ..data.dataset import as_instance_dataset
 from ..inference.instances import Instances
+from ..inference.predict import WEAK_SCORE
 from ..model.masks import box_xyxy_to_xywh
 from ..model.validation import require
 from .coco_evaluator import InstanceSegmentationEvaluator
 from .evaluation_loop import evaluate_dataset
 from .mask_records import Detections, Objects
+from .missed_objects import MIN_IOU, Problem, StageRecord, explain_missed, iou_on_grid
 
-_MIN_IOU = 0.5  # of a detection and the object that it is matched with
 _ERRORS = ("other class", "duplicate", "false")  # outcomes of detections
 
 
@@ -41,6 +42,7 @@ class ImageQuality:
         detection_outcomes: K times "correct", "other class", "duplicate", "false" or "in a crowd".
         matches: (K,) int64, index of the object that each detection is matched with, or -1.
         ious: (K,) float64, IoU of each detection with that object, or 0.
+        problems: N times why the object was not found, or that it was found twice; None for the others.
     """
 
     index: int
@@ -51,6 +53,7 @@ class ImageQuality:
     detection_outcomes: list[str]
     matches: np.ndarray
     ious: np.ndarray
+    problems: list[Problem | None]
 
     @property
     def num_errors(self) -> int:
@@ -86,6 +89,8 @@ class Analysis:
         highest_score: Highest score of all detections, or None if there are none.
         score_threshold: Score that a detection must exceed to count in `metrics` and `curves`; None for all, as in
             COCO.
+        num_selected: Number of proposals of the first stage that become queries; None if the first stage is unknown,
+            as that of an exported file.
     """
 
     metrics: dict[str, Any]
@@ -96,6 +101,7 @@ class Analysis:
     min_score: float
     highest_score: float | None
     score_threshold: float | None = None
+    num_selected: int | None = None
 
     @property
     def precision(self) -> float:
@@ -142,10 +148,10 @@ def analyse(
     """
     require(0 <= min_score <= 1, "min_score", min_score, "in [0, 1]")
     dataset = as_instance_dataset(dataset)
-    evaluator = evaluate_dataset(
-        model, processor, dataset, batch_size=batch_size, score_threshold=score_threshold, progress=progress
-    )
-    return analyse_evaluation(evaluator, dataset, min_score=min_score, score_threshold=score_threshold)
+    settings: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    stages = StageRecord()
+    evaluator = evaluate_dataset(model, processor, dataset, score_threshold=score_threshold, stages=stages, **settings)
+    return analyse_evaluation(evaluator, dataset, min_score=min_score, score_threshold=score_threshold, stages=stages)
 
 
 def analyse_evaluation(
@@ -154,8 +160,14 @@ def analyse_evaluation(
     *,
     min_score: float = 0.5,
     score_threshold: float | None = None,
+    stages: StageRecord | None = None,
 ) -> Analysis:
-    """Return the analysis of an evaluator with the detections in all images of a dataset, as [`analyse`] does."""
+    """Return the analysis of an evaluator with the detections in all images of a dataset, as [`analyse`] does.
+
+    `stages` are those that [`evaluate_dataset`] recorded; without them, missed objects that the first stage and the
+    decoder have lost are not told apart.
+    """
+    stages = stages or StageRecord()
     ground_truth, detections = evaluator.ground_truth, evaluator.state()
     images = []
     image_names = dataset.names_of(list(ground_truth.sizes))
@@ -163,9 +175,13 @@ def analyse_evaluation(
         record, found = ground_truth.objects_of(image_id), detections[image_id]
         indices = np.flatnonzero(found.scores > min_score)
         objects = to_instances(record, np.arange(len(record.labels)), image_id, evaluator)
-        images.append(
-            match_image(index, name, objects, record.is_crowd, to_instances(found, indices, image_id, evaluator))
-        )
+        strong = to_instances(found, indices, image_id, evaluator)
+        image = match_image(index, name, objects, record.is_crowd, strong)
+        if "missed" in image.object_outcomes:
+            weak = np.flatnonzero((found.scores <= min_score) & (found.scores > WEAK_SCORE))
+            unmatched = np.concatenate([indices[image.matches < 0], weak])
+            _explain(image, to_instances(found, unmatched, image_id, evaluator), stages, image_id, min_score)
+        images.append(image)
     images.sort(key=lambda image: (image.quality, -image.num_errors))
     return Analysis(
         evaluator.compute(),
@@ -176,6 +192,7 @@ def analyse_evaluation(
         min_score,
         evaluator.highest_score,
         score_threshold,
+        stages.num_selected or None,
     )
 
 
@@ -209,7 +226,8 @@ def match_image(index: int, name: str, objects: Instances, is_crowd: np.ndarray,
     same_class = detections.labels[:, None] == objects.labels
     matches, in_crowd = _match(ious, same_class, is_crowd)
     object_outcomes = ["crowd" if crowd else "missed" for crowd in is_crowd]
-    is_duplicate = (ious * (same_class & ~is_crowd)).max(1, initial=0) >= _MIN_IOU
+    ious_of_class = ious * (same_class & ~is_crowd)
+    is_duplicate = ious_of_class.max(1, initial=0) >= MIN_IOU
     detection_outcomes = [
         "in a crowd" if crowd else "duplicate" if duplicate else "false"
         for crowd, duplicate in zip(in_crowd, is_duplicate, strict=True)
@@ -221,7 +239,43 @@ def match_image(index: int, name: str, objects: Instances, is_crowd: np.ndarray,
         object_outcomes[matched] = "found" if is_correct else "other class"
         detection_outcomes[detection] = "correct" if is_correct else "other class"
         matched_ious[detection] = ious[detection, matched]
-    return ImageQuality(index, name, objects, detections, object_outcomes, detection_outcomes, matches, matched_ious)
+    problems: list[Problem | None] = [None] * len(objects)
+    for number in reversed(range(len(detections))):  # of several duplicates the best one is kept
+        if detection_outcomes[number] == "duplicate":
+            twice = int(ious_of_class[number].argmax())
+            problems[twice] = Problem("found twice", None, detections.select([number]))
+        elif detection_outcomes[number] == "other class":
+            problems[matches[number]] = Problem("other class", None, detections.select([number]))
+    return ImageQuality(
+        index, name, objects, detections, object_outcomes, detection_outcomes, matches, matched_ious, problems
+    )
+
+
+def _explain(image: ImageQuality, unmatched: Instances, stages: StageRecord, image_id: int, min_score: float) -> None:
+    """Set the problems of the missed objects of an image, from its unmatched detections with a score above 0.1."""
+    objects = image.objects
+    is_crowd = np.array([outcome == "crowd" for outcome in image.object_outcomes])
+    of_class = (unmatched.labels[:, None] == objects.labels) & ~is_crowd
+    ious = pairwise_ious(unmatched, objects, is_crowd) * of_class
+    box_ious = _pairwise_box_ious(unmatched, objects, is_crowd) * of_class
+    ranks = stages.proposal_ranks.get(image_id)
+    reasons = explain_missed(ious, box_ious, unmatched.scores, min_score, ranks, stages.num_selected)
+    for index, (reason, detection) in enumerate(reasons):
+        if image.object_outcomes[index] != "missed":
+            continue
+        value = None
+        if reason == "proposal not selected":
+            value = float(ranks[index])
+        elif reason == "below the threshold":
+            value = float(unmatched.scores[detection])
+        elif reason == "inaccurate box":
+            value = float(box_ious[detection, index])
+        elif reason == "wrong mask":
+            value = float(ious[detection, index])
+            if image_id in stages.mask_grids:
+                on_grid = iou_on_grid(objects.masks[index], stages.mask_grids[image_id])
+                reason, value = ("mask grid too coarse", on_grid) if on_grid < MIN_IOU else (reason, value)
+        image.problems[index] = Problem(reason, value, None if detection < 0 else unmatched.select([detection]))
 
 
 def pairwise_ious(detections: Instances, objects: Instances, is_crowd: np.ndarray) -> np.ndarray:
@@ -230,6 +284,12 @@ def pairwise_ious(detections: Instances, objects: Instances, is_crowd: np.ndarra
         return np.zeros((len(detections), len(objects)))
     if detections.masks is not None and objects.masks is not None:
         return coco_mask.iou(detections.masks, objects.masks, is_crowd.tolist())
+    return _pairwise_box_ious(detections, objects, is_crowd)
+
+
+def _pairwise_box_ious(detections: Instances, objects: Instances, is_crowd: np.ndarray) -> np.ndarray:
+    if not len(detections) or not len(objects):
+        return np.zeros((len(detections), len(objects)))
     boxes_xywh = [box_xyxy_to_xywh(one.boxes.astype(np.float64)) for one in (detections, objects)]
     return coco_mask.iou(*boxes_xywh, is_crowd.tolist())
 
@@ -240,12 +300,12 @@ def _match(ious: np.ndarray, same_class: np.ndarray, is_crowd: np.ndarray) -> tu
     ious (K, N)   same_class (K, N)   is_crowd (N,)   ->   index of the matched object or -1 (K,), in a crowd (K,)
     """
     matches: np.ndarray = np.full(len(ious), -1)
-    in_crowd = (ious * (same_class & is_crowd)).max(1, initial=0) >= _MIN_IOU
+    in_crowd = (ious * (same_class & is_crowd)).max(1, initial=0) >= MIN_IOU
     is_free = ~is_crowd
     for allowed in (same_class, ~in_crowd[:, None] & ~same_class):
         for detection in np.flatnonzero(matches < 0):
             free_ious = ious[detection] * (allowed[detection] & is_free)
-            if free_ious.max(initial=0) >= _MIN_IOU:
+            if free_ious.max(initial=0) >= MIN_IOU:
                 matches[detection] = best = free_ious.argmax()
                 is_free[best] = False
     return matches, in_crowd & (matches < 0)

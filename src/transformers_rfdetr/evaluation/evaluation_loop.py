@@ -18,6 +18,7 @@ from ..model.post_processing_rf_detr import read_target_sizes, select_detections
 from .coco_evaluator import InstanceSegmentationEvaluator
 from .coco_summary import COCO_MAX_DETECTIONS
 from .mask_records import best_per_class
+from .missed_objects import StageRecord
 
 
 @torch.no_grad()
@@ -121,10 +122,12 @@ def evaluate_dataset(
     max_detections: int = COCO_MAX_DETECTIONS,
     device: torch.device | str | None = None,
     progress: bool = True,
+    stages: StageRecord | None = None,
 ) -> InstanceSegmentationEvaluator:
     """Return an evaluator with the detections of a model in all images of a dataset.
 
-    The arguments are those of [`evaluate_instance_segmentation`].
+    The arguments are those of [`evaluate_instance_segmentation`], and `stages`, a new record that is filled with what
+    [`analyse_evaluation`] needs to say why objects were missed.
     """
     dataset = as_instance_dataset(dataset)
     evaluator = InstanceSegmentationEvaluator(dataset.coco(), max_detections=max_detections)
@@ -138,7 +141,7 @@ def evaluate_dataset(
             images = [decode_image(sample["image"]) for sample in samples]
             inputs = processor(images, input_data_format="channels_last", return_tensors="pt").to(model.device)
             with torch.no_grad():
-                outputs = model(**inputs)
+                outputs = model(**inputs) if stages is None else stages.run(model, inputs)
             sizes = [image.shape[:2] for image in images]
             results = detect(
                 outputs,
@@ -149,6 +152,9 @@ def evaluate_dataset(
             )
             for sample, detections in zip(samples, results, strict=True):
                 evaluator.update(sample["image_id"], **to_category_ids(detections, category_ids))
+            if stages is not None:
+                image_ids = [sample["image_id"] for sample in samples]
+                stages.add(model, evaluator.ground_truth, image_ids, inputs, outputs)
     finally:
         model.train(was_training).to(original_device)
     return evaluator

@@ -159,6 +159,15 @@ def encoder_proposals(
     return anchors.masked_fill(invalid, 0.0), invalid
 
 
+def flatten_levels(
+    levels: Sequence[Tensor], pixel_mask: Tensor | None
+) -> tuple[Tensor, list[tuple[int, int]], list[Tensor] | None]:
+    """Return the tokens (B, S, D) of feature levels (B, D, H, W), the levels' (H, W), and their padding masks."""
+    shapes = [(level.shape[-2], level.shape[-1]) for level in levels]
+    memory = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
+    return memory, shapes, None if pixel_mask is None else level_padding_masks(pixel_mask, levels)
+
+
 def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
     """Tokens (B, S, D) at indices (B, K) -> (B, K, D)."""
     return x.gather(1, indices[..., None].expand(-1, -1, x.shape[-1]))
@@ -302,10 +311,7 @@ class RfDetrModel(RfDetrPreTrainedModel):
         """Run everything before the final heads; see [`RfDetrModel.forward`] for the arguments."""
         num_groups = self.num_groups
         levels = self.backbone[0](pixel_values)
-        shapes = [(level.shape[-2], level.shape[-1]) for level in levels]
-        memory = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
-        paddings = None if pixel_mask is None else level_padding_masks(pixel_mask, levels)
-
+        memory, shapes, paddings = flatten_levels(levels, pixel_mask)
         anchors, invalid = encoder_proposals(shapes, paddings, memory.device)
         tokens, logits, boxes, chosen = self.transformer.select_two_stage_proposals(
             memory, anchors, invalid, num_groups
@@ -329,6 +335,19 @@ class RfDetrModel(RfDetrPreTrainedModel):
             attentions=attentions,
             cross_attentions=cross_attentions,
         )
+
+    def all_proposals(self, levels: Sequence[Tensor], pixel_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return class logits (B, S, C) and boxes (B, S, 4) of all tokens, of which inference decodes the best K.
+
+        Args:
+            levels: The output of `backbone[0]`.
+            pixel_mask: As for the model.
+        """
+        memory, shapes, paddings = flatten_levels(levels, drop_full_mask(pixel_mask))
+        anchors, invalid = encoder_proposals(shapes, paddings, memory.device)
+        anchors = anchors.expand(memory.shape[0], -1, -1)
+        _, logits, boxes = self.transformer.predict_proposals(memory.masked_fill(invalid, 0.0), anchors, 0)
+        return logits, boxes
 
     def queries(self, proposals: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
         """Return the decoder's input: learned contents (B, G·Q, D) and reference boxes (B, G·Q, 4).

@@ -14,14 +14,13 @@ import numpy as np
 from markupsafe import Markup
 
 from ...atomic_files import write_text
-from ...inference.instances import Instances
 from ...model.validation import require
 from ..curves import Chart, draw_svg, precision_recall_charts, training_charts
 from ..error_analysis import Analysis, ImageQuality, analyse
-from .outlines import outline
-from .page import page_environment, style_and_script, to_data_uri
+from .cards import image_card, num_objects
+from .missed import missed_section
+from .page import page_environment, style_and_script
 
-_LONGEST_SIDE = 640  # of an image on the page, in pixels
 _MAX_CONFUSION_CLASSES = 20
 _INDEX_50, _INDEX_75 = 0, 5  # of IoU 0.5 and 0.75 among COCO's thresholds
 _KINDS = {"segm": "mask", "bbox": "box"}
@@ -60,7 +59,8 @@ def save_report(
         folder: Folder of `report.html`; it is created if it does not exist.
         analysis: The analysis of the dataset.
         dataset: The dataset that was analysed; its images are read again.
-        num_images: Maximum number of the worst images, and of the best ones.
+        num_images: Maximum number of the worst images, and of the best ones. Beside them, up to 3 objects are shown for
+            each reason why objects were not found.
         training: Output folder of a training run, whose curves are shown too.
         title: Title of the page.
 
@@ -83,9 +83,10 @@ def save_report(
         has_iou="mean_iou" in analysis.metrics,
         curves=_draw(precision_recall_charts(analysis.curves)),
         confusion=_confusion(analysis),
+        missed=missed_section(analysis, dataset),
         training=_draw([] if training is None else training_charts(_read_log(Path(training)))),
-        worst=[_card(image, dataset) for image in worst],
-        best=[_card(image, dataset) for image in best],
+        worst=[image_card(image, dataset) for image in worst],
+        best=[image_card(image, dataset) for image in best],
         **style_and_script("page.js"),
     )
     path = Path(folder) / "report.html"
@@ -127,12 +128,12 @@ def _tiles(analysis: Analysis) -> list[tuple[str, str]]:
         tiles.append(("mean IoU", _format_metric(metrics["mean_iou"])))
     tiles += [("precision", _format_metric(analysis.precision)), ("recall", _format_metric(analysis.recall))]
     quality = float(np.mean([image.quality for image in images])) if images else -1.0
-    num_objects = sum(_num_objects(image) for image in images)
+    num_all_objects = sum(num_objects(image) for image in images)
     return [
         *tiles,
         ("image quality", _format_metric(quality)),
         ("images", str(len(images))),
-        ("objects", str(num_objects)),
+        ("objects", str(num_all_objects)),
     ]
 
 
@@ -205,46 +206,3 @@ def _read_log(folder: Path) -> list[dict[str, Any]]:
         return [dict(entry) for entry in history]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{logs[-1]} must be the log of a Trainer, got {error!r:.80}. Give another run.") from error
-
-
-def _num_objects(image: ImageQuality) -> int:
-    return len(image.objects) - image.object_outcomes.count("crowd")
-
-
-def _card(image: ImageQuality, dataset: Any) -> dict[str, Any]:
-    """Return what the page shows of an image: the photo, and the outlines of objects and detections."""
-    photo = dataset[image.index]["image"].convert("RGB")
-    photo.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
-    size = (photo.height, photo.width)
-    objects, detections = image.objects, image.detections
-    object_words, detection_words = list(image.object_outcomes), list(image.detection_outcomes)
-    for index, matched in enumerate(image.matches):
-        if image.detection_outcomes[index] == "other class":
-            object_words[matched] = f"found as {detections.names[index]}"
-            detection_words[index] = f"annotated as {objects.names[matched]}"
-        if matched >= 0:
-            detection_words[index] += f", IoU {image.ious[index]:.2f}"
-    detection_words = [
-        f"score {score:.2f}, {words}" for score, words in zip(detections.scores, detection_words, strict=True)
-    ]
-    return {
-        "image": image,
-        "num_objects": _num_objects(image),
-        "width": photo.width,
-        "height": photo.height,
-        "photo": to_data_uri(photo),
-        "layers": {
-            "truth": _layer(objects, image.object_outcomes, object_words, size),
-            "prediction": _layer(detections, image.detection_outcomes, detection_words, size),
-        },
-    }
-
-
-def _layer(
-    instances: Instances, outcomes: Sequence[str], words: Sequence[str], size: tuple[int, int]
-) -> list[tuple[str, str, str]]:
-    """Return outcome, path and title of each instance; the first, which is the best, comes last and is on top."""
-    return [
-        (outcomes[index], outline(instances, index, size), f"{instances.names[index]}, {words[index]}")
-        for index in reversed(range(len(instances)))
-    ]

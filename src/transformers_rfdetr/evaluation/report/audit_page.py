@@ -7,19 +7,16 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-from pycocotools import mask as coco_mask
 
 from ...atomic_files import write_text
-from ...inference.instances import Instances
-from ...model.masks import region_to_rle
 from ..audit_files import explain
 from ..label_audit import KINDS, AuditedImage, Suspect
+from .crops import crop_instances, indices_inside, window_around
 from .outlines import outline
 from .page import page_environment, style_and_script, to_data_uri
 
 _MAX_SUSPECTS = 300  # on the page
 _SIDE = 360  # of a crop on the page, in pixels
-_MARGIN, _MIN_CROP = 0.75, 64  # around an object, as a share of its longer side; pixels of the image
 
 
 def save_audit_page(
@@ -70,11 +67,11 @@ def _card(suspect: Suspect, image: AuditedImage, photo: PIL.Image.Image) -> dict
     """Return what the page shows of a suspect: the crop of the photo, and the outlines of objects and detection."""
     place = [image.objects.boxes[suspect.object]] if suspect.object is not None else []
     place += [image.detections.boxes[suspect.detection]] if suspect.detection is not None else []
-    window = _window(np.array(place), (photo.height, photo.width))
+    window = window_around(np.array(place), (photo.height, photo.width))
     left, top, right, bottom = window
     scale = _SIDE / max(right - left, bottom - top)
     size = (round((bottom - top) * scale), round((right - left) * scale))
-    others = [index for index in _inside(image.objects, window) if index != suspect.object]
+    others = [index for index in indices_inside(image.objects, window) if index != suspect.object]
     objects = crop_instances(image.objects.select([*others, *_listed(suspect.object)]), window)
     detections = crop_instances(image.detections.select(_listed(suspect.detection)), window)
     paths = [outline(objects, index, size) for index in range(len(objects))]
@@ -96,36 +93,3 @@ def _card(suspect: Suspect, image: AuditedImage, photo: PIL.Image.Image) -> dict
 
 def _listed(index: int | None) -> list[int]:
     return [] if index is None else [index]
-
-
-def _window(boxes: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Return left, top, right and bottom of a square around boxes_xyxy (B, 4), moved into an image of `size` (H, W).
-
-    It is cut off at an image that is smaller.
-    """
-    low, high = boxes[:, :2].min(0), boxes[:, 2:].max(0)
-    side = max((high - low).max() * (1 + 2 * _MARGIN), _MIN_CROP)
-    limit = np.array(size[::-1])
-    start = np.clip((low + high) / 2 - side / 2, 0, np.maximum(limit - side, 0))
-    left, top = np.floor(start).astype(int).tolist()
-    right, bottom = np.minimum(np.ceil(start + side), limit).astype(int).tolist()
-    return left, top, right, bottom
-
-
-def _inside(instances: Instances, window: tuple[int, int, int, int]) -> list[int]:
-    """Return the indices of the instances whose boxes overlap a window."""
-    left, top, right, bottom = window
-    x0, y0, x1, y1 = instances.boxes.T
-    return np.flatnonzero((x0 < right) & (x1 > left) & (y0 < bottom) & (y1 > top)).tolist()
-
-
-def crop_instances(instances: Instances, window: tuple[int, int, int, int]) -> Instances:
-    """Return instances in the coordinates of a window: left, top, right, bottom in pixels inside the image."""
-    left, top, right, bottom = window
-    size = (bottom - top, right - left)
-    boxes = (instances.boxes - np.array([left, top] * 2, np.float32)).clip(0, np.array([*size[::-1]] * 2, np.float32))
-    masks = instances.masks
-    if masks is not None:
-        regions = [coco_mask.decode(mask)[top:bottom, left:right].astype(bool) for mask in masks]
-        masks = [region_to_rle(region, 0, 0, size) for region in regions]
-    return Instances(boxes, instances.scores, instances.labels, instances.names, masks, size)
