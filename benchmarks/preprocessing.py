@@ -1,4 +1,4 @@
-"""Measure preprocessing: 32 images to tensors and labels, with and without masks.
+"""Measure preprocessing: 32 images to tensors and labels, with and without masks; one image of 0.3 and 12 megapixels.
 
     python benchmarks/preprocessing.py
     python benchmarks/preprocessing.py --folder FOLDER
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(variant: str, arguments: argparse.Namespace) -> list[Measurement]:
-    """Return seconds with masks, then without."""
+    """Return seconds with masks, without, and for single images."""
     count = 2 if arguments.quick else len(SIZES)
     read = read_images(arguments.folder, count) if arguments.folder else draw_images(SIZES[:count])
     photos, annotations = read
@@ -39,11 +39,16 @@ def measure(variant: str, arguments: argparse.Namespace) -> list[Measurement]:
     side = peers.read_config(variant, arguments.quick).resolution
     size = {"height": side, "width": side}
     processors = {"ours": RfDetrImageProcessor(size=size), "port": peers.PortProcessor(size=size)}
+    cases: dict[str, tuple[Any, ...]] = {
+        "with masks": (photos, annotations, True),
+        "without masks": (photos, annotations, False),
+    }
+    for height, width in [(480, 640)] if arguments.quick else [(480, 640), (3000, 4000)]:
+        cases[f"one image of {height} x {width}"] = (draw_images([(height, width)])[0], None, False)
     measurements = []
-    for case, with_masks in (("with masks", True), ("without masks", False)):
-        options = {"return_segmentation_masks": with_masks, "return_tensors": "pt"}
+    for case, given in cases.items():
         calls = {
-            name: lambda processor=processor, options=options: processor(photos, annotations, **options)
+            name: lambda processor=processor, given=given: processor(*given, return_tensors="pt")
             for name, processor in processors.items()
         }
         for name, seconds in peers.time_in_turns(calls, arguments.repeats).items():

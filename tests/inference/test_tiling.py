@@ -247,7 +247,7 @@ def test_a_progress_bar_is_shown_on_request(photo, capsys):
         ({"tile": (48, 0)}, r"tile.*\(48, 0\)"),
         ({"image": "missing.png"}, r"missing\.png cannot be opened as an image"),
         ({"image": [1, 2]}, "image.*list"),
-        ({"image": np.zeros((0, 9, 3), np.uint8)}, r"pixel.*got shape \(3, 0, 9\)"),
+        ({"image": np.zeros((0, 9, 3), np.uint8)}, r"pixel.*got shape \(0, 9, 3\)"),
         ({"image": np.full((60, 60, 3), 7.0)}, r"pixels.*\[7, 7\]"),
     ],
 )

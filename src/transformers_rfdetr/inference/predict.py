@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..model.configuration_rf_detr import RfDetrConfig
+from ..model.image_io import Pixels, read_pixels, size_of
 from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from ..model.masks import region_to_rle, upsample_masks
 from ..model.modeling_rf_detr import BACKGROUND_LOGIT, RfDetrForObjectDetection, RfDetrOutput
@@ -79,11 +80,11 @@ def predict(
     model.eval()
     try:
         while batch := list(islice(remaining, batch_size)):
-            tensors = []
+            pixels: list[Pixels] = []
             for index, image in enumerate(batch, start=len(found)):
                 with error_context(f"image {index}"):
-                    tensors.append(processor.read(image))
-            found += _predict_batch(model, processor, tensors, threshold, wanted, top_k, embeddings)
+                    pixels.append(read_pixels(image, processor.do_rescale))
+            found += _predict_batch(model, processor, pixels, threshold, wanted, top_k, embeddings)
     finally:
         model.train(was_training)
     return found
@@ -121,7 +122,7 @@ def category_ids_of(config: RfDetrConfig) -> list[int] | None:
 def _predict_batch(
     model: Any,
     processor: RfDetrImageProcessor,
-    images: Sequence[Tensor],
+    images: Sequence[Pixels],
     threshold: float,
     wanted: Tensor | None,
     top_k: int | None,
@@ -143,7 +144,7 @@ def _predict_batch(
     outputs = RfDetrOutput(logits=logits, pred_boxes=stage.boxes)
     category_ids = category_ids_of(model.config)
     for index, image in enumerate(images):
-        size = (image.shape[1], image.shape[2])
+        size = size_of(image)
         found = select_detections(outputs, index, threshold, size, top_k)
         masks = None
         if stage.masks is not None:

@@ -2,19 +2,16 @@
 
 import copy
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import PIL.Image
-import torch
 from torch import Tensor
 from transformers.utils import logging
 
 from ..model.configuration_rf_detr import RfDetrConfig
-from ..model.image_io import channels_first, decode_image, read_image
+from ..model.image_io import as_tensor, read_pixels, to_float
 from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from ..model.masks import mask_areas, region_to_rle
 from ..model.modeling_rf_detr import RfDetrForObjectDetection
@@ -75,7 +72,7 @@ def predict_tiled(
     check_threshold(threshold)
     require(batch_size >= 1, "batch_size", batch_size, "at least 1")
     size = _legal_tile_size(model.config, tile)
-    pixels = _read_pixels(processor, image)
+    pixels = as_tensor(read_pixels(image, processor.do_rescale))
     image_size = (pixels.shape[1], pixels.shape[2])
     tiles = cut_tiles(image_size, size, overlap)
     tile_processor = copy.copy(processor)
@@ -126,22 +123,10 @@ def _starts(length: int, side: int, overlap: float) -> list[int]:
     return [round(index * room / steps) for index in range(steps + 1)]
 
 
-def _read_pixels(processor: RfDetrImageProcessor, image: Any) -> Tensor:
-    """Read any image as (1 or 3, H, W), upright, in its own dtype: uint8 takes a quarter of the memory of float32."""
-    data_format = None
-    if isinstance(image, str | os.PathLike | PIL.Image.Image):
-        image, data_format = decode_image(image), "channels_last"
-    if isinstance(image, np.ndarray) and image.dtype.kind in "biuf":
-        image = torch.from_numpy(np.require(image, image.dtype.newbyteorder("="), ["C", "W"]))
-    if not isinstance(image, Tensor):
-        return processor.read(image)  # which raises the error
-    return channels_first(image.detach(), data_format)
-
-
 def _crop(processor: RfDetrImageProcessor, pixels: Tensor, tile: Tile, size: tuple[int, int]) -> Tensor:
     """Cut a tile out of (1 or 3, H, W): (3, *size) float32, scaled, padded with the mean color."""
     inside = pixels[:, tile.top : tile.top + tile.height, tile.left : tile.left + tile.width]
-    image = read_image(inside, processor.do_rescale, processor.rescale_factor, "channels_first")
+    image = to_float(inside, processor.do_rescale, processor.rescale_factor)
     if image.shape[1:] == size:
         return image
     padded = image.new_tensor(processor.image_mean)[:, None, None].repeat(1, *size)

@@ -7,7 +7,7 @@ import time
 import urllib.parse
 import urllib.request
 from io import BytesIO
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import PIL.Image
@@ -19,6 +19,9 @@ from transformers.utils import logging
 from .validation import require
 
 logger = logging.get_logger(__name__)
+
+# What is read of an image: an upright PIL image of mode RGB, or a tensor (1 or 3, H, W) of any dtype.
+Pixels: TypeAlias = torch.Tensor | PIL.Image.Image
 
 _URL_TIMEOUT_SECONDS = 60
 # Limits of a download: an untrusted server may send forever, or very slowly.
@@ -64,6 +67,15 @@ def decode_image(image: PIL.Image.Image | str | os.PathLike[str]) -> np.ndarray:
     Raises:
         ValueError: if the image cannot be opened; the message names it.
     """
+    loaded = _load(image)
+    return np.array(loaded) if isinstance(loaded, PIL.Image.Image) else loaded
+
+
+def _load(image: PIL.Image.Image | str | os.PathLike[str]) -> PIL.Image.Image | np.ndarray:
+    """Return an upright image of mode RGB, or an array (H, W) if the image has 16 or 32 bits per pixel.
+
+    Only the given image itself may have EXIF data, which then does not rotate it.
+    """
     source = image
     try:
         if not isinstance(image, PIL.Image.Image):
@@ -81,7 +93,11 @@ def decode_image(image: PIL.Image.Image | str | os.PathLike[str]) -> np.ndarray:
             image = image.convert("LA")
         if image.mode == "F" or image.mode.startswith("I"):
             return _to_full_range(np.array(image), file)
-        return np.array(image.convert("RGB"))
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        if image is not source:
+            image.info = {}
+        return image
     except Exception as error:  # for damaged files Pillow raises SyntaxError, struct.error, zlib.error and others
         reason = str(error) or type(error).__name__
         raise ValueError(f"{redact_url(source)!s:.200} cannot be opened as an image: {reason}") from error
@@ -202,12 +218,36 @@ def redact_url(source: Any) -> Any:
 
 def read_image(image: Any, do_rescale: bool, rescale_factor: float, input_data_format: str | None) -> torch.Tensor:
     """Read any image as (3, H, W) float32, scaled to [0, 1] if `do_rescale`; see `RfDetrImageProcessor.preprocess`."""
+    return to_float(as_tensor(read_pixels(image, do_rescale, input_data_format)), do_rescale, rescale_factor)
+
+
+def as_tensor(pixels: Pixels) -> torch.Tensor:
+    """Return pixels as a tensor (1 or 3, H, W)."""
+    is_image = isinstance(pixels, PIL.Image.Image)
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1) if is_image else pixels
+
+
+def size_of(pixels: Pixels) -> tuple[int, int]:
+    """Return (H, W)."""
+    return pixels.size[::-1] if isinstance(pixels, PIL.Image.Image) else (pixels.shape[1], pixels.shape[2])
+
+
+def read_pixels(image: Any, do_rescale: bool, input_data_format: str | None = None) -> Pixels:
+    """Read any image, in its own data type: uint8 takes a quarter of the memory of float32.
+
+    Arrays and tensors are not copied, if that is possible.
+
+    Raises:
+        ValueError: The image cannot be read, or has values that are out of range; see [`read_image`].
+    """
     if isinstance(image, str | os.PathLike | PIL.Image.Image):
-        image, input_data_format = decode_image(image), "channels_last"
+        image, input_data_format = _load(image), "channels_last"
+        if isinstance(image, PIL.Image.Image):
+            return image
     if isinstance(image, np.ndarray):
         if image.dtype.kind not in "biuf":
             raise ValueError(f"an image array must contain real numbers, got dtype {image.dtype}")
-        image = torch.from_numpy(np.array(image, dtype=image.dtype.newbyteorder("="), order="C"))
+        image = torch.from_numpy(np.require(image, image.dtype.newbyteorder("="), ["C", "W"]))
     if not isinstance(image, torch.Tensor):
         raise ValueError(f"an image must be a PIL image, array, tensor, path or URL, got {type(image).__name__}")
     if image.is_complex():
@@ -215,18 +255,17 @@ def read_image(image: Any, do_rescale: bool, rescale_factor: float, input_data_f
     pixels = channels_first(image.detach(), input_data_format)
     if 0 in pixels.shape:
         raise ValueError(f"an image must have at least one pixel, got shape {tuple(image.shape)}")
-    values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
-    _check_range(values, image.dtype, do_rescale)
-    if not image.is_floating_point():
-        if image.dtype == torch.bool:
+    _check_range(pixels, do_rescale)
+    return pixels
+
+
+def to_float(pixels: torch.Tensor, do_rescale: bool, rescale_factor: float) -> torch.Tensor:
+    """Convert pixels (1 or 3, H, W) of any dtype to (3, H, W) float32, scaled to [0, 1] if `do_rescale`."""
+    values = pixels.to(torch.float32)
+    if not pixels.is_floating_point():
+        if pixels.dtype == torch.bool:
             values *= 255
-        elif image.dtype == torch.uint16:
-            if 0 < values.max() < 4096:
-                logger.warning_once(
-                    "All values of a 16-bit image are below 4096, and it is read as nearly black, because 65535 is"
-                    " white. If its values have 10 or 12 bits, multiply them by 64 or 16 and save it again. This"
-                    " warning is shown once."
-                )
+        elif pixels.dtype == torch.uint16:
             values /= 257
         if do_rescale:
             # x / 255 rounds like rfdetr; x * (1 / 255) differs in the last bit.
@@ -234,10 +273,19 @@ def read_image(image: Any, do_rescale: bool, rescale_factor: float, input_data_f
     return values.expand(3, -1, -1)
 
 
-def _check_range(values: torch.Tensor, dtype: torch.dtype, do_rescale: bool) -> None:
-    if dtype in (torch.bool, torch.uint8, torch.uint16):
+def _check_range(pixels: torch.Tensor, do_rescale: bool) -> None:
+    dtype = pixels.dtype
+    if dtype in (torch.bool, torch.uint8):
         return
-    lowest, highest = values.min().item(), values.max().item()
+    if dtype == torch.uint16:
+        if 0 < pixels.numpy(force=True).max() < 4096:
+            logger.warning_once(
+                "All values of a 16-bit image are below 4096, and it is read as nearly black, because 65535 is"
+                " white. If its values have 10 or 12 bits, multiply them by 64 or 16 and save it again. This"
+                " warning is shown once."
+            )
+        return
+    lowest, highest = pixels.min().item(), pixels.max().item()
     if not dtype.is_floating_point:
         if lowest < 0 or highest > 255:
             raise ValueError(

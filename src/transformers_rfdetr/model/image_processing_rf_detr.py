@@ -5,22 +5,23 @@ of the original image or of the model's input (the text says which), h w cells o
 Sizes are (height, width). Boxes are `boxes_cxcywh` in [0, 1] or `boxes_xyxy` in pixels.
 """
 
+import functools
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import logging
 
 from .coco_labels import ImageSizes, prepare_labels
 from .configuration_rf_detr import RfDetrConfig
-from .image_io import read_image
+from .image_io import Pixels, as_tensor, read_pixels, size_of, to_float
 from .masks import rasterize  # noqa: F401  transformers < 5.8 copies direct imports only; see tests/test_structure.py
 from .post_processing_rf_detr import read_target_sizes, segment_instances, select_detections
+from .resizing import resize_bilinear
 from .validation import (
     are_numbers,
     config_errors_as_value_errors,
@@ -250,9 +251,9 @@ class RfDetrImageProcessor(BaseImageProcessor):
         pixels, sizes = [], []
         for index, image in enumerate(images):
             with error_context(f"image {index}"):
-                original = read_image(image, self.do_rescale, self.rescale_factor, input_data_format).to(device)
-                pixels.append(self._resize_and_normalize(original))
-            sizes.append((tuple(original.shape[1:]), tuple(pixels[-1].shape[1:])))
+                original = read_pixels(image, self.do_rescale, input_data_format)
+                pixels.append(self._resize_and_normalize(original, device))
+            sizes.append((size_of(original), tuple(pixels[-1].shape[1:])))
         input_size = self._input_size([resized for _, resized in sizes])
         inputs: dict[str, Any] = self._pad(pixels, input_size)
         if annotations is not None:
@@ -266,16 +267,14 @@ class RfDetrImageProcessor(BaseImageProcessor):
             inputs["labels"] = [{name: value.to(device) for name, value in label.items()} for label in labels]
         return inputs
 
-    def read(self, image: Any) -> torch.Tensor:
-        """Read one image in any form that [`preprocess`] takes to (3, H, W) float32 of its own size, scaled."""
-        return read_image(image, self.do_rescale, self.rescale_factor, None)
-
-    def _resize_and_normalize(self, image: torch.Tensor) -> torch.Tensor:
-        """Original image (3, H, W) -> the model's input (3, H, W), without padding."""
-        if self.do_resize:
-            size = _resized_size((image.shape[1], image.shape[2]), self.size)
-            if size != tuple(image.shape[1:]):
-                image = F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=False)[0]
+    def _resize_and_normalize(self, pixels: Pixels, device: torch.device | str | None) -> torch.Tensor:
+        """Return the model's input (3, H, W) float32, without padding."""
+        size = size_of(pixels)
+        resized = _resized_size(size, self.size) if self.do_resize else size
+        scale = functools.partial(to_float, do_rescale=self.do_rescale, rescale_factor=self.rescale_factor)
+        image = (
+            scale(as_tensor(pixels).to(device)) if resized == size else resize_bilinear(pixels, resized, scale, device)
+        )
         if self.do_normalize:
             mean, std = (image.new_tensor(values)[:, None, None] for values in (self.image_mean, self.image_std))
             image = (image - mean).div_(std)
@@ -299,6 +298,11 @@ class RfDetrImageProcessor(BaseImageProcessor):
         return padded
 
     def _pad(self, images: list[torch.Tensor], size: tuple[int, int]) -> dict[str, torch.Tensor]:
+        if all(tuple(image.shape[1:]) == size for image in images):
+            batch = {"pixel_values": torch.stack(images)}
+            if self.do_pad:
+                batch["pixel_mask"] = torch.ones((len(images), *size), dtype=torch.int64, device=images[0].device)
+            return batch
         batch = {"pixel_values": images[0].new_zeros((len(images), 3, *size))}
         if self.do_pad:
             batch["pixel_mask"] = torch.zeros((len(images), *size), dtype=torch.int64, device=images[0].device)
