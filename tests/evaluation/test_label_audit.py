@@ -106,6 +106,13 @@ def test_a_class_that_is_detected_too_weakens_the_evidence_of_another_class():
     assert (suspect.kind, suspect.evidence) == ("wrong class", pytest.approx(0.9 * 0.6))
 
 
+def test_a_mask_is_compared_with_detections_that_fit_no_other_object_of_the_class_better():
+    inner = (0, 0, 20, 6)
+    _, images = audit(([(HOUSE, LEFT), (HOUSE, inner)], [(0.9, HOUSE, LEFT)]), SECOND)
+    assert [(one.kind, one.image, one.object) for one in find_suspects(images)] == [("sloppy mask", 1, 2)]
+    assert [one.kind for one in find_suspects(images, 0.001) if (one.image, one.object) == (0, 1)] == ["superfluous"]
+
+
 def test_a_weak_detection_that_overlaps_an_object_weakens_the_evidence_that_it_is_superfluous():
     _, [image] = audit(([(HOUSE, LEFT)], [(0.3, POOL, (0, 0, 20, 10))]))
     [suspect] = find_suspects([image])
@@ -182,7 +189,10 @@ def test_a_written_dataset_has_all_objects_the_marks_and_missing_objects_as_crow
         assert [key for key, one in by_id.items() if "suspect" in one] == [901, 902, 906, 905]
         found = by_id[901]["description"]
     elif format == "labelme":
-        found = json.loads((folder / "train" / "40.json").read_text())["shapes"][1]["description"]
+        content = json.loads((folder / "train" / "40.json").read_text())
+        assert content["flags"] == {"suspect": True}
+        assert [shape["flags"].get("suspect", False) for shape in content["shapes"]] == [False, True, True, True]
+        found = content["shapes"][1]["description"]
     elif format == "cvat":
         root = ElementTree.parse(folder / "annotations.xml")
         assert {element.text for element in root.iterfind(".//label//attribute/name")} == {"is_crowd", "description"}

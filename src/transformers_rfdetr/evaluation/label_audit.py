@@ -128,7 +128,9 @@ def support_of(image: AuditedImage) -> Support:
     any_score, _ = _best(scores[:, None], ious >= _MIN_OVERLAP)
     same_score, _ = _best(scores[:, None], (ious >= _MIN_IOU) & same_class)
     other_score, other = _best(scores[:, None], (ious >= _MIN_IOU) & ~same_class)
-    weighted, fit = _best(scores[:, None] * ious, (ious >= _MIN_OVERLAP) & same_class)
+    # A detection may overlap several objects of its class; it draws the mask of the one that it fits best.
+    is_closest = ious == (ious * same_class).max(1, keepdims=True, initial=0)
+    weighted, fit = _best(scores[:, None] * ious, (ious >= _MIN_OVERLAP) & same_class & is_closest)
     fit_score = np.where(fit >= 0, np.append(scores, 0)[fit], 0)
     fit_iou = np.divide(weighted, fit_score, out=np.zeros(len(objects)), where=fit >= 0)
     is_known = (ious >= _MIN_OVERLAP) | ((shares >= _MIN_IOU) & (same_class | image.is_crowd))

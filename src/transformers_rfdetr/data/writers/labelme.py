@@ -21,9 +21,11 @@ from .output import (
     polygons_of,
 )
 
+_FLAGS = ("iscrowd", "suspect")  # of an object
+
 
 def write_labelme(splits: Splits, classes: Mapping[int, str], output: Output) -> None:
-    """Write splits as folders. A crowd region has the flag `iscrowd`."""
+    """Write splits as folders. Crowd regions have the flag `iscrowd`; suspects and their images have `suspect`."""
     check_split_names(splits, "labelme")
     check_class_names(classes, "labelme")
     if ignored := set(IGNORED_LABELS) & set(classes.values()):
@@ -51,12 +53,12 @@ def labelme_content(image: ImageObjects, classes: Mapping[int, str], image_path:
             "label": classes[item["category_id"]],
             "group_id": group if len(parts) > 1 else None,
             "description": str(item.get("description") or ""),
-            "flags": {"iscrowd": True} if item.get("iscrowd") else {},
+            "flags": {flag: True for flag in _FLAGS if item.get(flag)},
         }
         shapes += [{**common, **part} for part in parts]
     return {
         "version": "5.5.0",
-        "flags": {},
+        "flags": {"suspect": True} if any(item.get("suspect") for item in image.objects) else {},  # of the image
         "shapes": shapes,
         "imagePath": image_path,
         "imageData": None,
