@@ -97,6 +97,7 @@ def test_each_image_is_judged_by_the_model_that_has_not_seen_it(tmp_path):
         (["--set", "max_steps=2"], "--config and --set require --folds"),
         (["--split", "test"], "--split must be a split of"),
         (["--folds", 1], "--folds"),
+        (["--save-as", "coco", "--ignore-class", "tree"], "--save-as requires all classes, got --ignore-class"),
         (["--save-as", "yolo"], "--save-as must be coco, labelme, cvat or label-studio, got yolo"),
     ],
 )

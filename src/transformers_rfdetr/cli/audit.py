@@ -100,6 +100,8 @@ def audit(
     from ..evaluation.label_audit import MIN_SCORE, audited_images, find_suspects
     from ..evaluation.report.audit_page import save_audit_page
 
+    if save_as is not None and ignore_class:
+        raise ValueError("--save-as requires all classes, got --ignore-class, whose objects it would lose. Omit one.")
     if folds is None and (config is not None or settings):
         raise ValueError("--config and --set require --folds, got none. Add --folds 5.")
     splits = load_instance_dataset(data, image_folder=image_folder).ignore_classes(ignore_class or [])
