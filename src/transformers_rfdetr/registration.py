@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import (
     AutoModelForImageSegmentation,
     AutoModelForInstanceSegmentation,
     AutoModelForObjectDetection,
+    AutoModelForUniversalSegmentation,
 )
 
 from .model.configuration_rf_detr import RfDetrConfig
@@ -35,8 +36,10 @@ def register() -> None:
     AutoModel.register(RfDetrConfig, RfDetrModel, exist_ok=True)
     AutoModelForObjectDetection.register(RfDetrConfig, RfDetrForObjectDetection, exist_ok=True)
     AutoModelForInstanceSegmentation.register(RfDetrConfig, RfDetrForInstanceSegmentation, exist_ok=True)
-    # For pipeline("image-segmentation"), which does not use AutoModelForInstanceSegmentation.
+    # For pipeline("image-segmentation") and for transformers' example scripts, which do not use
+    # AutoModelForInstanceSegmentation.
     AutoModelForImageSegmentation.register(RfDetrConfig, RfDetrForInstanceSegmentation, exist_ok=True)
+    AutoModelForUniversalSegmentation.register(RfDetrConfig, RfDetrForInstanceSegmentation, exist_ok=True)
     if "image_processor_classes" in inspect.signature(AutoImageProcessor.register).parameters:
         # For both backends: otherwise the port's processor would be used with the other.
         backends = {"torchvision": RfDetrImageProcessor, "pil": RfDetrImageProcessor}

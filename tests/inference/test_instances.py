@@ -4,11 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+from transformers_rfdetr import load, predict
 from transformers_rfdetr.data.drawing import color_of, draw_annotations, draw_grid, draw_instances
+from transformers_rfdetr.data.synthetic import draw_scene
 from transformers_rfdetr.inference.instances import Instances
 
 SIZE = (60, 80)
@@ -77,6 +80,21 @@ def test_all_conversions_accept_zero_instances():
     assert stored == {"image_size": [60, 80], "instances": [], "image_embedding": EMBEDDINGS[1].tolist()}
     assert Instances.from_dict(stored).embeddings.shape == (0, 2)
     assert len(none.to_supervision()) == 0
+
+
+def test_supervision_reads_the_segmentation_of_the_image_processor():
+    supervision = pytest.importorskip("supervision")
+    model, processor = load("rf-detr-seg-tiny")
+    image, _ = draw_scene(2_000_000, (144, 144), metres_per_pixel=0.2)
+    with torch.no_grad():
+        outputs = model(**processor(image, return_tensors="pt"))
+    [result] = processor.post_process_instance_segmentation(outputs, target_sizes=[(144, 144)])
+    found = supervision.Detections.from_transformers(result, model.config.id2label)
+    [expected] = predict(model, processor, image)
+    assert found.data["class_name"].tolist() == expected.names
+    assert found.confidence == pytest.approx(expected.scores, abs=1e-5)
+    visible = expected.dense_masks() & ~(np.cumsum(expected.dense_masks(), axis=0) > 1)  # the best is on top
+    np.testing.assert_array_equal(found.mask, visible)
 
 
 def test_supervision_can_draw_its_detections():

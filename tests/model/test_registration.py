@@ -15,7 +15,7 @@ from transformers import (
     pipeline,
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
-from transformers.models.auto.modeling_auto import AutoModelForImageSegmentation
+from transformers.models.auto.modeling_auto import AutoModelForImageSegmentation, AutoModelForUniversalSegmentation
 
 from transformers_rfdetr import (
     RfDetrConfig,
@@ -50,6 +50,7 @@ def photo(seed: int, size: tuple[int, int] = (80, 60)) -> Image.Image:
         (AutoModelForObjectDetection, RfDetrForObjectDetection),
         (AutoModelForInstanceSegmentation, RfDetrForInstanceSegmentation),
         (AutoModelForImageSegmentation, RfDetrForInstanceSegmentation),
+        (AutoModelForUniversalSegmentation, RfDetrForInstanceSegmentation),
     ],
     ids=lambda value: value.__name__,
 )

@@ -17,6 +17,7 @@ _DETECTION_MAP = {
 _SEGMENTATION_MAP = {
     "AutoModelForInstanceSegmentation": "modeling_rf_detr.RfDetrForInstanceSegmentation",
     "AutoModelForImageSegmentation": "modeling_rf_detr.RfDetrForInstanceSegmentation",
+    "AutoModelForUniversalSegmentation": "modeling_rf_detr.RfDetrForInstanceSegmentation",
 }
 
 
