@@ -40,7 +40,7 @@ app = typer.Typer(add_completion=False)
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for all results.")] = Path("demo"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of training.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of 4 images.")] = 240,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of 4 images.")] = 300,
     train: Annotated[int, typer.Option(min=8, help="Number of training images.")] = 200,
     validation: Annotated[int, typer.Option(min=1, help="Number of validation images.")] = 50,
 ) -> None:
