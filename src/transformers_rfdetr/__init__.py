@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .data.prepared import FollowEpoch, collate_fn
     from .data.splits import folds, split_dataset
     from .data.writers.write import write_dataset
+    from .evaluation.calibration import calibrate
     from .evaluation.coco_evaluator import InstanceSegmentationEvaluator
     from .evaluation.error_analysis import analyse
     from .evaluation.evaluation_loop import evaluate_instance_segmentation
@@ -54,6 +55,7 @@ __all__ = [
     "RfDetrTrainer",
     "RfDetrTrainingArguments",
     "analyse",
+    "calibrate",
     "check_dataset",
     "collate_fn",
     "compile_for_inference",
@@ -89,6 +91,7 @@ _LATER = {
     "RfDetrTrainer": "training.trainer",
     "RfDetrTrainingArguments": "training.arguments",
     "analyse": "evaluation.error_analysis",
+    "calibrate": "evaluation.calibration",
     "check_dataset": "data.checks.check",
     "collate_fn": "data.prepared",
     "compile_for_inference": "inference.compiled",

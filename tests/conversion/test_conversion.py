@@ -117,6 +117,7 @@ def test_written_files_do_not_depend_on_time_and_name(model, tmp_path):
 def test_a_folder_of_transformers_port_is_converted_back(tmp_path):
     port = pytest.importorskip("transformers.models.rf_detr.modeling_rf_detr")
     model = model_of("rf-detr-seg-small")
+    model.config.score_thresholds = {1: 0.25}  # which the port and rfdetr ignore
     model.save_pretrained(tmp_path / "ours")
     theirs = port.RfDetrForInstanceSegmentation.from_pretrained(tmp_path / "ours")
     for original_format in (True, False):

@@ -91,7 +91,7 @@ def test_an_interval_is_that_of_hand_arithmetic():
     # Two images with one object each; it is found in the first one only. AP is 51/101 for both once (51 of the recalls
     # 0, 0.01, ... are at most 0.5), 1 for the first twice and 0 for the second twice.
     match = np.ones((10, 1), bool)
-    table = MatchTable(np.array([1, 1]), np.array([0]), match, ~match)
+    table = MatchTable(np.array([1, 1]), np.array([0]), np.array([0.9]), match, ~match)
     weights = np.array([[1.0, 1], [2, 0], [0, 2]])
     assert average_precision(table, weights)[:, 0].tolist() == [51 / 101, 1.0, 0.0]
     images = PerImage([1, 2], {"bbox": {"tree": table}}, np.zeros((2, 0, 3), np.int64))
@@ -136,7 +136,7 @@ def simulated(rng, num_images, num_classes, objects_per_image, skill=1.2):
         order = np.argsort(-scores)
         is_match = np.concatenate([ious >= thresholds, np.zeros((10, len(false)), bool)], axis=1)[:, order]
         images = np.concatenate([found, false])[order]
-        tables[str(number)] = MatchTable(num_objects, images, is_match, np.zeros_like(is_match))
+        tables[str(number)] = MatchTable(num_objects, images, scores[order], is_match, np.zeros_like(is_match))
     return PerImage(list(range(num_images)), {"bbox": tables}, np.zeros((num_images, 0, 3), np.int64))
 
 

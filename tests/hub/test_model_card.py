@@ -108,6 +108,16 @@ def test_many_classes_are_folded_and_background_rows_omitted():
     assert "background" not in card
 
 
+def test_the_card_of_a_calibrated_model_has_its_thresholds_and_what_they_promise():
+    names = {0: "cat", 1: "dog"}
+    config = small_config(num_labels=2, id2label=names, score_thresholds={1: 0.25}, score_thresholds_note="best | F1")
+    card = model_card("me/pets", config, has_masks=True)
+    assert "| label | class | score threshold |\n| --- | --- | --- |\n| 0 | cat |  |\n| 1 | dog | 0.250 |" in card
+    assert r'`predict(..., threshold="calibrated")` of transformers-rfdetr uses: best \| F1.' in card
+    assert '["image.jpg"], threshold="calibrated")' in card
+    assert "calibrated" not in model_card("me/pets", small_config(num_labels=2, id2label=names), has_masks=True)
+
+
 def test_the_code_of_a_detection_model_registers_no_segmentation_class(tmp_path):
     torch.manual_seed(0)
     RfDetrForObjectDetection(small_config()).save_pretrained(tmp_path)

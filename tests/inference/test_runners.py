@@ -91,6 +91,7 @@ def selecting(tmp_path_factory):
     names = {0: "__parent__", 1: "building", 2: "tree", 3: "__background__"}
     backbone = {"num_hidden_layers": 2, "out_indices": [1, 2]}
     model = small_model(decoder_layers=1, backbone_config=backbone, id2label=names)
+    model.config.score_thresholds, model.config.score_thresholds_note = {1: 0.004, 2: 0.02}, "highest F1"
     path = tmp_path_factory.mktemp("selecting") / "best.onnx"
     export(model, path, resolution=(72, 48), post_process=True, batch_size=2)
     return model, path
@@ -104,6 +105,12 @@ def test_a_file_of_another_size_that_selects_pairs_finds_what_the_model_finds(se
     expected = predict(model, processor, images, threshold=0.01)
     assert min(map(len, expected)) > 3
     for one, other in zip(predict(runner, processor, images, threshold=0.01), expected, strict=True):
+        assert_equal(one, other)
+    assert runner.config.score_thresholds == {1: 0.004, 2: 0.02}
+    assert runner.config.score_thresholds_note == "highest F1"
+    calibrated = predict(model, processor, images, threshold="calibrated")
+    assert {name for instances in calibrated for name in instances.names} == {"building", "tree"}
+    for one, other in zip(predict(runner, processor, images, threshold="calibrated"), calibrated, strict=True):
         assert_equal(one, other)
 
 

@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from fractions import Fraction
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -33,6 +34,7 @@ from small_models import small_model
 from stream_servers import serve_file, serve_mjpeg, serve_rtsp
 
 VIDEO = "transformers_rfdetr.inference.video"
+STAND_IN = SimpleNamespace(config=SimpleNamespace(id2label={0: "red", 1: "green"}))  # for find_squares
 MILLISECOND = Fraction(1, 1000)
 
 
@@ -524,7 +526,7 @@ def lines_of(path):
 def test_a_video_is_predicted_tracked_drawn_and_written(squares, tmp_path):
     shown = []
     summary = predict_video(
-        None,
+        STAND_IN,
         None,
         squares,
         tmp_path / "found.mp4",
@@ -568,7 +570,7 @@ def test_a_track_continues_through_low_scores_that_are_not_returned(tmp_path, mo
         return found
 
     monkeypatch.setattr(f"{VIDEO}.predict_video.predict", find)
-    predict_video(None, None, path, jsonl=tmp_path / "found.jsonl", track=True, batch_size=5, progress=False)
+    predict_video(STAND_IN, None, path, jsonl=tmp_path / "found.jsonl", track=True, batch_size=5, progress=False)
     found = [record["instances"] for record in lines_of(tmp_path / "found.jsonl")]
     assert [len(instances) for instances in found] == [1] * 12 + [0] * 12 + [1] * 6
     ids = {one["track_id"] for instances in found for one in instances} - {-1}
@@ -588,7 +590,7 @@ def test_rotation_and_the_shape_of_pixels_are_those_of_the_source(tmp_path, monk
     if is_rotated:
         rotate(path, (0, 1, -1, 0))
     monkeypatch.setattr(f"{VIDEO}.predict_video.predict", find_squares)
-    predict_video(None, None, path, tmp_path / "found.mp4", progress=False)
+    predict_video(STAND_IN, None, path, tmp_path / "found.mp4", progress=False)
     with av.open(str(tmp_path / "found.mp4")) as container:
         stream = container.streams.video[0]
         found = (stream.width, stream.height, stream.sample_aspect_ratio)
@@ -612,7 +614,7 @@ def test_predict_video_finds_what_predict_finds_in_its_frames(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's device that is always full")
 def test_a_full_disk_is_an_error_that_names_the_jsonl_file(squares):
     with pytest.raises(OSError, match=r"/dev/full .*No space left on device"):
-        predict_video(None, None, squares, jsonl="/dev/full", progress=False)
+        predict_video(STAND_IN, None, squares, jsonl="/dev/full", progress=False)
 
 
 @pytest.fixture
@@ -631,7 +633,7 @@ def test_after_ctrl_c_the_files_contain_the_frames_so_far(squares, tmp_path, tra
             signal.raise_signal(signal.SIGINT)
 
     files = {"output": tmp_path / "found.mp4", "jsonl": tmp_path / "found.jsonl"}
-    summary = predict_video(None, None, squares, **files, track=track, on_frame=press_ctrl_c, progress=False)
+    summary = predict_video(STAND_IN, None, squares, **files, track=track, on_frame=press_ctrl_c, progress=False)
     assert summary.interrupted
     assert summary.frames == len(lines_of(files["jsonl"])) == len(decoded(files["output"])[0]) == 6
     assert sorted(path.name for path in tmp_path.iterdir()) == ["found.jsonl", "found.mp4", "squares.mp4"]
@@ -648,7 +650,7 @@ def test_ctrl_c_ends_the_wait_for_a_silent_stream(tmp_path, monkeypatch):
             _thread.interrupt_main()
 
         threading.Thread(target=press_ctrl_c, daemon=True).start()
-        summary = predict_video(None, None, server.url, tmp_path / "found.mp4", patience=20, progress=False)
+        summary = predict_video(STAND_IN, None, server.url, tmp_path / "found.mp4", patience=20, progress=False)
     assert summary.interrupted
     assert summary.frames == len(decoded(tmp_path / "found.mp4")[0]) > 0
 
@@ -662,7 +664,7 @@ def test_a_live_stream_does_not_wait_for_a_full_batch(monkeypatch, no_pauses):
 
     monkeypatch.setattr(f"{VIDEO}.predict_video.predict", find)
     with serve_mjpeg([scene(0)] * 30, [scene(5)] * 30) as server:
-        summary = predict_video(None, None, server.url, batch_size=64, patience=0.5, progress=False)
+        summary = predict_video(STAND_IN, None, server.url, batch_size=64, patience=0.5, progress=False)
     assert summary.frames == sum(sizes)
     assert summary.frames + summary.dropped + summary.undecodable >= 55
     assert max(sizes) <= 8
@@ -670,17 +672,19 @@ def test_a_live_stream_does_not_wait_for_a_full_batch(monkeypatch, no_pauses):
 
 
 def test_predict_video_stops_after_max_frames(squares, tmp_path):
-    summary = predict_video(None, None, squares, tmp_path / "found.mp4", max_frames=10, batch_size=4, progress=False)
+    summary = predict_video(
+        STAND_IN, None, squares, tmp_path / "found.mp4", max_frames=10, batch_size=4, progress=False
+    )
     assert summary.frames == len(decoded(tmp_path / "found.mp4")[0]) == 10
     assert not summary.interrupted
 
 
 def test_invalid_arguments_of_predict_video_are_refused(squares, tmp_path):
     with pytest.raises(ValueError, match=r"max_frames.* 0$"):
-        predict_video(None, None, squares, max_frames=0)
+        predict_video(STAND_IN, None, squares, max_frames=0)
     with pytest.raises(ValueError, match=r"batch_size.* 0$"):
-        predict_video(None, None, squares, batch_size=0)
+        predict_video(STAND_IN, None, squares, batch_size=0)
     with pytest.raises(ValueError, match=r"output.*squares\.mp4"):
-        predict_video(None, None, squares, squares)
+        predict_video(STAND_IN, None, squares, squares)
     with pytest.raises(ValueError, match=r"found\.gif"):
-        predict_video(None, None, squares, tmp_path / "found.gif")
+        predict_video(STAND_IN, None, squares, tmp_path / "found.gif")

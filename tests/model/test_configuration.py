@@ -204,8 +204,11 @@ def test_the_json_has_every_field_of_the_port_and_the_port_reads_it(tmp_path):
         "_out_features",
         "_out_indices",
     }
+    ours.score_thresholds, ours.score_thresholds_note = {3: 0.25}, "highest F1"  # which the port ignores
     ours.save_pretrained(tmp_path)
     read = port.RfDetrConfig.from_pretrained(tmp_path)
+    read.save_pretrained(tmp_path)
+    assert RfDetrConfig.from_pretrained(tmp_path).score_thresholds == {3: 0.25}
     for name in (
         "d_model",
         "num_queries",
@@ -220,3 +223,42 @@ def test_the_json_has_every_field_of_the_port_and_the_port_reads_it(tmp_path):
         assert getattr(read.backbone_config, name) == getattr(ours.backbone_config, name), name
     theirs.save_pretrained(tmp_path)
     assert RfDetrConfig.from_pretrained(tmp_path).backbone_config.out_indices == [2, 5, 8, 11]
+
+
+class TestScoreThresholds:
+    def config(self, **settings):
+        return RfDetrConfig.from_variant("rf-detr-seg-nano", id2label={0: "roof", 1: "tree"}, **settings)
+
+    def test_labels_are_numbers_also_after_json(self, tmp_path):
+        config = self.config(score_thresholds={0: 0.25, 1: 1}, score_thresholds_note="highest F1")
+        config.save_pretrained(tmp_path)
+        loaded = RfDetrConfig.from_pretrained(tmp_path)
+        assert loaded.score_thresholds == {0: 0.25, 1: 1.0}
+        assert loaded.score_thresholds_note == "highest F1"
+        self.config().save_pretrained(tmp_path)
+        assert "score_thresholds" not in (tmp_path / "config.json").read_text()
+
+    @pytest.mark.parametrize(
+        ("thresholds", "message"),
+        [
+            ([0.5], "`score_thresholds` must be a dict"),
+            ({2: 0.5}, "`score_thresholds` must be a dict of labels from 0 to 1, got 2"),
+            ({"roof": 0.5}, "`score_thresholds` must be a dict of labels from 0 to 1, got 'roof'"),
+            ({0: 1.5}, r"`score_thresholds\[0\]` must be a score in \[0, 1\], got 1.5"),
+            ({0: None}, r"`score_thresholds\[0\]` must be a score in \[0, 1\], got None"),
+        ],
+    )
+    def test_other_values_are_refused(self, thresholds, message):
+        with pytest.raises(ValueError, match=message):
+            self.config(score_thresholds=thresholds)
+        with pytest.raises(ValueError, match="`score_thresholds_note` must be a string, got 1"):
+            self.config(score_thresholds_note=1)
+
+    def test_new_classes_discard_them_with_a_warning(self, tmp_path, hf_log):
+        config = self.config(score_thresholds={0: 0.25}, score_thresholds_note="highest F1")
+        config.id2label = {0: "roof", 1: "tree"}
+        assert config.score_thresholds == {0: 0.25}
+        config.save_pretrained(tmp_path)
+        loaded = RfDetrConfig.from_pretrained(tmp_path, id2label={0: "tree", 1: "roof"})
+        assert loaded.score_thresholds is loaded.score_thresholds_note is None
+        assert "score_thresholds are discarded: the classes have changed" in hf_log.text

@@ -121,7 +121,9 @@ def test_metrics_can_be_printed_and_saved_by_the_methods_of_trainer(tmp_path, ca
 
 def test_after_a_run_without_evaluation_the_model_holds_the_average(tmp_path):
     trainer = build_trainer(tmp_path, small_data(), eval_strategy="no", save_strategy="epoch")
+    trainer.model.config.score_thresholds = {0: 0.4}
     trainer.train()
+    assert trainer.model.config.score_thresholds is None  # they were those of the weights before
     last = tmp_path / f"checkpoint-{trainer.state.global_step}"
     saved = load_file(last / "rf_detr_training_weights.safetensors")
     for name, parameter in trainer.model.named_parameters():

@@ -70,7 +70,7 @@ def demo(
     model, processor = load(str(output / "model"))
     stages = StageRecord()
     evaluator = evaluate_dataset(model, processor, data["validation"], stages=stages)
-    analysis = analyse_evaluation(evaluator, data["validation"], stages=stages)
+    analysis = analyse_evaluation(evaluator, data["validation"], model.config, stages=stages)
     write_text(output / "metrics.json", json.dumps(analysis.metrics, indent=1))
     save_report(output, analysis, data["validation"], training=output / "run", title="the demo")
     with atomic_file(output / "predictions.png") as partial:

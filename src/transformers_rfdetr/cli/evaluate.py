@@ -88,8 +88,24 @@ ConfidenceOption = Annotated[
     float | None,
     typer.Option(
         help="Level of confidence intervals, such as 0.95. The file of --output then contains what `compare` needs."
-        " Default: none."
+        " Default: none. Also the confidence of --recall and --precision, there 0.95 by default."
     ),
+]
+CalibrateOption = Annotated[
+    bool,
+    typer.Option(
+        "--calibrate",
+        help="Choose a score threshold for each class, that of the highest F1, and store them in the folder of MODEL."
+        " Use images that the model was not trained on. Default: off.",
+    ),
+]
+RecallOption = Annotated[
+    float | None,
+    typer.Option(help="With --calibrate: choose the highest thresholds that promise this recall. Default: none."),
+]
+PrecisionOption = Annotated[
+    float | None,
+    typer.Option(help="With --calibrate: choose the lowest thresholds that promise this precision. Default: none."),
 ]
 MinScoreOption = Annotated[
     float, typer.Option(min=0, max=1, help="Score that a detection must exceed to be shown in the report.")
@@ -116,9 +132,19 @@ def evaluate(
     max_detections: MaxDetectionsOption = 100,
     reference: ReferenceOption = None,
     confidence: ConfidenceOption = None,
+    calibrate: CalibrateOption = False,
+    recall: RecallOption = None,
+    precision: PrecisionOption = None,
 ) -> None:
     """Evaluate a model as COCO does: AP and AR of masks and boxes, and mean IoU."""
     from ..data.load import load_instance_dataset
+    from ..evaluation.calibration import (
+        calibrate_evaluation,
+        check_goal,
+        class_names,
+        save_thresholds,
+        store_thresholds,
+    )
     from ..evaluation.confidence import compare, confidence_intervals, per_image, to_json
     from ..evaluation.error_analysis import analyse_evaluation
     from ..evaluation.evaluation_loop import evaluate_dataset
@@ -130,6 +156,12 @@ def evaluate(
     if confidence is not None and not 0 < confidence < 1:
         raise ValueError(f"--confidence must be in (0, 1), got {confidence}. Use 0.95.")
     _make_directories(output, predictions, report)
+    goal = {"recall": recall, "precision": precision, "confidence": confidence or 0.95}
+    if calibrate:
+        check_goal(**goal)
+        _check_calibration(model, threshold)
+    elif recall is not None or precision is not None:
+        raise ValueError("--recall and --precision require --calibrate. Add it.")
     splits = load_instance_dataset(data, image_folder=image_folder).ignore_classes(ignore_class or [])
     if split not in splits:
         raise ValueError(f"--split must be a split of {data}, {', '.join(splits)}, got {split}")
@@ -139,11 +171,15 @@ def evaluate(
     settings["batch_size"] = batch_size
     stages = None if report is None else StageRecord()
     evaluator = evaluate_dataset(loaded, processor, dataset, stages=stages, **settings)
+    if calibrate:
+        calibration = calibrate_evaluation(evaluator, **goal)
+        store_thresholds(loaded.config, calibration, class_names(loaded.config, dataset, evaluator))
+        save_thresholds(Path(model).expanduser(), loaded.config)
     if report is None:
         metrics = evaluator.compute()
     else:
-        scores = {"min_score": min_score, "score_threshold": threshold}
-        analysis = analyse_evaluation(evaluator, dataset, stages=stages, **scores)
+        scores: dict[str, Any] = {"min_score": min_score, "score_threshold": threshold}
+        analysis = analyse_evaluation(evaluator, dataset, loaded.config, stages=stages, **scores)
         metrics = analysis.metrics
     typer.echo(f"{model} on {split} of {data}, {len(dataset)} images")
     typer.echo(format_numbers(metrics))
@@ -153,6 +189,10 @@ def evaluate(
         typer.echo(format_intervals(metrics))
     if per_class:
         typer.echo(format_classes(metrics["per_class"]))
+    if calibrate:
+        metrics["calibration"] = calibration.to_dict()
+        typer.echo(format_calibration(calibration))
+        typer.echo(f"stored in {Path(model) / 'config.json'}; `predict` uses them unless --threshold is given")
     if reference is not None:
         loaded, processor = load_model(reference, device, dtype, threads)
         other = evaluate_dataset(loaded, processor, dataset, **settings)
@@ -184,6 +224,19 @@ def _make_directories(output: Path | None, predictions: Path | None, report: Pat
         make_directory(file.parent)
     if report is not None:
         make_directory(report)
+
+
+def _check_calibration(model: str, threshold: float | None) -> None:
+    """Raise ValueError unless thresholds can be chosen among all detections, and stored in the folder of a model."""
+    if threshold is not None:
+        raise ValueError(f"--calibrate requires all detections, got --threshold {threshold}. Omit it.")
+    path = Path(model).expanduser()
+    if (path / "config.json").is_file():
+        return check_writable(path / "config.json")
+    remedy = f'In Python, save it first: m, p = load("{model}"), m.save_pretrained("my-model"), p.save_pretrained(...).'
+    if path.is_file():
+        remedy = "Calibrate the model that was exported, and export it again."
+    raise ValueError(f"--calibrate requires the folder of a model, got {model}. {remedy}")
 
 
 def _note_low_scores(highest_score: float | None, min_score: float) -> None:
@@ -258,6 +311,22 @@ def format_classes(per_class: Mapping[str, Mapping[str, Any]]) -> str:
         for label, metrics in per_class.items()
     ]
     return format_table(["class", "objects", *(_CLASS_METRICS[name] for name in columns)], rows)
+
+
+def format_calibration(calibration: Any) -> str:
+    """Return a table of calibrated score thresholds and what they reach, and what they promise."""
+    rows = [
+        [
+            name,
+            one.num_objects,
+            *("-" if value != value else f"{value:.3f}" for value in (one.precision, one.recall, one.f1)),
+            "-" if one.threshold is None else f"{one.threshold:.3f}",
+            one.problem,
+        ]
+        for name, one in calibration.classes.items()
+    ]
+    header = ["class", "objects", "precision", "recall", "F1", "threshold", ""]
+    return f"{format_table(header, rows, left=(0, 6))}\nscore thresholds: {calibration.note}"
 
 
 def _format(value: float) -> str:

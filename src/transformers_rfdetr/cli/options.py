@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..atomic_files import escape_unprintable
+
 
 class Dtype(StrEnum):
     """The data types that a model can run in, by their names in torch."""
@@ -75,6 +77,19 @@ def load_model(name: str, device: str, dtype: Dtype, threads: int | None) -> Any
         torch.set_num_threads(threads)
     options: dict[str, Any] = {"threads": threads} if Path(name).suffix in RUNTIMES else {}
     return load(name, device=device, dtype=getattr(torch, dtype), **options)
+
+
+def choose_threshold(config: Any, threshold: float | None) -> Any:
+    """Return the score threshold that is given, else "calibrated" if the model is calibrated, else 0.5; print which."""
+    if threshold is not None:
+        return threshold
+    if config.score_thresholds is None:
+        typer.echo("score threshold: 0.5 (the model is not calibrated)")
+        return 0.5
+    typer.echo(
+        f"score thresholds: those of the model ({escape_unprintable(config.score_thresholds_note or 'no note')})"
+    )
+    return "calibrated"
 
 
 def read_size(option: str, text: str) -> int | tuple[int, int]:

@@ -27,6 +27,7 @@ from .options import (
     Format,
     ThreadsOption,
     absolute,
+    choose_threshold,
     load_model,
     read_names,
     read_size,
@@ -77,7 +78,13 @@ DatasetOption = Annotated[
     typer.Option(metavar="USER/NAME|PATH", help="Dataset to predict instead of sources; its image ids are kept."),
 ]
 SplitOption = Annotated[str, typer.Option(help="Split of the dataset.")]
-ThresholdOption = Annotated[float, typer.Option(help="Score above which an instance is kept.")]
+ThresholdOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Score above which an instance is kept. Default: that of its class if the model is calibrated (`evaluate"
+        " --calibrate`), else 0.5."
+    ),
+]
 ClassesOption = Annotated[str | None, typer.Option(metavar="NAME,NAME", help="Classes to predict. Default: all.")]
 TileOption = Annotated[
     str | None,
@@ -140,7 +147,7 @@ def predict(
     output: OutputOption = Path("predictions"),
     dataset: DatasetOption = None,
     split: SplitOption = "test",
-    threshold: ThresholdOption = 0.5,
+    threshold: ThresholdOption = None,
     classes: ClassesOption = None,
     batch_size: BatchSizeOption = 8,
     device: DeviceOption = "auto",
@@ -177,7 +184,7 @@ def predict(
     loaded, processor = load_model(model, device, dtype, threads)
     is_one_class = classes in loaded.config.id2label.values()  # its name may contain a comma
     options = FolderOptions(
-        threshold=threshold,
+        threshold=choose_threshold(loaded.config, threshold),
         classes=None if classes is None else [classes] if is_one_class else sorted(read_names("--classes", classes)),
         batch_size=batch_size,
         tile=tile if tile in (None, "auto") else read_size("--tile", tile),
@@ -443,14 +450,14 @@ def _save_as(run: _Run, inputs: _Inputs, format: Format) -> None:
 
 def _predict_videos(run: _Run, videos: "Sequence[InputImage]", arguments: Mapping[str, Any]) -> int:
     """Predict the videos of this process, and return how many could not be read."""
-    from ..inference.prediction_files import check_settings, fingerprint
+    from ..inference.prediction_files import check_settings, fingerprint, thresholds_setting
 
     if not videos:
         return 0
     options = run.options
     settings = {
         **run.origin,
-        "threshold": options.threshold,
+        "threshold": thresholds_setting(run.model.config, options.threshold),
         "classes": options.classes,
         "images": options.draw,
         "color_by": options.color_by,

@@ -33,6 +33,7 @@ class MatchTable(NamedTuple):
 
     num_objects: np.ndarray  # (N,) int64, without crowd regions
     images: np.ndarray  # (D,) int64, index of the image of each detection
+    scores: np.ndarray  # (D,) float64, descending
     is_match: np.ndarray  # (T, D) bool
     is_ignored: np.ndarray  # (T, D) bool, detections of crowd regions
 
@@ -50,15 +51,7 @@ def per_image(evaluator: Any) -> PerImage:
     names = evaluator.ground_truth.category_names
     image_ids = sorted(evaluator.ground_truth.sizes)
     kinds = ("segm", "bbox") if evaluator.has_masks else ("bbox",)
-    ids_by_category = evaluator.image_ids_by_category()
-    tables: dict[str, dict[str, MatchTable]] = {kind: {} for kind in kinds}
-    for kind in kinds:
-        for category, name in names.items():
-            table = _match_table(evaluator.coco_lists(category, ids_by_category[category], kind), kind)
-            indices = np.flatnonzero(np.isin(image_ids, ids_by_category[category]))
-            num_objects: np.ndarray = np.zeros(len(image_ids), np.int64)
-            num_objects[indices] = table.num_objects
-            tables[kind][name] = table._replace(num_objects=num_objects, images=indices[table.images])
+    tables = {kind: match_tables(evaluator, kind) for kind in kinds}
     rows = [*names, None] if evaluator.has_masks else []
     pixels: np.ndarray = np.zeros((len(image_ids), len(rows), 3), np.int64)
     detections = evaluator.state()
@@ -68,6 +61,20 @@ def per_image(evaluator: Any) -> PerImage:
         for category, counts in found:
             pixels[index, rows.index(category)] = counts
     return PerImage(image_ids, tables, pixels)
+
+
+def match_tables(evaluator: Any, kind: str | None = None) -> dict[str, MatchTable]:
+    """Return the table of each class by name, of "segm" or "bbox"; of masks, otherwise of boxes, by default."""
+    kind = kind or ("segm" if evaluator.has_masks else "bbox")
+    image_ids, ids_by_category = sorted(evaluator.ground_truth.sizes), evaluator.image_ids_by_category()
+    tables = {}
+    for category, name in evaluator.ground_truth.category_names.items():
+        table = _match_table(evaluator.coco_lists(category, ids_by_category[category], kind), kind)
+        indices = np.flatnonzero(np.isin(image_ids, ids_by_category[category]))
+        num_objects: np.ndarray = np.zeros(len(image_ids), np.int64)
+        num_objects[indices] = table.num_objects
+        tables[name] = table._replace(num_objects=num_objects, images=indices[table.images])
+    return tables
 
 
 def _match_table(lists: CocoLists, kind: str) -> MatchTable:
@@ -80,7 +87,8 @@ def _match_table(lists: CocoLists, kind: str) -> MatchTable:
     is_ignored = np.concatenate([empty, *(one["dtIgnore"] for _, one in present)], axis=1) > 0
     is_match = np.concatenate([empty, *(one["dtMatches"] for _, one in present)], axis=1) > 0
     order = np.argsort(-scores, kind="stable")  # as COCOeval sorts
-    return MatchTable(num_objects, images[order], (is_match & ~is_ignored)[:, order], is_ignored[:, order])
+    is_match &= ~is_ignored
+    return MatchTable(num_objects, images[order], scores[order], is_match[:, order], is_ignored[:, order])
 
 
 def average_precision(table: MatchTable, weights: np.ndarray) -> np.ndarray:
@@ -285,6 +293,7 @@ def to_json(images: PerImage) -> dict[str, Any]:
             name: {
                 "num_objects": table.num_objects.tolist(),
                 "images": table.images.tolist(),
+                "scores": table.scores.tolist(),
                 "is_match": (bits @ table.is_match).tolist(),
                 "is_ignored": (bits @ table.is_ignored).tolist(),
             }
@@ -307,6 +316,7 @@ def from_json(content: Mapping[str, Any]) -> PerImage:
                 name: MatchTable(
                     np.array(table["num_objects"], np.int64),
                     np.array(table["images"], np.int64),
+                    np.array(table["scores"], np.float64),
                     _read_bits(table["is_match"]),
                     _read_bits(table["is_ignored"]),
                 )

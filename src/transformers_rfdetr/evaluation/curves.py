@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .calibration import THRESHOLDS, Reliability, ScoreCurves
+
 # The ink is replaced by `currentColor` in SVG; the gray of the grid is visible on light and on dark pages.
 _INK, _GRAY = "#1c2330", "#8a8f98"
 _COLORS = ("#3b82f6", "#ef8a17", "#16a34a", "#d946ef", "#0ea5b7", "#dc2626", "#8b6f47", "#7c7c8a")
 _RECALLS = np.linspace(0, 1, 101)
 _IOU_INDICES = {0.5: 0, 0.75: 5}  # among COCO's IoU thresholds 0.5, 0.55, ..., 0.95
+_STEP = 20  # among the thresholds, of those that are drawn
 _MAX_MARKED_POINTS = 40  # a curve of more points is a line without markers
 
 
@@ -88,19 +91,53 @@ def precision_recall_charts(curves: Mapping[str, np.ndarray]) -> list[Chart]:
     Args:
         curves: Class name -> precision (T, R), as `InstanceSegmentationEvaluator.precision_curves` returns it.
     """
-    has_colors = len(curves) <= len(_COLORS)
     charts = []
     for iou, index in _IOU_INDICES.items() if curves else ():
-        lines = [
-            Curve(f"{name} {precision[index].mean():.3f}", _RECALLS, precision[index], color, in_legend=has_colors)
-            for (name, precision), color in zip(
-                curves.items(), _COLORS if has_colors else [_GRAY] * len(curves), strict=False
-            )
-        ]
+        of_classes = {name: precision[index] for name, precision in curves.items()}
+        lines = _class_lines({f"{name} {one.mean():.3f}": one for name, one in of_classes.items()}, _RECALLS)
         if len(lines) > 1:
             mean = np.mean([precision[index] for precision in curves.values()], axis=0)
             lines.append(Curve(f"mean of classes {mean.mean():.3f}", _RECALLS, mean, _INK, width=3.0))
         charts.append(Chart(f"IoU at least {iou}", "recall", "precision", lines, 1.0))
+    return charts
+
+
+def _class_lines(values: Mapping[str, np.ndarray], x: np.ndarray) -> list[Curve]:
+    """Return a curve for each class; with more classes than colors, thin gray ones that are not in the legend."""
+    has_colors = len(values) <= len(_COLORS)
+    colors = _COLORS if has_colors else [_GRAY] * len(values)
+    return [
+        Curve(label, x, y, color, in_legend=has_colors)
+        for (label, y), color in zip(values.items(), colors, strict=False)
+    ]
+
+
+def score_threshold_charts(curves: Mapping[str, ScoreCurves], reliability: Reliability) -> list[Chart]:
+    """Return charts of precision, recall and F1 over the score threshold, and the reliability diagram.
+
+    Args:
+        curves: Class name -> curves over `THRESHOLDS`; classes without an object have no recall and are omitted there.
+        reliability: That of the detections of all classes.
+    """
+    charts = []
+    for title, name in (("Precision", "precision"), ("Recall", "recall"), ("F1", "f1")):
+        values = {label: getattr(one, name)[::_STEP] for label, one in curves.items()}
+        values = {label: y for label, y in values.items() if np.isfinite(y).any()}
+        if values:
+            charts.append(
+                Chart(
+                    title,
+                    "score threshold",
+                    title.lower() if title != "F1" else title,
+                    _class_lines(values, THRESHOLDS[::_STEP]),
+                    1.0,
+                )
+            )
+    if len(reliability.scores):
+        diagonal = Curve("equal", np.array([0.0, 1.0]), np.array([0.0, 1.0]), _GRAY, width=1.0)
+        label = f"expected calibration error {reliability.error:.3f}"
+        measured = Curve(label, reliability.scores, reliability.shares, _COLORS[0])
+        charts.append(Chart("Reliability", "score", "share of matches", [diagonal, measured], 1.0))
     return charts
 
 
@@ -141,6 +178,7 @@ def draw_svg(chart: Chart) -> str:
         figure.savefig(stream, format="svg", transparent=True, metadata=no_metadata)
     _, _, svg = stream.getvalue().partition("<svg ")
     svg = re.sub(r' id="[\w.]+_\d+"', "", svg.replace(_INK, "currentColor"))  # ids that nothing refers to
+    svg = re.sub(r" font-family: [^;]*;", "", svg)  # the page's
     for index, curve in enumerate(chart.curves):
         start = f'<g id="curve-{index}">'
         svg = svg.replace(start, f'<g class="curve"><title>{html.escape(curve.label)}</title>')

@@ -4,7 +4,7 @@ Axis letters: C classes of the dataset, T IoU thresholds, R recalls, N objects a
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,9 @@ from ..inference.instances import Instances
 from ..inference.predict import WEAK_SCORE
 from ..model.masks import box_xyxy_to_xywh
 from ..model.validation import require
+from .calibration import stored_thresholds
 from .coco_evaluator import InstanceSegmentationEvaluator
+from .confidence import MatchTable, match_tables
 from .evaluation_loop import evaluate_dataset
 from .mask_records import Detections, Objects
 from .missed_objects import MIN_IOU, Problem, StageRecord, explain_missed, iou_on_grid
@@ -91,6 +93,9 @@ class Analysis:
             COCO.
         num_selected: Number of proposals of the first stage that become queries; None if the first stage is unknown,
             as that of an exported file.
+        match_tables: Class -> how its detections match, for curves over the score threshold.
+        thresholds: Class -> calibrated score threshold, if the model has one.
+        thresholds_note: What the thresholds promise.
     """
 
     metrics: dict[str, Any]
@@ -102,6 +107,9 @@ class Analysis:
     highest_score: float | None
     score_threshold: float | None = None
     num_selected: int | None = None
+    match_tables: dict[str, MatchTable] = field(default_factory=dict)
+    thresholds: dict[str, float] = field(default_factory=dict)
+    thresholds_note: str | None = None
 
     @property
     def precision(self) -> float:
@@ -151,12 +159,14 @@ def analyse(
     settings: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     stages = StageRecord()
     evaluator = evaluate_dataset(model, processor, dataset, score_threshold=score_threshold, stages=stages, **settings)
-    return analyse_evaluation(evaluator, dataset, min_score=min_score, score_threshold=score_threshold, stages=stages)
+    scores: dict[str, Any] = {"min_score": min_score, "score_threshold": score_threshold}
+    return analyse_evaluation(evaluator, dataset, model.config, stages=stages, **scores)
 
 
 def analyse_evaluation(
     evaluator: InstanceSegmentationEvaluator,
     dataset: Any,
+    config: Any,
     *,
     min_score: float = 0.5,
     score_threshold: float | None = None,
@@ -164,8 +174,9 @@ def analyse_evaluation(
 ) -> Analysis:
     """Return the analysis of an evaluator with the detections in all images of a dataset, as [`analyse`] does.
 
-    `stages` are those that [`evaluate_dataset`] recorded; without them, missed objects that the first stage and the
-    decoder have lost are not told apart.
+    `config` is the model's configuration, from which calibrated score thresholds are read. `stages` are those that
+    [`evaluate_dataset`] recorded; without them, missed objects that the first stage and the decoder have lost are not
+    told apart.
     """
     stages = stages or StageRecord()
     ground_truth, detections = evaluator.ground_truth, evaluator.state()
@@ -193,6 +204,9 @@ def analyse_evaluation(
         evaluator.highest_score,
         score_threshold,
         stages.num_selected or None,
+        match_tables(evaluator),
+        stored_thresholds(config, dataset, evaluator),
+        getattr(config, "score_thresholds_note", None),
     )
 
 

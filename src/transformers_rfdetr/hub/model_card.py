@@ -108,6 +108,8 @@ def model_card(
         height=height,
         width=width,
         num_queries=config.num_queries,
+        threshold="0.5" if config.score_thresholds is None else '"calibrated"',
+        thresholds_note=config.score_thresholds_note,
         converted_from=converted_from,
         changes=changes,
         result_rows=_result_rows(run),
@@ -163,6 +165,9 @@ def _class_table(config: RfDetrConfig, run: Run) -> tuple[list[str], list[list[A
             if values:
                 columns[f"{label}, {split}"] = {name: _format(value) for name, value in values.items()}
                 break
+    if config.score_thresholds is not None:
+        scores = {config.id2label[label]: f"{score:.3f}" for label, score in config.score_thresholds.items()}
+        columns["score threshold"] = scores
     rows = [
         [label, name, *(column.get(name, "") for column in columns.values())]
         for label, name in class_labels(config.id2label).items()

@@ -22,14 +22,16 @@ from PIL import Image
 from transformers.utils import logging
 
 from ..atomic_files import atomic_file, translate_disk_errors
+from ..model.configuration_rf_detr import RfDetrConfig
 from ..model.image_io import read_rgb, redact_url
 from .image_list import InputImage, unique_names
 from .instances import Instances, check_color_by
-from .predict import predict
+from .predict import DEFAULT_SCORE, predict
 from .prediction_files import (
     check_settings,
     find_records,
     fingerprint,
+    thresholds_setting,
     truncate_partial_line,
     write_results,
     write_settings,
@@ -60,7 +62,7 @@ class FolderOptions:
         color_by: See `Instances.draw`.
     """
 
-    threshold: float = 0.5
+    threshold: float | Literal["calibrated"] = DEFAULT_SCORE
     classes: Sequence[str] | None = None
     batch_size: int = 8
     tile: int | tuple[int, int] | str | None = None
@@ -74,10 +76,10 @@ class FolderOptions:
             raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size}")
         check_color_by(self.color_by)
 
-    def to_settings(self) -> dict[str, Any]:
-        """Return the options that the written files depend on, for settings.json."""
+    def to_settings(self, config: RfDetrConfig) -> dict[str, Any]:
+        """Return the options that the written files depend on, with a model's configuration, for settings.json."""
         return {
-            "threshold": self.threshold,
+            "threshold": thresholds_setting(config, self.threshold),
             "classes": None if self.classes is None else sorted(self.classes),
             "tile": list(self.tile) if isinstance(self.tile, tuple) else self.tile,
             "overlap": None if self.tile is None else self.overlap,
@@ -150,7 +152,7 @@ def predict_to_folder(
     folder, (rank, world_size) = Path(output), shard
     if not 0 <= rank < world_size:
         raise ValueError(f"the rank of a process must be below the number of processes {world_size}, got {rank}")
-    settings = {**(origin or {}), "weights": fingerprint(model), **options.to_settings()}
+    settings = {**(origin or {}), "weights": fingerprint(model), **options.to_settings(model.config)}
     check_settings(folder, settings)
     completed = {record.image for record in find_records(folder) if not record.has_failed}
     writer = _ShardWriter(folder, images, f"{rank}-of-{world_size}", options)

@@ -4,7 +4,7 @@ import difflib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
@@ -16,8 +16,8 @@ from ..model.image_io import Pixels, read_pixels, size_of
 from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from ..model.masks import region_to_rle, upsample_masks
 from ..model.modeling_rf_detr import BACKGROUND_LOGIT, RfDetrForObjectDetection, RfDetrOutput
-from ..model.post_processing_rf_detr import select_detections, valid_size
-from ..model.validation import error_context, is_index, require
+from ..model.post_processing_rf_detr import Detections, select_detections, valid_size
+from ..model.validation import error_context, is_index, is_number, require
 from ..model.variants_rf_detr import class_labels
 from .fixed_size import FixedSizeModel
 from .instances import Instances
@@ -26,6 +26,7 @@ from .instances import Instances
 # (https://arxiv.org/abs/2110.06864): an occluded or cut object often has a low score, but the next frame or the
 # neighboring tile confirms it.
 WEAK_SCORE = 0.1
+DEFAULT_SCORE = 0.5  # the threshold of a class that was not calibrated
 
 
 @torch.no_grad()
@@ -34,7 +35,7 @@ def predict(
     processor: RfDetrImageProcessor,
     images: Any,
     *,
-    threshold: float = 0.5,
+    threshold: float | Literal["calibrated"] = DEFAULT_SCORE,
     classes: Sequence[str] | None = None,
     top_k: int | None = None,
     batch_size: int = 8,
@@ -56,7 +57,8 @@ def predict(
         processor: The model's image processor.
         images: One image in any form that the processor accepts (path, URL, PIL image, array or tensor), or any
             iterable of them: a list, a generator, a 4-D array or tensor, a column of a `datasets.Dataset`.
-        threshold: A score in [0, 1]. Instances with a score above it are returned.
+        threshold: A score in [0, 1]. Instances with a score above it are returned. "calibrated" takes the threshold of
+            each class that [`calibrate`] has stored in the model's configuration, and 0.5 for classes without one.
         classes: Names of the classes to predict; all by default.
         top_k: Number of pairs of query and class to select in each image; the number of queries by default.
         batch_size: Number of images in a forward pass.
@@ -67,10 +69,10 @@ def predict(
         The instances of each image.
 
     Raises:
-        ValueError: an image cannot be read (the message has its index), an argument is out of range, or an exported
-            model is to return embeddings.
+        ValueError: an image cannot be read (the message has its index), an argument is out of range, the model is not
+            calibrated, or an exported model is to return embeddings.
     """
-    check_threshold(threshold)
+    thresholds = class_thresholds(model.config, threshold)
     require(batch_size >= 1, "batch_size", batch_size, "at least 1")
     wanted = None if classes is None else labels_of(model.config, classes)
     is_single = isinstance(images, str | os.PathLike | PIL.Image.Image) or getattr(images, "ndim", 4) != 4
@@ -84,15 +86,30 @@ def predict(
             for index, image in enumerate(batch, start=len(found)):
                 with error_context(f"image {index}"):
                     pixels.append(read_pixels(image, processor.do_rescale))
-            found += _predict_batch(model, processor, pixels, threshold, wanted, top_k, embeddings)
+            found += _predict_batch(model, processor, pixels, thresholds, wanted, top_k, embeddings)
     finally:
         model.train(was_training)
     return found
 
 
-def check_threshold(threshold: float) -> None:
-    """Raise ValueError unless a threshold is a score in [0, 1]."""
-    require(0 <= threshold <= 1, "threshold", threshold, "a score in [0, 1]")
+def class_thresholds(config: RfDetrConfig, threshold: float | Literal["calibrated"]) -> np.ndarray:
+    """Return the score threshold of each label, (C,) float32.
+
+    Raises:
+        ValueError: the threshold is not a score in [0, 1], or the model is not calibrated.
+    """
+    if threshold != "calibrated":
+        rule = "a score in [0, 1]" if is_number(threshold) else 'a score in [0, 1] or "calibrated"'
+        require(is_number(threshold) and 0 <= threshold <= 1, "threshold", threshold, rule)
+        return np.full(len(config.id2label), threshold, np.float32)
+    calibrated = getattr(config, "score_thresholds", None)
+    if calibrated is None:
+        raise ValueError(
+            '`threshold` must be a score in [0, 1] for a model that is not calibrated, got "calibrated". Call'
+            " `calibrate(model, processor, dataset)` first."
+        )
+    scores = [calibrated.get(label, DEFAULT_SCORE) for label in range(len(config.id2label))]
+    return np.array(scores, np.float32)
 
 
 def labels_of(config: RfDetrConfig, names: str | Sequence[str]) -> Tensor:
@@ -123,7 +140,7 @@ def _predict_batch(
     model: Any,
     processor: RfDetrImageProcessor,
     images: Sequence[Pixels],
-    threshold: float,
+    thresholds: np.ndarray,
     wanted: Tensor | None,
     top_k: int | None,
     embeddings: bool,
@@ -145,7 +162,10 @@ def _predict_batch(
     category_ids = category_ids_of(model.config)
     for index, image in enumerate(images):
         size = size_of(image)
-        found = select_detections(outputs, index, threshold, size, top_k)
+        found = select_detections(outputs, index, float(thresholds.min()), size, top_k)
+        if (thresholds != thresholds[0]).any():
+            is_kept = found.scores > torch.from_numpy(thresholds).to(found.scores.device)[found.labels]
+            found = Detections(*(part[is_kept] for part in found))
         masks = None
         if stage.masks is not None:
             mask_logits = stage.masks.logits_of(index, found.queries)

@@ -19,14 +19,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ..atomic_files import atomic_file, write_text
 from ..model.configuration_rf_detr import RfDetrConfig
 from ..model.masks import box_xyxy_to_xywh
 from ..model.variants_rf_detr import class_labels
 from .instances import Instances
-from .predict import category_ids_of
+from .predict import category_ids_of, class_thresholds
 from .runners import RuntimeModel
 
 
@@ -38,6 +38,13 @@ def fingerprint(model: Any) -> str:
     for tensor in getattr(model, "_model", model).state_dict().values():
         digest.update(tensor.flatten()[:16].float().numpy(force=True).tobytes())
     return digest.hexdigest()
+
+
+def thresholds_setting(config: RfDetrConfig, threshold: float | Literal["calibrated"]) -> float | dict[str, float]:
+    """Return a score threshold for settings.json; "calibrated" becomes the threshold of each label."""
+    if threshold != "calibrated":
+        return threshold
+    return {str(label): round(score, 6) for label, score in enumerate(class_thresholds(config, threshold).tolist())}
 
 
 def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:

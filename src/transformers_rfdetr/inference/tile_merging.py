@@ -34,7 +34,7 @@ class Tile(NamedTuple):
 
 
 def merge_tiles(
-    found: Sequence[tuple[Tile, Instances]], image_size: tuple[int, int], threshold: float = 0.0
+    found: Sequence[tuple[Tile, Instances]], image_size: tuple[int, int], threshold: float | np.ndarray = 0.0
 ) -> Instances:
     """Merge the instances of tiles into those of the image.
 
@@ -62,7 +62,7 @@ def merge_tiles(
         found: The tiles of [`cut_tiles`], at least one, with their instances in pixels of the tile. Without masks,
             boxes are compared.
         image_size: (height, width) of the image.
-        threshold: A score in [0, 1].
+        threshold: A score in [0, 1], or one for each label (C,).
 
     Returns:
         Instances with a score above `threshold`, best first.
@@ -110,12 +110,16 @@ class _Pieces:
         placed: Their masks in the image, as RLE.
     """
 
-    def __init__(self, found: Sequence[tuple[Tile, Instances]], image_size: tuple[int, int], threshold: float) -> None:
+    def __init__(
+        self, found: Sequence[tuple[Tile, Instances]], image_size: tuple[int, int], threshold: float | np.ndarray
+    ) -> None:
         self.image_size = image_size
         self.tiles = np.array([[left, top, left + width, top + height] for (top, left, height, width), _ in found])
         self.cells = _cells(self.tiles)
         self.instances = _concatenate([instances for _, instances in found])
         self.tile_of: np.ndarray = np.repeat(np.arange(len(found)), [len(instances) for _, instances in found])
+        if isinstance(threshold, np.ndarray):
+            threshold = threshold[self.instances.labels]
         self.is_sure = self.instances.scores > threshold
         offsets = np.tile(self.tiles[self.tile_of, :2], 2)
         self.boxes = self.extents = self.instances.boxes + offsets

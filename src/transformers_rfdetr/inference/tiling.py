@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -18,7 +18,7 @@ from ..model.modeling_rf_detr import RfDetrForObjectDetection
 from ..model.validation import as_pair, read_size, require
 from .fixed_size import FixedSizeModel
 from .instances import Instances
-from .predict import WEAK_SCORE, check_threshold, predict
+from .predict import DEFAULT_SCORE, WEAK_SCORE, class_thresholds, predict
 from .tile_merging import Tile, decode_mask, merge_tiles
 
 logger = logging.get_logger(__name__)
@@ -31,7 +31,7 @@ def predict_tiled(
     *,
     tile: int | tuple[int, int] | None = None,
     overlap: float = 0.2,
-    threshold: float = 0.5,
+    threshold: float | Literal["calibrated"] = DEFAULT_SCORE,
     batch_size: int = 4,
     classes: Sequence[str] | None = None,
     embeddings: bool = False,
@@ -69,7 +69,7 @@ def predict_tiled(
     Raises:
         ValueError: the image cannot be read, or an argument is out of range.
     """
-    check_threshold(threshold)
+    thresholds = class_thresholds(model.config, threshold)
     require(batch_size >= 1, "batch_size", batch_size, "at least 1")
     size = _legal_tile_size(model.config, tile)
     pixels = as_tensor(read_pixels(image, processor.do_rescale))
@@ -77,7 +77,7 @@ def predict_tiled(
     tiles = cut_tiles(image_size, size, overlap)
     tile_processor = copy.copy(processor)
     tile_processor.size, tile_processor.pad_size = {"height": size[0], "width": size[1]}, None
-    least_score = threshold if len(tiles) == 1 else min(threshold, WEAK_SCORE)
+    least_score = threshold if len(tiles) == 1 else min(float(thresholds.min()), WEAK_SCORE)
     settings: dict[str, Any] = {"threshold": least_score, "classes": classes, "embeddings": embeddings}
     found: list[tuple[Tile, Instances]] = []
     for start in logging.tqdm(range(0, len(tiles), batch_size), desc="Tiles", disable=not progress):
@@ -85,7 +85,7 @@ def predict_tiled(
         crops = [_crop(processor, pixels, each, size) for each in batch]
         results = predict(model, tile_processor, crops, batch_size=batch_size, **settings)
         found += [(each, _without_padding(result, each)) for each, result in zip(batch, results, strict=True)]
-    return merge_tiles(found, image_size, threshold)
+    return merge_tiles(found, image_size, thresholds)
 
 
 def _legal_tile_size(config: RfDetrConfig, tile: int | tuple[int, int] | None) -> tuple[int, int]:

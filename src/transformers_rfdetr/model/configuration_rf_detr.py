@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
 
 from .validation import (
     are_strings,
@@ -20,11 +21,14 @@ from .validation import (
     is_integer,
     nearest_legal_sizes,
     read_label_maps,
+    read_score_thresholds,
     read_size,
     refuse_class_attributes,
     require,
 )
 from .variants_rf_detr import COCO_ID2LABEL, VARIANTS, resolve_variant
+
+logger = logging.get_logger(__name__)
 
 # The scale of each projector level relative to the patch grid: P3 is twice as fine, P5 half as fine.
 PROJECTOR_SCALES = {"P3": 2.0, "P4": 1.0, "P5": 0.5}
@@ -252,6 +256,9 @@ class RfDetrConfig(PreTrainedConfig):
         auxiliary_loss: Whether the decoder layers before the last have losses too (the first stage always has).
         resolution: Side of the square input in pixels, or [height, width]; each side a multiple of patch size times
             windows. By default `image_size` of the backbone, or the next legal size above.
+        score_thresholds: Label -> score in [0, 1] above which `predict(threshold="calibrated")` keeps an instance.
+            [`calibrate`] stores it; other implementations of RF-DETR ignore it. New classes (`id2label`) discard it.
+        score_thresholds_note: What the thresholds promise, for readers; discarded with them.
 
     Raises:
         ValueError: if a field is invalid, above its entry in `validation.LIMITS`, or defines another network than
@@ -311,6 +318,8 @@ class RfDetrConfig(PreTrainedConfig):
         focal_alpha: float = 0.25,
         auxiliary_loss: bool = True,
         resolution: int | list[int] | None = None,
+        score_thresholds: dict[int, float] | None = None,
+        score_thresholds_note: str | None = None,
         **kwargs: Any,
     ) -> None:
         projector_scale = projector_scale or ["P4"]
@@ -343,6 +352,8 @@ class RfDetrConfig(PreTrainedConfig):
         kwargs = _check_common_fields(type(self), kwargs)
         with config_errors_as_value_errors("the configuration"):
             super().__init__(**kwargs)
+        self.score_thresholds = score_thresholds  # after the classes, with which they are checked
+        self.score_thresholds_note = score_thresholds_note
 
     def _pop_fixed_fields(self, kwargs: dict[str, Any], projector_scale: Any) -> None:
         """Remove the fields that RF-DETR fixes or derives from other fields."""
@@ -398,7 +409,19 @@ class RfDetrConfig(PreTrainedConfig):
             require(is_valid, "mask_downsample_ratio", ratio, f"at most the resolution, {value}", "Usually it is 4.")
         if name == "backbone_config" and not isinstance(value, RfDetrDinov2Config):
             value = RfDetrDinov2Config(**_backbone_fields(value))
+        if name == "score_thresholds" and value is not None:
+            value = read_score_thresholds(value, self.id2label)
+        if name == "score_thresholds_note":
+            require(value is None or isinstance(value, str), name, value, "a string")
+        if name == "id2label" and value != getattr(self, "id2label", value):
+            self.discard_score_thresholds("the classes have changed")
         super().__setattr__(name, value)
+
+    def discard_score_thresholds(self, reason: str) -> None:
+        """Remove calibrated score thresholds, with a warning if there are any."""
+        if getattr(self, "score_thresholds", None) is not None:
+            logger.warning(f"score_thresholds are discarded: {reason}. Calibrate the model again.")
+            self.score_thresholds = self.score_thresholds_note = None
 
     def legal_sizes(self, size: int) -> list[int]:
         """Return the multiples of patch size times windows next to `size` in pixels, nearest first."""
@@ -411,7 +434,9 @@ class RfDetrConfig(PreTrainedConfig):
             "num_feature_levels": len(self.projector_scale),
             "intermediate_size": 4 * self.d_model,
         }
-        return super().to_dict() | self._FIXED | derived
+        absent = {name for name in ("score_thresholds", "score_thresholds_note") if getattr(self, name) is None}
+        fields = super().to_dict() | self._FIXED | derived
+        return {name: value for name, value in fields.items() if name not in absent}
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:

@@ -168,6 +168,24 @@ def _check_labels(labels: Iterable[tuple[Any, Any]]) -> dict[int, str]:
     return id2label
 
 
+def read_score_thresholds(thresholds: Any, id2label: Mapping[int, str]) -> dict[int, float]:
+    """Return score thresholds by label; JSON has strings as keys.
+
+    Raises:
+        ValueError: unless each is a score in [0, 1] of a label in `id2label`.
+    """
+    example = "a dict {label: score in [0, 1]}"
+    require(isinstance(thresholds, Mapping), "score_thresholds", thresholds, example)
+    read = {}
+    for label, score in thresholds.items():
+        is_label = is_index(label) or (isinstance(label, str) and label.isdecimal())
+        is_known = is_label and int(label) in id2label
+        require(is_known, "score_thresholds", label, f"a dict of labels from 0 to {len(id2label) - 1}")
+        require(is_number(score) and 0 <= score <= 1, f"score_thresholds[{label}]", score, "a score in [0, 1]")
+        read[int(label)] = float(score)
+    return read
+
+
 # Sizes
 
 

@@ -97,6 +97,7 @@ class ResumableTrainer(EvaluatingTrainer):
         if self.args.auto_find_batch_size:
             self._undo_failed_attempt()
         self.reset_losses()
+        self.model.config.discard_score_thresholds("they are those of the weights before training")
         state, tensors = read_training_state(self._checkpoint) if self._checkpoint else (None, {})
         self.best_models.values = dict(state["best"]) if state else {}
         if state:

@@ -15,7 +15,8 @@ from markupsafe import Markup
 
 from ...atomic_files import write_text
 from ...model.validation import require
-from ..curves import Chart, draw_svg, precision_recall_charts, training_charts
+from ..calibration import at_threshold, reliability, score_curves
+from ..curves import Chart, draw_svg, precision_recall_charts, score_threshold_charts, training_charts
 from ..error_analysis import Analysis, ImageQuality, analyse
 from .cards import image_card, num_objects
 from .missed import missed_section
@@ -72,6 +73,7 @@ def save_report(
     environment = page_environment()
     environment.filters["metric"] = _format_metric
     environment.filters["interval"] = _format_interval
+    environment.filters["share"] = lambda value: "–" if math.isnan(value) else f"{value:.3f}"
     page = environment.get_template("page.html.jinja").render(
         title=title,
         analysis=analysis,
@@ -82,6 +84,7 @@ def save_report(
         intervals=analysis.metrics.get("intervals"),
         has_iou="mean_iou" in analysis.metrics,
         curves=_draw(precision_recall_charts(analysis.curves)),
+        thresholds=_thresholds(analysis),
         confusion=_confusion(analysis),
         missed=missed_section(analysis, dataset),
         training=_draw([] if training is None else training_charts(_read_log(Path(training)))),
@@ -170,6 +173,15 @@ def _class_rows(analysis: Analysis) -> list[dict[str, Any]]:
 def _interval_of_class(analysis: Analysis, name: str) -> tuple[float, float] | None:
     of_class = analysis.metrics.get("intervals", {"per_class": {}})["per_class"].get(name, {})
     return of_class.get(f"{next(iter(_kinds(analysis)))}_AP")
+
+
+def _thresholds(analysis: Analysis) -> dict[str, Any]:
+    """Return the charts over the score threshold, and what the calibrated thresholds reach in these images."""
+    tables = analysis.match_tables
+    curves = {name: score_curves(table) for name, table in tables.items()}
+    rows = [(name, at_threshold(tables[name], threshold)) for name, threshold in analysis.thresholds.items()]
+    charts = _draw(score_threshold_charts(curves, reliability(tables.values())))
+    return {"charts": charts, "rows": rows, "note": analysis.thresholds_note}
 
 
 def _confusion(analysis: Analysis) -> dict[str, Any]:

@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal
 
+import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
 from ...atomic_files import translate_disk_errors
 from ..instances import Instances
-from ..predict import WEAK_SCORE, check_threshold, predict
+from ..predict import DEFAULT_SCORE, WEAK_SCORE, class_thresholds, predict
 from .reader import DEFAULT_FPS, Frame, VideoReader
 from .tracking import Tracker
 from .writer import VideoWriter, check_video_output
@@ -52,7 +53,7 @@ def predict_video(
     source: str | os.PathLike[str] | int,
     output: str | os.PathLike[str] | None = None,
     *,
-    threshold: float = 0.5,
+    threshold: float | Literal["calibrated"] = DEFAULT_SCORE,
     batch_size: int = 8,
     classes: Sequence[str] | None = None,
     track: bool = False,
@@ -86,8 +87,10 @@ def predict_video(
         ValueError: an argument is out of range, or the video cannot be read or written.
         ImportError: PyAV, or with `track` trackers, is not installed.
     """
-    _check_arguments(threshold, batch_size, max_frames, output, source)
-    least_score = min(threshold, WEAK_SCORE) if track else threshold
+    thresholds = class_thresholds(model.config, threshold)
+    _check_arguments(batch_size, max_frames, output, source)
+    lowest = float(thresholds.min())
+    least_score = min(lowest, WEAK_SCORE) if track else threshold
     find = partial(predict, model, processor, threshold=least_score, classes=classes, batch_size=batch_size)
     started = time.perf_counter()
     reader, frames, interrupted = None, 0, False
@@ -95,11 +98,11 @@ def predict_video(
         with ExitStack() as stack:
             reader = stack.enter_context(VideoReader(source, patience=patience))
             fps = reader.fps or DEFAULT_FPS
-            tracker = Tracker(fps, start_score=min(threshold, 0.5)) if track else None
+            tracker = Tracker(fps, start_score=min(lowest, DEFAULT_SCORE)) if track else None
             colors = color_by or ("instance" if track else "class")
             sinks = stack.enter_context(_Sinks(output, jsonl, fps, colors, on_frame))
             bar = stack.enter_context(_progress_bar(reader, max_frames, progress))
-            for frame, instances in _track(_predict_frames(reader, find, batch_size, max_frames), tracker, threshold):
+            for frame, instances in _track(_predict_frames(reader, find, batch_size, max_frames), tracker, thresholds):
                 frames += 1
                 sinks.add(frame, instances)
                 bar.update()
@@ -118,13 +121,13 @@ def _predict_frames(
 
 
 def _track(
-    frames: Iterator[tuple[Frame, Instances]], tracker: Tracker | None, threshold: float
+    frames: Iterator[tuple[Frame, Instances]], tracker: Tracker | None, thresholds: np.ndarray
 ) -> Iterator[tuple[Frame, Instances]]:
     """Add track ids. The tracker needs low scores to follow objects that are occluded; they are dropped afterwards."""
     for frame, instances in frames:
         if tracker is not None:
             instances = tracker.update(instances)
-        yield frame, instances.select(instances.scores > threshold)
+        yield frame, instances.select(instances.scores > thresholds[instances.labels])
 
 
 def _progress_bar(reader: VideoReader, max_frames: int | None, progress: bool) -> Any:
@@ -178,13 +181,11 @@ def _open_lines(path: str | os.PathLike[str]) -> Iterator[IO[str]]:
 
 
 def _check_arguments(
-    threshold: float,
     batch_size: int,
     max_frames: int | None,
     output: str | os.PathLike[str] | None,
     source: str | os.PathLike[str] | int,
 ) -> None:
-    check_threshold(threshold)
     for name, value in (("batch_size", batch_size), ("max_frames", max_frames)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}")
