@@ -1,7 +1,8 @@
 """Choose a score threshold for each class: the best F1, or a recall or precision that is promised with confidence.
 
 Detections are matched at IoU 0.5 as COCO does it: by mask, or by box without masks. A match does not depend on
-detections with lower scores, so one matching gives the numbers at every threshold.
+detections with lower scores, so one matching gives the numbers at every threshold. As in COCO, the best 100 detections
+of a class in an image count, of [`predict`] on whole images: tiles and tracks may reach more or less.
 
 A promise is about the mean over images, of which each counts the same: recall is the mean share of an image's objects
 that are found, over the images with an object; precision is the mean share of an image's detections that match an
