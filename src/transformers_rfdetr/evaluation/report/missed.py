@@ -34,8 +34,8 @@ _ADVICE = {
     " of them.",
     "lost in the decoder": "Train longer, or with more images like these; label objects that touch or overlap"
     " consistently.",
-    "not detected": "Evaluate the PyTorch model that was exported: then this line is divided into the stages that lost"
-    " the objects.",
+    "not detected": "Evaluate the PyTorch model itself, not an exported file or a compiled copy, to see which stage"
+    " lost them.",
     "other class": "Check the labels of the classes that the confusion matrix mixes up, and add images of the rarer"
     " one.",
     "inaccurate box": "Look whether one detection covers several objects or a part of one: label touching objects"
