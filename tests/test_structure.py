@@ -27,7 +27,8 @@ ORDER = [
     "__init__",
     "cli",
 ]
-FILES = sorted(PACKAGE.rglob("*.py"))
+# The handler is copied into repositories, where it imports the package as any program does.
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "handler.py")
 MODULES = {path: path.relative_to(PACKAGE).with_suffix("").parts for path in FILES}
 
 

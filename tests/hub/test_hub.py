@@ -345,10 +345,10 @@ def check_a_run_whose_push_fails_is_complete_on_disk(hub: Hub) -> None:
 
 def check_code_is_pushed_on_request(hub: Hub) -> None:
     model, processor = small_model(num_labels=2), RfDetrImageProcessor(size=48)
-    model.push_to_hub("me/coded", with_code=True)
+    model.push_to_hub("me/coded", with_code=True, endpoint=True)
     processor.push_to_hub("me/coded", with_code=True)
     assert not hasattr(model.config, "auto_map")  # the model is not changed
-    assert set(CODE_FILES) < hub.files("me/coded")
+    assert {*CODE_FILES, "handler.py", "requirements.txt"} < hub.files("me/coded")
     assert not set(CODE_FILES) & hub.files("me/barns")
     outputs = model(pixels())
     torch.save([dict(model.state_dict()), outputs.logits, outputs.pred_masks], hub.folder / "expected.pt")

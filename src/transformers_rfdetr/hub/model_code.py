@@ -1,4 +1,4 @@
-"""Copy the code of the model beside a checkpoint, which then loads where this package is not installed."""
+"""Copy code beside a checkpoint: that of the model, or the handler of an Inference Endpoint."""
 
 import json
 import shutil
@@ -8,6 +8,7 @@ from ..atomic_files import write_text
 
 _MODEL_FOLDER = Path(__file__).parents[1] / "model"
 CODE_FILES = tuple(sorted(path.name for path in _MODEL_FOLDER.glob("*.py") if path.name != "__init__.py"))
+_ENDPOINT_FOLDER = Path(__file__).with_name("endpoint")
 _PROCESSOR_MAP = {"AutoImageProcessor": "image_processing_rf_detr.RfDetrImageProcessor"}
 _DETECTION_MAP = {
     "AutoConfig": "configuration_rf_detr.RfDetrConfig",
@@ -41,3 +42,13 @@ def add_code(folder: Path) -> list[Path]:
             text = json.dumps(stored | {"auto_map": auto_map}, indent=2, sort_keys=True)
             write_text(path, f"{text}\n")
     return [Path(shutil.copyfile(_MODEL_FOLDER / name, folder / name)) for name in CODE_FILES]
+
+
+def add_endpoint(folder: Path) -> list[Path]:
+    """Copy the files with which Inference Endpoints of the Hub serve a model: handler.py and requirements.txt.
+
+    Returns:
+        The files copied.
+    """
+    names = ("handler.py", "requirements.txt")
+    return [Path(shutil.copyfile(_ENDPOINT_FOLDER / name, folder / name)) for name in names]

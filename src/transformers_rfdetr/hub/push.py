@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ..atomic_files import write_text
 from .model_card import model_card, one_line
-from .model_code import add_code
+from .model_code import add_code, add_endpoint
 
 logger = logging.get_logger(__name__)
 
@@ -25,6 +25,7 @@ def push_to_hub(
     repo_id: str,
     *,
     with_code: bool = False,
+    endpoint: bool = False,
     commit_message: str | None = None,
     commit_description: str | None = None,
     private: bool | None = None,
@@ -43,6 +44,7 @@ def push_to_hub(
         model_or_processor: The model or image processor.
         repo_id: The repository; it is created if it does not exist.
         with_code: Whether to add the code of this package; see [`add_code`].
+        endpoint: Whether to add the handler with which an Inference Endpoint serves the model; see [`add_endpoint`].
         commit_message: "Upload model" or "Upload processor" by default.
         commit_description: Description of the commit.
         private: Whether to create a private repository; the owner's default if None.
@@ -66,6 +68,8 @@ def push_to_hub(
             model_or_processor.save_pretrained(folder)
         if with_code:
             add_code(folder)
+        if endpoint and is_model:
+            add_endpoint(folder)
         return upload(
             folder,
             [path for path in folder.rglob("*") if path.is_file()],

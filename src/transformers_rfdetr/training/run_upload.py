@@ -15,7 +15,7 @@ from ..data.drawing import draw_grid
 from ..data.prepared import PreparedDataset
 from ..evaluation.curves import draw_png, training_charts
 from ..hub.model_card import CURVES, GRID, RECIPE, Run, is_hub_id, model_card
-from ..hub.model_code import add_code
+from ..hub.model_code import add_code, add_endpoint
 from ..hub.push import create_repository, upload
 from .arguments import note_on_metrics
 from .data_setup import unprepared
@@ -53,6 +53,7 @@ class UploadingTrainer(ResumableTrainer):
         private: bool | None = None,
         *,
         with_code: bool = False,
+        endpoint: bool = False,
         **card: Any,
     ) -> Any:
         """Save the model and upload it with its processor, model card, images and the training arguments.
@@ -66,6 +67,7 @@ class UploadingTrainer(ResumableTrainer):
             revision: Branch; `hub_revision` of the arguments by default.
             private: Whether the repository is created as a private one; `hub_private_repo` by default.
             with_code: Whether to add the code of this package; see [`add_code`].
+            endpoint: Whether to add the handler of an Inference Endpoint; see [`add_endpoint`].
             **card: Arguments of [`create_model_card`](RfDetrTrainer.create_model_card).
 
         Raises:
@@ -81,7 +83,7 @@ class UploadingTrainer(ResumableTrainer):
         name = self.hub_model_id or self.args.hub_model_id or folder.absolute().name
         private = self.args.hub_private_repo if private is None else private
         self.hub_model_id = create_repository(name, private=private, **access)
-        code = add_code(folder) if with_code else []
+        code = [*(add_code(folder) if with_code else []), *(add_endpoint(folder) if endpoint else [])]
         self.create_model_card(with_code=with_code, **card)
         if self.push_in_progress is not None:
             self.push_in_progress.wait_until_done()
