@@ -11,18 +11,16 @@ from transformers_rfdetr import RfDetrConfig, calibrate, load, load_instance_dat
 from transformers_rfdetr.cli.app import app
 from transformers_rfdetr.data.synthetic import draw_dataset, save_dataset
 from transformers_rfdetr.evaluation.calibration import (
-    THRESHOLDS,
     Calibration,
     calibrate_evaluation,
     check_goal,
     holds_with_confidence,
     promised_precision,
     promised_recall,
-    reliability,
-    score_curves,
 )
 from transformers_rfdetr.evaluation.confidence import MatchTable, match_tables
 from transformers_rfdetr.evaluation.evaluation_loop import evaluate_dataset
+from transformers_rfdetr.evaluation.score_curves import THRESHOLDS, reliability, score_curves
 
 
 def table_of(num_objects, images, scores, is_match, is_ignored=None):

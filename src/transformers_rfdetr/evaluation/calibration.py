@@ -21,7 +21,7 @@ Axis letters: N images, D detections of a class in all images, best first, L thr
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,35 +33,10 @@ from ..data.dataset import as_instance_dataset
 from ..model.validation import require
 from .confidence import MatchTable, match_tables
 from .evaluation_loop import evaluate_dataset, label_to_category_id
+from .score_curves import AT_50, THRESHOLDS, num_above_thresholds, score_curves
 
-THRESHOLDS = np.arange(1000) / 1000  # L
-_AT_50 = 0  # index into the IoU thresholds
 _MAX_BET = 0.75  # of the capital; 0.5 and 0.75 are usual
-_NUM_BINS = 10  # of the reliability diagram
 _SEED = 0  # of the order in which images are bet on
-
-
-class ScoreCurves(NamedTuple):
-    """Precision, recall and F1 of one class over `THRESHOLDS`, counted over all images; (L,) float64, NaN for 0 / 0."""
-
-    precision: np.ndarray
-    recall: np.ndarray
-    f1: np.ndarray
-
-
-def score_curves(table: MatchTable) -> ScoreCurves:
-    """Return the curves of the detections with a score above each threshold."""
-    num_kept = _num_kept(table)
-    found = np.append(0, np.cumsum(table.is_match[_AT_50]))[num_kept]
-    counted = np.append(0, np.cumsum(~table.is_ignored[_AT_50]))[num_kept]
-    num_objects = table.num_objects.sum()
-    with np.errstate(invalid="ignore"):
-        return ScoreCurves(found / counted, found / num_objects, 2 * found / (counted + num_objects))
-
-
-def _num_kept(table: MatchTable) -> np.ndarray:
-    """Return how many detections (L,) have a score above each threshold."""
-    return np.asarray(np.searchsorted(-table.scores, -THRESHOLDS, side="left"))
 
 
 def holds_with_confidence(shares: np.ndarray, target: float, confidence: float) -> bool:
@@ -93,7 +68,7 @@ def promised_recall(table: MatchTable, recall: float, confidence: float) -> floa
     """
     promised, of_all, table = None, score_curves(table).recall, _shuffle_images(table)
     has_object = table.num_objects > 0
-    for index, num_kept in enumerate(_num_kept(table)):
+    for index, num_kept in enumerate(num_above_thresholds(table)):
         found, _ = _count_by_image(table, num_kept)
         shares = found[has_object] / table.num_objects[has_object]
         if not (of_all[index] >= recall and holds_with_confidence(shares, recall, confidence)):
@@ -109,7 +84,7 @@ def promised_precision(table: MatchTable, precision: float, confidence: float) -
     is the highest one above which as many images have a detection as half of the images with an object, or so many
     more that they can be sufficient. This looks at the scores only, not at the matches.
     """
-    promised, of_all, num_kept = None, score_curves(table).precision, _num_kept(table)
+    promised, of_all, num_kept = None, score_curves(table).precision, num_above_thresholds(table)
     table = _shuffle_images(table)
     for index in range(_first_tested(table, precision, confidence), -1, -1):
         found, counted = _count_by_image(table, int(num_kept[index]))
@@ -125,7 +100,7 @@ def _first_tested(table: MatchTable, precision: float, confidence: float) -> int
     num_images = float(np.count_nonzero(table.num_objects))
     sufficient = 2 * math.log(1 - confidence) / math.log(precision)  # half of them, if all detections match
     needed = max(1, math.ceil(min(num_images, max(num_images / 2, sufficient))))
-    is_counted = ~table.is_ignored[_AT_50]
+    is_counted = ~table.is_ignored[AT_50]
     _, first = np.unique(table.images[is_counted], return_index=True)
     highest = np.sort(table.scores[is_counted][first])[::-1]  # of each image
     return int(np.searchsorted(THRESHOLDS, highest[needed - 1])) - 1 if len(highest) >= needed else -1
@@ -134,8 +109,8 @@ def _first_tested(table: MatchTable, precision: float, confidence: float) -> int
 def _count_by_image(table: MatchTable, num_kept: int) -> tuple[np.ndarray, np.ndarray]:
     """Return how many of the best detections match an object, and how many are counted, in each image (N,)."""
     images, num_images = table.images[:num_kept], len(table.num_objects)
-    found = np.bincount(images[table.is_match[_AT_50, :num_kept]], minlength=num_images)
-    return found, np.bincount(images[~table.is_ignored[_AT_50, :num_kept]], minlength=num_images)
+    found = np.bincount(images[table.is_match[AT_50, :num_kept]], minlength=num_images)
+    return found, np.bincount(images[~table.is_ignored[AT_50, :num_kept]], minlength=num_images)
 
 
 def _shuffle_images(table: MatchTable) -> MatchTable:
@@ -329,23 +304,3 @@ def save_thresholds(folder: Path, config: Any) -> None:
     fields = json.loads(path.read_text(encoding="utf-8"))
     fields |= {name: getattr(config, name) for name in ("score_thresholds", "score_thresholds_note")}
     write_text(path, json.dumps(fields, indent=2, sort_keys=True) + "\n")
-
-
-class Reliability(NamedTuple):
-    """Whether scores are probabilities: the share of matches among detections with similar scores."""
-
-    scores: np.ndarray  # (bins,) float64, mean score of each bin that has a detection
-    shares: np.ndarray  # (bins,) float64, share of its detections that match an object
-    error: float  # expected calibration error in [0, 1], https://arxiv.org/abs/1706.04599; NaN without a detection
-
-
-def reliability(tables: Iterable[MatchTable]) -> Reliability:
-    """Return the reliability diagram of the detections of all classes, in bins of a tenth."""
-    pairs = [(table.scores[kept], table.is_match[_AT_50][kept]) for table in tables for kept in [~table.is_ignored[0]]]
-    scores, is_match = (np.concatenate([np.empty(0), *part]) for part in zip(*pairs, strict=True))
-    bins = np.minimum((scores * _NUM_BINS).astype(int), _NUM_BINS - 1)
-    counts = np.bincount(bins, minlength=_NUM_BINS)
-    sums = [np.bincount(bins, values, _NUM_BINS)[counts > 0] for values in (scores, is_match)]
-    counts = counts[counts > 0]
-    error = float(np.abs(sums[0] - sums[1]).sum() / counts.sum()) if len(counts) else math.nan
-    return Reliability(sums[0] / counts, sums[1] / counts, error)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .calibration import THRESHOLDS, Reliability, ScoreCurves
+from .score_curves import THRESHOLDS, Reliability, ScoreCurves
 
 # The ink is replaced by `currentColor` in SVG; the gray of the grid is visible on light and on dark pages.
 _INK, _GRAY = "#1c2330", "#8a8f98"

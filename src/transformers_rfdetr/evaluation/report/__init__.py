@@ -15,9 +15,10 @@ from markupsafe import Markup
 
 from ...atomic_files import write_text
 from ...model.validation import require
-from ..calibration import at_threshold, reliability, score_curves
+from ..calibration import at_threshold
 from ..curves import Chart, draw_svg, precision_recall_charts, score_threshold_charts, training_charts
 from ..error_analysis import Analysis, ImageQuality, analyse
+from ..score_curves import reliability, score_curves
 from .cards import image_card, num_objects
 from .missed import missed_section
 from .page import page_environment, style_and_script
