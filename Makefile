@@ -10,7 +10,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet
 
 .PHONY: demo test test-long test-versions bench notebooks lint clean
 
-# Fine-tunes the model in the package on drawn images, in about 5 minutes on 2 cores; everything it writes is in demo/.
+# Fine-tunes the model in the package on drawn images, in about 4 minutes on 2 cores; everything it writes is in demo/.
 demo: $(VENV)/.train
 	$(VENV)/bin/python -m transformers_rfdetr.cli.demo
 
