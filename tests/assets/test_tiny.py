@@ -234,6 +234,7 @@ def test_a_wheel_in_an_empty_folder_finds_objects(tmp_path):
     subprocess.run(build, check=True)
     [wheel] = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
+        assert "transformers_rfdetr/hub/endpoint/handler.py" in archive.namelist()
         archive.extractall(tmp_path / "installed")
     (tmp_path / "empty").mkdir()
     command = f"import sys; sys.path.insert(0, {str(tmp_path / 'installed')!r}); sys.argv[0] = 'transformers-rfdetr'\n"
