@@ -11,12 +11,14 @@ from ..text_table import format_table
 from .errors import one_line_errors
 from .options import (
     BatchSizeOption,
+    DataArgument,
     DeviceOption,
     Dtype,
     Format,
     IgnoreClassOption,
     ImageFolderOption,
     ThreadsOption,
+    choose_split,
     load_model,
 )
 
@@ -30,12 +32,6 @@ transformers-rfdetr audit new-data/ --model runs/first/model
 
 transformers-rfdetr audit data/ --model rf-detr-seg-medium --folds 5 --output audit --save-as cvat
 """
-_Data = Annotated[
-    str,
-    typer.Argument(
-        help="A folder or file of annotations, such as a COCO JSON or a data.yaml of YOLO, or a dataset on the Hub."
-    ),
-]
 _Model = Annotated[
     str,
     typer.Option(
@@ -74,7 +70,7 @@ _MinEvidence = Annotated[float, typer.Option(min=0, max=1, help="Evidence from w
 
 @one_line_errors
 def audit(
-    data: _Data,
+    data: DataArgument,
     model: _Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the results.")] = Path("audit"),
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
@@ -106,9 +102,7 @@ def audit(
         raise ValueError("--config and --set require --folds, got none. Add --folds 5.")
     splits = load_instance_dataset(data, image_folder=image_folder).ignore_classes(ignore_class or [])
     split = canonical_split_name(split)
-    if split not in splits:
-        raise ValueError(f"--split must be a split of {data}, {', '.join(splits)}, got {split}")
-    dataset = splits[split]
+    dataset = choose_split(splits, split, data)
     if save_as in (Format.YOLO, Format.HUB):
         raise ValueError(f"--save-as must be coco, labelme, cvat or label-studio, got {save_as}, which has no marks.")
     if save_as is not None and (output / save_as).exists():

@@ -13,12 +13,14 @@ from .errors import one_line_errors
 from .options import (
     AnyModelArgument,
     BatchSizeOption,
+    DataArgument,
     DeviceOption,
     Dtype,
     DtypeOption,
     IgnoreClassOption,
     ImageFolderOption,
     ThreadsOption,
+    choose_split,
     load_model,
 )
 
@@ -40,12 +42,6 @@ _INTERVAL_METRICS = {
 _CLASS_METRICS = {"segm_AP": "mask AP", "segm_AP50": "mask AP50", "iou": "mask IoU", "bbox_AP": "box AP"}
 
 
-DataArgument = Annotated[
-    str,
-    typer.Argument(
-        help="A folder or file of annotations, such as a COCO JSON or a data.yaml of YOLO, or a dataset on the Hub."
-    ),
-]
 SplitOption = Annotated[str, typer.Option(help="Split of the dataset. A single JSON file has only the split train.")]
 OutputOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Write all metrics to this file as JSON. Default: print only.")
@@ -163,9 +159,7 @@ def evaluate(
     elif recall is not None or precision is not None:
         raise ValueError("--recall and --precision require --calibrate. Add it.")
     splits = load_instance_dataset(data, image_folder=image_folder).ignore_classes(ignore_class or [])
-    if split not in splits:
-        raise ValueError(f"--split must be a split of {data}, {', '.join(splits)}, got {split}")
-    dataset = splits[split]
+    dataset = choose_split(splits, split, data)
     loaded, processor = load_model(model, device, dtype, threads)
     settings: dict[str, Any] = {"score_threshold": threshold, "max_detections": max_detections}
     settings["batch_size"] = batch_size

@@ -36,6 +36,12 @@ _MODELS = (
 ModelArgument = Annotated[str, typer.Argument(help=f"{_MODELS}.")]
 AnyModelArgument = Annotated[str, typer.Argument(help=f"{_MODELS}; or an exported file, .onnx or .xml.")]
 ModelOption = Annotated[str, typer.Option(help=f"{_MODELS}.")]
+DataArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A folder or file of annotations, such as a COCO JSON or a data.yaml of YOLO, or a dataset on the Hub."
+    ),
+]
 ThreadsOption = Annotated[int | None, typer.Option(help="Number of CPU threads. Default: one for each core.", min=1)]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto, which uses a GPU if there is one.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Data type of the weights and the computation.")]
@@ -77,6 +83,13 @@ def load_model(name: str, device: str, dtype: Dtype, threads: int | None) -> Any
         torch.set_num_threads(threads)
     options: dict[str, Any] = {"threads": threads} if Path(name).suffix in RUNTIMES else {}
     return load(name, device=device, dtype=getattr(torch, dtype), **options)
+
+
+def choose_split(splits: Any, split: str, data: str) -> Any:
+    """Return a split of a dataset; raise ValueError with their names if it is not one of them."""
+    if split not in splits:
+        raise ValueError(f"--split must be a split of {data}, {', '.join(splits)}, got {split}")
+    return splits[split]
 
 
 def choose_threshold(config: Any, threshold: float | None) -> Any:
