@@ -272,9 +272,10 @@ class RfDetrImageProcessor(BaseImageProcessor):
         size = size_of(pixels)
         resized = _resized_size(size, self.size) if self.do_resize else size
         scale = functools.partial(to_float, do_rescale=self.do_rescale, rescale_factor=self.rescale_factor)
-        image = (
-            scale(as_tensor(pixels).to(device)) if resized == size else resize_bilinear(pixels, resized, scale, device)
-        )
+        if resized == size:
+            image = scale(as_tensor(pixels).to(device))
+        else:
+            image = resize_bilinear(pixels, resized, scale, device)
         if self.do_normalize:
             mean, std = (image.new_tensor(values)[:, None, None] for values in (self.image_mean, self.image_std))
             image = (image - mean).div_(std)
@@ -298,11 +299,6 @@ class RfDetrImageProcessor(BaseImageProcessor):
         return padded
 
     def _pad(self, images: list[torch.Tensor], size: tuple[int, int]) -> dict[str, torch.Tensor]:
-        if all(tuple(image.shape[1:]) == size for image in images):
-            batch = {"pixel_values": torch.stack(images)}
-            if self.do_pad:
-                batch["pixel_mask"] = torch.ones((len(images), *size), dtype=torch.int64, device=images[0].device)
-            return batch
         batch = {"pixel_values": images[0].new_zeros((len(images), 3, *size))}
         if self.do_pad:
             batch["pixel_mask"] = torch.zeros((len(images), *size), dtype=torch.int64, device=images[0].device)

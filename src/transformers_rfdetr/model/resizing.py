@@ -44,8 +44,8 @@ def neighbors(length: int, size: int) -> tuple[Tensor, Tensor]:
     Returns:
         (size, 2) int64, both neighbors, and (size,) float32, the weight of the second.
     """
-    # In float32, positions near 10,000 are rounded to 0.001, depending on the processor. Interpolated
-    # pixel numbers modulo 8 tell the position to 5e-7 where they do not wrap from 7 to 0; one of two never does.
+    # In float32, positions near 10,000 are rounded to 0.001, depending on the processor. Interpolated pixel numbers
+    # modulo 8 tell the position to 5e-7 where they do not wrap from 7 to 0; one of two never does.
     pixel = torch.arange(length)
     ramps = torch.stack([pixel, pixel % 8, (pixel + 4) % 8]).float()[None, :, :, None]
     rough, *fine = F.interpolate(ramps, (size, 1), mode="bilinear", align_corners=False)[0, :, :, 0].double()
@@ -68,8 +68,7 @@ def _pick(pixels: Pixels, rows: Tensor, columns: Tensor) -> Tensor:
     if pixels.device.type != "cpu":
         return pixels[:, rows.to(pixels.device)][:, :, columns.to(pixels.device)]
     # NumPy picks several times faster than torch, in arrays of one block: (H, W, C) of a decoded image, or (C, H, W).
-    if pixels.permute(1, 2, 0).is_contiguous():
-        return torch.from_numpy(pixels.permute(1, 2, 0).numpy().take(rows, axis=0).take(columns, axis=1)).permute(
-            2, 0, 1
-        )
+    last = pixels.permute(1, 2, 0)
+    if last.is_contiguous():
+        return torch.from_numpy(last.numpy().take(rows, axis=0).take(columns, axis=1)).permute(2, 0, 1)
     return torch.from_numpy(pixels.contiguous().numpy().take(rows, axis=1).take(columns, axis=2))
