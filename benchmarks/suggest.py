@@ -7,6 +7,7 @@ has the table.
 """
 
 import argparse
+import functools
 import json
 import tempfile
 import time
@@ -50,13 +51,21 @@ def annotate_more(
     return [*annotated, *(rest[index] for index in chosen)]
 
 
+@functools.cache
+def first_round(pool: InstanceDataset, steps: int, seed: int) -> tuple[list[int], Any, Any]:
+    """Return images that are chosen at random, and a model that is trained on them: the same for all strategies."""
+    annotated = np.random.default_rng(seed).choice(len(pool), PER_ROUND, replace=False).tolist()
+    return annotated, *train(pool, annotated, steps, seed)
+
+
 def run(strategy: str, seed: int, rounds: int, steps: int, pool: InstanceDataset, held_out: InstanceDataset) -> dict:
     """Return the mask AP and the number of objects after each round."""
-    rng, started = np.random.default_rng(seed), time.perf_counter()
-    annotated = rng.choice(len(pool), PER_ROUND, replace=False).tolist()
+    rng, started = np.random.default_rng([seed, 1]), time.perf_counter()
+    annotated, model, processor = first_round(pool, steps, seed)
     aps, objects = [], []
     for number in range(rounds):
-        model, processor = train(pool, annotated, steps, seed)
+        if number > 0:
+            model, processor = train(pool, annotated, steps, seed)
         metrics = evaluate_instance_segmentation(model, processor, held_out, progress=False)
         aps.append(metrics["segm_AP"])
         objects.append(as_instance_dataset(Subset(pool, annotated)).num_objects())
