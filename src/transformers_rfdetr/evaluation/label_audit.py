@@ -6,7 +6,7 @@ disagreements object by object. Here, each is also weighted by how rare it is am
 confident learning (https://arxiv.org/abs/1911.00068) does with classes: that a model misses a small car says little if
 it misses every tenth. The evidence is, for p = min(1, 0.05 / fraction of such objects with at least this value):
 
-* missing: the score of a detection that overlaps no object, is in no crowd, and is no part of an object of its class;
+* missing: the score of a detection that overlaps no object, lies outside of crowds and of objects of its class;
 * superfluous: p (1 - s), s the highest score of a detection that overlaps the object;
 * wrong class: p s' (1 - s), s' and s the highest scores of detections of the object, of other classes and of its own;
 * sloppy mask: p s / (1 + exp(4 - z)), s the score of the detection of its class, and z how far its IoU is below that

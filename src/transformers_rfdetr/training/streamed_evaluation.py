@@ -70,7 +70,7 @@ class StreamedEvaluation:
     def compute(self, process_index: int, num_processes: int, confidence: float | None) -> dict[str, Any]:
         """Merge the records of all processes on the first one; return the metrics on all of them.
 
-        With `confidence` their intervals are among them, as of [`InstanceSegmentationEvaluator.compute`].
+        With `confidence`, their intervals are among them; see [`InstanceSegmentationEvaluator.compute`].
         """
         parts: list[Any] = [(self.evaluator.state(), self.loss, self.num_objects)]
         if num_processes > 1:
