@@ -6,6 +6,7 @@ a process that runs no test.
 
 import gc
 import importlib.util
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +19,18 @@ def pytest_collection_finish() -> None:
     """Exclude what the imports created from garbage collection: a full collection would visit a million objects."""
     gc.collect()
     gc.freeze()
+    _start_autograd()
+
+
+def _start_autograd() -> None:
+    """Run one backward pass before a test forks a process that trains.
+
+    Tests that export or compile register a CUDA device that is not there. The first backward pass after that would
+    start threads for it, and PyTorch refuses a backward pass in a fork of a process with such threads:
+    https://github.com/pytorch/pytorch/wiki/Autograd-and-Fork
+    """
+    if torch := sys.modules.get("torch"):
+        torch.ones(1, requires_grad=True).sum().backward()
 
 
 @pytest.fixture(params=["RfDetrForObjectDetection", "RfDetrForInstanceSegmentation"], ids=["detection", "segmentation"])
