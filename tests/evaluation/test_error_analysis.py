@@ -60,6 +60,27 @@ def test_a_lower_minimum_score_lets_more_detections_count():
         analysed(min_score=50)
 
 
+def test_calibrated_thresholds_let_detections_of_their_class_count():
+    found = [(label, 0.45, rectangle((0, 20), (0, 20), SCENE)) for label in (0, 1)]
+    model = ScriptedModel([found] * 4, ["house", "pool"])
+    coco = {
+        "images": [{"id": 5, "height": SCENE[0], "width": SCENE[1]}],
+        "annotations": [{"image_id": 5, "category_id": 3, "segmentation": rle(found[0][2])}],
+        "categories": [{"id": 3, "name": "house"}, {"id": 7, "name": "pool"}],
+    }
+    dataset = InstanceDataset(coco, [Image.new("RGB", SCENE[::-1])])
+
+    def outcomes(**settings):
+        analysis = analyse(model, SCENE_PROCESSOR, dataset, progress=False, **settings)
+        return analysis.images[0].object_outcomes, analysis.images[0].detections.names, analysis.limit
+
+    assert outcomes() == (["missed"], [], "0.5")
+    model.config.score_thresholds = {0: 0.4}
+    assert outcomes() == (["found"], ["house"], "the threshold of its class")  # a pool needs 0.5
+    assert outcomes(score_threshold=0.44) == (["found"], ["house"], "the threshold of its class")
+    assert outcomes(min_score=0.44) == (["found"], ["house", "pool"], "0.44")
+
+
 @pytest.mark.parametrize(("width", "outcome"), [(10, "correct"), (9, "false")])
 def test_an_iou_of_0_5_is_a_match(width, outcome):
     house = {"category_id": 3, "segmentation": rle(rectangle((0, 20), (0, 20), SCENE))}

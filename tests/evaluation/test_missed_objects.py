@@ -78,15 +78,15 @@ def test_a_mask_on_the_grid_has_the_iou_that_torch_computes():
 )
 def test_the_detections_near_an_object_decide_why_it_was_missed(ious, box_ious, scores, expected):
     arrays = (np.reshape(np.array(values, float), (-1, 2)) for values in (ious, box_ious))
-    first, _ = explain_missed(*arrays, np.array(scores), 0.5, ranks=np.array([9, 9]), limit=10)
+    first, _ = explain_missed(*arrays, np.array(scores), np.array(scores) > 0.5, ranks=np.array([9, 9]), limit=10)
     assert first == expected
 
 
 def test_without_a_detection_the_first_stage_decides():
     none = np.zeros((0, 3))
-    reasons = explain_missed(none, none, np.zeros(0), 0.5, ranks=np.array([-1, 10, 9]), limit=10)
+    reasons = explain_missed(none, none, np.zeros(0), np.zeros(0, bool), ranks=np.array([-1, 10, 9]), limit=10)
     assert [reason for reason, _ in reasons] == ["no proposal", "proposal not selected", "lost in the decoder"]
-    reasons = explain_missed(none, none, np.zeros(0), 0.5, ranks=None, limit=0)
+    reasons = explain_missed(none, none, np.zeros(0), np.zeros(0, bool), ranks=None, limit=0)
     assert [reason for reason, _ in reasons] == ["not detected"] * 3
 
 

@@ -104,7 +104,13 @@ PrecisionOption = Annotated[
     typer.Option(help="With --calibrate: choose the lowest thresholds that promise this precision. Default: none."),
 ]
 MinScoreOption = Annotated[
-    float, typer.Option(min=0, max=1, help="Score that a detection must exceed to be shown in the report.")
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Score that a detection must exceed to be shown in the report. Default: the model's calibrated thresholds,"
+        " or 0.5.",
+    ),
 ]
 
 
@@ -124,7 +130,7 @@ def evaluate(
     image_folder: ImageFolderOption = None,
     ignore_class: IgnoreClassOption = None,
     report: ReportOption = None,
-    min_score: MinScoreOption = 0.5,
+    min_score: MinScoreOption = None,
     max_detections: MaxDetectionsOption = 100,
     reference: ReferenceOption = None,
     confidence: ConfidenceOption = None,
@@ -195,7 +201,12 @@ def evaluate(
         if images is not None:
             level = metrics["intervals"]["confidence"]
             typer.echo(format_comparison(compare(per_image(other), images, level), len(images.image_ids)))
-    _note_low_scores(evaluator.highest_score, min_score)
+    if evaluator.highest_score is None:
+        typer.echo("the model detects nothing in these images")
+    elif report is not None and not analysis.has_counted:
+        typer.echo(
+            f"no detection has a score above {analysis.limit}; the highest score is {evaluator.highest_score:.3f}"
+        )
     if output is not None:
         facts = {"model": model, "data": data, "split": split, "num_images": len(dataset), "threshold": threshold}
         text = json.dumps(facts | metrics, indent=1)
@@ -231,14 +242,6 @@ def _check_calibration(model: str, threshold: float | None) -> None:
     if path.is_file():
         remedy = "Calibrate the model that was exported, and export it again."
     raise ValueError(f"--calibrate requires the folder of a model, got {model}. {remedy}")
-
-
-def _note_low_scores(highest_score: float | None, min_score: float) -> None:
-    """Print why the report shows no detection, if no score exceeds `min_score`."""
-    if highest_score is None:
-        typer.echo("the model detects nothing in these images")
-    elif highest_score <= min_score:
-        typer.echo(f"no detection has a score above {min_score}; the highest score is {highest_score:.3f}")
 
 
 def _find_training_run(model: str) -> Path | None:

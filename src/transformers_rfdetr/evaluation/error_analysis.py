@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 
 from ..data.dataset import as_instance_dataset
 from ..inference.instances import Instances
-from ..inference.predict import WEAK_SCORE
+from ..inference.predict import DEFAULT_SCORE, WEAK_SCORE
 from ..model.masks import box_xyxy_to_xywh
 from ..model.validation import require
 from .calibration import stored_thresholds
@@ -29,10 +29,10 @@ _ERRORS = ("other class", "duplicate", "false")  # outcomes of detections
 class ImageQuality:
     """The objects and the detections of one image, and how they match.
 
-    A detection with a score above `min_score` is matched, the best first, with the free object of its class with the
-    highest IoU, if that is at least 0.5. Detections that remain and are not inside a crowd region of their class are
-    then matched with the remaining objects of other classes. A detection that is left over is a duplicate if it has an
-    IoU of at least 0.5 with an object of its class, which another detection has found.
+    A detection with a score above the limit of its class is matched, the best first, with the free object of its class
+    with the highest IoU, if that is at least 0.5. Detections that remain and are not inside a crowd region of their
+    class are then matched with the remaining objects of other classes. A detection that is left over is a duplicate if
+    it has an IoU of at least 0.5 with an object of its class, which another detection has found.
 
     Attributes:
         index: Index of the image in the dataset.
@@ -87,7 +87,7 @@ class Analysis:
         confusion: (C + 1, C + 1) int64: number of objects of the row's class that were detected as the column's. The
             last column counts missed objects, the last row false and duplicate detections.
         images: All images, the worst first.
-        min_score: Score that a detection must exceed to count in `confusion` and `images`.
+        min_scores: Class -> score that a detection must exceed to count in `confusion` and `images`.
         highest_score: Highest score of all detections, or None if there are none.
         score_threshold: Score that a detection must exceed to count in `metrics` and `curves`; None for all, as in
             COCO.
@@ -103,7 +103,7 @@ class Analysis:
     curves: dict[str, np.ndarray]
     confusion: np.ndarray
     images: list[ImageQuality]
-    min_score: float
+    min_scores: dict[str, float]
     highest_score: float | None
     score_threshold: float | None = None
     num_selected: int | None = None
@@ -113,19 +113,30 @@ class Analysis:
 
     @property
     def precision(self) -> float:
-        """Return the fraction of the detections above `min_score` that are correct; -1 if there are none."""
+        """Return the fraction of the counted detections that are correct; -1 if there are none."""
         num_detections = self.confusion[:, :-1].sum()
         return float(np.trace(self.confusion) / num_detections) if num_detections else -1.0
 
     @property
     def recall(self) -> float:
-        """Return the fraction of the objects that a detection above `min_score` has found; -1 if there are none."""
+        """Return the fraction of the objects that a counted detection has found; -1 if there are none."""
         num_objects = self.confusion[:-1].sum()
         return float(np.trace(self.confusion) / num_objects) if num_objects else -1.0
 
     @property
+    def has_counted(self) -> bool:
+        """Return whether any detection counts in `confusion` and `images`."""
+        return any(len(image.detections) for image in self.images)
+
+    @property
+    def limit(self) -> str:
+        """Return the score that a detection must exceed, in words."""
+        scores = sorted(set(self.min_scores.values()))
+        return f"{scores[0]:g}" if len(scores) == 1 else "the threshold of its class"
+
+    @property
     def num_duplicates(self) -> int:
-        """Return the number of detections above `min_score` of objects that another detection has found."""
+        """Return the number of counted detections of objects that another detection has found."""
         return sum(image.detection_outcomes.count("duplicate") for image in self.images)
 
 
@@ -135,7 +146,7 @@ def analyse(
     dataset: Any,
     *,
     batch_size: int = 8,
-    min_score: float = 0.5,
+    min_score: float | None = None,
     score_threshold: float | None = None,
     progress: bool = True,
 ) -> Analysis:
@@ -146,7 +157,8 @@ def analyse(
         processor: Its image processor.
         dataset: An `InstanceDataset`.
         batch_size: Images per batch.
-        min_score: Score in [0, 1] that a detection must exceed to be matched with the objects of its image.
+        min_score: Score in [0, 1] that a detection must exceed to be matched with the objects of its image; by default
+            the calibrated threshold of its class, or 0.5 where there is none.
         score_threshold: Score that a detection must exceed to count in `metrics` and `curves`; by default all count, as
             in COCO.
         progress: Whether to show a progress bar.
@@ -154,7 +166,7 @@ def analyse(
     Raises:
         ValueError: the model does not know a category of the dataset, or `min_score` is outside [0, 1].
     """
-    require(0 <= min_score <= 1, "min_score", min_score, "in [0, 1]")
+    require(min_score is None or 0 <= min_score <= 1, "min_score", min_score, "in [0, 1]")
     dataset = as_instance_dataset(dataset)
     settings: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     stages = StageRecord()
@@ -168,7 +180,7 @@ def analyse_evaluation(
     dataset: Any,
     config: Any,
     *,
-    min_score: float = 0.5,
+    min_score: float | None = None,
     score_threshold: float | None = None,
     stages: StageRecord | None = None,
 ) -> Analysis:
@@ -180,18 +192,25 @@ def analyse_evaluation(
     """
     stages = stages or StageRecord()
     ground_truth, detections = evaluator.ground_truth, evaluator.state()
+    thresholds = stored_thresholds(config, dataset, evaluator)
+    floor = score_threshold or 0.0
+    min_scores = {
+        category: max(floor, thresholds.get(name, DEFAULT_SCORE) if min_score is None else min_score)
+        for category, name in ground_truth.category_names.items()
+    }
     images = []
     image_names = dataset.names_of(list(ground_truth.sizes))
     for index, (image_id, name) in enumerate(zip(ground_truth.sizes, image_names, strict=True)):
         record, found = ground_truth.objects_of(image_id), detections[image_id]
-        indices = np.flatnonzero(found.scores > min_score)
+        is_strong = found.scores > np.array([min_scores[category] for category in found.labels.tolist()])
+        indices = np.flatnonzero(is_strong)
         objects = to_instances(record, np.arange(len(record.labels)), image_id, evaluator)
         strong = to_instances(found, indices, image_id, evaluator)
         image = match_image(index, name, objects, record.is_crowd, strong)
         if "missed" in image.object_outcomes:
-            weak = np.flatnonzero((found.scores <= min_score) & (found.scores > WEAK_SCORE))
+            weak = np.flatnonzero(~is_strong & (found.scores > WEAK_SCORE))
             unmatched = np.concatenate([indices[image.matches < 0], weak])
-            _explain(image, to_instances(found, unmatched, image_id, evaluator), stages, image_id, min_score)
+            _explain(image, to_instances(found, unmatched, image_id, evaluator), is_strong[unmatched], stages, image_id)
         images.append(image)
     images.sort(key=lambda image: (image.quality, -image.num_errors))
     return Analysis(
@@ -200,12 +219,12 @@ def analyse_evaluation(
         evaluator.precision_curves(),
         confusion_matrix(images, len(ground_truth.category_names)),
         images,
-        min_score,
+        {name: min_scores[category] for category, name in ground_truth.category_names.items()},
         evaluator.highest_score,
         score_threshold,
         stages.num_selected or None,
         match_tables(evaluator),
-        stored_thresholds(config, dataset, evaluator),
+        thresholds,
         getattr(config, "score_thresholds_note", None),
     )
 
@@ -265,7 +284,9 @@ def match_image(index: int, name: str, objects: Instances, is_crowd: np.ndarray,
     )
 
 
-def _explain(image: ImageQuality, unmatched: Instances, stages: StageRecord, image_id: int, min_score: float) -> None:
+def _explain(
+    image: ImageQuality, unmatched: Instances, is_strong: np.ndarray, stages: StageRecord, image_id: int
+) -> None:
     """Set the problems of the missed objects of an image, from its unmatched detections with a score above 0.1."""
     objects = image.objects
     is_crowd = np.array([outcome == "crowd" for outcome in image.object_outcomes])
@@ -273,7 +294,7 @@ def _explain(image: ImageQuality, unmatched: Instances, stages: StageRecord, ima
     ious = pairwise_ious(unmatched, objects, is_crowd) * of_class
     box_ious = _pairwise_box_ious(unmatched, objects, is_crowd) * of_class
     ranks = stages.proposal_ranks.get(image_id)
-    reasons = explain_missed(ious, box_ious, unmatched.scores, min_score, ranks, stages.num_selected)
+    reasons = explain_missed(ious, box_ious, unmatched.scores, is_strong, ranks, stages.num_selected)
     for index, (reason, detection) in enumerate(reasons):
         if image.object_outcomes[index] != "missed":
             continue

@@ -149,21 +149,26 @@ def iou_on_grid(mask: dict[str, Any], grid: tuple[float, float]) -> float:
 
 
 def explain_missed(
-    ious: np.ndarray, box_ious: np.ndarray, scores: np.ndarray, min_score: float, ranks: np.ndarray | None, limit: int
+    ious: np.ndarray,
+    box_ious: np.ndarray,
+    scores: np.ndarray,
+    is_strong: np.ndarray,
+    ranks: np.ndarray | None,
+    limit: int,
 ) -> list[tuple[str, int]]:
     """Return for each object the reason why it was missed, if it was, and the detection that shows it, or -1.
 
     A detection belongs to the object that it overlaps most. If an object has one with an IoU of at least 0.5, only its
     score was too low. Otherwise, if it has one whose box has an IoU of at least 0.5, the mask is wrong. Otherwise, if
-    it has one whose box has an IoU of at least 0.1, with a score above `min_score`, the box is inaccurate. Without any,
-    the first stage tells whether it had proposed the object.
+    it has a strong one whose box has an IoU of at least 0.1, the box is inaccurate. Without any, the first stage tells
+    whether it had proposed the object.
 
     Args:
         ious: (K, N) of the detections with a score above 0.1 that match no object, and all objects; 0 where the classes
             differ.
         box_ious: (K, N), the same of their boxes.
         scores: (K,).
-        min_score: The score that a detection must exceed.
+        is_strong: (K,) bool, whether the score exceeds that of the class.
         ranks: (N,), from [`proposal_ranks`]; None if they are unknown.
         limit: Number of proposals that are selected.
     """
@@ -171,7 +176,6 @@ def explain_missed(
     # With an additional column, so that a detection without any overlap belongs to no object.
     nearest, nearest_box = (np.pad(values, ((0, 0), (1, 0))).argmax(1) - 1 for values in (ious, box_ious))
     best_box_iou = box_ious.max(1, initial=0)
-    is_strong = scores > min_score
     reasons = []
     for index in range(ious.shape[1]):
         is_box_near = ~is_accurate & (nearest_box == index)

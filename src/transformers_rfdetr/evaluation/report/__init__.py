@@ -35,7 +35,7 @@ def write_report(
     dataset: Any,
     *,
     batch_size: int = 8,
-    min_score: float = 0.5,
+    min_score: float | None = None,
     num_images: int = 12,
     training: str | Path | None = None,
     title: str = "Evaluation",
@@ -78,7 +78,6 @@ def save_report(
     page = environment.get_template("page.html.jinja").render(
         title=title,
         analysis=analysis,
-        threshold=max(analysis.min_score, analysis.score_threshold or 0.0),
         tiles=_tiles(analysis),
         metric_table=_metric_table(analysis),
         class_rows=_class_rows(analysis),

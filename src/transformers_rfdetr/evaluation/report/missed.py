@@ -67,7 +67,7 @@ def missed_section(analysis: Analysis, dataset: Any) -> dict[str, Any] | None:
     }
     cards = _cards(examples, dataset)
     floor = max(WEAK_SCORE, analysis.score_threshold or 0.0)
-    limits = {"floor": f"{floor:g}", "threshold": f"{max(analysis.min_score, analysis.score_threshold or 0.0):g}"}
+    limits = {"floor": f"{floor:g}", "threshold": analysis.limit}
     return {
         "reasons": [
             {
