@@ -70,6 +70,29 @@ def predict_tiled(
         ValueError: the image cannot be read, or an argument is out of range.
     """
     thresholds = class_thresholds(model.config, threshold)
+    least_score = min(float(thresholds.min()), WEAK_SCORE)
+    settings: dict[str, Any] = {"tile": tile, "overlap": overlap, "batch_size": batch_size, "progress": progress}
+    found, image_size = predict_pieces(
+        model, processor, image, **settings, threshold=least_score, classes=classes, embeddings=embeddings
+    )
+    return merge_tiles(found, image_size, thresholds)
+
+
+def predict_pieces(
+    model: RfDetrForObjectDetection | FixedSizeModel,
+    processor: RfDetrImageProcessor,
+    image: Any,
+    *,
+    tile: int | tuple[int, int] | None,
+    overlap: float,
+    batch_size: int,
+    progress: bool,
+    **settings: Any,
+) -> tuple[list[tuple[Tile, Instances]], tuple[int, int]]:
+    """Predict the tiles of an image for [`merge_tiles`], and return them with (height, width) of the image.
+
+    The arguments are those of [`predict_tiled`]; `settings` are for [`predict`].
+    """
     require(batch_size >= 1, "batch_size", batch_size, "at least 1")
     size = _legal_tile_size(model.config, tile)
     pixels = as_tensor(read_pixels(image, processor.do_rescale))
@@ -77,15 +100,13 @@ def predict_tiled(
     tiles = cut_tiles(image_size, size, overlap)
     tile_processor = copy.copy(processor)
     tile_processor.size, tile_processor.pad_size = {"height": size[0], "width": size[1]}, None
-    least_score = threshold if len(tiles) == 1 else min(float(thresholds.min()), WEAK_SCORE)
-    settings: dict[str, Any] = {"threshold": least_score, "classes": classes, "embeddings": embeddings}
     found: list[tuple[Tile, Instances]] = []
     for start in logging.tqdm(range(0, len(tiles), batch_size), desc="Tiles", disable=not progress):
         batch = tiles[start : start + batch_size]
         crops = [_crop(processor, pixels, each, size) for each in batch]
         results = predict(model, tile_processor, crops, batch_size=batch_size, **settings)
         found += [(each, _without_padding(result, each)) for each, result in zip(batch, results, strict=True)]
-    return merge_tiles(found, image_size, thresholds)
+    return found, image_size
 
 
 def _legal_tile_size(config: RfDetrConfig, tile: int | tuple[int, int] | None) -> tuple[int, int]:
