@@ -1,8 +1,8 @@
 """Run a Hub on loopback, in memory, with repositories, revisions, LFS, tokens, and faults on request.
 
-It answers the requests of `huggingface_hub` for models and datasets; names of datasets begin with datasets/. Tests
-control it by two more: `POST /_faults` with a list of faults replaces the earlier ones, and `GET /_log` returns the
-requests since then.
+It answers the requests of `huggingface_hub` for models, datasets and Spaces; names of the latter two begin with
+datasets/ and spaces/. Tests control it by two more: `POST /_faults` with a list of faults replaces the earlier ones,
+and `GET /_log` returns the requests since then.
 
 A fault is a dictionary: `method` and `path` (a regular expression) select requests, `times` says how many of them fail
 (1), `status` and `headers` are the answer. Status 0 cuts the connection after half of an upload or download.
@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 TOKENS = {"token-of-me": "me", "token-of-other": "other"}
-_ID = r"(?P<repo>(?:datasets/)?[^/]+/[^/]+)"
+_ID = r"(?P<repo>(?:datasets/|spaces/)?[^/]+/[^/]+)"
+_LARGE = (".safetensors", ".bin", ".png", ".pt", ".pth", ".parquet", ".onnx")
 
 
 class File(NamedTuple):
@@ -222,7 +223,7 @@ class Handler(BaseHTTPRequestHandler):
     # The requests
 
     def _route(self) -> None:
-        api = rf"^/api/(?:models/|(?=datasets/)){_ID}"
+        api = rf"^/api/(?:models/|(?=datasets/|spaces/)){_ID}"
         for method, pattern, action in (
             ("POST", r"^/api/repos/create$", self._create),
             ("POST", r"^/api/validate-yaml$", self._validate),
@@ -261,7 +262,10 @@ class Handler(BaseHTTPRequestHandler):
         owner = wanted.get("organization") or user
         if owner != user:
             raise Refusal(403, f"{user} may not create repositories of {owner}")
-        name = f"{'datasets/' * (wanted.get('type') == 'dataset')}{owner}/{wanted['name']}"
+        kind = wanted.get("type", "model")
+        if kind == "space" and wanted.get("sdk") not in ("gradio", "docker", "static"):
+            raise Refusal(400, "sdk is required for a Space")
+        name = f"{owner}/{wanted['name']}" if kind == "model" else f"{kind}s/{owner}/{wanted['name']}"
         if name in self.server.repositories:
             self._answer({"url": f"{self.server.url}/{name}", "error": "You already created this repository"}, 409)
             return
@@ -283,7 +287,7 @@ class Handler(BaseHTTPRequestHandler):
         files = []
         for wanted in self._json()["files"]:
             path = wanted["path"]
-            mode = "lfs" if path.endswith((".safetensors", ".bin", ".png", ".pt", ".pth", ".parquet")) else "regular"
+            mode = "lfs" if path.endswith(_LARGE) else "regular"
             oid = present[path].oid if path in present else None
             files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         self._answer({"files": files})

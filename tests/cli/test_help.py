@@ -27,7 +27,7 @@ print(json.dumps({"help": help_of(), "commands": texts, "imported": imported}))
 def test_help_imports_neither_torch_nor_transformers():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
-    assert len(found["commands"]) == 13
+    assert len(found["commands"]) == 14
     assert all(command in found["help"] for command in found["commands"])
     assert all(f"Usage: transformers-rfdetr {command}" in text for command, text in found["commands"].items())
     assert found["imported"] == []

@@ -12,16 +12,18 @@ import subprocess
 import sys
 import time
 import traceback
+import types
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard, hf_hub_download
+from huggingface_hub import HfApi, ModelCard, SpaceCard, hf_hub_download, snapshot_download
 from PIL import Image
 from transformers import AutoModelForInstanceSegmentation
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -33,6 +35,7 @@ from transformers_rfdetr.cli.app import app
 from transformers_rfdetr.conversion import architecture
 from transformers_rfdetr.conversion.convert import convert_to_transformers
 from transformers_rfdetr.hub.model_code import CODE_FILES
+from transformers_rfdetr.hub.space import push_space
 from transformers_rfdetr.training.trainer import RfDetrTrainer, RfDetrTrainingArguments
 
 from hub_server import HubServer, code_blocks
@@ -392,6 +395,55 @@ def check_a_converted_dataset_is_pushed_and_loaded(hub: Hub) -> None:
         message = CliRunner().invoke(app, [*command[:2], f"{output}-2", *command[3:6], "me/trees"]).stderr
     assert "me/trees was not uploaded" in message
     assert f"The files are in {output}-2." in message
+
+
+def check_a_page_is_pushed_as_a_space_that_loads_the_model(hub: Hub) -> None:
+    local, file = hub.folder / "barns", hub.folder / "barns.onnx"
+    small_model(num_labels=2, id2label=HOSTILE).save_pretrained(local)
+    RfDetrImageProcessor(size=48).save_pretrained(local)
+    file.write_bytes(b"an exported file")
+    result = CliRunner().invoke(app, ["app", str(local), "--push-space", "page"])
+    assert "https://huggingface.co/spaces/me/page" in result.output, result.output
+    push_space(str(file), None, None, "me/page-of-a-file")
+    push_space("me/barns", None, None, "me/page-of-the-hub", private=True)
+    push_space("rf-detr-seg-tiny", None, None, "me/page-of-tiny")
+    for space, source, title, models in (
+        ("page", "model", "barns", None),
+        ("page-of-a-file", "model/barns.onnx", "barns.onnx", None),
+        ("page-of-the-hub", "me/barns", "me/barns", ["me/barns"]),
+        ("page-of-tiny", "rf-detr-seg-tiny", "rf-detr-seg-tiny", None),
+    ):
+        folder = Path(snapshot_download(f"me/{space}", repo_type="space"))
+        data = SpaceCard.load(folder / "README.md").data
+        assert (data.title, data.sdk, data.app_file, data.models) == (title, "gradio", "app.py", models)
+        assert data.sdk_version == version("gradio")
+        requirements = (folder / "requirements.txt").read_text().split()
+        assert requirements == ["transformers-rfdetr[app]", *["onnxruntime"] * (space == "page-of-a-file")]
+        assert run_app(folder) == [source, {"device": "auto"}, {"title": title}]
+    assert (Path(snapshot_download("me/page-of-a-file", repo_type="space")) / "model/barns.onnx").read_bytes() == (
+        file.read_bytes()
+    )
+    loaded, processor = load(str(Path(snapshot_download("me/page", repo_type="space")) / "model"))
+    expected, _ = load(str(local))
+    assert_same_model(loaded, expected)
+    assert processor.size == {"height": 48, "width": 48}
+    assert refused(lambda: HfApi(token="token-of-other").list_repo_files("me/page-of-the-hub", repo_type="space"))
+    with token("token-of-other"):
+        assert "me/page was not uploaded" in refused(lambda: push_space("rf-detr-seg-tiny", None, None, "me/page"))
+
+
+def run_app(folder: Path) -> list[Any]:
+    """Run the app.py of a Space, and return what it loads and serves."""
+    seen: list[Any] = []
+    web_page = types.ModuleType("transformers_rfdetr.inference.web_page")
+    web_page.serve = lambda *loaded, **settings: seen.append(settings)
+    package = types.ModuleType("transformers_rfdetr")
+    package.load = lambda name, **settings: seen.extend([name, settings]) or (None, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "transformers_rfdetr", package)
+        patch.setitem(sys.modules, "transformers_rfdetr.inference.web_page", web_page)
+        exec(compile((folder / "app.py").read_text(), "app.py", "exec"), {})
+    return seen
 
 
 CHECKS = [name for name in dict(globals()) if name.startswith("check_")]

@@ -15,6 +15,7 @@ from . import (
     predict,
     suggest,
     train,
+    web_app,
 )
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app.command(epilog=convert_dataset.EXAMPLE)(convert_dataset.convert_dataset)
 app.command(epilog=info.EXAMPLE)(info.info)
 app.command(epilog=benchmark.EXAMPLE)(benchmark.benchmark)
 app.command(epilog=export.EXAMPLE)(export.export)
+app.command(epilog=web_app.EXAMPLE)(web_app.app)
 app.command(epilog=convert.TO_HF_EXAMPLE)(convert.convert)
 app.command(epilog=convert.TO_RFDETR_EXAMPLE)(convert.convert_back)
 

@@ -102,7 +102,10 @@ def create_repository(
 ) -> str:
     """Create a repository unless it exists, and return its id with the owner; errors are those of [`upload`]."""
     create = HfApi(token=token).create_repo
-    return _retry(lambda: create(repo_id, private=private, exist_ok=True, repo_type=repo_type).repo_id, repo_id, kept)
+    settings: dict[str, Any] = {"private": private, "exist_ok": True, "repo_type": repo_type}
+    if repo_type == "space":
+        settings["space_sdk"] = "gradio"
+    return _retry(lambda: create(repo_id, **settings).repo_id, repo_id, kept)
 
 
 def upload(
@@ -129,7 +132,7 @@ def upload(
         revision: See [`push_to_hub`].
         create_pr: See [`push_to_hub`].
         path_in_repo: Folder of the repository.
-        repo_type: "model" or "dataset".
+        repo_type: "model", "dataset" or "space".
         **commit: `commit_message`, `commit_description`.
 
     Raises:
