@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from transformers_rfdetr.data.synthetic import draw_dataset, save_dataset
 from transformers_rfdetr.evaluation.coco_evaluator import InstanceSegmentationEvaluator
 from transformers_rfdetr.evaluation.confidence import (
     MatchTable,
-    PerImage,
+    _interval,
     average_precision,
     compare,
     confidence_intervals,
@@ -87,16 +88,22 @@ def test_a_draw_has_the_metrics_that_coco_computes_for_the_repeated_images():
                 assert (-1 if np.isnan(value) else value) == pytest.approx(metrics[name], abs=1e-9)
 
 
-def test_an_interval_is_that_of_hand_arithmetic():
+def test_the_ap_of_draws_is_that_of_hand_arithmetic():
     # Two images with one object each; it is found in the first one only. AP is 51/101 for both once (51 of the recalls
     # 0, 0.01, ... are at most 0.5), 1 for the first twice and 0 for the second twice.
     match = np.ones((10, 1), bool)
     table = MatchTable(np.array([1, 1]), np.array([0]), np.array([0.9]), match, ~match)
     weights = np.array([[1.0, 1], [2, 0], [0, 2]])
     assert average_precision(table, weights)[:, 0].tolist() == [51 / 101, 1.0, 0.0]
-    images = PerImage([1, 2], {"bbox": {"tree": table}}, np.zeros((2, 0, 3), np.int64))
-    interval = confidence_intervals(images, 0.9)["bbox_AP"]
-    assert interval == pytest.approx((2 * 51 / 101 - 1, 1.0))  # 1.01 is bounded by 1
+
+
+def test_an_interval_is_that_of_hand_arithmetic():
+    # The mean of three draws is 0.6, 0.1 above the metric, so the bias is 0.1 / 0.41421 = 0.24142. Their variance is
+    # (0.04 + 0 + 0.04) / 3; with three images it counts 3 / 2 times. t of 2 degrees of freedom is 4.30265 at 97.5 %.
+    half_width = 4.30265 * (0.04 + 0.24142**2 / 4) ** 0.5
+    assert _interval(np.array([0.5, 0.4, 0.6, 0.8]), 0.95, 3) == pytest.approx(
+        (0.5 - 0.24142 - half_width, 0.5 - 0.24142 + half_width), abs=1e-4
+    )
 
 
 def test_compute_has_intervals_around_coco_s_numbers_only_if_they_are_wanted():
@@ -122,50 +129,22 @@ def test_without_an_object_of_a_class_there_is_no_interval():
     assert intervals["per_class"]["building"]["segm_AP"][1] > 0
 
 
-def simulated(rng, num_images, num_classes, objects_per_image, skill=1.2):
-    """A detector whose masks are as good as a normal variable says, on images that differ in difficulty."""
-    tables = {}
-    thresholds = np.linspace(0.5, 0.95, 10)[:, None]
-    for number in range(num_classes):
-        num_objects, difficulty = rng.poisson(objects_per_image, num_images), rng.normal(0, 0.5, num_images)
-        found = np.repeat(np.arange(num_images), num_objects)
-        found = found[rng.random(len(found)) < 0.85]
-        ious = 1 / (1 + np.exp(difficulty[found] - rng.normal(skill, 0.8, len(found))))
-        false = np.repeat(np.arange(num_images), rng.poisson(1.0, num_images))
-        scores = np.concatenate([2 * ious + rng.normal(0, 0.8, len(found)), rng.normal(-0.3, 0.9, len(false))])
-        order = np.argsort(-scores)
-        is_match = np.concatenate([ious >= thresholds, np.zeros((10, len(false)), bool)], axis=1)[:, order]
-        images = np.concatenate([found, false])[order]
-        tables[str(number)] = MatchTable(num_objects, images, scores[order], is_match, np.zeros_like(is_match))
-    return PerImage(list(range(num_images)), {"bbox": tables}, np.zeros((num_images, 0, 3), np.int64))
+@pytest.fixture
+def coverage(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    from intervals import coverage
 
-
-def coverage(repetitions, num_images, num_classes, objects_per_image, draws):
-    rng = np.random.default_rng(0)
-    large = simulated(rng, 50_000, 1, objects_per_image)
-    [true_ap] = metrics_of(large, np.ones((1, 50_000)))["bbox_AP"]
-    intervals = [
-        confidence_intervals(simulated(rng, num_images, num_classes, objects_per_image), draws=draws, seed=seed)
-        for seed in range(repetitions)
-    ]
-    return np.mean([low <= true_ap <= high for low, high in (one["bbox_AP"] for one in intervals)])
+    return coverage
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("num_images", "num_classes", "objects_per_image"), [(60, 3, 1.0), (300, 2, 1.0)])
-def test_95_per_cent_intervals_contain_the_true_ap_in_95_per_cent_of_simulations(
-    num_images, num_classes, objects_per_image
-):
-    assert 0.93 <= coverage(300, num_images, num_classes, objects_per_image, 1000) <= 0.97
+@pytest.mark.parametrize("setting", [(60, 3, 1.0, 1.2), (300, 2, 1.0, 1.2), (100, 20, 0.2, 1.2)])
+def test_95_per_cent_intervals_contain_the_true_ap_in_95_per_cent_of_simulations(setting, coverage):
+    assert 0.93 <= coverage(300, setting)["ours"] <= 0.97
 
 
-@pytest.mark.long
-def test_intervals_of_rare_classes_are_not_too_high():
-    assert coverage(300, 100, 20, 0.2, 1000) >= 0.9  # the plain percentiles contain it in 0.78
-
-
-def test_intervals_contain_the_true_ap_in_most_simulations():
-    assert coverage(50, 60, 3, 1.0, 200) >= 0.88
+def test_intervals_contain_the_true_ap_in_most_simulations(coverage):
+    assert coverage(50, (60, 3, 1.0, 1.2), draws=200)["ours"] >= 0.88
 
 
 def test_two_models_are_compared_on_the_same_draws():
