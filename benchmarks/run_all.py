@@ -63,6 +63,7 @@ TARGETS = {
         Target("training step", "peak memory, B=4", "ours checkpointed", 0.4, "rfdetr"),
         Target("training step", "time, B=2", "ours", 0.85, "rfdetr"),
         Target("preprocessing", "with masks", "ours", 0.35, "port"),
+        Target("preprocessing", "with masks, ours cropped", "ours", 0.25, "port"),
         Target("post-processing", "100 at 3000x4000, label map", "ours", 0.1, "port"),
         Target("post-processing", "100 at 3000x4000, masks", "ours", 0.1, "port"),
         Target("post-processing", "100 at 3000x4000, RLE", "ours", 0.1, "port", "100 at 3000x4000, masks"),

@@ -6,7 +6,7 @@ Sizes are (H, W); boxes are COCO's [x, y, width, height] in pixels of the uprigh
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch.utils.data
@@ -187,7 +187,7 @@ class InstanceDataset(HasLabelMap, torch.utils.data.Dataset):
         *,
         augmentation: Any = None,
         seed: int = 0,
-        masks: bool = True,
+        masks: Literal["cropped"] | bool = True,
         class_balance: float | None = None,
     ) -> PreparedDataset:
         """Return the model's inputs and labels of the images; [`PreparedDataset`] documents the arguments."""

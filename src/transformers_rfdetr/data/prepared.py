@@ -1,7 +1,7 @@
 """From annotated images to the model's inputs and labels: augmentation, image processor and batches."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,12 +22,12 @@ class SamplePreparation:
         processor: The model's image processor.
         augmentation: As in [`PreparedDataset`].
         seed: An integer >= 0.
-        masks: Whether the labels contain masks.
+        masks: As `return_segmentation_masks` of the processor.
         dataset: The dataset of the samples; None for a stream.
     """
 
     def __init__(
-        self, processor: RfDetrImageProcessor, augmentation: Any, seed: int, masks: bool, dataset: Any = None
+        self, processor: RfDetrImageProcessor, augmentation: Any, seed: int, masks: Any, dataset: Any = None
     ) -> None:
         if not is_index(seed):
             raise ValueError(f"`seed` must be an integer >= 0, got {seed!r}. Use 0.")
@@ -71,7 +71,7 @@ class PreparedDataset(torch.utils.data.Dataset):
             [`FlipAndCrop`][transformers_rfdetr.data.augmentation.FlipAndCrop]; or a pipeline of
             `torchvision.transforms.v2`. None is "none".
         seed: An integer >= 0.
-        masks: Whether the labels contain masks, which instance segmentation requires.
+        masks: As `return_segmentation_masks` of the processor: True or "cropped" for instance segmentation.
         class_balance: Repeat images with classes that fewer than this fraction of the images have, in (0, 1]; see
             [`ClassBalance`].
     """
@@ -83,7 +83,7 @@ class PreparedDataset(torch.utils.data.Dataset):
         *,
         augmentation: Any = None,
         seed: int = 0,
-        masks: bool = True,
+        masks: Literal["cropped"] | bool = True,
         class_balance: float | None = None,
     ) -> None:
         self.dataset = dataset
@@ -141,7 +141,7 @@ def collate_fn(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Collate samples of a [`PreparedDataset`] or [`PreparedStream`] into one batch.
 
     If their sizes differ, images and masks are padded at the bottom and right to the largest height and width, and
-    `pixel_mask` is 1 inside the images. Boxes are relative to the image and do not change.
+    `pixel_mask` is 1 inside the images. Boxes are relative to the image and do not change, nor do cropped masks.
 
     Args:
         samples: Dicts of `pixel_values` (3, H, W), `labels` and, optionally, `pixel_mask` (H, W).

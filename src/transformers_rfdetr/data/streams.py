@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed
@@ -35,7 +35,7 @@ class InstanceStream(HasLabelMap):
         *,
         augmentation: Any = None,
         seed: int = 0,
-        masks: bool = True,
+        masks: Literal["cropped"] | bool = True,
         repeat: bool = True,
         buffer_size: int = 256,
         process: tuple[int, int] | None = None,
@@ -68,7 +68,7 @@ class PreparedStream(torch.utils.data.IterableDataset):
 
     Args:
         stream: The annotated images.
-        preparation: Image processor, augmentation, seed and whether labels contain masks.
+        preparation: Image processor, augmentation, seed and form of the masks.
         repeat: Yield epoch after epoch without end, each in its own order, as training requires; otherwise one pass in
             the order of the stream.
         buffer_size: Number of encoded rows from which the next one is drawn, with `repeat`.

@@ -3,15 +3,15 @@
 Axis letters: N objects and R crowd regions of an image, H W pixels of the model's input. Sizes are (height, width).
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import compress
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from transformers.utils import logging
 
-from .masks import Segmentation, box_and_area, box_polygon, has_segmentation, rasterize, read_segmentation
+from .masks import Segmentation, box_and_area, box_polygon, has_segmentation, rasterize_regions, read_segmentation
 from .validation import are_numbers, error_context, is_index, is_number, require, to_builtin
 
 logger = logging.get_logger(__name__)
@@ -33,7 +33,7 @@ class _Object(NamedTuple):
 
 
 def prepare_labels(
-    target: Any, index: int, sizes: ImageSizes, *, with_masks: bool | None, relative_boxes: bool
+    target: Any, index: int, sizes: ImageSizes, *, masks: Literal["cropped"] | bool | None, relative_boxes: bool
 ) -> dict[str, torch.Tensor]:
     """Convert the annotations of image `index` to labels; see `RfDetrImageProcessor.preprocess`.
 
@@ -41,16 +41,17 @@ def prepare_labels(
     has no pixel. Crowd regions become regions in which the class loss ignores detections.
     """
     image_id, where = _read_image_id(target, index, sizes.original)
-    objects, crowds, num_dropped = _read_objects(target["annotations"], where, sizes.original, bool(with_masks))
+    objects, crowds, num_dropped = _read_objects(target["annotations"], where, sizes.original, bool(masks))
     with error_context(f"{where}: segmentation"):
-        if with_masks:
-            masks, has_mask = _draw_masks(objects, sizes)
-            is_kept = masks.any(axis=(1, 2)) | ~has_mask
+        if masks:
+            drawn = list(_draw_regions(objects, sizes))
+            has_mask = np.array([item.segmentation is not None for item in objects], bool)
+            is_kept = np.array([region.any() for region, _, _ in drawn], bool) | ~has_mask
             if not is_kept.all():
-                masks, has_mask = masks[is_kept], has_mask[is_kept]
-                objects = [item for item, keep in zip(objects, is_kept, strict=True) if keep]
-                num_dropped += len(is_kept) - len(masks)
-        regions = _draw_masks(crowds, sizes, fill_boxes=True)[0] if crowds else None
+                objects, drawn = list(compress(objects, is_kept)), list(compress(drawn, is_kept))
+                has_mask = has_mask[is_kept]
+                num_dropped += int(np.sum(~is_kept))
+        crowd_regions = list(_draw_regions(crowds, sizes, fill_boxes=True))
     if num_dropped:
         logger.warning_once(
             "Some annotations were dropped from the training labels: their box has no area inside the image, or their"
@@ -76,32 +77,48 @@ def prepare_labels(
         low, high = boxes_xyxy.split(2, dim=-1)
         original_xyxy = torch.tensor(sizes.original[::-1]).repeat(2)
         labels["boxes"] = torch.cat([(low + high) / 2, high - low], dim=-1) / original_xyxy
-    if with_masks:
-        bottom, right = (padded - resized for padded, resized in zip(sizes.padded, sizes.resized, strict=True))
-        labels["masks"] = torch.from_numpy(masks)
-        if bottom or right:
-            labels["masks"] = F.pad(labels["masks"], (0, right, 0, bottom))
-        if not has_mask.all():
-            labels["has_mask"] = torch.from_numpy(has_mask)
-    if regions is not None:
+    if masks == "cropped":
+        labels |= _crop(drawn)
+    elif masks:
+        labels["masks"] = _paste(drawn, sizes.padded)
+    if masks and not has_mask.all():
+        labels["has_mask"] = torch.from_numpy(has_mask)
+    if crowds:
         labels["crowd_labels"] = torch.tensor([item.label for item in crowds])
-        labels["crowd_regions"] = torch.from_numpy(regions)
+        labels["crowd_regions"] = _paste(crowd_regions, sizes.resized)
     return labels
 
 
-def _draw_masks(
+def _draw_regions(
     objects: Sequence[_Object], sizes: ImageSizes, fill_boxes: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return masks (N, H, W) bool of the resized image, and (N,) whether the object has a mask.
+) -> Iterator[tuple[np.ndarray, int, int]]:
+    """Yield the mask of each object in the resized image, cropped as by `rasterize_regions`.
 
     The mask of an object without one is empty, or with `fill_boxes` its box.
     """
-    has_mask = np.array([item.segmentation is not None for item in objects], bool)
     shapes: list[Segmentation] = []
     for item in objects:
         box = item.box_xyxy if fill_boxes else (0, 0, 0, 0)
         shapes.append(item.segmentation or [np.array(box_polygon(*box), np.float64)])
-    return rasterize(shapes, sizes.original, sizes.resized), has_mask
+    return rasterize_regions(shapes, sizes.original, sizes.resized)
+
+
+def _paste(regions: Sequence[tuple[np.ndarray, int, int]], size: tuple[int, int]) -> torch.Tensor:
+    """Return masks (N, H, W) bool of `size`."""
+    masks = torch.zeros((len(regions), *size), dtype=torch.bool)
+    for mask, (region, top, left) in zip(masks, regions, strict=True):
+        mask[top : top + region.shape[0], left : left + region.shape[1]] = torch.from_numpy(region)
+    return masks
+
+
+def _crop(regions: Sequence[tuple[np.ndarray, int, int]]) -> dict[str, torch.Tensor]:
+    """Return the pixels of all regions, one after the other, and where they are; see `CroppedMasks`."""
+    pixels = np.concatenate([np.zeros(0, bool), *(region.ravel() for region, _, _ in regions)])
+    boxes = [(top, left, *region.shape) for region, top, left in regions]
+    return {
+        "mask_pixels": torch.from_numpy(pixels),
+        "mask_boxes": torch.tensor(boxes, dtype=torch.int64).reshape(-1, 4),
+    }
 
 
 def _read_image_id(target: Any, index: int, orig_size: tuple[int, int]) -> tuple[int, str]:

@@ -8,7 +8,7 @@ Sizes are (height, width). Boxes are `boxes_cxcywh` in [0, 1] or `boxes_xyxy` in
 import functools
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -164,7 +164,7 @@ class RfDetrImageProcessor(BaseImageProcessor):
         self,
         images: Any,
         annotations: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
-        return_segmentation_masks: bool | None = None,
+        return_segmentation_masks: Literal["cropped"] | bool | None = None,
         *,
         return_tensors: str | None = None,
         input_data_format: str | None = None,
@@ -183,7 +183,8 @@ class RfDetrImageProcessor(BaseImageProcessor):
                 and, in pixels of the (rotated) image, `bbox` [x, y, width, height] and `segmentation` (polygons, RLE
                 or a bitmap), optionally `area` and `iscrowd`. A missing bbox or area comes from the segmentation.
                 `width` and `height` next to `image_id` are checked if they are given.
-            return_segmentation_masks: Whether labels have masks.
+            return_segmentation_masks: Whether labels have masks. With "cropped", they have only the pixels inside the
+                box of each mask, which the loss reads as well; masks of many small objects need a hundredth of memory.
             return_tensors: "pt" (the same as None) or "np".
             input_data_format: "channels_first" or "channels_last", for arrays whose shape is ambiguous.
             data_format: "channels_first" (the default, as the models require) or "channels_last", of `pixel_values`.
@@ -195,11 +196,13 @@ class RfDetrImageProcessor(BaseImageProcessor):
             `pixel_values` (B, 3, H, W) float32; with `do_pad`, `pixel_mask` (B, H, W) int64, 1 on the image and 0 on
             padding; with annotations, `labels`, one dict for each image: `class_labels` (N,) int64; `boxes` (N, 4)
             float32 `boxes_cxcywh` in [0, 1] of the image without padding, as the model predicts them; `masks`
-            (N, H, W) bool at the model's input size, if asked for; `area` (N,) float32 in pixels of the resized
-            image; `iscrowd` (N,) int64; `image_id` (1,), and `orig_size` and `size` (2,) int64, (height, width) of the
-            original image and of the model's input; `has_mask` (N,) bool, if some objects have only a box;
-            `crowd_labels` (R,) int64 and `crowd_regions` (R, H, W) bool of the image without padding, if there are
-            crowds. Objects whose box has no area inside the image, or whose mask has no pixel, are dropped.
+            (N, H, W) bool at the model's input size, if asked for, or "cropped": `mask_boxes` (N, 4) int64 of top,
+            left, height and width, and `mask_pixels` (K,) bool, the pixels in each of these boxes, row by row, one box
+            after the other; `area` (N,) float32 in pixels of the resized image; `iscrowd` (N,) int64; `image_id` (1,),
+            and `orig_size` and `size` (2,) int64, (height, width) of the original image and of the model's input;
+            `has_mask` (N,) bool, if some objects have only a box; `crowd_labels` (R,) int64 and `crowd_regions`
+            (R, H, W) bool of the image without padding, if there are crowds. Objects whose box has no area inside the
+            image, or whose mask has no pixel, are dropped.
 
         Raises:
             ValueError: if an image or annotation is invalid; the message names it and the field.
@@ -210,9 +213,9 @@ class RfDetrImageProcessor(BaseImageProcessor):
         data_format = getattr(data_format, "value", data_format)
         rule = "'channels_first' or 'channels_last'"
         require(data_format in (None, "channels_first", "channels_last"), "data_format", data_format, rule)
-        inputs = processor._preprocess(
-            _as_list(images), annotations, return_segmentation_masks, input_data_format, device
-        )
+        masks = return_segmentation_masks
+        require(masks in (None, False, True, "cropped"), "return_segmentation_masks", masks, 'a bool or "cropped"')
+        inputs = processor._preprocess(_as_list(images), annotations, masks, input_data_format, device)
         if data_format == "channels_last":
             inputs["pixel_values"] = inputs["pixel_values"].permute(0, 2, 3, 1).contiguous()
         labels = inputs.pop("labels", None)
@@ -238,7 +241,7 @@ class RfDetrImageProcessor(BaseImageProcessor):
         self,
         images: list[Any],
         annotations: dict[str, Any] | Sequence[dict[str, Any]] | None,
-        with_masks: bool | None,
+        masks: Literal["cropped"] | bool | None,
         input_data_format: str | None,
         device: torch.device | str | None,
     ) -> dict[str, Any]:
@@ -259,9 +262,7 @@ class RfDetrImageProcessor(BaseImageProcessor):
         if annotations is not None:
             relative = self.do_convert_annotations
             labels = [
-                prepare_labels(
-                    target, i, ImageSizes(*sizes[i], input_size), with_masks=with_masks, relative_boxes=relative
-                )
+                prepare_labels(target, i, ImageSizes(*sizes[i], input_size), masks=masks, relative_boxes=relative)
                 for i, target in enumerate(annotations)
             ]
             inputs["labels"] = [{name: value.to(device) for name, value in label.items()} for label in labels]

@@ -39,9 +39,10 @@ def rf_detr_loss(
         stages: Predictions by the suffix of their losses: "" is the last decoder layer, "_0", "_1", ... the earlier
             ones, "_enc" the first stage.
         labels: For each image `class_labels` int64 (T,), `boxes` float (T, 4), and for masks `masks` (T, H, W) of any
-            size, bool or integers that are 0 outside the object. T may be 0. Optionally `has_mask` bool (T,): objects
-            without a mask have no mask loss; and `crowd_labels` int64 (R,) with `crowd_regions` bool (R, H, W): queries
-            in a region may have the class of the crowd.
+            size, bool or integers that are 0 outside the object, or cropped ones, as the image processor makes them
+            (`mask_boxes`, `mask_pixels` and `size`). T may be 0. Optionally `has_mask` bool (T,): objects without a
+            mask have no mask loss; and `crowd_labels` int64 (R,) with `crowd_regions` bool (R, H, W): queries in a
+            region may have the class of the crowd.
         num_groups: G: `group_detr` in training, 1 in evaluation.
         weights: Weights of matching cost and losses.
         points: Source of the points at which masks are compared.

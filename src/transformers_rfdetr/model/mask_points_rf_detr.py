@@ -1,10 +1,11 @@
 """Points at which masks are compared, and masks sampled at points (PointRend, https://arxiv.org/abs/1912.08193).
 
-Axis letters: N predicted masks, T annotated masks, P points, D channels, h w mask grid, H W annotated mask. Points are
-(x, y) in [0, 1].
+Axis letters: N predicted masks, T annotated masks, K pixels inside their boxes, P points, D channels, h w mask grid,
+H W annotated mask. Points are (x, y) in [0, 1].
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +31,31 @@ def sample_bilinear(maps: Tensor, points: Tensor) -> Tensor:
     return F.grid_sample(maps, 2.0 * points[:, None] - 1.0, padding_mode="border", align_corners=False)[:, :, 0]
 
 
-def sample_nearest(masks: Tensor, indices: Tensor, points: Tensor) -> Tensor:
+class CroppedMasks(NamedTuple):
+    """T masks of which only the pixels inside a box are stored: K of all boxes together."""
+
+    pixels: Tensor  # (K + 1,) bool: the boxes one after the other, each row by row; last a False for all other pixels
+    boxes: Tensor  # (T, 4) int64: top, left, height, width
+    starts: Tensor  # (T,) int64: index of the first pixel of each box
+    size: Tensor  # (2,) int64: height and width of the masks
+
+
+def sample_nearest(masks: Tensor | CroppedMasks, indices: Tensor, points: Tensor) -> Tensor:
     """Sample `masks` (T, H, W) at `indices` (N,), each at its own `points` (N, P, 2) -> 0.0 or 1.0, (N, P)."""
-    height, width = masks.shape[-2:]
-    grid = 2.0 * points - 1.0  # rounds as grid_sample does, so that ties fall as in the original
-    x = (((grid[..., 0] + 1.0) * width - 1.0) / 2.0).round().long().clamp(0, width - 1)
-    y = (((grid[..., 1] + 1.0) * height - 1.0) / 2.0).round().long().clamp(0, height - 1)
-    return (masks[indices[:, None], y, x] != 0).float()
+    if not isinstance(masks, CroppedMasks):
+        x, y = (_nearest(points[..., axis], size) for axis, size in enumerate(masks.shape[:-3:-1]))
+        return (masks[indices[:, None], y, x] != 0).float()
+    top, left, height, width = masks.boxes[indices, :, None].unbind(1)
+    x, y = _nearest(points[..., 0], masks.size[1]) - left, _nearest(points[..., 1], masks.size[0]) - top
+    is_inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    pixel = masks.starts[indices, None] + y * width + x
+    return masks.pixels[pixel.where(is_inside, len(masks.pixels) - 1)].float()
+
+
+def _nearest(coordinates: Tensor, size: int | Tensor) -> Tensor:
+    """Return the index of the pixel in which each coordinate in [0, 1] lies, of `size` pixels."""
+    grid = 2.0 * coordinates - 1.0  # rounds as grid_sample does, so that ties fall as in the original
+    return (((grid + 1.0) * size - 1.0) / 2.0).round().long().clamp(min=0).clamp(max=size - 1)
 
 
 def uncertain_points(mask_logits: Tensor, num_points: int, points: PointSource) -> Tensor:

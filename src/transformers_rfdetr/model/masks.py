@@ -138,8 +138,11 @@ def _check_outline(polygons: Sequence[np.ndarray]) -> None:
             f"one object must have at most {MAX_POLYGONS} polygons, got {len(polygons)}. Encode its mask as RLE, or"
             " raise transformers_rfdetr.model.masks.MAX_POLYGONS."
         )
+    # A bound that is quick to compute; the exact length where it is too large.
+    if sum(len(polygon) * float(np.ptp(polygon)) for polygon in polygons) <= MAX_OUTLINE_PIXELS:
+        return
     points = [polygon.reshape(-1, 2) for polygon in polygons]
-    length = sum(np.abs(np.diff(ring, axis=0, prepend=0, append=ring[:1])).max(1).sum() for ring in points)
+    length = sum(np.abs(np.diff(ring, axis=0, append=ring[:1])).max(1).sum() for ring in points)
     if length > MAX_OUTLINE_PIXELS:
         raise ValueError(
             f"the outline of the polygons must have at most {MAX_OUTLINE_PIXELS:g} pixels, got {length:.3g}. Pass"
@@ -187,15 +190,21 @@ def _decompress(counts: bytes) -> np.ndarray | None:
     Each character, minus "0", holds five bits of a number, low bits first; a sixth bit is set if more characters of the
     number follow. From the third run on, the number is the difference to the run two before (maskApi.c, rleToString).
     """
-    letters = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
-    more = (letters & 32) > 0
-    ends = np.flatnonzero(~more)
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    if not letters.size or more[-1] or letters.min() < 0 or letters.max() > 63 or (ends - starts).max() > 6:
+    letters = np.frombuffer(counts, np.uint8)
+    ends = np.flatnonzero(letters < 80)  # without the sixth bit
+    lengths = np.diff(ends, prepend=-1)
+    if not len(ends) or ends[-1] < len(letters) - 1 or letters.min() < 48 or letters.max() > 111 or lengths.max() > 7:
         return None
-    place = 5 * (np.arange(letters.size) - np.repeat(starts, ends - starts + 1))
-    runs = np.add.reduceat((letters & 31) << place, starts)
-    runs -= ((letters[ends] & 16) > 0) * (1 << (place[ends] + 5))
+    return _read_runs(letters, ends)
+
+
+def _read_runs(letters: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Return the runs of valid compressed counts, the numbers of which end at `ends`."""
+    bits: np.ndarray = letters.astype(np.int64) - 48
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    place = 5 * (np.arange(len(bits)) - np.repeat(starts, ends - starts + 1))
+    runs = np.add.reduceat((bits & 31) << place, starts)
+    runs -= ((bits[ends] & 16) > 0) * (1 << (place[ends] + 5))
     runs[1::2] = np.cumsum(runs[1::2])
     runs[2::2] = np.cumsum(runs[2::2])
     return runs
@@ -234,6 +243,20 @@ def rasterize(
 ) -> np.ndarray:
     """Draw segmentations of an image of `image_size` as masks (N, h, w) bool of `output_size`.
 
+    [`rasterize_regions`] documents how they are drawn, and raises the errors.
+    """
+    masks: np.ndarray = np.zeros((len(segmentations), *output_size), bool)
+    regions = rasterize_regions(segmentations, image_size, output_size)
+    for mask, (region, top, left) in zip(masks, regions, strict=True):
+        mask[top : top + region.shape[0], left : left + region.shape[1]] = region
+    return masks
+
+
+def rasterize_regions(
+    segmentations: Iterable[Segmentation], image_size: tuple[int, int], output_size: tuple[int, int]
+) -> Iterator[tuple[np.ndarray, int, int]]:
+    """Draw segmentations as masks of `output_size`; yield of each only its box: (R, C) bool, top, left.
+
     Polygons are scaled and drawn at the output size by pycocotools. RLE is decoded and resized by nearest neighbor
     around pixel centers, as by torch's "nearest-exact" and PIL: output pixel i takes input pixel
     floor((i + 0.5) * H / h). Both are aligned with the bilinear resize of the image. (The "nearest" of the mask
@@ -244,24 +267,36 @@ def rasterize(
         ValueError: The scaled outline of polygons is longer than `MAX_OUTLINE_PIXELS`.
     """
     (height, width), (out_height, out_width) = image_size, output_size
-    every_row, every_column = np.arange(out_height), np.arange(out_width)
     nearest_row, nearest_column = _nearest(height, out_height), _nearest(width, out_width)
     scale = (out_width / width, out_height / height)
-    masks: np.ndarray = np.zeros((len(segmentations), out_height, out_width), bool)
-    for mask, segmentation in zip(masks, segmentations, strict=True):
+    for segmentation in segmentations:
         if isinstance(segmentation, dict):
-            rle, row_of, column_of = segmentation, nearest_row, nearest_column
+            region, y, x = _decode_box(segmentation)
+            top, bottom = (int(np.searchsorted(nearest_row, edge)) for edge in (y, y + region.shape[0]))
+            left, right = (int(np.searchsorted(nearest_column, edge)) for edge in (x, x + region.shape[1]))
+            yield region[nearest_row[top:bottom, None] - y, nearest_column[left:right] - x], top, left
         else:
             scaled = [(polygon.reshape(-1, 2) * scale).ravel() for polygon in segmentation]
             _check_outline(scaled)
-            rle = coco_mask.merge(coco_mask.frPyObjects(scaled, out_height, out_width))
-            row_of, column_of = every_row, every_column
-        # Only the object's box is copied.
-        x, y, box_width, box_height = coco_mask.toBbox(rle)
-        top, bottom = (int(np.searchsorted(row_of, edge)) for edge in (y, y + box_height))
-        left, right = (int(np.searchsorted(column_of, edge)) for edge in (x, x + box_width))
-        mask[top:bottom, left:right] = coco_mask.decode(rle)[row_of[top:bottom, None], column_of[left:right]]
-    return masks
+            yield _decode_box(coco_mask.merge(coco_mask.frPyObjects(scaled, out_height, out_width)))
+
+
+def _decode_box(rle: Mapping[str, Any]) -> tuple[np.ndarray, int, int]:
+    """Decode the pixels in the box of a valid RLE with compressed counts: (R, C) bool, top, left.
+
+    The time depends on the box and not on the image.
+    """
+    (height, width), (left, top, num_columns, num_rows) = rle["size"], map(int, coco_mask.toBbox(rle))
+    if not num_columns:
+        return np.zeros((0, 0), bool), 0, 0
+    letters = np.frombuffer(rle["counts"], np.uint8)
+    runs = _read_runs(letters, np.flatnonzero(letters < 80))
+    runs[0] -= left * height
+    if len(runs) % 2:  # it ends with background
+        runs[-1] -= (width - left - num_columns) * height
+    is_object = np.arange(len(runs)) % 2 > 0
+    columns: np.ndarray = np.repeat(is_object, runs).reshape(num_columns, height)
+    return columns[:, top : top + num_rows].T, top, left
 
 
 def _nearest(source: int, target: int) -> np.ndarray:

@@ -250,7 +250,7 @@ class RfDetrTrainer(UploadingTrainer):
                 "A stream has no epochs: save_strategy='epoch' writes one checkpoint, after max_steps. Pass"
                 " save_strategy='steps'."
             )
-        options = {"augmentation": self.augmentation, "seed": self.args.seed, "masks": self.has_masks}
+        options = {"augmentation": self.augmentation, "seed": self.args.seed, "masks": self.has_masks and "cropped"}
         if balance is not None:
             options["class_balance"] = balance
         return dataset.with_processor(processor, **options)
