@@ -8,16 +8,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.utils import logging
 
 from ..data.dataset import as_instance_dataset
 from ..model.image_io import decode_image
-from ..model.masks import region_to_rle, upsample_masks
+from ..model.mask_runs import encode_mask_logits
 from ..model.post_processing_rf_detr import read_target_sizes, select_detections, valid_size
 from .coco_evaluator import InstanceSegmentationEvaluator
 from .coco_summary import COCO_MAX_DETECTIONS
-from .mask_records import best_per_class
+from .mask_records import PackedMasks, best_per_class
 from .missed_objects import StageRecord
 
 
@@ -33,8 +34,7 @@ def detect(
     """Return the detections that COCO evaluates from a model's outputs, with masks as RLE.
 
     They are those of `RfDetrImageProcessor.post_process_instance_segmentation` without a threshold: the best Q of all
-    Q x C pairs of query and label, at most 100 of each label, or `max_detections` if that is more. One mask at a time
-    is held at the image's size.
+    Q x C pairs of query and label, at most 100 of each label, or `max_detections` if that is more.
 
     Args:
         outputs: Has `logits` (B, Q, C), `pred_boxes` (B, Q, 4), `boxes_cxcywh` in [0, 1], and `pred_masks`
@@ -45,7 +45,7 @@ def detect(
 
     Returns:
         For each image, best first, arrays `scores` (K,) float32, `labels` (K,) int64, `boxes` (K, 4) float32,
-        `boxes_xyxy` in pixels inside the image, and `masks`, a list of K COCO RLEs with counts as str, or None.
+        `boxes_xyxy` in pixels inside the image, and `masks`, [`PackedMasks`] or None.
 
     Raises:
         ValueError: `target_sizes` is not one positive (height, width) for each image.
@@ -60,8 +60,11 @@ def detect(
         masks = None
         if mask_logits is not None:
             valid = None if pixel_mask is None else valid_size(pixel_mask[index], mask_logits.shape[-2:])
-            regions = upsample_masks(mask_logits[index, torch.from_numpy(queries[best])], size, 0.0, valid)
-            masks = [region_to_rle(region, top, left, size) for region, top, left in regions]
+            used, mask_of = np.unique(queries[best], return_inverse=True)  # a query may be detected as several classes
+            maps = mask_logits[index]
+            maps = maps if len(used) == len(maps) else maps[torch.from_numpy(used)]
+            rles = encode_mask_logits(maps, size, valid)
+            masks = PackedMasks.pack([rles[one] for one in mask_of], size)
         results.append({"scores": scores[best], "labels": labels[best], "boxes": boxes[best], "masks": masks})
     return results
 
@@ -99,7 +102,7 @@ def to_category_ids(detections: Mapping[str, Any], category_ids: Mapping[int, in
     """Return what [`detect`] returns for an image as arguments of the evaluator's `update`.
 
     Args:
-        detections: `scores` (K,), `labels` (K,), `boxes` (K, 4) and `masks`, a list of K or None.
+        detections: `scores` (K,), `labels` (K,), `boxes` (K, 4) and `masks`, packed or None.
         category_ids: Label -> category id, from [`label_to_category_id`]. Detections of other labels are dropped.
     """
     kept = [index for index, label in enumerate(detections["labels"].tolist()) if label in category_ids]
@@ -108,7 +111,7 @@ def to_category_ids(detections: Mapping[str, Any], category_ids: Mapping[int, in
         "scores": detections["scores"][kept],
         "labels": [category_ids[label] for label in detections["labels"][kept].tolist()],
         "boxes": detections["boxes"][kept],
-        "masks": None if masks is None else [masks[index] for index in kept],
+        "masks": None if masks is None else masks.select(kept),
     }
 
 

@@ -22,11 +22,20 @@ class PackedMasks(NamedTuple):
     counts: bytes
     offsets: np.ndarray  # (K + 1,) int64; two equal offsets stand for a missing mask
 
+    def __len__(self) -> int:
+        """Return K."""
+        return len(self.offsets) - 1
+
     @classmethod
     def pack(cls, rles: Sequence[dict[str, Any] | None], size: tuple[int, int]) -> "PackedMasks":
-        """Pack K compressed RLEs of the same size; None stands for a missing mask."""
+        """Pack K compressed RLEs of the same size with counts as bytes or str; None stands for a missing mask."""
         counts = [b"" if rle is None else rle["counts"] for rle in rles]
+        counts = [one.encode("ascii") if isinstance(one, str) else one for one in counts]
         return cls(size, b"".join(counts), np.cumsum([0, *map(len, counts)]))
+
+    def select(self, indices: Iterable[int]) -> "PackedMasks":
+        """Return the masks at `indices`."""
+        return PackedMasks.pack(self.rles(indices), self.size)
 
     def rles(self, indices: Iterable[int]) -> list[dict[str, Any]]:
         """Return the masks at `indices` as COCO RLE with counts as bytes."""
@@ -134,7 +143,9 @@ def pack_detections(
         raise ValueError(f"`masks` or `boxes` is required, got neither for {len(scores)} detections")
     best = best_per_class(scores, labels, max_detections)
     packed = None
-    if masks is not None:
+    if isinstance(masks, PackedMasks):
+        packed = masks.select(best)
+    elif masks is not None:
         rles = []
         for index in best.tolist():
             with error_context(f"mask {index}"):

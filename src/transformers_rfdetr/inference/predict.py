@@ -14,7 +14,7 @@ from torch import Tensor
 from ..model.configuration_rf_detr import RfDetrConfig
 from ..model.image_io import Pixels, read_pixels, size_of
 from ..model.image_processing_rf_detr import RfDetrImageProcessor
-from ..model.masks import region_to_rle, upsample_masks
+from ..model.mask_runs import encode_mask_logits
 from ..model.modeling_rf_detr import BACKGROUND_LOGIT, RfDetrForObjectDetection, RfDetrOutput
 from ..model.post_processing_rf_detr import Detections, select_detections, valid_size
 from ..model.validation import error_context, is_index, is_number, require
@@ -170,7 +170,7 @@ def _predict_batch(
         if stage.masks is not None:
             mask_logits = stage.masks.logits_of(index, found.queries)
             covered = None if pixel_mask is None else valid_size(pixel_mask[index], mask_logits.shape[-2:])
-            masks = [region_to_rle(*region, size) for region in upsample_masks(mask_logits, size, 0.0, covered)]
+            masks = encode_mask_logits(mask_logits, size, covered)
         scores, labels, boxes = (part.numpy(force=True) for part in (found.scores, found.labels, found.boxes_xyxy))
         names = [model.config.id2label[label] for label in labels.tolist()]
         categories = None if category_ids is None else np.array(category_ids, np.int64)[labels]

@@ -162,7 +162,7 @@ def _read_rle(rle: Mapping[str, Any], image_size: tuple[int, int]) -> dict[str, 
         )
     if isinstance(counts, str):
         counts = counts.encode("ascii", "replace")
-    runs = _decompress(counts) if isinstance(counts, bytes) else np.asarray(counts)
+    runs = decompress_runs(counts) if isinstance(counts, bytes) else np.asarray(counts)
     if runs is not None and runs.dtype.kind == "f" and np.array_equal(runs, runs.clip(0, height * width).round()):
         runs = runs.astype(np.int64)
     # pycocotools reads uninitialized memory if the runs do not fill the image.
@@ -184,7 +184,7 @@ def _read_rle(rle: Mapping[str, Any], image_size: tuple[int, int]) -> dict[str, 
     return coco_mask.frPyObjects({"size": size, "counts": runs.tolist()}, height, width)
 
 
-def _decompress(counts: bytes) -> np.ndarray | None:
+def decompress_runs(counts: bytes) -> np.ndarray | None:
     """Convert COCO's compressed counts to runs (int64); return None for a string that is not such counts.
 
     Each character, minus "0", holds five bits of a number, low bits first; a sixth bit is set if more characters of the
@@ -346,11 +346,10 @@ def upsample_masks(
         valid_size: Number of rows and columns of (h, w), not necessarily whole, that the image covers from the top
             left; the rest is padding. All by default.
     """
-    # Finite bounds: inf times a weight of 0 would be NaN.
-    logits = mask_logits.float().nan_to_num(nan=-1e30, posinf=1e30, neginf=-1e30).numpy(force=True)
+    logits = finite_logits(mask_logits.float().numpy(force=True))
     valid_height, valid_width = valid_size or logits.shape[1:]
-    above, below, down = _bilinear_taps(logits.shape[1], output_size[0], valid_height)
-    before, after, across = _bilinear_taps(logits.shape[2], output_size[1], valid_width)
+    above, below, down = bilinear_taps(logits.shape[1], output_size[0], valid_height)
+    before, after, across = bilinear_taps(logits.shape[2], output_size[1], valid_width)
     positive = logits > threshold
     tops, bottoms = _reached(positive.any(2), above, below)
     lefts, rights = _reached(positive.any(1), before, after)
@@ -369,7 +368,12 @@ def upsample_masks(
         yield region, top, left
 
 
-def _bilinear_taps(source: int, target: int, valid: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def finite_logits(logits: np.ndarray) -> np.ndarray:
+    """Return logits that can be interpolated: inf times a weight of 0 would be NaN. NaN is background."""
+    return np.nan_to_num(logits, nan=-1e30, posinf=1e30, neginf=-1e30).clip(-3e38, 3e38)
+
+
+def bilinear_taps(source: int, target: int, valid: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return lower and upper input index and the weight of the upper one, (target,) each, in float32 as torch does."""
     scale = np.float32(valid) / np.float32(target)
     position = ((np.arange(target, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)).clip(min=0)

@@ -29,7 +29,7 @@ def select_detections(
 ) -> Detections:
     """Select the detections of image `index` and scale their boxes to `size`.
 
-    The threshold is applied before the top-k selection: the result is the same, and few scores are sorted.
+    Of equal scores, those of earlier queries are selected.
     """
     num_queries, num_classes = outputs.logits.shape[1:]
     if top_k is not None and not (is_index(top_k) and top_k > 0):
@@ -37,7 +37,9 @@ def select_detections(
     top_k = num_queries if top_k is None else top_k
     is_finite = outputs.pred_boxes[index].isfinite().all(dim=-1, keepdim=True)
     scores = outputs.logits[index].float().sigmoid().masked_fill(~is_finite, math.nan).flatten()
-    candidates = (scores > threshold).nonzero()[:, 0]
+    is_candidate = scores > threshold
+    lowest = scores.masked_fill(~is_candidate, -math.inf).topk(min(top_k, len(scores))).values[-1:]
+    candidates = (is_candidate & (scores >= lowest)).nonzero()[:, 0]  # few, or more where scores are equal
     best = candidates[scores[candidates].argsort(descending=True, stable=True)[:top_k]]
     queries = best // num_classes
     center, extent = outputs.pred_boxes[index, queries].float().split(2, dim=-1)

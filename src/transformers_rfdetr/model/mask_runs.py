@@ -1,0 +1,263 @@
+"""Encode mask logits as COCO RLE at the size of the image, without upsampling whole maps.
+
+The definition is `upsample_masks` with threshold 0: an image pixel lies between two rows and two columns of cells, and
+its logit is interpolated between these four, in float32. So a square of four neighboring cells with the same sign needs
+no interpolation, and between two rows of cells the sign of an image column changes at most once:
+
+* Products with a weight in [0, 1], sums and their rounding preserve the sign of equal signs, except that products of
+  denormal numbers may round to 0. Masks with positive logits below 1e-27 are upsampled as the definition does.
+* From one row of cells to the next, the weight of the upper row never grows and that of the lower one never falls. If
+  the upper value is positive and the lower one is not, both products never grow, nor does their sum, since rounding is
+  monotonic. So the pixel at which the sign changes is computed, and then corrected with the values of the pixels
+  around it, computed as in the definition.
+
+Axis letters: N masks, h w cells of the mask head, R C rows and columns of cells that the image covers, H W pixels of
+the image, S squares whose cells differ in sign, P places at which the sign of a mask changes, in column-major order.
+Sizes are (height, width).
+"""
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from .masks import bilinear_taps, finite_logits, region_to_rle, upsample_masks
+
+# Number of cells at a time: their arrays fit into the cache.
+_CHUNK_CELLS = 1 << 19
+# Number of interpolated values at a time, for masks of noise; and of pixels on a GPU.
+_CHUNK_VALUES, _CHUNK_PIXELS = 1 << 20, 1 << 25
+_SMALLEST = 1e-27
+
+
+class Axis(NamedTuple):
+    """How the pixels of one axis of the image are interpolated between cells."""
+
+    lower: np.ndarray  # (H,) int64, cell before each pixel
+    upper: np.ndarray  # (H,) int64, cell after it, or the same one at the end
+    weight: np.ndarray  # (H,) float32, weight of the upper cell
+    num_cells: int  # R
+    first: np.ndarray  # (R + 1,) int64, number of pixels before each cell, and of all
+    scale: float  # cells per pixel
+
+    @classmethod
+    def of(cls, source: int, target: int, valid: float) -> "Axis":
+        """Return the axis of `target` pixels on `source` cells, of which the image covers `valid`."""
+        lower, upper, weight = bilinear_taps(source, target, valid)
+        num_cells = min(source, int(np.ceil(valid)))
+        first = np.searchsorted(lower, np.arange(num_cells + 1))
+        return cls(lower, upper, weight, num_cells, first, valid / target)
+
+
+def encode_mask_logits(
+    mask_logits: torch.Tensor, image_size: tuple[int, int], valid_size: tuple[float, float] | None = None
+) -> list[dict[str, Any]]:
+    """Return the pixels of an image with a mask logit above 0 as COCO RLE, counts as str for JSON.
+
+    Equal bit for bit to `[region_to_rle(*region, image_size) for region in upsample_masks(mask_logits, ...)]`. On a
+    GPU, the maps are upsampled there, and only the changes between background and foreground are copied. On the CPU, as
+    many threads as torch's are used.
+
+    Args:
+        mask_logits: (N, h, w), any floating type; computed in float32.
+        image_size: (H, W) of the image.
+        valid_size: Number of rows and columns of (h, w) that the image covers; see `upsample_masks`.
+    """
+    num_masks, height, width = mask_logits.shape
+    valid_height, valid_width = valid_size or (height, width)
+    axes = Axis.of(height, image_size[0], valid_height), Axis.of(width, image_size[1], valid_width)
+    mask_logits = mask_logits.detach().float()
+    if mask_logits.device.type != "cpu":  # where it takes less time to upsample all than to select
+        return places_to_rles(dense_changes(mask_logits, *axes), num_masks, image_size)
+
+    def encode(logits: torch.Tensor) -> list[dict[str, Any]]:
+        cells = logits.numpy()
+        if np.count_nonzero(cells > 0) == np.count_nonzero(cells > _SMALLEST):
+            return _encode(cells, axes, image_size)
+        return [region_to_rle(*region, image_size) for region in upsample_masks(logits, image_size, 0.0, valid_size)]
+
+    chunks = mask_logits.split(max(1, _CHUNK_CELLS // max(1, height * width)))
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # numpy releases the GIL
+        return [rle for rles in pool.map(encode, chunks) for rle in rles]
+
+
+def _encode(logits: np.ndarray, axes: tuple[Axis, Axis], size: tuple[int, int]) -> list[dict[str, Any]]:
+    squares = _mixed_squares(logits, *axes)
+    if len(logits) > 1 and len(squares[0]) * size[1] > _CHUNK_VALUES * axes[1].num_cells:
+        half = len(logits) // 2
+        return _encode(logits[:half], axes, size) + _encode(logits[half:], axes, size)
+    return places_to_rles(_changes(logits, squares, *axes), len(logits), size)
+
+
+def _mixed_squares(logits: np.ndarray, rows: Axis, columns: Axis) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return mask, row and column (S,) of the squares of four cells with different signs, in column-major order.
+
+    Square (r, c) has the cells of rows r - 1 and r, and of columns c and c + 1. There is background above the first row
+    and below the last one; the last column is repeated.
+    """
+    shape = (len(logits), rows.num_cells + 2, columns.num_cells + 1)
+    positive: np.ndarray = np.zeros(shape, np.uint8)
+    np.greater(logits[:, : shape[1] - 2, : shape[2] - 1], 0, out=positive[:, 1:-1, :-1].view(bool))
+    positive[:, :, -1] = positive[:, :, -2]
+    pairs = positive[:, :, 1:] + positive[:, :, :-1]
+    num_positive = pairs[:, 1:] + pairs[:, :-1]
+    num_positive -= 1  # none becomes 255
+    mask, row, column = np.unravel_index(np.flatnonzero(num_positive < 3), num_positive.shape)
+    column_of_mask = mask * shape[2] + column
+    # A stable sort of 16 bits is a radix sort.
+    order = column_of_mask.astype(np.min_scalar_type(len(logits) * shape[2])).argsort(kind="stable")
+    return mask[order], row[order], column[order]
+
+
+def _changes(
+    logits: np.ndarray, squares: tuple[np.ndarray, np.ndarray, np.ndarray], rows: Axis, columns: Axis
+) -> np.ndarray:
+    """Return the places (P,) at which the sign changes."""
+    mask, row, column = squares
+    # Squares one below the other share their image columns.
+    start = np.flatnonzero((column[1:] != column[:-1]) | (mask[1:] != mask[:-1])) + 1
+    start = np.append(0, start)[: len(mask)]
+    first = columns.first[column[start]]
+    owner, x = _ranges(first, columns.first[column[start] + 1] - first)
+    line, square = _ranges(start[owner], np.diff(start, append=len(mask))[owner])
+    x = x[line]
+    cells = _corners(logits, squares, rows, columns)
+    after = columns.weight[x]
+    before = 1 - after
+    top, bottom = (left[square] * before + right[square] * after for left, right in (cells[:2], cells[2:]))
+    changing = np.flatnonzero((top > 0) != (bottom > 0))
+    square, x = square[changing], x[changing]
+    y = _change_in_column(row[square], top[changing], bottom[changing], rows)
+    return mask[square] * _stride(rows, columns) + x * len(rows.lower) + y
+
+
+def _corners(
+    logits: np.ndarray, squares: tuple[np.ndarray, np.ndarray, np.ndarray], rows: Axis, columns: Axis
+) -> np.ndarray:
+    """Return the logits (4, S) of the cells of squares: above left and right, below left and right."""
+    mask, row, column = squares
+    height, width = logits.shape[1:]
+    right = np.minimum(column + 1, columns.num_cells - 1)
+    above, below = (mask * height + np.clip(one, 0, rows.num_cells - 1) for one in (row - 1, row))
+    cells = finite_logits(
+        logits.reshape(-1)[[one * width + side for one in (above, below) for side in (column, right)]]
+    )
+    cells[:2, row == 0] = cells[2:, row == rows.num_cells] = -1
+    return cells
+
+
+def _stride(rows: Axis, columns: Axis) -> int:
+    """Return the number of places of a mask: its pixels, and the end."""
+    return len(rows.lower) * len(columns.lower) + 1
+
+
+def _change_in_column(row: np.ndarray, top: np.ndarray, bottom: np.ndarray, rows: Axis) -> np.ndarray:
+    """Return the first pixel (P,) of a column that has the sign of the value below, between two rows of cells.
+
+    row (P,), the lower one   top, bottom (P,) float32, values in the two rows, of different signs
+    """
+    height = len(rows.lower)
+    bounds = np.append(0, rows.first)
+    low, high = bounds[row], bounds[row + 1]
+    low[row == rows.num_cells] = height  # the pixels after the last row of cells have its value
+    with np.errstate(divide="ignore", over="ignore"):  # infinity gives 0
+        fraction = 1 / (1 - bottom / top)
+    pixel = (
+        np.ceil((row + (fraction - np.float32(0.5))) * np.float32(1 / rows.scale) - np.float32(0.5))
+        .clip(low, high)
+        .astype(np.int64)
+    )
+    is_positive = top > 0
+
+    def is_above(pixel: np.ndarray) -> np.ndarray:
+        weight = rows.weight[pixel]
+        return (top * (1 - weight) + bottom * weight > 0) == is_positive
+
+    while True:
+        step = (pixel < high) & is_above(pixel.clip(max=height - 1))
+        back = (pixel > low) & ~is_above((pixel - 1).clip(0))
+        if not (step.any() or back.any()):
+            return pixel
+        pixel += step
+        pixel -= back
+
+
+def dense_changes(mask_logits: torch.Tensor, rows: Axis, columns: Axis) -> np.ndarray:
+    """Return the places (P,) at which the sign changes, from all pixels, on the device of the logits."""
+    device, (height, width) = mask_logits.device, (len(rows.lower), len(columns.lower))
+    logits = mask_logits.nan_to_num(nan=-1e30, posinf=1e30, neginf=-1e30).clamp(-3e38, 3e38)
+    above, below, down, before, after, across = (
+        torch.from_numpy(one).to(device) for axis in (rows, columns) for one in axis[:3]
+    )
+    first_place = torch.arange(len(logits), device=device)[:, None] * _stride(rows, columns)
+    last: torch.Tensor = torch.zeros(len(logits), 1, dtype=torch.bool, device=device)
+    found = []
+    step = max(1, _CHUNK_PIXELS // max(1, len(logits) * height))
+    for start in range(0, width, step):
+        part = slice(start, start + step)
+        wide = logits[:, :, before[part]] * (1 - across[part]) + logits[:, :, after[part]] * across[part]
+        values = wide[:, above] * (1 - down)[:, None] + wide[:, below] * down[:, None]
+        positive = (values > 0).transpose(1, 2).flatten(1)
+        changes = positive != torch.cat([last, positive[:, :-1]], dim=1)
+        last = positive[:, -1:]
+        places = first_place + torch.arange(start * height, start * height + positive.shape[1], device=device)
+        found.append(places[changes])
+    return torch.cat(found).sort().values.numpy(force=True)
+
+
+def places_to_rles(places: np.ndarray, num_masks: int, size: tuple[int, int]) -> list[dict[str, Any]]:
+    """Return the RLE of N masks from the places (P,) at which their sign changes, in order.
+
+    A place is mask * (H * W + 1) + pixel. Two changes at the same place cancel.
+    """
+    height, width = size
+    begin = np.arange(num_masks) * (height * width + 1)
+    end = begin + height * width  # the end of the last run, which may be a change too
+    left, right = (places.searchsorted(end, side) for side in ("left", "right"))
+    missing = np.flatnonzero((right - left) % 2 == 0)
+    places = np.insert(places, right[missing], end[missing])
+    is_new = np.append(True, places[1:] != places[:-1])[: len(places)]
+    if not is_new.all():
+        start = np.flatnonzero(is_new)
+        places = places[start[np.diff(start, append=len(places)) % 2 == 1]]
+    first = places.searchsorted(begin)
+    runs = np.diff(places, prepend=-1)
+    runs[first] -= 1
+    counts, offsets = compress_runs(runs, first)
+    return [{"size": [height, width], "counts": counts[start:end]} for start, end in itertools.pairwise(offsets)]
+
+
+def compress_runs(runs: np.ndarray, first: np.ndarray) -> tuple[str, list[int]]:
+    """Return the compressed counts of N masks in one string, and the offsets (N + 1) at which each begins and ends.
+
+    The inverse of `masks.decompress_runs`, which describes the format, for runs of N masks one after the other; `first`
+    (N,) is the index of the first run of each.
+    """
+    values = runs.copy()
+    values[2:] -= runs[:-2]
+    for skipped in range(3):
+        at = first[first + skipped < np.append(first[1:], len(runs))] + skipped
+        values[at] = runs[at]
+    magnitude = values ^ (values >> 63)
+    length = np.ones(len(values), np.uint8)
+    index = np.flatnonzero(magnitude >> 4)
+    longer = []  # for each place after the first, the values that have a letter there
+    while len(index):
+        longer.append(index)
+        length[index] += 1
+        index = index[magnitude[index] >> 4 + 5 * len(longer) > 0]
+    start = np.cumsum(length, dtype=np.int64) - length
+    letters: np.ndarray = np.empty(length.sum(), np.uint8)
+    letters[start] = (values & 31) + 48 + 32 * (length > 1)
+    for place, index in enumerate(longer, 1):
+        more = length[index] > place + 1
+        letters[start[index] + place] = (values[index] >> 5 * place & 31) + 48 + 32 * more
+    return letters.tobytes().decode("ascii"), [*start[first].tolist(), len(letters)]
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the elements of ranges one after the other: for each the index of its range, and the element."""
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    return owner, np.arange(len(owner)) + (starts - np.cumsum(lengths) + lengths)[owner]
