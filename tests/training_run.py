@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import torch.distributed
@@ -19,6 +20,8 @@ from transformers import TrainerCallback
 
 from transformers_rfdetr import RfDetrForInstanceSegmentation
 from transformers_rfdetr.data.dataset import InstanceDataset
+from transformers_rfdetr.data.load import load_instance_dataset
+from transformers_rfdetr.data.streams import InstanceStream
 from transformers_rfdetr.data.synthetic import draw_dataset
 from transformers_rfdetr.training.trainer import RfDetrTrainer, RfDetrTrainingArguments
 
@@ -58,6 +61,26 @@ def drawn(num_images: int, first_seed: int = 0) -> InstanceDataset:
     """Return aerial images of 96 px; of ten consecutive seeds one has no building and one a crowd."""
     images, coco = copy.deepcopy(_draw(num_images, first_seed))  # a test may change them
     return InstanceDataset(coco, images)
+
+
+def drawn_stream() -> InstanceStream:
+    """Return 12 aerial images as a stream of 4 shards."""
+    images, coco = draw_dataset(12, (96, 96), classes=["building"])
+    objects = {image["id"]: [] for image in coco["images"]}
+    for annotation in coco["annotations"]:
+        if not annotation["iscrowd"] and isinstance(annotation["segmentation"], list):
+            objects[annotation["image_id"]].append(annotation)
+    columns = ("id", "bbox", "category_id", "segmentation", "area", "iscrowd")
+    rows = [
+        {
+            "image": image,
+            "image_id": key,
+            "objects": {name: [found[name] for found in objects[key]] for name in columns},
+        }
+        for key, image in enumerate(images)
+    ]
+    stream = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=4)
+    return load_instance_dataset({"train": stream}, streaming=True, class_names={1: "building"})["train"]
 
 
 def build_trainer(folder: Path | str, trainer: dict[str, Any] | None = None, **settings: Any) -> RfDetrTrainer:

@@ -1,15 +1,17 @@
 """A streamed split is read once per epoch by all processes and workers together."""
 
+import functools
 import itertools
 
 import PIL.Image
 import pytest
+import torch
 
 from annotated_images import ID_TO_NAME, INDEX, NAMES, equal, features, loader, processor, rows
 from transformers_rfdetr import load_instance_dataset
 from transformers_rfdetr.data.augmentation import FlipAndCrop
 from transformers_rfdetr.data.dataset import InstanceDatasets
-from transformers_rfdetr.data.streams import InstanceStream
+from transformers_rfdetr.data.streams import InstanceStream, collate_unless_skipped
 
 datasets = pytest.importorskip("datasets")
 
@@ -60,6 +62,23 @@ def test_two_processes_see_each_row_of_an_epoch_once(num_shards, num_workers, re
     assert sorted(found[0] + found[1]) == list(range(12))
     assert [len(part) for part in found] == [6, 6]
     assert [seen(part, num_workers, limit) for part in parts] == found
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_skipped_samples_are_not_prepared_and_the_others_are_the_same(num_workers):
+    prepared = stream(4, buffer_size=4, augmentation=FlipAndCrop())
+    collate = functools.partial(collate_unless_skipped, collate=list)
+    skipped = 8 if num_workers else 15  # of each worker: with 12 rows an epoch, also some of the second one
+
+    def batches():
+        found = torch.utils.data.DataLoader(prepared, 1, num_workers=num_workers, collate_fn=collate)
+        return list(itertools.islice(found, 20))
+
+    whole, prepared.num_skipped = batches(), skipped
+    rest = batches()
+    num_empty = skipped * max(num_workers, 1)
+    assert rest[:num_empty] == [{}] * num_empty
+    assert equal(rest[num_empty:], whole[num_empty:])
 
 
 def test_rank_and_world_size_are_read_from_the_environment(monkeypatch):

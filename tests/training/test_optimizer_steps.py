@@ -5,15 +5,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 import torch.distributed
 from transformers import TrainerCallback
 
-from transformers_rfdetr.data.load import load_instance_dataset
 from transformers_rfdetr.data.prepared import collate_fn
-from transformers_rfdetr.data.synthetic import draw_dataset
 from transformers_rfdetr.model import modeling_rf_detr
 from transformers_rfdetr.model.mask_points_rf_detr import fixed_points
 from transformers_rfdetr.training.distributed import copy_full_tensor, full_tensor
@@ -21,7 +18,7 @@ from transformers_rfdetr.training.trainer import RfDetrTrainer, RfDetrTrainingAr
 from transformers_rfdetr.training.weight_average import WeightAverage
 
 from small_models import pixels, small_model, targets
-from training_run import QUICK, build_trainer, drawn, on_two_processes
+from training_run import QUICK, build_trainer, drawn, drawn_stream, on_two_processes
 
 
 class Gradients(TrainerCallback):
@@ -115,22 +112,7 @@ def test_a_step_is_the_same_on_two_processes(same_points, tmp_path):
 
 def train_on_a_stream(folder: str) -> dict[str, Any]:
     """Three steps of two images -> the image ids, the losses and the weights."""
-    images, coco = draw_dataset(12, (96, 96), classes=["building"])
-    objects = {image["id"]: [] for image in coco["images"]}
-    for annotation in coco["annotations"]:
-        if not annotation["iscrowd"] and isinstance(annotation["segmentation"], list):
-            objects[annotation["image_id"]].append(annotation)
-    columns = ("id", "bbox", "category_id", "segmentation", "area", "iscrowd")
-    rows = [
-        {
-            "image": image,
-            "image_id": key,
-            "objects": {name: [found[name] for found in objects[key]] for name in columns},
-        }
-        for key, image in enumerate(images)
-    ]
-    stream = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=4)
-    data = load_instance_dataset({"train": stream}, streaming=True, class_names={1: "building"})["train"]
+    data = drawn_stream()
     seen: list[int] = []
 
     def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A run that was killed resumes bit for bit."""
 
+import functools
 import os
 import signal
 from pathlib import Path
@@ -8,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
+import torch.multiprocessing
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from transformers_rfdetr.data.prepared import SamplePreparation
 from transformers_rfdetr.training.checkpoints import newest_checkpoint
 from transformers_rfdetr.training.trainer import RfDetrTrainer
 
 import training_run
 from faults import attempt
-from training_run import build_trainer, drawn
+from training_run import build_trainer, drawn, drawn_stream, on_two_processes
 
 TIMING = ("runtime", "per_second", "preparation_time")
 
@@ -77,6 +80,55 @@ def test_a_run_killed_in_the_middle_of_an_epoch_resumes_bit_for_bit(workers, tmp
     for file in ("optimizer.pt", "scheduler.pt"):
         ours, theirs = (torch.load(folder / last / file) for folder in (killed, tmp_path / "uninterrupted"))
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+STREAMED = {"max_steps": 5, "eval_strategy": "no", "save_strategy": "steps", "save_steps": 2, "multi_scale": False}
+
+
+def stream_trainer(folder: Path | str, *callbacks: TrainerCallback, **settings: Any) -> RfDetrTrainer:
+    data = {"train_dataset": drawn_stream(), "eval_dataset": None}
+    return build_trainer(folder, {"callbacks": [*callbacks], **data}, **(STREAMED | settings))
+
+
+def test_a_stream_resumes_bit_for_bit_without_preparing_again_what_it_has_used(tmp_path, monkeypatch):
+    uninterrupted = stream_trainer(tmp_path / "uninterrupted")
+    uninterrupted.train()
+    resumed = stream_trainer(tmp_path / "resumed")
+    prepared: list[int] = []
+    prepare = SamplePreparation.__call__
+
+    def count(self: Any, sample: Any, *key: int) -> Any:
+        prepared.append(sample["image_id"])
+        return prepare(self, sample, *key)
+
+    monkeypatch.setattr(SamplePreparation, "__call__", count)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "uninterrupted" / "checkpoint-4"))
+    assert len(prepared) <= 4  # the last of 5 steps of 2 images, and one batch that the data loader reads ahead
+    for name, tensor in uninterrupted.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+
+def train_stream(folder: str, *callbacks: TrainerCallback, resume: bool = False) -> dict[str, torch.Tensor]:
+    trainer = stream_trainer(folder, *callbacks, dataloader_num_workers=2)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer.model.state_dict()
+
+
+@pytest.mark.long
+@pytest.mark.skipif(os.name != "posix", reason="forks and kills processes")
+def test_a_stream_on_two_processes_with_two_workers_each_resumes_bit_for_bit_after_a_kill(tmp_path):
+    for name in ("uninterrupted", "killed"):
+        (tmp_path / name).mkdir()
+    expected, _ = on_two_processes(tmp_path / "uninterrupted", train_stream)
+    with pytest.raises(torch.multiprocessing.ProcessExitedException):
+        on_two_processes(tmp_path / "killed", train_stream_until_killed)
+    assert newest_checkpoint(str(tmp_path / "killed")).endswith("checkpoint-2")
+    for found in on_two_processes(tmp_path / "killed", functools.partial(train_stream, resume=True)):
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def train_stream_until_killed(folder: str) -> None:
+    train_stream(folder, training_run.Die(3))
 
 
 def test_a_run_with_copy_paste_resumes_bit_for_bit(tmp_path):

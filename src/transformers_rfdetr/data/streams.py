@@ -1,7 +1,7 @@
 """A split that is read from front to back, and the model's inputs and labels of it."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -47,10 +47,16 @@ class InstanceStream(HasLabelMap):
         preparation = SamplePreparation(processor, augmentation, seed, masks)
         return PreparedStream(self, preparation, repeat=repeat, buffer_size=buffer_size, process=process)
 
-    def samples(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Yield the sample of each row, as `InstanceDataset` does; without an integer `image_id` it is the position."""
+    def samples(self, rows: Iterable[Mapping[str, Any]], num_skipped: int = 0) -> Iterator[dict[str, Any] | None]:
+        """Yield the sample of each row, as `InstanceDataset` does; without an integer `image_id` it is the position.
+
+        The first `num_skipped` rows are not decoded, and are None.
+        """
         label_of = {category: label for label, category in enumerate(self._classes)}
         for position, row in enumerate(rows):
+            if position < num_skipped:
+                yield None
+                continue
             with error_context(f"row {position}"):
                 record = self._reader.record(row)
                 check_annotations(record["annotations"], self._classes)
@@ -75,6 +81,10 @@ class PreparedStream(torch.utils.data.IterableDataset):
         process: (rank, number of processes). By default those of torch.distributed when reading starts, else the
             environment variables RANK and WORLD_SIZE, else (0, 1). Give (0, 1) if something else distributes the
             samples to the processes, as the dispatcher of accelerate does.
+
+    Attributes:
+        num_skipped: Number of samples that each worker begins with and that are not prepared but None: those that a run
+            had used before it was interrupted. Their rows are read again, because a shuffled order depends on them.
     """
 
     def __init__(
@@ -88,24 +98,26 @@ class PreparedStream(torch.utils.data.IterableDataset):
     ) -> None:
         self.stream, self._prepare = stream, preparation
         self.repeat, self.buffer_size, self.process = repeat, buffer_size, process
+        self.num_skipped = 0
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
         """Start the next iteration with this epoch."""
         self._epoch.fill_(epoch)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, Any] | None]:
         rank, world_size = self.process or _current_process()
         worker = torch.utils.data.get_worker_info()
-        epoch = int(self._epoch)
+        epoch, num_skipped = int(self._epoch), self.num_skipped
         while True:
             position = -1
-            for position, sample in enumerate(self.stream.samples(self._rows(epoch, rank, world_size))):
-                yield self._prepare(sample, epoch, rank, worker.id if worker else 0, position)
+            for position, sample in enumerate(self.stream.samples(self._rows(epoch, rank, world_size), num_skipped)):
+                key = (epoch, rank, worker.id if worker else 0, position)
+                yield None if sample is None else self._prepare(sample, *key)
             # Without a shard the loop would never yield: end it.
             if not self.repeat or position < 0:
                 return
-            epoch += 1
+            epoch, num_skipped = epoch + 1, max(0, num_skipped - position - 1)
 
     def _rows(self, epoch: int, rank: int, world_size: int) -> Iterable[Mapping[str, Any]]:
         """Return this process's rows of an epoch; `datasets` distributes them to the workers."""
@@ -118,6 +130,11 @@ class PreparedStream(torch.utils.data.IterableDataset):
         if self.repeat:
             rows.set_epoch(epoch)
         return rows
+
+
+def collate_unless_skipped(samples: Sequence[Any], collate: Callable[[Sequence[Any]], Any]) -> Any:
+    """Return a batch, or an empty dict for samples that a [`PreparedStream`] has skipped."""
+    return {} if samples[0] is None else collate(samples)
 
 
 def _current_process() -> tuple[int, int]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
@@ -91,6 +93,13 @@ class ResumableTrainer(EvaluatingTrainer):
             output = super().train(checkpoint, trial, *args, **kwargs)
         mean = self.loss_log.mean_of_run()
         return output._replace(training_loss=mean, metrics={**output.metrics, "train_loss": mean})
+
+    def num_passed_batches(self) -> int:
+        """Return how many batches of a stream a resumed run passes over: those before its checkpoint."""
+        if self._checkpoint is None or self.args.ignore_data_skip:
+            return 0
+        num_steps = TrainerState.load_from_json(str(self._checkpoint / TRAINER_STATE_NAME)).global_step
+        return num_steps % self.args.max_steps * self.args.gradient_accumulation_steps
 
     def begin_training(self) -> None:
         """Start from the checkpoint that is resumed from, whose model file has the averaged weights, or anew."""

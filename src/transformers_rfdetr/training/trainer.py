@@ -6,6 +6,7 @@ instead of masks in evaluation, and resuming with the same numbers as a run that
 """
 
 import copy
+import functools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from transformers.utils import logging
 
 from ..data.dataset import InstanceDataset, as_instance_dataset
 from ..data.prepared import FollowEpoch, PreparedDataset, collate_fn
-from ..data.streams import InstanceStream, PreparedStream
+from ..data.streams import InstanceStream, PreparedStream, collate_unless_skipped
 from ..evaluation.coco_summary import metric_names
 from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from .arguments import RfDetrTrainingArguments, best_key, note_on_metrics
@@ -259,11 +260,14 @@ class RfDetrTrainer(UploadingTrainer):
         """Return batches of prepared training samples."""
         if not isinstance(self.train_dataset, PreparedStream):
             return super().get_train_dataloader()
+        # The base class skips the batches of an interrupted run: of these, whole ones of each worker are not prepared.
+        num_batches = self.num_passed_batches() // max(self.args.dataloader_num_workers, 1)
+        self.train_dataset.num_skipped = num_batches * self.train_batch_size
         # Each process reads its own shard, which accelerate would divide again.
         return torch.utils.data.DataLoader(
             self.train_dataset,
             batch_size=self.train_batch_size,
-            collate_fn=self.data_collator,
+            collate_fn=functools.partial(collate_unless_skipped, collate=self.data_collator),
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
