@@ -8,7 +8,7 @@ VERSIONS ?= 5.0.0 5.9.0 5.15.1 newest no-torchvision
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 PIP = $(VENV)/bin/python -m pip install --quiet
 
-.PHONY: demo test test-long test-versions bench notebooks lint clean
+.PHONY: demo test test-long test-gpu test-versions bench bench-gpu notebooks lint clean
 
 # Fine-tunes the model in the package on drawn images, in about 4 minutes on 2 cores; everything it writes is in demo/.
 demo: $(VENV)/.train
@@ -20,9 +20,17 @@ test: $(VENV)/.dev
 test-long: $(VENV)/.dev
 	$(PYTEST) -m long
 
+# On a machine with CUDA.
+test-gpu: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest -m gpu tests/gpu
+
 # Ours, transformers' port and rfdetr in the same runs; half an hour on 2 cores. Writes benchmarks/RESULTS.md.
 bench: $(VENV)/.dev
 	$(VENV)/bin/python benchmarks/run_all.py
+
+# The same on a GPU, in about 20 minutes. Writes benchmarks/RESULTS_GPU.md.
+bench-gpu: $(VENV)/.dev
+	$(VENV)/bin/python benchmarks/run_all.py --device cuda
 
 # Runs the notebooks and stores their outputs.
 notebooks: $(VENV)/.dev
