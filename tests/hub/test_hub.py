@@ -403,7 +403,7 @@ def check_a_page_is_pushed_as_a_space_that_loads_the_model(hub: Hub) -> None:
     RfDetrImageProcessor(size=48).save_pretrained(local)
     file.write_bytes(b"an exported file")
     result = CliRunner().invoke(app, ["app", str(local), "--push-space", "page"])
-    assert "https://huggingface.co/spaces/me/page" in result.output, result.output
+    assert f"{os.environ['HF_ENDPOINT']}/spaces/me/page\n" in result.output, result.output
     push_space(str(file), None, None, "me/page-of-a-file")
     push_space("me/barns", None, None, "me/page-of-the-hub", private=True)
     push_space("rf-detr-seg-tiny", None, None, "me/page-of-tiny")

@@ -49,8 +49,7 @@ def app(
 
     loaded, processor = load_model(model, device, dtype, threads)
     if push_space is not None:
-        repo_id = push(model, loaded, processor, push_space, private=private or None)
-        typer.echo(f"Pushed; the page will be at https://huggingface.co/spaces/{repo_id}")
+        typer.echo(f"Pushed; the page will be at {push(model, loaded, processor, push_space, private=private or None)}")
         return
     from ..inference.web_page import serve
 

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import SpaceCardData
+from huggingface_hub import SpaceCardData, constants
 
 from ..assets import TINY_NAME
 from ..atomic_files import write_text
@@ -48,7 +48,7 @@ def push_space(
         token: The one that `hf auth login` stored by default.
 
     Returns:
-        The id of the Space with its owner.
+        The URL of the Space.
 
     Raises:
         OSError: Nothing was uploaded; the message has the reason.
@@ -77,7 +77,7 @@ def push_space(
         write_text(folder / "requirements.txt", "\n".join([*requirements, ""]))
         files = [path for path in folder.rglob("*") if path.is_file()]
         upload(folder, files, repo_id, token=token, repo_type="space", commit_message="Upload the page of the model")
-    return repo_id
+    return f"{constants.ENDPOINT}/spaces/{repo_id}"
 
 
 def page_title(name: str) -> str:
