@@ -42,7 +42,8 @@ MAX_UPLOAD_PIXELS = 1 << 26
 _SHOWN_SIDE = 1280  # pixels; larger images are drawn at this size
 _CACHE_SECONDS = 3600  # uploads and results are deleted after this time
 _STYLE = """
-.gradio-container {max-width: 1280px !important; margin: 0 auto; overflow-wrap: break-word}
+.gradio-container {width: 100%; max-width: 1280px !important; margin: 0 auto; overflow-wrap: break-word}
+.gradio-container main {width: 100%}
 h1 {overflow-wrap: anywhere}
 """
 
