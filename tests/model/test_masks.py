@@ -377,3 +377,11 @@ class TestUpsampleMasks:
 def test_more_masks_than_pycocotools_takes_at_once_have_their_areas():
     masks = [np.asfortranarray(np.arange(300) < count)[:, None].astype(np.uint8) for count in range(300)]
     assert mask_areas([coco_mask.encode(np.asfortranarray(mask)) for mask in masks]).tolist() == list(range(300))
+
+
+def test_rle_with_counts_as_text_is_drawn_as_with_bytes():
+    rle = coco_mask.encode(np.asfortranarray(blob((40, 30), 0).astype(np.uint8)))
+    as_text = {**rle, "counts": rle["counts"].decode()}
+    drawn = rasterize([rle, as_text], (40, 30), (20, 15))
+    assert drawn.any()
+    np.testing.assert_array_equal(drawn[1], drawn[0])

@@ -218,8 +218,9 @@ def to_rle(segmentation: Segmentation, image_size: tuple[int, int]) -> dict[str,
 
 
 def mask_areas(rles: Sequence[dict[str, Any]]) -> np.ndarray:
-    """Return the pixels of each RLE, (N,) float64; one at a time, as pycocotools refuses more than 255 on numpy 2."""
-    return np.array([coco_mask.area(rle) for rle in rles], np.float64)
+    """Return the pixels of each RLE, (N,) float64; in parts, as pycocotools refuses more than 255 on numpy 2."""
+    parts = [coco_mask.area(rles[start : start + 255]) for start in range(0, len(rles), 255)]
+    return np.concatenate([np.empty(0), *parts])
 
 
 def box_xyxy_to_xywh(boxes: np.ndarray) -> np.ndarray:
@@ -289,7 +290,8 @@ def _decode_box(rle: Mapping[str, Any]) -> tuple[np.ndarray, int, int]:
     (height, width), (left, top, num_columns, num_rows) = rle["size"], map(int, coco_mask.toBbox(rle))
     if not num_columns:
         return np.zeros((0, 0), bool), 0, 0
-    letters = np.frombuffer(rle["counts"], np.uint8)
+    counts = rle["counts"]
+    letters = np.frombuffer(counts.encode("ascii") if isinstance(counts, str) else counts, np.uint8)
     runs = _read_runs(letters, np.flatnonzero(letters < 80))
     runs[0] -= left * height
     if len(runs) % 2:  # it ends with background
