@@ -17,6 +17,7 @@ Sizes are (height, width).
 """
 
 import itertools
+import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -26,10 +27,10 @@ import torch
 from .masks import bilinear_taps, finite_logits, region_to_rle, upsample_masks
 
 # Number of cells at a time: their arrays fit into the cache.
-_CHUNK_CELLS = 1 << 19
+_CHUNK_CELLS = 1 << 20
 # Number of interpolated values at a time, for masks of noise; and of pixels on a GPU.
 _CHUNK_VALUES, _CHUNK_PIXELS = 1 << 20, 1 << 25
-_SMALLEST = 1e-27
+_SMALLEST, _LARGEST = 1e-27, 1e30  # without denormal products or infinity
 
 
 class Axis(NamedTuple):
@@ -46,8 +47,8 @@ class Axis(NamedTuple):
     def of(cls, source: int, target: int, valid: float) -> "Axis":
         """Return the axis of `target` pixels on `source` cells, of which the image covers `valid`."""
         lower, upper, weight = bilinear_taps(source, target, valid)
-        num_cells = min(source, int(np.ceil(valid)))
-        first = np.searchsorted(lower, np.arange(num_cells + 1))
+        num_cells = min(source, math.ceil(valid))
+        first: np.ndarray = np.append(0, np.cumsum(np.bincount(lower, minlength=num_cells)))
         return cls(lower, upper, weight, num_cells, first, valid / target)
 
 
@@ -74,13 +75,17 @@ def encode_mask_logits(
 
     def encode(logits: torch.Tensor) -> list[dict[str, Any]]:
         cells = logits.numpy()
-        if np.count_nonzero(cells > 0) == np.count_nonzero(cells > _SMALLEST):
-            return _encode(cells, axes, image_size)
-        return [region_to_rle(*region, image_size) for region in upsample_masks(logits, image_size, 0.0, valid_size)]
+        if np.count_nonzero(cells > 0) > np.count_nonzero(cells > _SMALLEST):
+            return [region_to_rle(*one, image_size) for one in upsample_masks(logits, image_size, 0.0, valid_size)]
+        return _encode(cells, axes, image_size)
 
-    chunks = mask_logits.split(max(1, _CHUNK_CELLS // max(1, height * width)))
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # numpy releases the GIL
-        return [rle for rles in pool.map(encode, chunks) for rle in rles]
+    num_chunks = max(1, math.ceil(mask_logits.numel() / _CHUNK_CELLS))
+    num_threads = min(torch.get_num_threads(), num_chunks)
+    num_chunks = num_threads * math.ceil(num_chunks / num_threads)
+    chunks = mask_logits.split(max(1, math.ceil(num_masks / num_chunks)))
+    with ThreadPoolExecutor(num_threads) as pool:  # numpy releases the GIL
+        results = map(encode, chunks) if num_threads == 1 else pool.map(encode, chunks)
+        return [rle for rles in results for rle in rles]
 
 
 def _encode(logits: np.ndarray, axes: tuple[Axis, Axis], size: tuple[int, int]) -> list[dict[str, Any]]:
@@ -104,10 +109,11 @@ def _mixed_squares(logits: np.ndarray, rows: Axis, columns: Axis) -> tuple[np.nd
     pairs = positive[:, :, 1:] + positive[:, :, :-1]
     num_positive = pairs[:, 1:] + pairs[:, :-1]
     num_positive -= 1  # none becomes 255
-    mask, row, column = np.unravel_index(np.flatnonzero(num_positive < 3), num_positive.shape)
+    mixed = np.unravel_index(np.flatnonzero(num_positive < 3), num_positive.shape)
+    mask, row, column = map(np.asarray, mixed)
     column_of_mask = mask * shape[2] + column
     # A stable sort of 16 bits is a radix sort.
-    order = column_of_mask.astype(np.min_scalar_type(len(logits) * shape[2])).argsort(kind="stable")
+    order = np.argsort(column_of_mask.astype(np.min_scalar_type(len(logits) * shape[2])), kind="stable")
     return mask[order], row[order], column[order]
 
 
@@ -117,7 +123,7 @@ def _changes(
     """Return the places (P,) at which the sign changes."""
     mask, row, column = squares
     # Squares one below the other share their image columns.
-    start = np.flatnonzero((column[1:] != column[:-1]) | (mask[1:] != mask[:-1])) + 1
+    start: np.ndarray = np.flatnonzero((column[1:] != column[:-1]) | (mask[1:] != mask[:-1])) + 1
     start = np.append(0, start)[: len(mask)]
     first = columns.first[column[start]]
     owner, x = _ranges(first, columns.first[column[start] + 1] - first)
@@ -141,9 +147,9 @@ def _corners(
     height, width = logits.shape[1:]
     right = np.minimum(column + 1, columns.num_cells - 1)
     above, below = (mask * height + np.clip(one, 0, rows.num_cells - 1) for one in (row - 1, row))
-    cells = finite_logits(
-        logits.reshape(-1)[[one * width + side for one in (above, below) for side in (column, right)]]
-    )
+    cells = logits.reshape(-1)[np.stack([one * width + side for one in (above, below) for side in (column, right)])]
+    if not (np.abs(cells) < _LARGEST).all():
+        cells = finite_logits(cells)
     cells[:2, row == 0] = cells[2:, row == rows.num_cells] = -1
     return cells
 
@@ -159,7 +165,7 @@ def _change_in_column(row: np.ndarray, top: np.ndarray, bottom: np.ndarray, rows
     row (P,), the lower one   top, bottom (P,) float32, values in the two rows, of different signs
     """
     height = len(rows.lower)
-    bounds = np.append(0, rows.first)
+    bounds: np.ndarray = np.append(0, rows.first)
     low, high = bounds[row], bounds[row + 1]
     low[row == rows.num_cells] = height  # the pixels after the last row of cells have its value
     with np.errstate(divide="ignore", over="ignore"):  # infinity gives 0
@@ -213,16 +219,16 @@ def places_to_rles(places: np.ndarray, num_masks: int, size: tuple[int, int]) ->
     A place is mask * (H * W + 1) + pixel. Two changes at the same place cancel.
     """
     height, width = size
-    begin = np.arange(num_masks) * (height * width + 1)
-    end = begin + height * width  # the end of the last run, which may be a change too
-    left, right = (places.searchsorted(end, side) for side in ("left", "right"))
+    begin: np.ndarray = np.arange(num_masks) * (height * width + 1)
+    end: np.ndarray = begin + height * width  # the end of the last run, which may be a change too
+    left, right = (np.asarray(places.searchsorted(end, side)) for side in ("left", "right"))
     missing = np.flatnonzero((right - left) % 2 == 0)
     places = np.insert(places, right[missing], end[missing])
-    is_new = np.append(True, places[1:] != places[:-1])[: len(places)]
+    is_new: np.ndarray = np.append(True, places[1:] != places[:-1])[: len(places)]
     if not is_new.all():
-        start = np.flatnonzero(is_new)
+        start: np.ndarray = np.flatnonzero(is_new)
         places = places[start[np.diff(start, append=len(places)) % 2 == 1]]
-    first = places.searchsorted(begin)
+    first = np.asarray(places.searchsorted(begin))
     runs = np.diff(places, prepend=-1)
     runs[first] -= 1
     counts, offsets = compress_runs(runs, first)
@@ -241,7 +247,7 @@ def compress_runs(runs: np.ndarray, first: np.ndarray) -> tuple[str, list[int]]:
         at = first[first + skipped < np.append(first[1:], len(runs))] + skipped
         values[at] = runs[at]
     magnitude = values ^ (values >> 63)
-    length = np.ones(len(values), np.uint8)
+    length: np.ndarray = np.ones(len(values), np.uint8)
     index = np.flatnonzero(magnitude >> 4)
     longer = []  # for each place after the first, the values that have a letter there
     while len(index):
@@ -259,5 +265,5 @@ def compress_runs(runs: np.ndarray, first: np.ndarray) -> tuple[str, list[int]]:
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the elements of ranges one after the other: for each the index of its range, and the element."""
-    owner = np.repeat(np.arange(len(lengths)), lengths)
+    owner: np.ndarray = np.repeat(np.arange(len(lengths)), lengths)
     return owner, np.arange(len(owner)) + (starts - np.cumsum(lengths) + lengths)[owner]
