@@ -4,6 +4,8 @@
 
 The outputs are ellipses with sides of 5 to 35 % of the image, all with scores above the threshold. "Label map" is one
 map of ids, "masks" is one bool mask for each instance, and "RLE" is their COCO run-length encoding (not in the port).
+"Records" are what evaluation keeps, scores, boxes and RLE of 200 masks, with two threads and with one; "ours plain"
+upsamples each mask, which defines the result.
 """
 
 import argparse
@@ -17,8 +19,12 @@ from peers import Measurement
 from rfdetr.models import PostProcess
 
 from transformers_rfdetr import RfDetrConfig, RfDetrImageProcessor
+from transformers_rfdetr.evaluation.evaluation_loop import detect
+from transformers_rfdetr.model.masks import region_to_rle, upsample_masks
 
 CASES = [(100, (3000, 4000)), (30, (480, 640))]
+RECORDS = [(480, 640), (1080, 1920)]
+NUM_RECORDS, CELLS = 200, 108  # of rf-detr-seg-medium
 FORMS = {"label map": ("ours", "port"), "masks": ("ours", "port", "rfdetr"), "RLE": ("ours",)}
 
 
@@ -39,7 +45,35 @@ def measure(variant: str, arguments: argparse.Namespace) -> list[Measurement]:
             numbers += [(case, name, value, "s") for name, value in seconds.items()]
             added = {name: peers.peak_bytes(device, prepare, name, *settings) for name in names}
             numbers += [(f"{case}, memory", name, value, "B") for name, value in added.items()]
+    for size in RECORDS[: 1 if arguments.quick else None]:
+        for num_threads in (2, 1):
+            case = f"records of {NUM_RECORDS} at {size[0]}x{size[1]}, {num_threads} threads"
+            seconds = time_records(size, num_threads, 10 * arguments.repeats, device)
+            numbers += [(case, name, value, "s") for name, value in seconds.items()]
     return [Measurement("post-processing", variant, *number, device) for number in numbers]
+
+
+def time_records(size: tuple[int, int], num_threads: int, repeats: int, device: str) -> dict[str, float]:
+    """Return the seconds of `detect` for one image of `size` (H, W), and with masks that are upsampled one by one."""
+    generator = torch.Generator().manual_seed(0)
+    boxes = peers.draw_boxes(NUM_RECORDS, 20 / CELLS, 60 / CELLS, generator)  # radii of 10 to 30 cells
+    logits = torch.full((1, NUM_RECORDS, 90), -10.0)
+    logits[0, torch.arange(NUM_RECORDS), torch.randint(90, (NUM_RECORDS,), generator=generator)] = 1.0
+    masks = 5 * peers.ellipses(boxes, CELLS, CELLS).clamp(min=-2)
+    tensors = {"logits": logits, "pred_boxes": boxes[None], "pred_masks": masks[None]}
+    outputs = SimpleNamespace(**{name: tensor.to(device) for name, tensor in tensors.items()})
+
+    def plain() -> None:
+        detect(SimpleNamespace(logits=outputs.logits, pred_boxes=outputs.pred_boxes), [size])
+        for region in upsample_masks(outputs.pred_masks[0], size, 0.0):
+            region_to_rle(*region, size)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        return peers.time_in_turns({"ours": lambda: detect(outputs, [size]), "ours plain": plain}, repeats, device)
+    finally:
+        torch.set_num_threads(before)
 
 
 def prepare(

@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
 def measure_evaluation(num_images: int) -> list[Measurement]:
     """Measure the bytes kept per image: by our streamed evaluation, and by the stock Trainer with the port."""
     kept = {
-        "ours": alone(stream, num_images, "compact", "pycocotools")["rss"] / num_images,
+        "ours": alone(stream, num_images, "compact")["rss"] / num_images,
         "port": sum(size for _, size in alone(count_outputs_of_the_port)),
     }
     case = "host memory kept per image"
