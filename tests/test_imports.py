@@ -10,7 +10,7 @@ import pytest
 # Importing torch and transformers takes most of the time, so all questions are put to one interpreter.
 PROGRAM = """
 import json, logging, os, random, sys, warnings
-for name in ("accelerate", "datasets", "evaluate", "faster_coco_eval", "matplotlib", "torchmetrics"):
+for name in ("accelerate", "datasets", "evaluate", "matplotlib", "torchmetrics"):
     sys.modules[name] = None  # every import of it fails
 
 import torch, transformers
@@ -43,9 +43,6 @@ truth = {"images": [], "annotations": [], "categories": []}
 found["AP"] = coco_evaluator.InstanceSegmentationEvaluator(truth).compute()["bbox_AP"]
 charts = curves.training_charts([{"loss": 1.0, "step": 1}])
 found["errors"] = {
-    "faster-coco-eval": error_of(
-        lambda: coco_evaluator.InstanceSegmentationEvaluator(truth, backend="faster-coco-eval")
-    ),
     "torchmetrics": error_of(lambda: __import__("transformers_rfdetr.evaluation.torchmetrics_metric")),
     "matplotlib": error_of(lambda: curves.draw_png(charts)),
 }
@@ -74,7 +71,6 @@ def test_metrics_are_computed_without_the_optional_packages(found):
 @pytest.mark.parametrize(
     ("package", "command"),
     [
-        ("faster-coco-eval", "pip install"),
         ("torchmetrics", "pip install"),
         ("matplotlib", 'pip install "transformers-rfdetr[report]"'),
     ],

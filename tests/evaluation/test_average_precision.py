@@ -26,6 +26,7 @@ from evaluation_cases import (
 from transformers_rfdetr.evaluation.coco_evaluator import InstanceSegmentationEvaluator
 from transformers_rfdetr.evaluation.coco_summary import average_over_recall
 from transformers_rfdetr.evaluation.mask_records import best_per_class
+from transformers_rfdetr.evaluation.matching import precision_and_recall
 
 
 @pytest.fixture(scope="module")
@@ -38,56 +39,48 @@ def expected():
     return read("expected.json")
 
 
-@pytest.fixture(params=["pycocotools", "faster-coco-eval"])
-def backend(request):
-    if request.param == "faster-coco-eval":
-        pytest.importorskip("faster_coco_eval")
-    return request.param
-
-
 class TestAgainstPycocotools:
     @pytest.mark.parametrize("kind", ["segm", "bbox"])
-    def test_the_sample_of_coco_has_the_metrics_of_pycocotools(self, truth, expected, kind, backend):
-        evaluator = evaluated(truth, coco_updates(kind), backend=backend)
+    def test_the_sample_of_coco_has_the_metrics_of_pycocotools(self, truth, expected, kind):
+        evaluator = evaluated(truth, coco_updates(kind))
         numbers = evaluator.compute()
         assert twelve(numbers, kind) == pytest.approx(expected[kind]["stats"], abs=1e-9)
         names = {category["id"]: category["name"] for category in truth["categories"]}
         per_category = {names[int(key)]: ap for key, ap in expected[kind]["ap_per_category"].items()}
         ours = {name: of_class[f"{kind}_AP"] for name, of_class in numbers["per_class"].items()}
         assert {name: ap for name, ap in ours.items() if ap > -1} == pytest.approx(per_category, abs=1e-9)
-        image_ids = evaluator.image_ids_by_category()
-        results = [evaluator._run_cocoeval(category, image_ids[category], kind) for category in names]
-        curves = np.array([average_over_recall(result, [1, 10, 100])[0][:, 0, -1] for result in results])
+        results = [precision_and_recall(table, [100]) for table in evaluator.class_tables(kind).values()]
+        curves = np.array([average_over_recall(result, [100])[0][:, 0, -1] for result in results])
         per_iou = [curve[curve > -1].mean() for curve in curves.T]
         assert per_iou == pytest.approx(expected[kind]["ap_per_iou"], abs=1e-9)
 
     @pytest.mark.parametrize("max_detections", [5, 250])
     @pytest.mark.parametrize("kind", ["segm", "bbox"])
-    def test_another_number_of_detections_adds_its_metrics_to_those_of_coco(self, kind, max_detections, backend):
+    def test_another_number_of_detections_adds_its_metrics_to_those_of_coco(self, kind, max_detections):
         truth, results = random_case(1)
         assert max(Counter((one["image_id"], one["category_id"]) for one in results).values()) > 100
         updates = updates_of(results)
         expected = plain_cocoeval(truth, of_kind(kind, results), kind, sorted({1, 10, 100, max_detections})).eval
         index = sorted({1, 10, 100, max_detections}).index(max_detections)
         precision, recall = expected["precision"][:, :, :, 0, index], expected["recall"][:, :, 0, index]
-        numbers = evaluated(truth, updates, backend=backend, max_detections=max_detections).compute()
+        numbers = evaluated(truth, updates, max_detections=max_detections).compute()
         for name, values in (("AP", precision), ("AP50", precision[0]), ("AP75", precision[5]), ("AR", recall)):
             assert numbers[f"{kind}_{name}_{max_detections}"] == pytest.approx(values[values > -1].mean(), abs=1e-9)
-        standard = evaluated(truth, updates, backend=backend).compute()
+        standard = evaluated(truth, updates).compute()
         for name in TWELVE:
             assert numbers[f"{kind}_{name}"] == standard[f"{kind}_{name}"]
         with pytest.raises(ValueError, match="`max_detections` must be an integer of at least 1, got 0"):
             InstanceSegmentationEvaluator(truth, max_detections=0)
 
     @pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(seed, marks=pytest.mark.long) for seed in (3, 4, 5))])
-    def test_random_cases_have_the_metrics_and_curves_of_pycocotools(self, seed, backend):
+    def test_random_cases_have_the_metrics_and_curves_of_pycocotools(self, seed):
         truth, results = random_case(seed)
         truth["categories"].append({"id": 9, "name": "without objects"})
         updates = updates_of(results)
         shuffled = {
             image_id: updates[image_id] for image_id in random.Random(seed).sample(sorted(updates), len(updates))
         }
-        evaluator = evaluated(truth, shuffled, backend=backend)
+        evaluator = evaluated(truth, shuffled)
         metrics, curves = evaluator.compute(), evaluator.precision_curves()
         oracles = {kind: plain_cocoeval(truth, of_kind(kind, results), kind) for kind in ("segm", "bbox")}
         for kind, oracle in oracles.items():

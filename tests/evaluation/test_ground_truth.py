@@ -31,13 +31,12 @@ class TestGroundTruth:
         assert objects.areas.tolist() == [400, 1600, 1200]
         assert objects.is_crowd.tolist() == [False] * 3
 
-    @pytest.mark.parametrize("backend", ["pycocotools", "faster-coco-eval"])
-    def test_a_detection_of_an_object_without_a_mask_is_neither_right_nor_wrong(self, backend):
+    def test_a_detection_of_an_object_without_a_mask_is_neither_right_nor_wrong(self):
         mask, inside, elsewhere = (rectangle(rows, (30, 70)) for rows in ((10, 20), (42, 58), (80, 90)))
         truth = ground_truth((mask, 1, {}))
         truth["annotations"].append({"image_id": 1, "category_id": 1, "bbox": [28, 40, 44, 20]})
         found = {"scores": [0.9, 0.8, 0.7], "labels": [1, 1, 1], "masks": [inside, elsewhere, mask]}
-        evaluator = InstanceSegmentationEvaluator(truth, backend=backend)
+        evaluator = InstanceSegmentationEvaluator(truth)
         evaluator.update(1, **found)
         numbers = evaluator.compute()
         # Of the two detections that count, the better one is wrong: the precision is 1/2 at every recall.
@@ -150,5 +149,3 @@ class TestGroundTruth:
     def test_settings_are_checked(self):
         with pytest.raises(ValueError, match=r"iou_score_threshold.*\[0, 1\].*1\.5"):
             InstanceSegmentationEvaluator(ground_truth(), iou_score_threshold=1.5)
-        with pytest.raises(ValueError, match=r"backend.*pycocotools.*'coco'"):
-            InstanceSegmentationEvaluator(ground_truth(), backend="coco")

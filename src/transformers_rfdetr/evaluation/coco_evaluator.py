@@ -1,7 +1,6 @@
 """Compute COCO's average precision of masks and boxes, and mean IoU, image by image.
 
-Axis letters: K detections of an image, T IoU thresholds, R recalls, H W pixels of the image. COCOeval of
-pycocotools or faster-coco-eval computes average precision (AP) and average recall (AR).
+Axis letters: K detections of an image, T IoU thresholds, R recalls, H W pixels of the image.
 """
 
 from collections import Counter
@@ -14,12 +13,9 @@ from transformers.utils import logging
 from ..model.validation import error_context, is_integer, require, to_builtin
 from .coco_summary import (
     COCO_MAX_DETECTIONS,
-    CocoLists,
     average_over_recall,
     detection_limits,
-    load_backend,
     mean_of_present,
-    run_cocoeval,
     summarize,
     summarize_class,
 )
@@ -27,6 +23,7 @@ from .confidence import confidence_intervals, per_image
 from .ground_truth import GroundTruth, coco_from_images
 from .mask_iou import count_pixels
 from .mask_records import Detections, pack_detections
+from .matching import ClassTable, class_tables, match_image, precision_and_recall
 
 logger = logging.get_logger(__name__)
 
@@ -36,8 +33,8 @@ _MAX_IDS_SHOWN = 5  # in an error message
 class InstanceSegmentationEvaluator:
     """Compute COCO's average precision of masks and boxes, and mean IoU, from detections that are added image by image.
 
-    For each image it keeps the RLE of the detections and a few arrays: about 20 KB for 100 simple masks. The mask
-    logits of rf-detr-seg-medium would be 9 MB.
+    Detections are matched with the objects when an image is added. For each image it keeps the RLE of the detections
+    and a few arrays: about 25 KB for 100 simple masks. The mask logits of rf-detr-seg-medium would be 9 MB.
 
     Example:
         >>> import numpy as np
@@ -68,12 +65,9 @@ class InstanceSegmentationEvaluator:
         iou_score_threshold: Detections with a score above it count in the mean IoU; in [0, 1].
         max_detections: Number of detections per image and category for additional metrics, such as `segm_AP_300`, for
             images with more than 100 objects. COCO's metrics count 100.
-        backend: "pycocotools" or "faster-coco-eval", which gives the same metrics in less time. The default is
-            faster-coco-eval if it is installed.
 
     Raises:
         ValueError: ids are repeated or unknown, a mask or box is invalid, or the size of an image is missing.
-        ImportError: the backend is not installed.
     """
 
     def __init__(
@@ -82,14 +76,12 @@ class InstanceSegmentationEvaluator:
         *,
         iou_score_threshold: float = 0.5,
         max_detections: int = COCO_MAX_DETECTIONS,
-        backend: str | None = None,
     ) -> None:
         require(0 <= iou_score_threshold <= 1, "iou_score_threshold", iou_score_threshold, "in [0, 1]")
         rule = "an integer of at least 1"
         require(is_integer(max_detections) and max_detections >= 1, "max_detections", max_detections, rule)
         self.max_detections = max_detections
         self.iou_score_threshold = iou_score_threshold
-        self._backend = load_backend(backend)
         self.ground_truth = GroundTruth.from_coco(coco)
         self._limits = detection_limits(max_detections)
         self._has_warned = False
@@ -149,7 +141,7 @@ class InstanceSegmentationEvaluator:
         return dict(self._detections)
 
     def merge(self, state: Mapping[int, Detections]) -> None:
-        """Add the `state()` of an evaluator of the same ground truth.
+        """Add the `state()` of an evaluator of the same ground truth with the same settings.
 
         If both have an image, one of the two records is kept, the same in whatever order states are merged. Errors are
         those of `update`.
@@ -212,14 +204,13 @@ class InstanceSegmentationEvaluator:
         return {**metrics, "per_class": per_class, **intervals}
 
     def average_precision(self) -> dict[str, Any]:
-        """Return the part of [`compute`] that COCOeval computes, category by category."""
-        image_ids = self.image_ids_by_category()
+        """Return average precision and recall, the part of [`compute`] that COCOeval computes."""
         per_class: dict[str, dict[str, Any]] = {name: {} for name in self.ground_truth.category_names.values()}
         metrics: dict[str, Any] = {}
         for kind in ("segm", "bbox") if self.has_masks else ("bbox",):
             results = [
-                average_over_recall(self._run_cocoeval(category, image_ids[category], kind), self._limits)
-                for category in self.ground_truth.category_names
+                average_over_recall(precision_and_recall(table, self._limits), self._limits)
+                for table in self.class_tables(kind).values()
             ]
             metrics |= {f"{kind}_{name}": value for name, value in summarize(results, self.max_detections).items()}
             for class_metrics, (precision, _) in zip(per_class.values(), results, strict=True):
@@ -240,12 +231,29 @@ class InstanceSegmentationEvaluator:
             (T, R) float64 in [0, 1] of COCOeval: at the IoU thresholds 0.5, 0.55, ..., 0.95, the best precision where
             at least recall 0, 0.01, ..., 1 is reached, and 0 where it is not. The mean of all is the class's AP.
         """
-        kind, image_ids, curves = "segm" if self.has_masks else "bbox", self.image_ids_by_category(), {}
-        for category, name in self.ground_truth.category_names.items():
-            result = self._run_cocoeval(category, image_ids[category], kind)
+        curves = {}
+        for name, table in self.class_tables().items():
+            result = precision_and_recall(table, [COCO_MAX_DETECTIONS])
             if result is not None:
-                curves[name] = result["precision"][:, :, 0, 0, self._limits.index(COCO_MAX_DETECTIONS)].copy()
+                curves[name] = result[0][:, :, 0, 0]
         return curves
+
+    def class_tables(self, kind: str | None = None) -> dict[str, ClassTable]:
+        """Return how the detections of each class match its objects, by name: of masks, otherwise of boxes, by default.
+
+        Indices of images are those of `sorted(ground_truth.sizes)`.
+        """
+        kind = kind or ("segm" if self.has_masks else "bbox")
+        names, image_ids = self.ground_truth.category_names, sorted(self.ground_truth.sizes)
+        tables = class_tables(list(names), image_ids, self.ground_truth.objects, self._detections, kind)
+        return {names[category]: table for category, table in tables.items()}
+
+    def pixels_of(self, image_id: int) -> dict[int | None, np.ndarray]:
+        """Return the pixels of an image by category for mean IoU; see [`mask_iou.count_pixels`]."""
+        if image_id in self._detections:
+            return self._detections[image_id].matches.pixels
+        size, objects = self.ground_truth.sizes[image_id], self.ground_truth.objects.get(image_id)
+        return dict(count_pixels(size, objects, None, self.iou_score_threshold))
 
     def mean_iou(self) -> dict[str, Any]:
         """Return the mean intersection over union, as in semantic segmentation, at the images' own sizes.
@@ -272,9 +280,8 @@ class InstanceSegmentationEvaluator:
         pixels: dict[int | None, np.ndarray] = {
             category: np.zeros(3, np.int64) for category in (*self.ground_truth.category_names, None)
         }
-        for image_id, size in self.ground_truth.sizes.items():
-            objects, detections = self.ground_truth.objects.get(image_id), self._detections.get(image_id)
-            for category, counts in count_pixels(size, objects, detections, self.iou_score_threshold):
+        for image_id in self.ground_truth.sizes:
+            for category, counts in self.pixels_of(image_id).items():
                 pixels[category] += counts
         ious = {
             category: float(intersection / union) if num_pixels else -1.0
@@ -310,35 +317,16 @@ class InstanceSegmentationEvaluator:
             self._detections_have_masks = has_masks
         if detections.masks is not None:
             self.ground_truth.sizes[image_id] = detections.masks.size
+        if detections.matches is None:
+            matches = match_image(
+                self.ground_truth.objects_of(image_id),
+                detections,
+                self.ground_truth.sizes[image_id],
+                has_masks=self.ground_truth.has_masks and (has_masks or not len(detections.labels)),
+                score_threshold=self.iou_score_threshold,
+            )
+            detections = detections._replace(matches=matches)
         self._detections[image_id] = detections
-
-    def image_ids_by_category(self) -> dict[int, list[int]]:
-        """Return category id -> sorted ids of the images with its objects or detections; no others are needed."""
-        image_ids: dict[int, list[int]] = {category: [] for category in self.ground_truth.category_names}
-        for image_id in sorted(self.ground_truth.sizes):
-            records = (self.ground_truth.objects.get(image_id), self._detections.get(image_id))
-            labels = [record.labels for record in records if record is not None]
-            for category in np.unique(np.concatenate(labels)).tolist() if labels else ():
-                image_ids[category].append(image_id)
-        return image_ids
-
-    def _run_cocoeval(self, category: int, image_ids: list[int], kind: str) -> dict[str, np.ndarray] | None:
-        """Return COCOeval's result for a category and `kind` "segm" or "bbox"; see [`coco_summary.run_cocoeval`]."""
-        return run_cocoeval(self._backend, self.coco_lists(category, image_ids, kind), kind, self._limits)
-
-    def coco_lists(self, category: int, image_ids: Sequence[int], kind: str) -> CocoLists:
-        """Return images, objects and detections of a category as COCOeval reads them; image ids are 1, 2, ..."""
-        images: list[dict[str, Any]] = []
-        objects: list[dict[str, Any]] = []
-        detections: list[dict[str, Any]] = []
-        for number, image_id in enumerate(image_ids, 1):
-            size = self.ground_truth.sizes[image_id]
-            height, width = size or (0, 0)
-            images.append({"id": number, "height": height, "width": width})
-            for annotations, records in ((objects, self.ground_truth.objects), (detections, self._detections)):
-                if (record := records.get(image_id)) is not None:
-                    annotations += [{**one, "image_id": number} for one in record.to_coco(category, kind, size)]
-        return CocoLists(images, objects, detections)
 
 
 def evaluator_from_rows(

@@ -24,12 +24,12 @@ import numpy as np
 from scipy.stats import t as student_t
 
 from ..model.validation import require
-from .coco_summary import CocoLists, match_detections
-from .mask_iou import count_pixels
+from .coco_summary import COCO_MAX_DETECTIONS
 
 _RECALLS = np.linspace(0.0, 1.0, 101)  # at which COCO reads the precision
 _NUM_THRESHOLDS = 10  # T
 _AT_50 = 0  # index into T
+_ALL_AREAS = 0  # index into A
 _NUM_VALUES = 1 << 22  # of B x D at a time
 
 
@@ -59,41 +59,23 @@ def per_image(evaluator: Any) -> PerImage:
     tables = {kind: match_tables(evaluator, kind) for kind in kinds}
     rows = [*names, None] if evaluator.has_masks else []
     pixels: np.ndarray = np.zeros((len(image_ids), len(rows), 3), np.int64)
-    detections = evaluator.state()
     for index, image_id in enumerate(image_ids if rows else ()):
-        size, objects = evaluator.ground_truth.sizes[image_id], evaluator.ground_truth.objects.get(image_id)
-        found = count_pixels(size, objects, detections.get(image_id), evaluator.iou_score_threshold)
-        for category, counts in found:
+        for category, counts in evaluator.pixels_of(image_id).items():
             pixels[index, rows.index(category)] = counts
     return PerImage(image_ids, tables, pixels)
 
 
 def match_tables(evaluator: Any, kind: str | None = None) -> dict[str, MatchTable]:
     """Return the table of each class by name, of "segm" or "bbox"; of masks, otherwise of boxes, by default."""
-    kind = kind or ("segm" if evaluator.has_masks else "bbox")
-    image_ids, ids_by_category = sorted(evaluator.ground_truth.sizes), evaluator.image_ids_by_category()
     tables = {}
-    for category, name in evaluator.ground_truth.category_names.items():
-        table = _match_table(evaluator.coco_lists(category, ids_by_category[category], kind), kind)
-        indices = np.flatnonzero(np.isin(image_ids, ids_by_category[category]))
-        num_objects: np.ndarray = np.zeros(len(image_ids), np.int64)
-        num_objects[indices] = table.num_objects
-        tables[name] = table._replace(num_objects=num_objects, images=indices[table.images])
+    for name, table in evaluator.class_tables(kind).items():
+        kept = table.ranks < COCO_MAX_DETECTIONS
+        is_match, is_ignored = table.is_match[_ALL_AREAS][:, kept], table.is_ignored[_ALL_AREAS][:, kept]
+        num_objects = table.num_objects[_ALL_AREAS]
+        tables[name] = MatchTable(
+            num_objects, table.images[kept], table.scores[kept], is_match & ~is_ignored, is_ignored
+        )
     return tables
-
-
-def _match_table(lists: CocoLists, kind: str) -> MatchTable:
-    matched = match_detections(lists, kind)
-    num_objects = np.array([0 if one is None else np.sum(one["gtIgnore"] == 0) for one in matched], np.int64)
-    present = [(index, one) for index, one in enumerate(matched) if one is not None]
-    scores = np.concatenate([np.empty(0), *(one["dtScores"] for _, one in present)])
-    images = np.concatenate([np.empty(0, np.int64), *(np.full(len(one["dtScores"]), index) for index, one in present)])
-    empty = np.empty((_NUM_THRESHOLDS, 0))
-    is_ignored = np.concatenate([empty, *(one["dtIgnore"] for _, one in present)], axis=1) > 0
-    is_match = np.concatenate([empty, *(one["dtMatches"] for _, one in present)], axis=1) > 0
-    order = np.argsort(-scores, kind="stable")  # as COCOeval sorts
-    is_match &= ~is_ignored
-    return MatchTable(num_objects, images[order], scores[order], is_match[:, order], is_ignored[:, order])
 
 
 def average_precision(table: MatchTable, weights: np.ndarray) -> np.ndarray:

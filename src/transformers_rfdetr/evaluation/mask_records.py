@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
-from ..model.masks import box_xyxy_to_xywh, mask_areas, read_segmentation
+from ..model.masks import box_xyxy_to_xywh, read_segmentation
 from ..model.validation import are_numbers, error_context, require, to_builtin
 from .coco_summary import COCO_MAX_DETECTIONS
 
@@ -43,6 +43,34 @@ class PackedMasks(NamedTuple):
         return [{"size": list(self.size), "counts": self.counts[start:end]} for start, end in bounds]
 
 
+class Matches(NamedTuple):
+    """How the K detections of an image match its objects, one bit for each area range and IoU threshold (A x T)."""
+
+    is_match: np.ndarray  # (5, K) uint8
+    is_ignored: np.ndarray  # (5, K) uint8, detections of what does not count
+
+    @classmethod
+    def pack(cls, is_match: np.ndarray, is_ignored: np.ndarray) -> "Matches":
+        """Pack two arrays (A, T, K) bool."""
+        num_areas, num_thresholds, num_detections = is_match.shape
+        shape = (num_areas * num_thresholds, num_detections)
+        packed = (np.packbits(one.reshape(shape), axis=0) for one in (is_match, is_ignored))
+        return cls(*packed)
+
+    def unpack(self, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Return both as (A, T, K) bool; `shape` is (A, T)."""
+        is_match, is_ignored = (np.unpackbits(one, axis=0).view(bool).reshape(*shape, one.shape[1]) for one in self)
+        return is_match, is_ignored
+
+
+class ImageMatches(NamedTuple):
+    """What an image contributes to the metrics."""
+
+    bbox: Matches
+    segm: Matches | None  # None without masks
+    pixels: dict[int | None, np.ndarray]  # see `mask_iou.count_pixels`; empty without masks
+
+
 class Detections(NamedTuple):
     """The K detections of an image that COCO evaluates, best first."""
 
@@ -50,19 +78,7 @@ class Detections(NamedTuple):
     labels: np.ndarray  # (K,) int64, category ids
     boxes: np.ndarray  # (K, 4) float64, [x, y, width, height] in pixels
     masks: PackedMasks | None  # None without masks, and without detections
-
-    def to_coco(self, category: int, kind: str, size: tuple[int, int] | None = None) -> list[dict[str, Any]]:
-        """Return the detections of a category as COCOeval reads them, for `kind` "segm" or "bbox"."""
-        indices = np.flatnonzero(self.labels == category).tolist()
-        results: list[dict[str, Any]] = [
-            {"score": score, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
-            for score, box in zip(self.scores[indices].tolist(), self.boxes[indices].tolist(), strict=True)
-        ]
-        if kind == "segm" and indices:
-            rles = self.masks.rles(indices)
-            for result, rle, area in zip(results, rles, mask_areas(rles).tolist(), strict=True):
-                result |= {"segmentation": rle, "area": area}
-        return results
+    matches: ImageMatches | None = None  # with the ground truth of an evaluator
 
     def sort_key(self) -> tuple[bytes, ...]:
         """Return a key by which any two different records have an order."""
@@ -91,28 +107,12 @@ class Objects(NamedTuple):
         filled = iter(coco_mask.frPyObjects(self.boxes[boxes], *size) if boxes else ())
         return [rle if rle["counts"] else next(filled) for rle in rles]
 
-    def to_coco(self, category: int, kind: str, size: tuple[int, int] | None) -> list[dict[str, Any]]:
-        """Return the objects of a category as COCOeval reads them, for `kind` "segm" or "bbox".
+    def crowds(self, kind: str) -> np.ndarray:
+        """Return which objects are ignored and can be detected repeatedly, (K,) bool, for `kind` "segm" or "bbox".
 
-        For "segm", an object without a mask is a crowd region, so that detections in its box are ignored. Without the
-        size (H, W) of the image, which detections with masks have, it is omitted.
+        By mask, those without a mask are too: detections in their box are ignored.
         """
-        is_selected, is_crowd = self.labels == category, self.is_crowd
-        if kind == "segm":
-            is_crowd = is_crowd | ~self.has_mask
-            is_selected &= self.has_mask | (size is not None)
-        indices = np.flatnonzero(is_selected).tolist()
-        annotations: list[dict[str, Any]] = [
-            {"iscrowd": int(crowd), "area": area, "bbox": box}
-            for crowd, area, box in zip(
-                is_crowd[indices], self.areas[indices].tolist(), self.boxes[indices].tolist(), strict=True
-            )
-        ]
-        if kind == "segm" and indices:
-            rles = self.masks.rles(indices) if size is None else self.regions(indices, size)
-            for annotation, rle in zip(annotations, rles, strict=True):
-                annotation["segmentation"] = rle
-        return annotations
+        return self.is_crowd | ~self.has_mask if kind == "segm" else self.is_crowd
 
 
 def pack_detections(

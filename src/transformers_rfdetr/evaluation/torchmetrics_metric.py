@@ -46,7 +46,6 @@ class InstanceSegmentationMetric(Metric):
     Args:
         class_names: Label -> name in `per_class`; the label is the default name.
         iou_score_threshold: See the evaluator.
-        backend: See the evaluator.
         **kwargs: For `torchmetrics.Metric`.
     """
 
@@ -59,13 +58,11 @@ class InstanceSegmentationMetric(Metric):
         class_names: Mapping[int, str] | None = None,
         *,
         iou_score_threshold: float = 0.5,
-        backend: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.class_names = dict(class_names or {})
         self.iou_score_threshold = iou_score_threshold
-        self.backend = backend
         # Concatenated pickles of the records of the images, as uint8.
         self.add_state("records", default=[], dist_reduce_fx="cat")
         self.reset()
@@ -109,9 +106,7 @@ class InstanceSegmentationMetric(Metric):
                 reference["image_id"] = next(new_ids)
         labels = {label for _, detections in records for label in detections.labels.tolist()}
         coco = coco_from_images((reference for reference, _ in records), labels, self.class_names)
-        evaluator = InstanceSegmentationEvaluator(
-            coco, iou_score_threshold=self.iou_score_threshold, backend=self.backend
-        )
+        evaluator = InstanceSegmentationEvaluator(coco, iou_score_threshold=self.iou_score_threshold)
         for reference, detections in records:
             evaluator.merge({reference["image_id"]: detections})
         return evaluator.compute()
