@@ -70,7 +70,10 @@ TARGETS = {
         Target("post-processing", "100 at 3000x4000, RLE, memory", "ours", 2.0**30),
         Target("post-processing", "30 at 480x640, label map", "ours", 0.4, "port"),
         Target("post-processing", "30 at 480x640, masks", "ours", 0.4, "port"),
+        Target("post-processing", "records of 200 at 480x640, 2 threads", "ours", 0.010),
+        Target("post-processing", "records of 200 at 1080x1920, 2 threads", "ours", 0.025),
         Target("evaluation", "host memory kept per image", "ours", 1e5),
+        Target("evaluation", "compute() after 5000 images", "ours", 20),
     ],
     "cuda": [
         Target("prediction", "whole", "ours compiled fp16", 0.2, "port", variant=NANO),
@@ -138,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
                 failed.append(name)
         measurements = [Measurement(**json.loads(line)) for line in lines.read_text().splitlines()]
     if arguments.device == "cpu":
-        measurements += measure_evaluation(50 if arguments.quick else 500)
+        measurements += measure_evaluation(50 if arguments.quick else 5000)
     shown = " --nuclei FOLDER" * bool(arguments.nuclei) + " --device cuda" * (arguments.device == "cuda")
     page = write_page(f"python benchmarks/run_all.py{shown}", measurements, TARGETS[arguments.device], failed)
     if not arguments.quick:
@@ -148,13 +151,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure_evaluation(num_images: int) -> list[Measurement]:
-    """Measure the bytes kept per image: by our streamed evaluation, and by the stock Trainer with the port."""
-    kept = {
-        "ours": alone(stream, num_images, "compact")["rss"] / num_images,
-        "port": sum(size for _, size in alone(count_outputs_of_the_port)),
-    }
-    case = "host memory kept per image"
-    return [Measurement("evaluation", MEDIUM, case, name, size, "B", "cpu") for name, size in kept.items()]
+    """Measure our streamed evaluation, and the bytes that the stock Trainer keeps per image with the port."""
+    ours, port = alone(stream, num_images, "compact"), sum(size for _, size in alone(count_outputs_of_the_port))
+    kept = "host memory kept per image"
+    numbers = [
+        (kept, "ours", ours["rss"] / num_images, "B"),
+        (kept, "port", port, "B"),
+        (f"compute() after {num_images} images", "ours", ours["compute"], "s"),
+    ]
+    return [Measurement("evaluation", MEDIUM, *number, "cpu") for number in numbers]
 
 
 def write_page(command: str, measurements: list[Measurement], targets: list[Target], failed: list[str]) -> str:
