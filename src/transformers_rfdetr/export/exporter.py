@@ -102,7 +102,7 @@ def export(
     expected = ExportedModel(reference, post_process, top_k).eval()
     exported = ExportedModel(prepare_for_export(reference, size, dtype), post_process, top_k).eval()
     metadata = _metadata(model, processor, expected.names, size, dtype)
-    with _new_files(output) as path, torch.no_grad():
+    with new_files(output) as path, torch.no_grad():
         rounded: dict[str, float] = {}
         if dtype == "float16":
             # On a CPU onnxruntime computes much of a float16 file in float32. PyTorch rounds everything, as a GPU does.
@@ -208,7 +208,7 @@ def _metadata(
 
 
 @contextmanager
-def _new_files(output: Path) -> Iterator[Path]:
+def new_files(output: Path) -> Iterator[Path]:
     """Yield a path in a temporary folder; at the end without an error, all files of the folder move beside `output`."""
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)

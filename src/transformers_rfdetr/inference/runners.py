@@ -3,6 +3,7 @@
 Axis letters: B images, N queries or pairs of query and class, C classes, h w mask grid.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -50,7 +51,11 @@ class ModelFile(NamedTuple):
 
 
 class RuntimeModel(FixedSizeModel):
-    """An exported model that onnxruntime or OpenVINO runs, loaded by [`load`] and called like the plain one."""
+    """An exported model that onnxruntime or OpenVINO runs, loaded by [`load`] and called like the plain one.
+
+    Attributes:
+        metadata: The metadata of the file; see [`export`].
+    """
 
     dtype = torch.float32  # of its inputs and outputs
 
@@ -59,7 +64,14 @@ class RuntimeModel(FixedSizeModel):
         is_fixed = isinstance(batch_size, int)
         super().__init__(config, torch.device("cpu"), (size[0], size[1]), batch_size if is_fixed else None)
         self.active = [file.runtime, f"{self.batch_size or 'any'} x {size[0]} x {size[1]}"]
+        self.metadata = file.metadata
         self._path, self._run, self._outputs = path, file.run, file.outputs
+
+    def with_run(self, run: Callable[[Tensor], list[Tensor]]) -> "RuntimeModel":
+        """Return a copy that computes its outputs by `run`, from pixels (B, 3, height, width)."""
+        other = copy.copy(self)
+        other._run = run
+        return other
 
     def fingerprint(self) -> str:
         """Return a hash of the file."""
@@ -195,12 +207,14 @@ def _open_openvino(path: Path, device: str, threads: int | None) -> ModelFile:
     if model.has_rt_info("model_info"):
         metadata = dict(model.get_rt_info("model_info").value)
 
-    def run(pixel_values: Tensor) -> list[Tensor]:
-        return [torch.from_numpy(array) for array in compiled(pixel_values.numpy()).to_tuple()]
-
     shapes = {
         one.any_name: [side.get_length() if side.is_static else str(side) for side in one.partial_shape]
         for one in model.inputs
     }
     outputs = [one.any_name for one in model.outputs]
-    return ModelFile(run, metadata, shapes, outputs, f"openvino {name}")
+    return ModelFile(lambda pixels: run_openvino(compiled, pixels), metadata, shapes, outputs, f"openvino {name}")
+
+
+def run_openvino(compiled: Any, pixel_values: Tensor) -> list[Tensor]:
+    """Return the outputs of an `openvino.CompiledModel` for pixels (B, 3, height, width)."""
+    return [torch.from_numpy(array) for array in compiled(pixel_values.numpy()).to_tuple()]
