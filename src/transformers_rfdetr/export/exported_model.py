@@ -109,9 +109,7 @@ def _fold_constants(model: Any) -> None:
     import onnx_ir.passes.common as passes
     from onnxscript import optimizer
 
-    optimizer.fold_constants(
-        model, onnx_shape_inference=True, input_size_limit=_NO_LIMIT, output_size_limit=_NO_LIMIT
-    )
+    optimizer.fold_constants(model, onnx_shape_inference=True, input_size_limit=_NO_LIMIT, output_size_limit=_NO_LIMIT)
     for run in (
         passes.RemoveUnusedNodesPass(),
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),

@@ -2,9 +2,9 @@
 
 Weights and activations of matrix products and convolutions become 8-bit integers. NNCF chooses their ranges on images
 of the user, and moves outliers of the activations into the weights (SmoothQuant). If AP drops by too much, it measures
-AP without each group of layers, and leaves those that hurt most in float32. This requires an ONNX file whose weights are
-constants, as `write_onnx` makes them: NNCF 3.4 takes a weight that is transposed, scaled or reshaped in the graph for
-the tensor before that, and its SmoothQuant fails.
+AP without each group of layers, and leaves those that hurt most in float32. This requires an ONNX file whose weights
+are constants, as `write_onnx` makes them: NNCF 3.4 takes a weight that is transposed, scaled or reshaped in the graph
+for the tensor before that, and its SmoothQuant fails.
 
 Weights alone are not quantized, because that saves no time: the computation remains in float32. NNCF's ONNX files of
 that kind do not run in onnxruntime either: the scales of their depthwise convolutions have the wrong shape.
@@ -15,7 +15,7 @@ Source: https://docs.openvino.ai/2026/openvino-workflow/model-optimization-guide
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -143,6 +143,7 @@ def _average_precision(model: RuntimeModel, processor: RfDetrImageProcessor, ima
 def _without_messages() -> Iterator[None]:
     """Show NNCF's progress bars, but of its messages only the warnings."""
     import nncf  # noqa: F401  # sets the level of its messages
+
     logger = logging.getLogger("nncf")
     level = logger.level
     logger.setLevel(logging.WARNING)
@@ -188,8 +189,8 @@ class _Validation(NamedTuple):
         return ap, [ap] * len(chosen)
 
 
-def _quantize(model: Any, samples: Any, validate: _Validation, max_drop: float) -> Any:
-    """Return a quantized ONNX or OpenVINO model."""
+def _quantize(model: Any, samples: Any, validate: _Validation, max_drop: float, ignored: Sequence[str] = ()) -> Any:
+    """Return a quantized ONNX or OpenVINO model, without the nodes of the names `ignored`."""
     import nncf
 
     return nncf.quantize_with_accuracy_control(
@@ -200,6 +201,7 @@ def _quantize(model: Any, samples: Any, validate: _Validation, max_drop: float) 
         max_drop=max_drop,
         subset_size=samples.get_length(),
         model_type=nncf.ModelType.TRANSFORMER,
+        ignored_scope=nncf.IgnoredScope(names=list(ignored)),
         advanced_accuracy_restorer_parameters=nncf.AdvancedAccuracyRestorerParameters(
             ranking_subset_size=_RANKING_IMAGES, num_ranking_workers=1
         ),
@@ -214,7 +216,12 @@ def _metadata(model: RuntimeModel) -> dict[str, str]:
 def _write_onnx(path: Path, output: Path, samples: Any, validate: _Validation, max_drop: float) -> None:
     import onnx
 
-    quantized = _quantize(onnx.load(path), samples, validate, max_drop)
+    model = onnx.load(path)
+    # In a file for a fixed batch size the values of the first attention among queries are constants. NNCF quantizes
+    # them as weights, with a scale for each channel, which onnxruntime computes for matrices only.
+    constants = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) > 2}
+    ignored = [node.name for node in model.graph.node if node.op_type == "MatMul" and constants & set(node.input)]
+    quantized = _quantize(model, samples, validate, max_drop, ignored)
     del quantized.metadata_props[:]
     onnx.helper.set_model_props(quantized, _metadata(validate.model))
     onnx.save(quantized, output)
