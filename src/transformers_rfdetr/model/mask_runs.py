@@ -127,16 +127,16 @@ def _changes(
     start = np.append(0, start)[: len(mask)]
     first = columns.first[column[start]]
     owner, x = _ranges(first, columns.first[column[start] + 1] - first)
-    line, square = _ranges(start[owner], np.diff(start, append=len(mask))[owner])
-    x = x[line]
+    line, square = _ranges(start.take(owner), np.diff(start, append=len(mask)).take(owner))
+    x = x.take(line)  # which takes less time than x[line]
     cells = _corners(logits, squares, rows, columns)
-    after = columns.weight[x]
-    before = 1 - after
-    top, bottom = (left[square] * before + right[square] * after for left, right in (cells[:2], cells[2:]))
+    after: np.ndarray = columns.weight.take(x)
+    before: np.ndarray = 1 - after
+    top, bottom = (left.take(square) * before + right.take(square) * after for left, right in (cells[:2], cells[2:]))
     changing = np.flatnonzero((top > 0) != (bottom > 0))
-    square, x = square[changing], x[changing]
-    y = _change_in_column(row[square], top[changing], bottom[changing], rows)
-    return mask[square] * _stride(rows, columns) + x * len(rows.lower) + y
+    square, x = square.take(changing), x.take(changing)
+    y = _change_in_column(row.take(square), top.take(changing), bottom.take(changing), rows)
+    return mask.take(square) * _stride(rows, columns) + x * len(rows.lower) + y
 
 
 def _corners(
@@ -147,7 +147,8 @@ def _corners(
     height, width = logits.shape[1:]
     right = np.minimum(column + 1, columns.num_cells - 1)
     above, below = (mask * height + np.clip(one, 0, rows.num_cells - 1) for one in (row - 1, row))
-    cells = logits.reshape(-1)[np.stack([one * width + side for one in (above, below) for side in (column, right)])]
+    indices = [one * width + side for one in (above, below) for side in (column, right)]
+    cells: np.ndarray = logits.reshape(-1).take(indices)
     if not (np.abs(cells) < _LARGEST).all():
         cells = finite_logits(cells)
     cells[:2, row == 0] = cells[2:, row == rows.num_cells] = -1
@@ -166,7 +167,8 @@ def _change_in_column(row: np.ndarray, top: np.ndarray, bottom: np.ndarray, rows
     """
     height = len(rows.lower)
     bounds: np.ndarray = np.append(0, rows.first)
-    low, high = bounds[row], bounds[row + 1]
+    low: np.ndarray = bounds.take(row)
+    high: np.ndarray = bounds.take(row + 1)
     low[row == rows.num_cells] = height  # the pixels after the last row of cells have its value
     with np.errstate(divide="ignore", over="ignore"):  # infinity gives 0
         fraction = 1 / (1 - bottom / top)
@@ -178,7 +180,7 @@ def _change_in_column(row: np.ndarray, top: np.ndarray, bottom: np.ndarray, rows
     is_positive = top > 0
 
     def is_above(pixel: np.ndarray) -> np.ndarray:
-        weight = rows.weight[pixel]
+        weight: np.ndarray = rows.weight.take(pixel)
         return (top * (1 - weight) + bottom * weight > 0) == is_positive
 
     while True:
@@ -266,4 +268,4 @@ def compress_runs(runs: np.ndarray, first: np.ndarray) -> tuple[str, list[int]]:
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the elements of ranges one after the other: for each the index of its range, and the element."""
     owner: np.ndarray = np.repeat(np.arange(len(lengths)), lengths)
-    return owner, np.arange(len(owner)) + (starts - np.cumsum(lengths) + lengths)[owner]
+    return owner, np.arange(len(owner)) + (starts - np.cumsum(lengths) + lengths).take(owner)
