@@ -54,8 +54,8 @@ def shows_something(source: str) -> bool:
     return "print(" in source or "plt.show()" in source or isinstance(ast.parse(source).body[-1], ast.Expr)
 
 
-def test_there_are_five_notebooks():
-    assert [path.stem[:3] for path in NOTEBOOKS] == ["01_", "02_", "03_", "04_", "05_"]
+def test_there_are_six_notebooks():
+    assert [path.stem[:3] for path in NOTEBOOKS] == ["01_", "02_", "03_", "04_", "05_", "06_"]
 
 
 @every_notebook
@@ -120,7 +120,7 @@ def test_a_notebook_uses_the_model_in_the_package_and_says_what_to_put_in_its_pl
     [pytest.param(path, id=path.stem, marks=[] if path.stem[:2] == "01" else pytest.mark.long) for path in NOTEBOOKS],
 )
 def test_another_run_gives_the_stored_outputs(path, tmp_path):
-    tolerance = TRAINING_TOLERANCE if path.stem == "02_finetune" else TOLERANCE
+    tolerance = TRAINING_TOLERANCE if path.stem in ("02_finetune", "06_improve") else TOLERANCE
     stored, fresh = (cells(notebook, "code") for notebook in (read(path), execute(path, tmp_path)))
     for before, after in zip(stored, fresh, strict=True):
         place = f"{path.stem}, cell {before['id']}"
