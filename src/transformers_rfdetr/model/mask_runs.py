@@ -18,7 +18,6 @@ Sizes are (height, width).
 
 import itertools
 import math
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,8 +57,8 @@ def encode_mask_logits(
     """Return the pixels of an image with a mask logit above 0 as COCO RLE, counts as str for JSON.
 
     Equal bit for bit to `[region_to_rle(*region, image_size) for region in upsample_masks(mask_logits, ...)]`. On a
-    GPU, the maps are upsampled there, and only the changes between background and foreground are copied. On the CPU, as
-    many threads as torch's are used.
+    GPU, the maps are upsampled there, and only the changes between background and foreground are copied. On the CPU,
+    one thread is used.
 
     Args:
         mask_logits: (N, h, w), any floating type; computed in float32.
@@ -73,19 +72,15 @@ def encode_mask_logits(
     if mask_logits.device.type != "cpu":  # where it takes less time to upsample all than to select
         return places_to_rles(dense_changes(mask_logits, *axes), num_masks, image_size)
 
-    def encode(logits: torch.Tensor) -> list[dict[str, Any]]:
+    rles: list[dict[str, Any]] = []
+    for logits in mask_logits.split(max(1, _CHUNK_CELLS // max(1, height * width))):
         cells = logits.numpy()
         if np.count_nonzero(cells > 0) > np.count_nonzero(cells > _SMALLEST):
-            return [region_to_rle(*one, image_size) for one in upsample_masks(logits, image_size, 0.0, valid_size)]
-        return _encode(cells, axes, image_size)
-
-    num_chunks = max(1, math.ceil(mask_logits.numel() / _CHUNK_CELLS))
-    num_threads = min(torch.get_num_threads(), num_chunks)
-    num_chunks = num_threads * math.ceil(num_chunks / num_threads)
-    chunks = mask_logits.split(max(1, math.ceil(num_masks / num_chunks)))
-    with ThreadPoolExecutor(num_threads) as pool:  # numpy releases the GIL
-        results = map(encode, chunks) if num_threads == 1 else pool.map(encode, chunks)
-        return [rle for rles in results for rle in rles]
+            regions = upsample_masks(logits, image_size, 0.0, valid_size)
+            rles += [region_to_rle(*region, image_size) for region in regions]
+        else:
+            rles += _encode(cells, axes, image_size)
+    return rles
 
 
 def _encode(logits: np.ndarray, axes: tuple[Axis, Axis], size: tuple[int, int]) -> list[dict[str, Any]]:
