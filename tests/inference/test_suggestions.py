@@ -86,3 +86,5 @@ def test_the_command_links_the_suggested_images_and_lists_unreadable_ones(tmp_pa
     names = {str(path.relative_to(output / "images")) for path in (output / "images").rglob("*.png")}
     assert names == {one["image"] for one in content} < {"0/scene.png", "1/scene.png", "2/scene.png"}
     assert CliRunner().invoke(app, command).exit_code == 2  # the folder is not empty
+    again = [*command[:5], "3", "--output", str(tmp_path / "again"), "--annotated", str(tmp_path / "pool/0/scene.png")]
+    assert "1 of them look the same" in CliRunner().invoke(app, again).output

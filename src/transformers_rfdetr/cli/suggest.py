@@ -69,6 +69,8 @@ def suggest(
     if len(found) > _MAX_SHOWN:
         typer.echo(f"and {len(found) - _MAX_SHOWN} more")
     typer.echo(f"{len(found)} of {len(readable)} images are in {output / 'images'}")
+    if num_same := sum(one.distance < 0.01 for one in found):
+        typer.echo(f"{num_same} of them look the same as an annotated image, or as one suggested before")
     if unreadable:
         typer.echo("\n".join([f"{len(unreadable)} images could not be read:", *unreadable[:_MAX_SHOWN]]), err=True)
         raise typer.Exit(1)
