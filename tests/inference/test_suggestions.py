@@ -1,6 +1,7 @@
 """Which images are suggested for annotation."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,3 +89,20 @@ def test_the_command_links_the_suggested_images_and_lists_unreadable_ones(tmp_pa
     assert CliRunner().invoke(app, command).exit_code == 2  # the folder is not empty
     again = [*command[:5], "3", "--output", str(tmp_path / "again"), "--annotated", str(tmp_path / "pool/0/scene.png")]
     assert "1 of them look the same" in CliRunner().invoke(app, again).output
+
+
+@pytest.mark.long
+def test_each_round_of_the_simulated_annotation_loop_annotates_more_images(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import recipes
+    import suggest as benchmark
+
+    monkeypatch.setattr(benchmark, "PER_ROUND", 4)
+    pool, held_out = recipes.drawn_split(20_000, 14, recipes.OFTEN), recipes.drawn_split(9000, 4, recipes.RARELY)
+    chosen = {name: benchmark.run(name, 0, 3, 2, pool, held_out) for name in benchmark.STRATEGIES}
+    for result in chosen.values():
+        assert result["objects"] == sorted(set(result["objects"]))
+        assert all(0 <= ap <= 1 for ap in result["segm_AP"])
+    first, second = (result["objects"] for result in chosen.values())
+    assert first[0] == second[0]  # the first round is common
+    assert first != second
