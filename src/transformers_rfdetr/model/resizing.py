@@ -60,10 +60,12 @@ def neighbors(length: int, size: int) -> tuple[Tensor, Tensor]:
 def _pick(pixels: Pixels, rows: Tensor, columns: Tensor) -> Tensor:
     """Return the pixels (1 or 3, 2h, 2w) of pairs of neighboring rows (h, 2) and columns (w, 2)."""
     if isinstance(pixels, PIL.Image.Image):  # converting only these rows is the fastest
-        array = np.empty((2 * len(rows), pixels.width, 3), np.uint8)
+        wanted = columns.flatten().numpy()
+        array: np.ndarray = np.empty((2 * len(rows), len(wanted), 3), np.uint8)
         for index, (first, second) in enumerate(rows.tolist()):
-            array[2 * index : 2 * index + 2] = np.asarray(pixels.crop((0, first, pixels.width, second + 1)))
-        return torch.from_numpy(array.take(columns.flatten(), axis=1)).permute(2, 0, 1)
+            strip = np.asarray(pixels.crop((0, first, pixels.width, second + 1)))
+            array[2 * index : 2 * index + 2] = strip.take(wanted, axis=1)
+        return torch.from_numpy(array).permute(2, 0, 1)
     rows, columns = rows.flatten(), columns.flatten()
     if pixels.device.type != "cpu":
         return pixels[:, rows.to(pixels.device)][:, :, columns.to(pixels.device)]
