@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .hub.load import load
     from .inference.compiled import compile_for_inference
     from .inference.instances import Instances
+    from .inference.large_scale.predict_dataset import predict_dataset
     from .inference.predict import predict
     from .inference.suggestions import suggest
     from .inference.tiling import predict_tiled
@@ -64,6 +65,7 @@ __all__ = [
     "load",
     "load_instance_dataset",
     "predict",
+    "predict_dataset",
     "predict_tiled",
     "predict_video",
     "resolve_variant",
@@ -100,6 +102,7 @@ _LATER = {
     "load": "hub.load",
     "load_instance_dataset": "data.load",
     "predict": "inference.predict",
+    "predict_dataset": "inference.large_scale.predict_dataset",
     "predict_tiled": "inference.tiling",
     "predict_video": "inference.video.predict_video",
     "resolve_variant": "model.variants_rf_detr",

@@ -1,4 +1,4 @@
-"""`transformers-rfdetr predict`: unreadable files, resuming, processes, datasets, URLs, videos, and what it writes."""
+"""`transformers-rfdetr predict`: unreadable files, resuming, datasets, URLs, videos, and what it writes."""
 
 import http.server
 import itertools
@@ -28,6 +28,7 @@ from transformers_rfdetr import RfDetrImageProcessor, load, load_instance_datase
 from transformers_rfdetr.cli import predict as command
 from transformers_rfdetr.inference import folder as bulk_prediction
 from transformers_rfdetr.inference.instances import Instances
+from transformers_rfdetr.inference.prediction_files import LINES
 from transformers_rfdetr.inference.video.predict_video import VideoSummary
 from transformers_rfdetr.inference.video.reader import VideoReader
 from transformers_rfdetr.inference.video.writer import VideoWriter
@@ -223,32 +224,16 @@ def test_a_killed_run_resumes_after_its_last_complete_line(model: Path, few: Pat
     settings = (whole / "settings.json").read_bytes()
     for number, cut in enumerate((0, 1, len(written) // 2, len(written) - 1, len(written))):
         output = tmp_path / str(number)
-        (output / "parts").mkdir(parents=True)
+        output.mkdir(parents=True)
         (output / "settings.json").write_bytes(settings)
-        (output / "parts" / "0-of-1.jsonl").write_bytes(written[:cut])
+        (output / LINES).write_bytes(written[:cut])
         done = run(model, few, "-o", output, "--batch-size", "1")
         assert done.exit_code == 0, done.output
         num_done = written[:cut].count(b"\n")
         assert f"in {7 - num_done} images" in done.output
         assert (output / "predictions.jsonl").read_bytes() == written
         assert (output / "predictions.coco.json").read_bytes() == (whole / "predictions.coco.json").read_bytes()
-        assert not list((output / "parts").iterdir())
-
-
-def test_each_process_predicts_its_share_and_the_last_one_writes_the_results(
-    model: Path, few: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    for rank, count in ((1, 2), (0, 3), (2, 2)):
-        assert not (tmp_path / "predictions.jsonl").exists()
-        monkeypatch.setenv("RANK", str(rank))
-        done = run(model, few, "-o", tmp_path, "--batch-size", "1")
-        assert f"in {count} images (process {rank} of 3)" in done.output
-    assert (tmp_path / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
-    assert (tmp_path / "predictions.coco.json").read_bytes() == (whole / "predictions.coco.json").read_bytes()
-    monkeypatch.setenv("WORLD_SIZE", "2")  # other machines, and all is done
-    monkeypatch.setenv("RANK", "1")
-    assert "0 images, 3 done before" in run(model, few, "-o", tmp_path).output
+        assert not (output / LINES).exists()
 
 
 def test_class_names_in_the_file_names_of_crops_are_escaped(model: Path, few: Path, whole: Path, tmp_path: Path):
@@ -347,7 +332,7 @@ def test_file_names_that_are_not_utf8_or_too_long_do_not_stop_a_run(model: Path,
 def test_a_full_disk_is_reported_with_the_file_and_the_same_command_resumes(
     model: Path, few: Path, whole: Path, tmp_path: Path
 ):
-    part = tmp_path / "out" / "parts" / "0-of-1.jsonl"
+    part = tmp_path / "out" / LINES
     part.parent.mkdir(parents=True)
     shutil.copyfile(whole / "settings.json", tmp_path / "out" / "settings.json")
     part.symlink_to("/dev/full")
@@ -376,20 +361,6 @@ def test_category_ids_of_other_classes_are_not_used(tmp_path: Path, few: Path):
     assert run(tmp_path / "model", few, "-o", tmp_path / "out").exit_code == 0
     coco = json.loads((tmp_path / "out" / "predictions.coco.json").read_text())
     assert [category["id"] for category in coco["categories"]] == [0, 1, 2, 3]
-
-
-def test_one_of_several_processes_with_unreadable_images_does_not_stop_the_others(
-    model: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    shutil.copytree(few, tmp_path / "photos")
-    (tmp_path / "photos" / "0.png").write_bytes(b"")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        assert run(model, tmp_path / "photos", "-o", tmp_path / "out").exit_code == 0
-    assert sum("error" in record for record in records(tmp_path / "out")) == 1
-    monkeypatch.setenv("RANK", "2")
-    assert "number of processes 2, got 2" in run(model, tmp_path / "photos", "-o", tmp_path / "out").output
 
 
 def test_videos_of_the_same_name_and_an_unreadable_one_are_all_processed(
@@ -513,15 +484,6 @@ def test_predictions_of_a_dataset_to_correct_have_its_split_names_ids_and_linked
     assert len(scores) > 7
 
 
-def test_one_of_several_processes_does_not_write_for_an_annotation_program(
-    model: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    done = run(model, few, "-o", tmp_path, "--save-as", "coco")
-    assert done.exit_code == 2
-    assert "--save-as requires one process, got 2" in done.output
-
-
 def test_a_dataset_is_predicted_by_its_column_of_images_and_keeps_its_image_ids(
     model: Path, few: Path, whole: Path, tmp_path: Path
 ):
@@ -610,15 +572,6 @@ def test_a_stopped_video_is_started_again(model: Path, video: Path, tmp_path: Pa
         assert len(list(written)) == 4
     assert run(model, video, "-o", tmp_path, "--show").exit_code == 0
     assert len((tmp_path / "videos" / "street.jsonl").read_text().splitlines()) == 10
-
-
-def test_a_process_may_start_while_another_one_has_no_results_yet(model: Path, video: Path, tmp_path: Path):
-    """The other one has created a folder, a hidden file and an empty file for its lines."""
-    videos = tmp_path / "videos"
-    videos.mkdir()
-    for name in (".x.partial", "other.unfinished.jsonl"):
-        (videos / name).touch()
-    assert run(model, video, "-o", tmp_path).exit_code == 0
 
 
 def test_sigterm_stops_a_video_like_ctrl_c(model: Path, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -732,6 +685,10 @@ WRONG = {
     "class in a video": (["{video}", "--classes", "nosuch"], "nosuch"),
     "frames": (["{video}", "--max-frames", "0"], "`max_frames` must be at least 1, got 0"),
     "no camera": (["77"], "camera 77"),
+    "engine": (["{few}", "--engine", "ray", "--track"], "--track must be omitted with --engine, which writes Parquet"),
+    "address": (["{few}", "--engine", "local", "--address", "auto"], "--address requires --engine ray, got"),
+    "coco": (["{few}", "--coco"], "--coco requires --engine"),
+    "tables of annotations": (["--dataset", "{few}/../data", "--engine", "local"], "cannot be loaded"),
 }
 
 

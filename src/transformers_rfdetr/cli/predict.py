@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from http.client import HTTPException
 from itertools import starmap
@@ -32,6 +32,16 @@ from .options import (
     read_names,
     read_size,
 )
+from .predict_tables import (
+    AddressOption,
+    CocoOption,
+    ConcurrencyOption,
+    Engine,
+    EngineOption,
+    check_engine,
+    load_rows,
+    predict_tables,
+)
 
 if TYPE_CHECKING:
     from ..inference.folder import FolderOptions, Summary
@@ -52,17 +62,14 @@ transformers-rfdetr predict my-model survey.tif --tile auto --overlap 0.25
 
 transformers-rfdetr predict my-model photos/ --save-as labelme --output to-correct
 
-torchrun --nproc-per-node 8 -m transformers_rfdetr.cli.app predict my-model photos/
+transformers-rfdetr predict my-model "s3://bucket/*.tar" --engine ray --address auto --output found
 
-exit code: 0 on success; 1 if an image could not be read (the other images are done; with several processes the code is
-0); 2 for wrong arguments; 130 after Ctrl-C
+exit code: 0 on success; 1 if an image could not be read (the other images are done); 2 for wrong arguments; 130 after
+Ctrl-C
 """
 _STREAM = re.compile(r"(rtsp|rtsps|rtmp|rtmps|udp|tcp|srt)://", re.IGNORECASE)
-_VIDEO_FILES = {
-    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".ogv", ".mpg", ".mpeg", ".m2v", ".vob"),
-    *(".wmv", ".asf", ".3gp", ".3g2", ".ts", ".mts", ".m2ts", ".mxf"),
-}
-VIDEO_SUFFIXES = {*_VIDEO_FILES, ".m3u8"}  # the latter is a stream
+
+
 _MAX_LISTED = 20  # unreadable images
 
 SourcesArgument = Annotated[
@@ -126,14 +133,13 @@ class _Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class _Run:
-    """The settings for both images and videos. `shard` is the rank and the number of processes."""
+    """The settings for both images and videos."""
 
     model: Any
     processor: Any
     output: Path
     options: "FolderOptions"
     origin: dict[str, Any]
-    shard: tuple[int, int]
     strict: bool
     show: Callable[[Any, int], None] | None
     save_as: Format | None
@@ -164,71 +170,79 @@ def predict(
     patience: PatienceOption = 60.0,
     show: ShowOption = False,
     strict: StrictOption = False,
+    engine: EngineOption = None,
+    address: AddressOption = None,
+    concurrency: ConcurrencyOption = None,
+    coco: CocoOption = False,
 ) -> None:
     """Predict the instances of images, folders, datasets, videos, cameras and streams.
 
     Writes predictions.jsonl, predictions.coco.json, and the drawn images and videos to OUTPUT/images and OUTPUT/videos.
-    The same command again skips what is done. With torchrun or accelerate launch, each process predicts its share.
+    With --engine, writes OUTPUT/predictions/*.parquet instead. The same command again skips what is done.
     """
-    import torch
-
-    from ..inference.folder import FolderOptions
-
     if model == TINY_NAME and not sources and dataset is None:
         sources = [str(sample_image())]
-    inputs = _read_inputs(sources, dataset, split, output)
-    _check_options(inputs, tile, overlap, save_crops, save_as, track, max_frames)
+    if (sources is None) == (dataset is None):
+        given_both = "both" if sources else "neither"
+        raise ValueError(f"either sources (files, folders, URLs, ...) or --dataset must be given, got {given_both}")
+    tiles = {"tile": tile, "overlap": overlap}
+    files = {"--save-crops": save_crops, "--save-as": save_as is not None}
+    videos = {"--track": track, "--max-frames": max_frames is not None}
+    check_engine(engine, {**files, **videos, "--show": show, "--strict": strict}, address, concurrency, coco)
+    inputs = None
+    if engine is None:
+        inputs = _read_inputs(sources, dataset, split, output)
+        _check_options(inputs, {"images": {"--tile": tile is not None, **files}, "videos": videos})
     window = _open_window() if show else None
-    if device == "auto" and torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    loaded, processor = load_model(model, device, dtype, threads)
-    is_one_class = classes in loaded.config.id2label.values()  # its name may contain a comma
-    options = FolderOptions(
-        threshold=choose_threshold(loaded.config, threshold),
-        classes=None if classes is None else [classes] if is_one_class else sorted(read_names("--classes", classes)),
-        batch_size=batch_size,
-        tile=tile if tile in (None, "auto") else read_size("--tile", tile),
-        overlap=0.2 if overlap is None else overlap,
+    loaded, processor = load_model(model, "cpu" if engine == Engine.RAY else device, dtype, threads)
+    options = _folder_options(loaded.config, threshold, classes, batch_size, **tiles)
+    options = replace(
+        options,
         draw=images and save_as is None,
         crops=save_crops,
         color_by=cast(Any, color_by or ("instance" if track else "class")),  # FolderOptions checks it
     )
-    tracking = {"track": track, "max_frames": max_frames}
-    origin = {"model": absolute(model), "sources": inputs.names, "dtype": dtype.value, **tracking}
-    shard = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    run = _Run(loaded, processor, output, options, origin, shard, strict, window, save_as)
+    origin = {"model": absolute(model), "dtype": dtype.value}
     with _exit_codes(output):
-        num_failed = _predict_images(run, inputs) if inputs.images or not inputs.videos else 0
-        num_failed += _predict_videos(run, inputs.videos, {**tracking, "patience": patience})
-    if num_failed and shard[1] == 1:  # if one of several processes failed, the launcher would stop the others
+        if inputs is None:
+            ray = {"address": address, "concurrency": concurrency, "threads": threads, "device": device}
+            run_in = {"engine": engine, "coco": coco, **(ray if engine == Engine.RAY else {})}
+            source = sources or (dataset, split)
+            summary = predict_tables(loaded, processor, options, source, output, origin, run_in)
+            num_failed = _report_images(summary, str(output / "predictions" / "*.parquet"))
+        else:
+            tracking = {"track": track, "max_frames": max_frames}
+            origin |= {"sources": inputs.names, **tracking}
+            run = _Run(loaded, processor, output, options, origin, strict, window, save_as)
+            num_failed = _predict_images(run, inputs) if inputs.images or not inputs.videos else 0
+            num_failed += _predict_videos(run, inputs.videos, {**tracking, "patience": patience})
+    if num_failed:
         raise typer.Exit(1)
 
 
-def _check_options(
-    inputs: "_Inputs",
-    tile: str | None,
-    overlap: float | None,
-    save_crops: bool,
-    save_as: Format | None,
-    track: bool,
-    max_frames: int | None,
-) -> None:
-    """Raise ValueError for an option that would have no effect, or cannot be used by one of several processes."""
-    options = {
-        "images": {"--tile": tile is not None, "--save-crops": save_crops, "--save-as": save_as is not None},
-        "videos": {"--track": track, "--max-frames": max_frames is not None},
-    }
+def _folder_options(
+    config: Any, threshold: float | None, classes: str | None, batch_size: int, tile: str | None, overlap: float | None
+) -> "FolderOptions":
+    from ..inference.folder import FolderOptions
+
+    if overlap is not None and tile is None:
+        raise ValueError(f"--overlap requires --tile, got --overlap {overlap} alone. Add --tile auto.")
+    is_one_class = classes in config.id2label.values()  # its name may contain a comma
+    return FolderOptions(
+        threshold=choose_threshold(config, threshold),
+        classes=None if classes is None else [classes] if is_one_class else sorted(read_names("--classes", classes)),
+        batch_size=batch_size,
+        tile=tile if tile in (None, "auto") else read_size("--tile", tile),
+        overlap=0.2 if overlap is None else overlap,
+    )
+
+
+def _check_options(inputs: "_Inputs", options: Mapping[str, Mapping[str, bool]]) -> None:
+    """Raise ValueError for an option that would have no effect without images, or without videos."""
     for kind, is_given in options.items():
         for option in is_given:
             if is_given[option] and not getattr(inputs, kind):
                 raise ValueError(f"{option} requires {kind}, got sources without {kind}. Omit it.")
-    if overlap is not None and tile is None:
-        raise ValueError(f"--overlap requires --tile, got --overlap {overlap} alone. Add --tile auto.")
-    if save_as is not None and (num_processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
-        raise ValueError(
-            f"--save-as requires one process, got {num_processes}. Predict with --no-images instead; then run the"
-            " command with --save-as in one process, which skips what is done."
-        )
 
 
 @contextmanager
@@ -250,12 +264,9 @@ def _exit_codes(output: Path) -> Iterator[None]:
 
 
 def _read_inputs(sources: list[str] | None, dataset: str | None, split: str, output: Path) -> _Inputs:
-    from ..inference.image_list import InputImage, list_images, unique_names
+    from ..inference.image_list import VIDEO_SUFFIXES, InputImage, list_images, unique_names
     from ..model.image_io import redact_url
 
-    if (sources is None) == (dataset is None):
-        given_both = "both" if sources else "neither"
-        raise ValueError(f"either sources (files, folders, URLs, ...) or --dataset must be given, got {given_both}")
     if dataset is not None:
         images, rows = _read_dataset(dataset, split)
         return _Inputs([f"{dataset} {split}"], images, [], rows, split)
@@ -276,6 +287,7 @@ def _is_stream(source: str, is_alone: bool) -> bool:
         return True
     if not source.startswith(("http://", "https://")):
         return False
+    from ..inference.image_list import VIDEO_SUFFIXES
     from ..model.image_io import open_url, redact_url
 
     try:
@@ -293,8 +305,10 @@ def _is_stream(source: str, is_alone: bool) -> bool:
 
 def _is_endless(source: str) -> bool:
     """Return whether a video is a camera or a stream, not a file on this machine or on a server."""
+    from ..inference.image_list import VIDEO_FILE_SUFFIXES
+
     address = urlsplit(source)
-    is_remote_file = address.scheme.startswith("http") and Path(address.path).suffix.lower() in _VIDEO_FILES
+    is_remote_file = address.scheme.startswith("http") and Path(address.path).suffix.lower() in VIDEO_FILE_SUFFIXES
     return not is_remote_file and not Path(source).is_file()
 
 
@@ -328,14 +342,9 @@ def _read_dataset(name: str, split: str) -> "tuple[list[InputImage], Sequence[An
 
 
 def _read_rows(name: str, split: str) -> tuple[Sequence[Any], Sequence[int | None]]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError('--dataset requires datasets: pip install "transformers-rfdetr[train]"') from error
-    try:
-        rows = datasets.load_dataset(name, split=split)
-    except (datasets.exceptions.DatasetsError, FileNotFoundError) as error:
-        raise ValueError(f"--dataset {name} cannot be loaded: {error}") from error
+    rows = load_rows(name, split)
+    import datasets
+
     columns = [column for column, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     if not columns:
         raise ValueError(f"--dataset {name} must have a column of images, got {', '.join(rows.features)}")
@@ -362,7 +371,7 @@ class _Column(Sequence):
 
 
 def _predict_images(run: _Run, inputs: _Inputs) -> int:
-    """Predict the images of this process, print a summary, and return the number of unreadable images."""
+    """Predict the images, print a summary, and return the number of unreadable images."""
     from PIL import Image
 
     from ..inference.folder import predict_to_folder
@@ -388,16 +397,14 @@ def _predict_images(run: _Run, inputs: _Inputs) -> int:
             origin=run.origin,
             dataset=inputs.dataset,
             strict=run.strict,
-            shard=run.shard,
-            progress=run.shard[0] == 0,
             on_image=on_image,
         )
     finally:
         Image.MAX_IMAGE_PIXELS = max_pixels
-    _report_images(summary, run.output, *run.shard)
+    num_failed = _report_images(summary, f"{run.output / 'predictions.jsonl'}, {run.output / 'predictions.coco.json'}")
     if run.save_as is not None:
         _save_as(run, inputs, run.save_as)
-    return len(summary.failed)
+    return num_failed
 
 
 def _note_scale(size: tuple[int, int], resolution: int | tuple[int, int]) -> None:
@@ -413,10 +420,10 @@ def _note_scale(size: tuple[int, int], resolution: int | tuple[int, int]) -> Non
         )
 
 
-def _report_images(summary: "Summary", output: Path, rank: int, world_size: int) -> None:
-    share = f" (process {rank} of {world_size})" if world_size > 1 else ""
+def _report_images(summary: "Summary", written: str) -> int:
+    """Print a summary and the files that were written, and return the number of unreadable images."""
     before = f", {summary.skipped} done before" if summary.skipped else ""
-    typer.echo(f"{summary.instances} instances in {summary.done} images{before}{share}")
+    typer.echo(f"{summary.instances} instances in {summary.done} images{before}")
     for name, reason in summary.failed[:_MAX_LISTED]:
         if "decompression bomb" in reason:
             reason = f"{reason.rstrip('.')}; --tile auto reads images of any size"
@@ -425,10 +432,8 @@ def _report_images(summary: "Summary", output: Path, rank: int, world_size: int)
         unlisted = len(summary.failed) - _MAX_LISTED
         more = f", {unlisted} more than listed here" if unlisted > 0 else ""
         typer.echo(f"{len(summary.failed)} images could not be read{more}", err=True)
-    if summary.complete:
-        typer.echo(f"{output / 'predictions.jsonl'}, {output / 'predictions.coco.json'}")
-    elif world_size > 1:
-        typer.echo("Other processes have not finished; the last one writes the results of all.")
+    typer.echo(written)
+    return len(summary.failed)
 
 
 def _save_as(run: _Run, inputs: _Inputs, format: Format) -> None:
@@ -449,7 +454,7 @@ def _save_as(run: _Run, inputs: _Inputs, format: Format) -> None:
 
 
 def _predict_videos(run: _Run, videos: "Sequence[InputImage]", arguments: Mapping[str, Any]) -> int:
-    """Predict the videos of this process, and return how many could not be read."""
+    """Predict the videos, and return how many could not be read."""
     from ..inference.prediction_files import check_settings, fingerprint, thresholds_setting
 
     if not videos:
@@ -465,7 +470,7 @@ def _predict_videos(run: _Run, videos: "Sequence[InputImage]", arguments: Mappin
     }
     check_settings(run.output, settings)
     num_failed = 0
-    for video in videos[run.shard[0] :: run.shard[1]]:
+    for video in videos:
         try:
             _predict_video(run, video, settings, arguments)
         except (ValueError, OSError) as error:
@@ -507,7 +512,6 @@ def _predict_video(run: _Run, video: "InputImage", settings: Mapping[str, Any], 
             color_by=run.options.color_by,
             jsonl=unfinished,
             on_frame=on_frame,
-            progress=run.shard[0] == 0,
             **arguments,
         )
     finally:

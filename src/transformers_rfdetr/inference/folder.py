@@ -1,22 +1,22 @@
-"""Predict many images into a folder: can be interrupted and resumed, and split into shards for several processes.
+"""Predict many images into a folder for people to look at; can be interrupted and resumed.
 
     output/
-      settings.json, parts/, predictions.jsonl, predictions.coco.json      see prediction_files
-      images/, crops/                                                    drawn images and cut-outs, if asked for
+      settings.json, predictions.jsonl, predictions.coco.json      see prediction_files
+      images/, crops/                                            drawn images and cut-outs, if asked for
 
-An image's line is written after its other files, and a process reads all lines when it starts, so that it can be killed
-at any time. Processes do not communicate: image i is predicted by process i modulo their number, and each process that
-finds all lines complete writes the results, which are the same whichever process writes them.
+An image's line is written after its other files, and all lines are read at the start, so that a run can be killed at
+any time. [`predict_dataset`] predicts into tables, also on several machines.
 """
 
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from PIL import Image
 from transformers.utils import logging
@@ -28,6 +28,7 @@ from .image_list import InputImage, unique_names
 from .instances import Instances, check_color_by
 from .predict import DEFAULT_SCORE, predict
 from .prediction_files import (
+    LINES,
     check_settings,
     find_records,
     fingerprint,
@@ -38,6 +39,7 @@ from .prediction_files import (
 )
 from .tiling import predict_tiled
 
+Item = TypeVar("Item")
 _NUM_READERS = 4  # threads; Pillow releases Python's lock while it decodes
 _MAX_CLASS_NAME = 40  # characters of a class name in a file name
 _REMEDY = "Free some space, and run the same command again to resume."
@@ -106,14 +108,12 @@ class Summary:
         skipped: Number of images that an earlier run had completed.
         instances: Number of instances in the images of this run.
         failed: Name and reason of each image that could not be read.
-        complete: Whether the results of all images, of all processes, have been written.
     """
 
     done: int = 0
     skipped: int = 0
     instances: int = 0
     failed: list[tuple[str, str]] = field(default_factory=list)
-    complete: bool = False
 
 
 def predict_to_folder(
@@ -126,7 +126,6 @@ def predict_to_folder(
     origin: Mapping[str, Any] | None = None,
     dataset: Any = None,
     strict: bool = False,
-    shard: tuple[int, int] = (0, 1),
     on_image: Callable[[Image.Image, Instances], None] | None = None,
     progress: bool = True,
 ) -> Summary:
@@ -135,13 +134,12 @@ def predict_to_folder(
     Args:
         model: See `predict`.
         processor: The model's.
-        images: All images, in the same order in every process.
+        images: The images, in the order of the results.
         output: The folder. It is created if it does not exist.
         options: How images are predicted and what is written.
         origin: Further settings that all runs into this folder must share, such as the names of model and sources.
         dataset: Sequence of PIL images that `InputImage.source` indexes, instead of files.
         strict: Whether to stop at the first image that cannot be read.
-        shard: Rank of this process and number of processes.
         on_image: Called with each image and its instances.
         progress: Whether to show a progress bar.
 
@@ -149,61 +147,61 @@ def predict_to_folder(
         ValueError: the folder contains predictions made with other settings, or other files.
         UnreadableImageError: with `strict`, an image cannot be read.
     """
-    folder, (rank, world_size) = Path(output), shard
-    if not 0 <= rank < world_size:
-        raise ValueError(f"the rank of a process must be below the number of processes {world_size}, got {rank}")
+    folder = Path(output)
     settings = {**(origin or {}), "weights": fingerprint(model), **options.to_settings(model.config)}
     check_settings(folder, settings)
     completed = {record.image for record in find_records(folder) if not record.has_failed}
-    writer = _ShardWriter(folder, images, f"{rank}-of-{world_size}", options)
-    own = images[rank::world_size]
-    todo = [image for image in own if image.name not in completed]
-    writer.summary.skipped = len(own) - len(todo)
-    with logging.tqdm(total=len(own), initial=len(own) - len(todo), desc="Predicting", disable=not progress) as bar:
-        for batch in _read_ahead(todo, dataset, options.batch_size if options.tile is None else 1):
-            found = iter(options.predict(model, processor, [read for _, read in batch if not isinstance(read, str)]))
+    writer = _ImageWriter(folder, images, options)
+    todo = [image for image in images if image.name not in completed]
+    writer.summary.skipped = len(images) - len(todo)
+
+    def read(image: InputImage) -> Image.Image:
+        return read_rgb(image.source if dataset is None else dataset[image.source])
+
+    with logging.tqdm(
+        total=len(images), initial=writer.summary.skipped, desc="Predicting", disable=not progress
+    ) as bar:
+        for batch in read_ahead(todo, read, options.batch_size if options.tile is None else 1):
+            found = iter(options.predict(model, processor, [each for _, each in batch if not isinstance(each, str)]))
             write_settings(folder, settings)  # now that a prediction has shown that they are valid
-            for image, read in batch:
+            for image, pixels in batch:
                 bar.update()
-                writer.write(image, read, None if isinstance(read, str) else next(found), strict, on_image)
-    writer.summary.complete = write_results(folder, [image.name for image in images], model.config)
-    if writer.summary.complete and world_size == 1:  # otherwise another process may be appending to its own part
-        for path in (folder / "parts").glob("*.jsonl"):
-            path.unlink()
+                writer.write(image, pixels, None if isinstance(pixels, str) else next(found), strict, on_image)
+    write_results(folder, [image.name for image in images], model.config)
     return writer.summary
 
 
-def _read_ahead(
-    images: Sequence[InputImage], dataset: Any, batch_size: int
-) -> Iterator[list[tuple[InputImage, Image.Image | str]]]:
-    """Yield batches of images with their pixels, or why they cannot be read; the next batch is prefetched."""
+def read_ahead(
+    items: Iterable[Item], read: Callable[[Item], Image.Image], batch_size: int
+) -> Iterator[list[tuple[Item, Image.Image | str]]]:
+    """Yield batches of items with their pixels, or why they cannot be read; the next batch is prefetched."""
 
-    def read(image: InputImage) -> Image.Image | str:
+    def attempt(item: Item) -> Image.Image | str:
         try:
-            return read_rgb(image.source if dataset is None else dataset[image.source])
+            return read(item)
         except Exception as error:  # a dataset's reader may raise anything for a broken file
             return str(error) or type(error).__name__
 
-    batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
+    remaining = iter(items)
     with ThreadPoolExecutor(_NUM_READERS) as readers:
 
-        def submit(batch: Sequence[InputImage]) -> list[tuple[InputImage, Future]]:
-            return [(image, readers.submit(read, image)) for image in batch]
+        def submit() -> list[tuple[Item, Any]]:
+            return [(item, readers.submit(attempt, item)) for item in islice(remaining, batch_size)]
 
-        ahead = submit(next(batches, ()))
+        ahead = submit()
         while ahead:
-            current, ahead = ahead, submit(next(batches, ()))
-            yield [(image, reading.result()) for image, reading in current]
+            current, ahead = ahead, submit()
+            yield [(item, reading.result()) for item, reading in current]
 
 
-class _ShardWriter:
-    """Writes the files of each image of a process, then its line, and counts them."""
+class _ImageWriter:
+    """Write the files of each image, then its line, and count them."""
 
-    def __init__(self, folder: Path, images: Sequence[InputImage], name: str, options: FolderOptions) -> None:
+    def __init__(self, folder: Path, images: Sequence[InputImage], options: FolderOptions) -> None:
         self.summary = Summary()
         self._folder, self._options = folder, options
-        self._part = folder / "parts" / f"{name}.jsonl"
-        truncate_partial_line(self._part)
+        self._lines = folder / LINES
+        truncate_partial_line(self._lines)
         drawn_names = (image.name if _image_format(image.name) else f"{image.name}.png" for image in images)
         self._drawn_names = dict(zip((image.name for image in images), unique_names(drawn_names), strict=True))
 
@@ -247,8 +245,7 @@ class _ShardWriter:
         return None
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        self._part.parent.mkdir(exist_ok=True)
-        with translate_disk_errors(self._part, _REMEDY), self._part.open("a", encoding="utf-8") as lines:
+        with translate_disk_errors(self._lines, _REMEDY), self._lines.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(record, default=str) + "\n")
 
 

@@ -23,6 +23,11 @@ class InputImage(NamedTuple):
     id: int | None = None
 
 
+VIDEO_FILE_SUFFIXES = {
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".ogv", ".mpg", ".mpeg", ".m2v", ".vob"),
+    *(".wmv", ".asf", ".3gp", ".3g2", ".ts", ".mts", ".m2ts", ".mxf"),
+}
+VIDEO_SUFFIXES = {*VIDEO_FILE_SUFFIXES, ".m3u8"}  # the latter is a stream
 # Files that lie beside the images of a dataset.
 _ANNOTATION_SUFFIXES = {".json", ".jsonl", ".txt", ".xml", ".yaml", ".yml", ".csv", ".md", ".cache", ".names"}
 
@@ -55,7 +60,7 @@ def list_images(sources: Sequence[str], exclude: str | os.PathLike[str] | None =
         elif source and path.is_file():
             found.setdefault(str(path), path.name)
         elif source and (matches := sorted(glob.glob(str(path), recursive=True))):
-            files = [match for match in matches if os.path.isfile(match) and not _is_skipped(match)]
+            files = [match for match in matches if os.path.isfile(match) and not is_skipped(match)]
             found = {file: Path(file).name for file in files} | found
         else:
             rule = "files, folders, patterns with matches or http(s) URLs"
@@ -89,10 +94,11 @@ def _files_in(folder: Path, excluded: Path | None) -> list[Path]:
             continue
         visited.add(resolved)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        names += [Path(root, name).relative_to(folder) for name in files if not _is_skipped(name)]
+        names += [Path(root, name).relative_to(folder) for name in files if not is_skipped(name)]
     return sorted(names)
 
 
-def _is_skipped(name: str) -> bool:
+def is_skipped(name: str) -> bool:
+    """Return whether a file of a folder is hidden or has annotations."""
     path = Path(name)
     return path.name.startswith(".") or path.suffix.lower() in _ANNOTATION_SUFFIXES

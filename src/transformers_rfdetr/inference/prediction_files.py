@@ -2,7 +2,7 @@
 
     output/
       settings.json           what the predictions were made with; another run must use the same settings
-      parts/0-of-1.jsonl      one line an image, appended when it is complete; one file a process, deleted at the end
+      unfinished.jsonl        one line an image, appended when it is complete; deleted at the end
       predictions.jsonl       all lines, in the order of the images
       predictions.coco.json   the same as a COCO dataset with scores, for pycocotools and annotation tools
 
@@ -16,10 +16,11 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 from ..atomic_files import atomic_file, write_text
 from ..model.configuration_rf_detr import RfDetrConfig
@@ -28,6 +29,8 @@ from ..model.variants_rf_detr import class_labels
 from .instances import Instances
 from .predict import category_ids_of, class_thresholds
 from .runners import RuntimeModel
+
+LINES = "unfinished.jsonl"
 
 
 def fingerprint(model: Any) -> str:
@@ -96,7 +99,7 @@ class Record(NamedTuple):
 
 def find_records(folder: Path) -> Iterator[Record]:
     """Yield the records of all complete lines of a folder, those of earlier runs first."""
-    for path in [folder / "predictions.jsonl", *sorted((folder / "parts").glob("*.jsonl"))]:
+    for path in (folder / "predictions.jsonl", folder / LINES):
         if not path.is_file():
             continue
         with path.open("rb") as file:
@@ -109,42 +112,71 @@ def find_records(folder: Path) -> Iterator[Record]:
                 offset += len(line)
 
 
-def write_results(folder: Path, names: Sequence[str], config: RfDetrConfig) -> bool:
-    """Write predictions.jsonl and predictions.coco.json if all images have a record; return whether they have."""
+def write_results(folder: Path, names: Sequence[str], config: RfDetrConfig) -> None:
+    """Write predictions.jsonl and predictions.coco.json from the lines of all images, and delete the other lines."""
     records: dict[str, Record] = {}
     for place in find_records(folder):
         if place.image not in records or records[place.image].has_failed:
             records[place.image] = place
-    if any(name not in records for name in names):
-        return False
     wanted = set(names)
     order = [*names, *(name for name in records if name not in wanted)]  # the latter are of earlier runs
-    categories = [{"id": category, "name": name} for category, name in class_names_of(config).items()]
-    images: list[dict[str, Any]] = []
-    num_annotations = 0
     with ExitStack() as stack:
         files = {path: stack.enter_context(path.open("rb")) for path in {place.path for place in records.values()}}
-        lines, coco = (
-            stack.enter_context(stack.enter_context(atomic_file(folder / name)).open("w", encoding="utf-8"))
-            for name in ("predictions.jsonl", "predictions.coco.json")
-        )
+        partial = stack.enter_context(atomic_file(folder / "predictions.jsonl"))
+        lines = stack.enter_context(partial.open("w", encoding="utf-8"))
+
+        def copied() -> Iterator[tuple[str, int | None, Instances]]:
+            for name in order:
+                _, path, offset, has_failed = records[name]
+                files[path].seek(offset)
+                line = files[path].readline().decode()
+                lines.write(line)
+                if not has_failed:
+                    record = json.loads(line)
+                    yield name, record.get("image_id"), Instances.from_dict(record)
+
+        write_coco(folder / "predictions.coco.json", copied(), config)
+    (folder / LINES).unlink(missing_ok=True)
+
+
+def write_coco(path: Path, predictions: Iterable[tuple[str, int | None, Instances]], config: RfDetrConfig) -> None:
+    """Write predictions as a COCO dataset with scores, in one pass and without keeping them in memory.
+
+    Args:
+        path: The file to write.
+        predictions: Name, image id (by default its position, from 1) and instances of each image.
+        config: The model's.
+    """
+    categories = [{"id": category, "name": name} for category, name in class_names_of(config).items()]
+    num_annotations = 0
+    with (
+        atomic_file(path) as partial,
+        partial.open("w", encoding="utf-8") as coco,
+        _scratch_file(partial.with_name(f".images-{partial.name[1:]}")) as images,
+    ):
         coco.write(f'{{"categories": {json.dumps(categories)},\n"annotations": [')
-        for name in order:
-            _, path, offset, has_failed = records[name]
-            files[path].seek(offset)
-            line = files[path].readline().decode()
-            lines.write(line)
-            if has_failed:
-                continue
-            record = json.loads(line)
-            instances, image_id = Instances.from_dict(record), record.get("image_id", len(images) + 1)
+        for number, (name, given_id, instances) in enumerate(predictions, start=1):
+            image_id = number if given_id is None else given_id
             height, width = instances.image_size
-            images.append({"id": image_id, "file_name": name, "height": height, "width": width})
+            entry = {"id": image_id, "file_name": name, "height": height, "width": width}
+            images.write(", " * (number > 1) + json.dumps(entry))
             for annotation in coco_annotations(instances, image_id):
                 num_annotations += 1
                 coco.write("," * (num_annotations > 1) + "\n" + json.dumps({"id": num_annotations, **annotation}))
-        coco.write(f'],\n"images": {json.dumps(images)}}}\n')
-    return True
+        coco.write('],\n"images": [')
+        images.seek(0)
+        shutil.copyfileobj(images, coco)
+        coco.write("]}\n")
+
+
+@contextmanager
+def _scratch_file(path: Path) -> Iterator[IO[str]]:
+    """Open a text file that is deleted at the end."""
+    try:
+        with path.open("w+", encoding="utf-8") as file:
+            yield file
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def class_names_of(config: RfDetrConfig) -> dict[int, str]:
