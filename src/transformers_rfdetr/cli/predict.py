@@ -185,7 +185,6 @@ def predict(
     if (sources is None) == (dataset is None):
         given_both = "both" if sources else "neither"
         raise ValueError(f"either sources (files, folders, URLs, ...) or --dataset must be given, got {given_both}")
-    tiles = {"tile": tile, "overlap": overlap}
     files = {"--save-crops": save_crops, "--save-as": save_as is not None}
     videos = {"--track": track, "--max-frames": max_frames is not None}
     check_engine(engine, {**files, **videos, "--show": show, "--strict": strict}, address, concurrency, coco)
@@ -195,7 +194,7 @@ def predict(
         _check_options(inputs, {"images": {"--tile": tile is not None, **files}, "videos": videos})
     window = _open_window() if show else None
     loaded, processor = load_model(model, "cpu" if engine == Engine.RAY else device, dtype, threads)
-    options = _folder_options(loaded.config, threshold, classes, batch_size, **tiles)
+    options = _folder_options(loaded.config, threshold, classes, batch_size, tile, overlap)
     options = replace(
         options,
         draw=images and save_as is None,
