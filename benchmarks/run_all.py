@@ -31,7 +31,14 @@ RESULTS = {"cpu": HERE / "RESULTS.md", "cuda": HERE / "RESULTS_GPU.md"}
 PACKAGES = ("torch", "torchvision", "transformers", "rfdetr", "transformers-rfdetr", "numpy", "pycocotools")
 NANO, MEDIUM = "rf-detr-seg-nano", "rf-detr-seg-medium"
 SCRIPTS = {
-    "cpu": ["forward --repeats 7", "training_step", "preprocessing", "post_processing", "prediction --repeats 5"],
+    "cpu": [
+        "forward --repeats 7",
+        "training_step",
+        "preprocessing",
+        "post_processing",
+        "prediction --repeats 5",
+        "runtimes --repeats 7",
+    ],
     "cuda": [
         f"forward --variant {NANO} {MEDIUM} --repeats 100",
         f"prediction --variant {NANO} {MEDIUM} --repeats 100",
@@ -73,6 +80,12 @@ TARGETS = {
         Target("post-processing", "records of 200 at 480x640, 2 threads", "ours", 0.010),
         Target("post-processing", "records of 200 at 1080x1920, 2 threads", "ours", 0.025),
         Target("evaluation", "host memory kept per image", "ours", 1e5),
+        Target("runtimes", "export", "ours", 30.0, variant=NANO),
+        *(
+            Target("runtimes", "time, B=1", f"ours, {runtime}", 0.95, f"rfdetr, {runtime}", variant=variant)
+            for variant in (NANO, MEDIUM)
+            for runtime in ("onnxruntime", "OpenVINO")
+        ),
         Target("evaluation", "compute() after 5000 images", "ours", 20),
     ],
     "cuda": [

@@ -24,6 +24,9 @@ SCRIPTS = {
     "preprocessing": {"ours", "port"},
     "post_processing": {"ours", "port", "rfdetr"},
     "prediction": {"ours", "ours predict", "port", "rfdetr", "rfdetr optimised"},
+    "runtimes": {
+        f"{name}, {runtime}" for name in ("ours", "rfdetr") for runtime in ("PyTorch", "onnxruntime", "OpenVINO")
+    },
 }
 
 
@@ -47,7 +50,9 @@ def run(script: str, file: Path, *arguments: str) -> list:
     return [module("peers").Measurement(**json.loads(line)) for line in file.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "script", [pytest.param(name, marks=[pytest.mark.long] if name == "runtimes" else []) for name in SCRIPTS]
+)
 def test_a_quick_run_measures_all_implementations(script, tmp_path, capsys, monkeypatch):
     if script == "training_step":  # its processes would take longest, and the steps that they run are timed here too
         monkeypatch.setattr(module("peers"), "peak_bytes", lambda *_: 1)
@@ -158,12 +163,15 @@ def test_every_target_on_the_cpu_is_among_what_is_measured(tmp_path, monkeypatch
     monkeypatch.setattr(peers, "peak_bytes", lambda *_: 1)
     for script in ("training_step", "post_processing"):
         monkeypatch.setattr(module(script), "prepare", lambda *_: None)
+    for name in ("export", "run_onnx", "run_openvino", "compile_for_inference"):
+        monkeypatch.setattr(module("runtimes"), name, lambda *_, **__: None)
+    monkeypatch.setattr(module("runtimes"), "export_rfdetr", lambda *_: "rfdetr.onnx")
     monkeypatch.setattr(peers, "compile_for_inference", lambda *_, **__: compiled)
     monkeypatch.setattr(run_all, "stream", None)
     monkeypatch.setattr(run_all, "count_outputs_of_the_port", lambda: [("logits", 1.0)])
-    monkeypatch.setattr(run_all, "alone", lambda function, *_: function() if function else {"rss": 1.0})
-    numbers = run_all.measure_evaluation(1)
-    for script in ("forward", "training_step", "preprocessing", "post_processing"):
+    monkeypatch.setattr(run_all, "alone", lambda function, *_: function() if function else {"rss": 1.0, "compute": 1.0})
+    numbers = run_all.measure_evaluation(5000)
+    for script in ("forward", "training_step", "preprocessing", "post_processing", "runtimes"):
         numbers += run(script, tmp_path / script)
     page = run_all.write_page("command", numbers, run_all.TARGETS["cpu"], [])
     assert "not measured" not in page
