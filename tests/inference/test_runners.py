@@ -18,6 +18,7 @@ from transformers_rfdetr.cli.app import app
 from transformers_rfdetr.data.synthetic import draw_dataset, draw_scene, save_dataset
 from transformers_rfdetr.export import export
 from transformers_rfdetr.export.exported_model import write_openvino
+from transformers_rfdetr.inference import runners
 
 from small_models import small_model
 
@@ -215,3 +216,22 @@ def test_a_missing_runtime_is_named_with_its_command(selecting, monkeypatch):
     monkeypatch.setattr("transformers_rfdetr.inference.runners.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install onnxruntime"):
         load(str(selecting[1]))
+
+
+def test_auto_is_the_cpu_in_float32_where_openvino_has_no_other_device(tmp_path, monkeypatch):
+    """Its own AUTO ignores the precision, and computes INT8 and bfloat16 files differently."""
+    openvino = pytest.importorskip("openvino")
+    if openvino.Core().available_devices != ["CPU"]:
+        pytest.skip("another device")
+    parameter = openvino.opset13.parameter([1, 2], np.float32, name="pixels")
+    openvino.save_model(openvino.Model([openvino.opset13.relu(parameter)], [parameter]), tmp_path / "model.xml")
+    compile_model, asked = openvino.Core.compile_model, []
+
+    def record(self, model, device, options):
+        asked.append((device, options["INFERENCE_PRECISION_HINT"]))
+        return compile_model(self, model, device, options)
+
+    monkeypatch.setattr(openvino.Core, "compile_model", record)
+    for device in ("auto", "cpu"):
+        runners._open_openvino(tmp_path / "model.xml", device, None)
+    assert asked == [("CPU", "f32")] * 2

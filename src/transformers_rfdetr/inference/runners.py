@@ -192,6 +192,8 @@ def _open_openvino(path: Path, device: str, threads: int | None) -> ModelFile:
 
     core = openvino.Core()
     name = {"auto": "AUTO", "cpu": "CPU"}.get(device, device.upper())
+    if name == "AUTO" and core.available_devices == ["CPU"]:
+        name = "CPU"
     if name != "AUTO" and name not in core.available_devices:
         raise ValueError(
             f"`device` must be auto or one that OpenVINO has here, {', '.join(core.available_devices)}, got {device}."
