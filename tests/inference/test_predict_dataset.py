@@ -144,6 +144,23 @@ def test_a_second_run_predicts_only_what_is_missing(model, processor, photos, tm
         predict_dataset(model, processor, few, tmp_path, FolderOptions(), progress=False)
 
 
+def test_rows_with_an_error_are_kept_until_they_are_to_be_retried(model, processor, photos, tmp_path):
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for number in range(3):
+        (source / f"{number}.png").write_bytes((photos / f"{number}.png").read_bytes() if number else b"")
+    predict_dataset(model, processor, source, output, OPTIONS, progress=False)
+    before = rows_of(output)
+    (source / "0.png").write_bytes((photos / "0.png").read_bytes())
+    assert predict_dataset(model, processor, source, output, OPTIONS, progress=False).done == 0
+    again = predict_dataset(model, processor, source, output, OPTIONS, retry_errors=True, progress=False)
+    assert (again.done, again.skipped) == (1, 2)
+    rows = rows_of(output)
+    assert_predicted(rows.pop("0.png"), model, processor, photos / "0.png")
+    assert before.pop("0.png")["error"]
+    assert rows == before
+
+
 def write_parquet(folder: Path, photos: Path) -> None:
     """Write 5 images in row groups of 2 rows, as `datasets` stores them, the last one corrupt."""
     images = [{"bytes": (photos / f"{name}.png").read_bytes(), "path": None} for name in (0, 1, 2, 3, "bad")]

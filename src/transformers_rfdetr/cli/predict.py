@@ -38,6 +38,7 @@ from .predict_tables import (
     ConcurrencyOption,
     Engine,
     EngineOption,
+    RetryOption,
     check_engine,
     load_rows,
     predict_tables,
@@ -174,6 +175,7 @@ def predict(
     address: AddressOption = None,
     concurrency: ConcurrencyOption = None,
     coco: CocoOption = False,
+    retry_errors: RetryOption = False,
 ) -> None:
     """Predict the instances of images, folders, datasets, videos, cameras and streams.
 
@@ -187,7 +189,8 @@ def predict(
         raise ValueError(f"either sources (files, folders, URLs, ...) or --dataset must be given, got {given_both}")
     files = {"--save-crops": save_crops, "--save-as": save_as is not None}
     videos = {"--track": track, "--max-frames": max_frames is not None}
-    check_engine(engine, {**files, **videos, "--show": show, "--strict": strict}, address, concurrency, coco)
+    for_people = {**files, **videos, "--show": show, "--strict": strict}
+    check_engine(engine, for_people, address, concurrency, coco, retry_errors)
     inputs = None
     if engine is None:
         inputs = _read_inputs(sources, dataset, split, output)
@@ -204,8 +207,13 @@ def predict(
     origin = {"model": absolute(model), "dtype": dtype.value}
     with _exit_codes(output):
         if inputs is None:
-            ray = {"address": address, "concurrency": concurrency, "threads": threads, "device": device}
-            run_in = {"engine": engine, "coco": coco, **(ray if engine == Engine.RAY else {})}
+            ray: dict[str, Any] = {"address": address, "concurrency": concurrency, "threads": threads, "device": device}
+            run_in = {
+                "engine": engine,
+                "coco": coco,
+                "retry_errors": retry_errors,
+                **(ray if engine == Engine.RAY else {}),
+            }
             source = sources or (dataset, split)
             summary = predict_tables(loaded, processor, options, source, output, origin, run_in)
             num_failed = _report_images(summary, str(output / "predictions" / "*.parquet"))

@@ -1,4 +1,4 @@
-"""The options `--engine`, `--address`, `--concurrency` and `--coco` of `transformers-rfdetr predict`."""
+"""The options of `transformers-rfdetr predict` with `--engine`, which writes tables."""
 
 from collections.abc import Mapping
 from enum import StrEnum
@@ -34,13 +34,22 @@ AddressOption = Annotated[
 ConcurrencyOption = Annotated[
     int | None, typer.Option(help="Number of workers of Ray. Default: as many as there is room for.", min=1)
 ]
+RetryOption = Annotated[
+    bool,
+    typer.Option("--retry-errors", help="With --engine, predict again what failed before. Default: keep the errors."),
+]
 CocoOption = Annotated[
     bool, typer.Option("--coco", help="With --engine, write predictions.coco.json too. Default: off.")
 ]
 
 
 def check_engine(
-    engine: Engine | None, for_people: Mapping[str, bool], address: str | None, concurrency: int | None, coco: bool
+    engine: Engine | None,
+    for_people: Mapping[str, bool],
+    address: str | None,
+    concurrency: int | None,
+    coco: bool,
+    retry_errors: bool,
 ) -> None:
     """Raise ValueError for an option that would have no effect with, or without, an engine."""
     for option, is_given in for_people.items():
@@ -49,6 +58,8 @@ def check_engine(
     for option, value in {"--address": address, "--concurrency": concurrency}.items():
         if value is not None and engine != Engine.RAY:
             raise ValueError(f"{option} requires --engine ray, got {option} {value} alone. Add --engine ray.")
+    if retry_errors and engine is None:
+        raise ValueError("--retry-errors requires --engine; without it, errors are always retried. Omit it.")
     if coco and engine is None:
         raise ValueError("--coco requires --engine; without it, the file is always written. Omit it.")
 

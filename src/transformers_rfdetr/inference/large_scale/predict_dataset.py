@@ -35,12 +35,14 @@ def predict_dataset(
     threads: int | None = None,
     device: str = "auto",
     coco: bool = False,
+    retry_errors: bool = False,
     origin: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Summary:
     """Predict any number of images into Parquet files: one row an image, or frame of a video, also if it has an error.
 
-    What an earlier run wrote is skipped, so that the same call resumes after any failure. Rows with an error are kept.
+    What an earlier run wrote is skipped, so that the same call resumes after any failure. Rows with an error are kept,
+    unless `retry_errors`.
 
     Example:
         >>> model, processor = load("rf-detr-seg-tiny")  # doctest: +SKIP
@@ -61,6 +63,7 @@ def predict_dataset(
         threads: With Ray, CPUs of a worker. Default: 1 beside a GPU, else 4 or as many as the machines have.
         device: With Ray, "auto" for GPUs if the cluster has some, or "cpu".
         coco: Whether to write predictions.coco.json too.
+        retry_errors: Whether to predict again what has an error in the folder, such as that of a network.
         origin: Further settings that all runs into this folder must share, such as the names of model and sources.
         progress: Whether to show a progress bar.
 
@@ -84,6 +87,8 @@ def predict_dataset(
     units = _list(sources, folder)
     options.predict(model, processor, [PIL.Image.new("RGB", (64, 64))])  # raises for arguments that are wrong
     write_settings(folder, settings)
+    if retry_errors:
+        table.drop_errors(folder)
     names, num_rows = table.written_units(folder)
     todo = [unit for unit in units if unit.name not in names]
     summary = Summary(skipped=num_rows)

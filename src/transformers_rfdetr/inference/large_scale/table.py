@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.dataset
+import pyarrow.compute as pc
 import pyarrow.parquet
 
 from ...atomic_files import atomic_file
@@ -117,6 +117,19 @@ class TableWriter:
 def part_files(folder: Path) -> list[Path]:
     """Return the complete files of an output folder."""
     return sorted((folder / "predictions").glob("part-*.parquet"))
+
+
+def drop_errors(folder: Path) -> None:
+    """Delete the rows of each unit that has an error, so that it is predicted again."""
+    for path in part_files(folder):
+        rows = pyarrow.parquet.read_table(path, partitioning=None)
+        broken = rows.filter(pc.is_valid(rows["error"]))["unit"].unique()
+        kept = rows.filter(pc.invert(pc.is_in(rows["unit"], value_set=broken)))
+        if kept.num_rows == 0:
+            path.unlink()
+        elif kept.num_rows < rows.num_rows:
+            with atomic_file(path, _REMEDY) as partial:
+                pyarrow.parquet.write_table(kept, partial, compression="zstd")
 
 
 def written_units(folder: Path) -> tuple[set[str], int]:

@@ -7,6 +7,7 @@ from typing import Any
 import PIL.Image
 import pyarrow as pa
 
+from ...model.image_io import redact_url
 from ..folder import FolderOptions, read_ahead
 from .table import to_row, to_table
 from .units import StoredImage, Unit, read_unit
@@ -59,7 +60,7 @@ class UnitPredictor:
 
         def add(frame: Any, instances: Any, _: Any) -> None:
             key = f"{unit.name}/{frame.index:07d}"
-            row = {"image": key, "unit": unit.name, "source": unit.source, "seconds": frame.seconds}
+            row = {"image": key, "unit": unit.name, "source": redact_url(unit.source), "seconds": frame.seconds}
             rows.append(row | to_row(instances))
 
         options = {name: getattr(self._options, name) for name in ("threshold", "classes", "batch_size")}

@@ -74,7 +74,10 @@ class StoredImage(NamedTuple):
             with open_image(BytesIO(content)) as image:
                 return read_rgb(image)
         except Exception as error:  # fsspec's file systems and Pillow raise errors of many types
-            raise ValueError(f"{self.source:.200} cannot be opened as an image: {error!r}") from error
+            reason = repr(error)
+            if isinstance(self.content, str):
+                reason = reason.replace(self.content, self.source)  # which may contain a password
+            raise ValueError(f"{self.source:.200} cannot be opened as an image: {reason}") from error
 
 
 def list_units(sources: Sequence[str], exclude: Path | None = None) -> list[Unit]:
