@@ -50,12 +50,18 @@ def main() -> None:
 
 
 def draw(folder: Path, count: int) -> None:
-    """Draw aerial images of the model's size."""
+    """Draw aerial scenes of the model's size, each in the 8 ways to flip and rotate it."""
+    from PIL.Image import Transpose
+
     from transformers_rfdetr.data.synthetic import draw_scene
 
     folder.mkdir()
-    for seed in range(count):
-        draw_scene(seed, (144, 144), metres_per_pixel=0.6)[0].save(folder / f"{seed:06d}.png")
+    for number in range(count):
+        turn = number % 8
+        if turn == 0:
+            scene, _ = draw_scene(number, (144, 144), metres_per_pixel=0.6)
+        image = scene if turn == 0 else scene.transpose(list(Transpose)[turn - 1])
+        image.save(folder / f"{number:06d}.png")
 
 
 def run(engine: str, images: str, output: str) -> dict[str, float]:
