@@ -8,7 +8,6 @@ import PIL.Image
 import pytest
 import torch
 from pycocotools import mask as coco_mask
-from transformers.utils import logging as transformers_logging
 
 from transformers_rfdetr.data.synthetic import draw_dataset
 
@@ -214,7 +213,7 @@ class TestObjectsThatLeave:
         assert labels["masks"].flatten(1).sum(1).tolist() == [8, 4]
 
     def test_the_warning_comes_once_and_each_image_is_named(self, hf_log):
-        type(transformers_logging.get_logger("x")).warning_once.cache_clear()
+        logging.Logger.warning_once.cache_clear()
         with hf_log.at_level(logging.INFO, logger="transformers_rfdetr.model.coco_labels"):
             for _ in range(3):
                 labels_of(annotation(segmentation=[[1, 2]]))

@@ -1,5 +1,7 @@
 """Settings and pixel values of the image processor. Oracles: hand arithmetic, torch, rfdetr's `predict`, the port."""
 
+import logging
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -7,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import ChannelDimension
-from transformers.utils import logging
 
 from transformers_rfdetr import RfDetrConfig, RfDetrImageProcessor
 
@@ -202,7 +203,7 @@ class TestArgumentsOfOtherProcessors:
         assert {tensor.device.type for tensor in tensors} == {"meta"}
 
     def test_that_change_nothing_are_ignored_with_one_warning(self, hf_log):
-        type(logging.get_logger("x")).warning_once.cache_clear()
+        logging.Logger.warning_once.cache_clear()
         for _ in range(2):
             inputs = processor()(random_image(), disable_grouping=True, crop_size={"height": 9, "width": 9})
             assert torch.equal(inputs.pixel_values, processor()(random_image()).pixel_values)

@@ -240,7 +240,7 @@ def serve(
     Example:
         >>> from transformers_rfdetr import load
         >>> page = serve(*load("rf-detr-seg-tiny"), title="Aerial images", wait=False)
-        >>> page.close()
+        >>> page.close(verbose=False)
 
     Args:
         model: A model, as [`predict`] takes it.
