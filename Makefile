@@ -8,7 +8,7 @@ VERSIONS ?= 5.0.0 5.9.0 5.15.1 newest no-torchvision
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 PIP = $(VENV)/bin/python -m pip install --quiet
 
-.PHONY: demo test test-long test-gpu test-versions bench bench-gpu notebooks lint clean
+.PHONY: demo test test-long test-gpu test-versions bench bench-gpu notebooks docs lint clean
 
 # Fine-tunes the model in the package on drawn images, in about 4 minutes on 2 cores; everything it writes is in demo/.
 demo: $(VENV)/.train
@@ -35,6 +35,10 @@ bench-gpu: $(VENV)/.dev
 # Runs the notebooks and stores their outputs.
 notebooks: $(VENV)/.dev
 	$(VENV)/bin/python notebooks/execute.py
+
+# The site, in site/. `.venv/bin/mkdocs serve` shows it while it is written.
+docs: $(VENV)/.docs
+	$(VENV)/bin/mkdocs build --strict
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -67,10 +71,14 @@ $(VENV)/.dev: $(VENV)/.core
 	$(PIP) -e ".[dev,parity]"
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.core
+	$(PIP) -e ".[docs]"
+	touch $@
+
 # rfdetr cannot be installed beside the oldest transformers, so tests/parity runs in `make test` only.
 $(VENV)/.lane: pyproject.toml | $(VENV)/bin/python
 	$(PIP) --upgrade -e ".[dev]" "transformers$(if $(filter-out newest no-torchvision,$(LANE)),==$(LANE))" $(if $(filter-out no-torchvision,$(LANE)),torchvision)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venvs build dist demo
+	rm -rf $(VENV) .venvs build dist demo site

@@ -1,4 +1,4 @@
-"""Draw the images of the README with rf-detr-seg-tiny: `python examples/draw_readme_images.py docs`"""
+"""Draw the images of the README with rf-detr-seg-tiny: `python examples/draw_readme_images.py docs/images`"""
 
 import sys
 import tempfile

@@ -1,15 +1,17 @@
-"""README.md: its tables, commands and images. Its Python blocks run by themselves, see conftest.py."""
+"""README.md and docs/: tables, commands, links and images. Their Python blocks run by themselves, see conftest.py."""
 
 import dataclasses
 import inspect
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
 import typer
 from PIL import Image
 
+import transformers_rfdetr
 from transformers_rfdetr import load_instance_dataset
 from transformers_rfdetr.cli.app import app
 from transformers_rfdetr.training.trainer import RfDetrTrainer, RfDetrTrainingArguments
@@ -17,12 +19,16 @@ from transformers_rfdetr.training.trainer import RfDetrTrainer, RfDetrTrainingAr
 from small_models import SHARED
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+# Pages that are written by hand; the others include files of the repository.
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
+README = TEXTS["README.md"]
 
 
 def rows_of_the_argument_table() -> dict[str, tuple[str, str]]:
     """rfdetr's argument -> (what is ours, its default), from the table."""
-    [table] = re.findall(r"\| rfdetr's `train\(\)` .*?\n\|[-|]+\n(.*?)\n\n", README, flags=re.DOTALL)
+    text = TEXTS["docs/guides/from-rfdetr.md"]
+    [table] = re.findall(r"\| rfdetr's `train\(\)` .*?\n\|[-|]+\n(.*?)\n\n", text, flags=re.DOTALL)
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()]
     return {row[0].strip("| `"): (row[1], row[2].strip("| ") if len(row) > 2 else "") for row in rows}
 
@@ -61,29 +67,40 @@ def test_what_the_table_calls_ours_exists_and_has_the_default_that_it_says():
                 assert (fields[name].default or 0) == (value == "True" if value[0] in "TF" else float(value)), name
                 checked += 1
     assert checked >= 16
-    [additional] = re.findall(r"^Additional arguments: (.*?)\n\n", README, flags=re.DOTALL | re.MULTILINE)
+    text = TEXTS["docs/guides/fine-tuning.md"]
+    [additional] = re.findall(r"^Additional arguments: (.*?)\n\n", text, flags=re.DOTALL | re.MULTILINE)
     named = {name for name in re.findall(r"`([^`]+)`", additional) if re.fullmatch(r"[a-z_]+", name)}
     assert len(named) == 12
     assert named <= fields.keys()
 
 
-COMMANDS = [
-    line.partition("  #")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
-    for line in block.splitlines()
-]
+COMMANDS = {
+    page: [
+        line.partition("  #")[0].strip()
+        for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+        for line in block.splitlines()
+    ]
+    for page, text in TEXTS.items()
+}
+OURS = sorted({line for lines in COMMANDS.values() for line in lines if line.startswith("transformers-rfdetr")})
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("transformers-rfdetr")])
+@pytest.mark.parametrize("line", OURS)
 def test_the_command_line_knows_every_option_that_is_written(line: str):
     _, name, *arguments = shlex.split(line)
     typer.main.get_command(app).commands[name].make_context(name, arguments)
 
 
+def test_every_command_is_shown():
+    names = typer.main.get_command(app).commands
+    assert {line.split()[1] for line in OURS} == set(names)
+    assert len([line for line in OURS if line in COMMANDS["README.md"]]) >= len(names) - 1  # not convert-back
+
+
 def test_the_other_commands_are_of_files_and_targets_that_are_there():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    others = [line.split() for line in COMMANDS if line and not line.startswith("transformers-rfdetr")]
-    assert len(others) > 5
+    others = [line.split() for lines in COMMANDS.values() for line in lines if line and line not in OURS]
+    assert len(others) > 15
     for words in others:
         if words[0] == "make":
             assert f"\n{words[1]}:" in makefile
@@ -93,9 +110,48 @@ def test_the_other_commands_are_of_files_and_targets_that_are_there():
             assert words[0] in ("pip", "torchrun", "accelerate")
 
 
-def test_the_images_exist():
-    images = re.findall(r"!\[.*?\]\((.*?)\)", README)
-    assert images
-    for name in images:
-        with Image.open(ROOT / name) as image:
+def test_every_extra_that_is_named_exists():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    named = {
+        extra
+        for text in TEXTS.values()
+        for group in re.findall(r'"\.\[([\w,]+)\]"', text)
+        for extra in group.split(",")
+    }
+    assert len(named) >= 5
+    assert named <= extras.keys()
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_a_page_is_short_and_its_links_lead_to_files(page: str):
+    text = TEXTS[page]
+    assert text.count("\n") <= (150 if page == "README.md" else 120)
+    for target in re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", text):
+        # The page of the commands is generated: docs/command_reference.py.
+        if not target.startswith("https://") and not target.endswith("commands.md"):
+            assert ((ROOT / page).parent / target).is_file(), target
+
+
+def test_the_images_are_not_wide():
+    images = {
+        ((ROOT / page).parent / name).resolve()
+        for page, text in TEXTS.items()
+        for name in re.findall(r"!\[.*?\]\((.*?)\)", text)
+    }
+    assert images == set((ROOT / "docs" / "images").iterdir())
+    for path in images:
+        with Image.open(path) as image:
             assert image.width <= 700
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    pages = {page.removeprefix("docs/") for page in TEXTS if page.startswith("docs/")}
+    assert set(re.findall(r"[\w/-]+\.md", navigation)) == pages | {"reference/commands.md"}
+
+
+def test_every_public_name_has_a_page():
+    reference = "\n".join(text for page, text in TEXTS.items() if page.startswith("docs/reference/"))
+    shown = {target.rpartition(".")[2] for target in re.findall(r"^::: ([\w.]+)$", reference, flags=re.MULTILINE)}
+    assert set(transformers_rfdetr.__all__) <= shown
+    assert set(transformers_rfdetr.__all__) <= set(re.findall(r"`(\w+)`", TEXTS["docs/reference/api.md"]))
