@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
@@ -144,9 +145,11 @@ def check(namespace: dict[str, Any]) -> None:
 
         saved = AutoModelForInstanceSegmentation.from_pretrained(folder / "buildings")
         assert saved.config.id2label == {0: "building"}
-        assert namespace["trainer"].state.global_step == 2
-        evaluated = [entry["step"] for entry in namespace["trainer"].state.log_history if "eval_loss" in entry]
-        assert evaluated == [1, 2]
+    if "trainer" in namespace:
+        state = namespace["trainer"].state
+        assert state.global_step == 2
+        evaluated = {entry["step"] for entry in state.log_history if "eval_loss" in entry}
+        assert evaluated == ({1, 2} if "stream" in namespace else {2})
     if namespace["_uploads"]:
         names = {file.name for file in namespace["_uploads"]}
         assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"} <= names
@@ -160,3 +163,17 @@ pytest_collect_file = Sybil(
     setup=prepare,
     teardown=check,
 ).pytest()
+
+# Pages of docs/ whose blocks run in every test, as those of README.md do; the blocks of the others are long tests.
+SHORT = {"README", "first-prediction", "from-the-port", "data", "split"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the blocks of pages that take long, and allow what peft calls."""
+    for item in items:
+        if item.path.suffix == ".md":
+            item.add_marker(
+                pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+            )
+            if item.path.stem not in SHORT:
+                item.add_marker(pytest.mark.long)

@@ -1,7 +1,10 @@
-"""Hooks of MkDocs: generate the reference of the commands from their own help, and link what repository files name."""
+"""A hook of MkDocs: generate the reference of the commands from their own help."""
 
+import enum
 import inspect
 import re
+import typing
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -14,13 +17,22 @@ PAGE = "reference/commands.md"
 NAME = "transformers-rfdetr"
 
 
+def choices(annotation: Any) -> list[str]:
+    """Return the values of an Enum or of a Literal, also in an optional or a list; an empty list for other types."""
+    if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
+        return [one.value for one in annotation]
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Literal:
+        return list(arguments)
+    return [value for argument in arguments for value in choices(argument)]
+
+
 def option_names(parameter: Any) -> str:
     """Return the names of a parameter as code, `--dtype float16`, with its values if there is a list of them."""
     if parameter.param_type_name == "argument":
         return f"`{parameter.name.upper()}`"
     names = ", ".join(f"`{name}`" for name in [*parameter.opts, *parameter.secondary_opts])
-    choices = getattr(parameter.type, "choices", None)
-    values = [f"`{getattr(one, 'value', one)}`" for one in choices or ()]
+    values = [f"`{value}`" for value in choices(parameter.type_descriptor.annotation)]
     return f"{names}: {', '.join(values)}" if values else names
 
 
@@ -28,7 +40,7 @@ def description(parameter: Any) -> str:
     """Return the help of a parameter with its default, as one cell of a table."""
     text = " ".join((parameter.help or "").split()).replace("|", "\\|").replace("<", "&lt;")
     default = parameter.default
-    is_shown = isinstance(default, str | int | float) and not isinstance(default, bool)
+    is_shown = isinstance(default, str | int | float | Path) and not isinstance(default, bool)
     if is_shown and getattr(parameter, "show_default", False) and "default" not in text.lower():
         text += f" Default: {getattr(default, 'value', default)}."
     return f"{text} Required." if parameter.required and parameter.param_type_name == "option" else text
@@ -65,8 +77,3 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the page of the commands."""
     files.append(File.generated(config, PAGE, content=command_reference()))
     return files
-
-
-def on_page_content(html: str, **_: Any) -> str:
-    """Show [`name`] of docstrings as code, without the brackets that Sphinx and transformers' doc-builder resolve."""
-    return re.sub(r"\[(<code>[^<]*</code>)\]", r"\1", html)
