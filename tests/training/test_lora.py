@@ -73,7 +73,8 @@ def test_a_folder_has_the_merged_weights_and_the_adapter_that_peft_loads(run):
     adapted = peft.PeftModel.from_pretrained(base().eval(), folder / "adapter").eval()
     for outputs in (merged(pixels()), adapted(pixel_values=pixels())):
         for name in ("logits", "pred_boxes", "pred_masks"):
-            torch.testing.assert_close(outputs[name], expected[name], rtol=1e-5, atol=1e-5)
+            # Merged weights round differently: by up to 2e-5 in mask logits on one processor.
+            torch.testing.assert_close(outputs[name], expected[name], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(base().eval()(pixels()).logits, expected.logits, atol=1e-3)
     for name, tensor in adapted.merge_and_unload().state_dict().items():
         torch.testing.assert_close(merged.state_dict()[name], tensor, rtol=1e-6, atol=1e-7)
