@@ -4,19 +4,23 @@ import dataclasses
 import inspect
 import re
 import shlex
+import shutil
 import tomllib
 from pathlib import Path
 
 import pytest
 import typer
 from PIL import Image
+from typer.testing import CliRunner
 
 import transformers_rfdetr
 from transformers_rfdetr import load_instance_dataset
 from transformers_rfdetr.cli.app import app
 from transformers_rfdetr.training.trainer import RfDetrTrainer, RfDetrTrainingArguments
 
+from page_sandbox import sandbox
 from small_models import SHARED
+from training_run import QUICK
 
 ROOT = Path(__file__).parents[1]
 # Pages that are written by hand; the others include files of the repository.
@@ -89,6 +93,38 @@ OURS = sorted({line for lines in COMMANDS.values() for line in lines if line.sta
 def test_the_command_line_knows_every_option_that_is_written(line: str):
     _, name, *arguments = shlex.split(line)
     typer.main.get_command(app).commands[name].make_context(name, arguments)
+
+
+# Pages whose commands need nothing but the folder of page_sandbox.py: no server, cluster, network or other checkpoint.
+COMMAND_PAGES = [
+    "get-started/first-fine-tuning",
+    "get-started/first-prediction",
+    "guides/check-and-repair",
+    "guides/evaluation",
+    "guides/thresholds",
+    "guides/what-to-label-next",
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("page", COMMAND_PAGES)
+def test_the_commands_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
+    """On the checkpoint in the package instead of a published one, with training runs of two optimizer steps."""
+    finish = RfDetrTrainingArguments.__post_init__
+
+    def post_init(arguments):
+        for name, value in (QUICK | {"num_train_epochs": 1}).items():
+            setattr(arguments, name, value)
+        finish(arguments)
+
+    shutil.copytree(sandbox().name, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(RfDetrTrainingArguments, "__post_init__", post_init)
+    lines = [line for line in COMMANDS[f"docs/{page}.md"] if line in OURS]
+    assert lines
+    for line in lines:
+        done = CliRunner().invoke(app, shlex.split(line.replace("rf-detr-seg-medium", "my-model"))[1:])
+        assert done.exit_code == 0, f"{line}\n{done.output}"
 
 
 def test_every_command_is_shown():
