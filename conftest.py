@@ -93,6 +93,8 @@ pytest_collect_file = Sybil(
     teardown=check,
 ).pytest()
 
+collect_ignore_glob = ["docs/*.py"]  # plugins of mkdocs, which `make docs` installs
+
 LONG = {"export", "multi-gpu"}  # pages whose blocks take more than 5 seconds
 
 
