@@ -41,18 +41,18 @@ def measure(variant: str, arguments: argparse.Namespace) -> list[Measurement]:
     processors = {"ours": RfDetrImageProcessor(size=size), "port": peers.PortProcessor(size=size)}
     cases: dict[str, tuple[Any, ...]] = {
         "with masks": (photos, annotations, True),
-        "with masks, ours cropped": (photos, annotations, "cropped"),  # as in training
         "without masks": (photos, annotations, False),
     }
     for height, width in [(480, 640)] if arguments.quick else [(480, 640), (3000, 4000)]:
         cases[f"one image of {height} x {width}"] = (draw_images([(height, width)])[0], None, False)
     measurements = []
     for case, given in cases.items():
-        arguments_of = {"ours": given, "port": (*given[:2], bool(given[2]))}
         calls = {
-            name: lambda processor=processor, given=arguments_of[name]: processor(*given, return_tensors="pt")
+            name: lambda processor=processor, given=given: processor(*given, return_tensors="pt")
             for name, processor in processors.items()
         }
+        if given[2]:  # as in training
+            calls["ours cropped"] = lambda given=given: processors["ours"](*given[:2], "cropped", return_tensors="pt")
         for name, seconds in peers.time_in_turns(calls, arguments.repeats).items():
             measurements.append(Measurement("preprocessing", variant, case, name, seconds, "s", "cpu"))
     return measurements

@@ -35,9 +35,9 @@ def measure(variant: str, arguments: argparse.Namespace) -> list[Measurement]:
     pixels = torch.randn(1, 3, config.resolution, config.resolution)
     fast = compile_for_inference(models["ours"], compiled=not arguments.quick)
     calls: dict[str, Callable[[], Any]] = {
-        "ours, PyTorch": lambda: models["ours"](pixels),
-        "ours, compiled": lambda: fast(pixels),
-        "rfdetr, PyTorch": lambda: models["rfdetr"].model.model(pixels),
+        "ours": lambda: models["ours"](pixels),
+        "ours compiled": lambda: fast(pixels),
+        "rfdetr": lambda: models["rfdetr"].model.model(pixels),
     }
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -49,8 +49,8 @@ def measure(variant: str, arguments: argparse.Namespace) -> list[Measurement]:
         files["rfdetr"] = export_rfdetr(models["rfdetr"], files["rfdetr"])
         seconds["rfdetr"] = time.perf_counter() - start
         for name, file in files.items():
-            calls[f"{name}, onnxruntime"] = run_onnx(file, pixels.numpy())
-            calls[f"{name}, OpenVINO"] = run_openvino(file, pixels.numpy())
+            calls[f"{name} onnxruntime"] = run_onnx(file, pixels.numpy())
+            calls[f"{name} OpenVINO"] = run_openvino(file, pixels.numpy())
         medians = peers.time_in_turns(calls, arguments.repeats)
     return [
         Measurement("runtimes", variant, case, name, value, "s", "cpu")

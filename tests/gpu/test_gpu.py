@@ -177,14 +177,14 @@ def test_the_forward_pass_does_not_wait_for_the_device(tiny, batch):
 @needs_cuda
 @pytest.mark.gpu
 def test_a_training_step_of_the_medium_variant_needs_the_memory_of_the_readme():
-    """The README has 4.2 GiB above the model for 4 images in float32, measured on the CPU."""
+    """The README has 4.3 GiB above the model for 4 images in float32, measured on the CPU."""
     model = RfDetrForInstanceSegmentation(RfDetrConfig.from_variant("rf-detr-seg-medium")).to(DEVICE).train()
     side = model.config.resolution
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     gradients = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     model(torch.randn(4, 3, side, side, device=DEVICE), labels=moved(targets(3, 1, 5, 2))).loss.backward()
-    assert (torch.cuda.max_memory_allocated() - before - gradients) / 2**30 < 4.2 * 1.1
+    assert (torch.cuda.max_memory_allocated() - before - gradients) / 2**30 < 4.3 * 1.1
 
 
 def test_the_tests_that_need_a_gpu_are_counted():

@@ -21,12 +21,10 @@ GET_CONTEXT = multiprocessing.get_context
 SCRIPTS = {
     "forward": {"ours", "ours bf16", "port", "port bf16", "rfdetr", "rfdetr optimised"},
     "training_step": {"ours", "ours checkpointed", "port", "rfdetr"},
-    "preprocessing": {"ours", "port"},
+    "preprocessing": {"ours", "ours cropped", "port"},
     "post_processing": {"ours", "port", "rfdetr"},
     "prediction": {"ours", "ours predict", "port", "rfdetr", "rfdetr optimised"},
-    "runtimes": {
-        f"{name}, {runtime}" for name in ("ours", "rfdetr") for runtime in ("PyTorch", "onnxruntime", "OpenVINO")
-    },
+    "runtimes": {f"{name}{form}" for name in ("ours", "rfdetr") for form in ("", " onnxruntime", " OpenVINO")},
 }
 
 
