@@ -118,7 +118,7 @@ NOTES: dict[tuple[str, str, str], str] = {
     ),
     **{
         ("runtimes", "time, B=1", f"ours {runtime}"): (
-            "0.99 to 1.03: rfdetr's export is its optimised form, with nearly the same FLOPs as ours. Multiplying out"
+            "0.99 to 1.03: rfdetr's export is its optimised form, with nearly the same FLOPs as ours. Materializing"
             " the masks of detections only cannot save 5 %: those of all 200 queries are 1.2 of 73 GFLOP"
         )
         for runtime in ("onnxruntime", "OpenVINO")

@@ -204,7 +204,7 @@ def predict(
         crops=save_crops,
         color_by=cast(Any, color_by or ("instance" if track else "class")),  # FolderOptions checks it
     )
-    origin = {"model": absolute(model), "dtype": dtype.value}
+    origin: dict[str, Any] = {"model": absolute(model), "dtype": dtype.value}
     with _exit_codes(output):
         if inputs is None:
             ray: dict[str, Any] = {"address": address, "concurrency": concurrency, "threads": threads, "device": device}

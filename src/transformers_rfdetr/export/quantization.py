@@ -175,7 +175,7 @@ class _Validation(NamedTuple):
     def __call__(self, quantized: Any, indices: Iterable[int]) -> tuple[float, list[float]]:
         """Return the AP of an ONNX model or a compiled OpenVINO model on some of the images, and a value for each.
 
-        NNCF ranks the layers on the images whose values drop most. AP is no mean over images; all get the same value.
+        NNCF ranks the layers on the images whose values drop most. AP is not a mean over images: all get the same one.
         """
         chosen = list(indices)
         with TemporaryDirectory() as folder:

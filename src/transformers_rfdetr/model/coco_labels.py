@@ -11,7 +11,15 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from .masks import Segmentation, box_and_area, box_polygon, has_segmentation, rasterize_regions, read_segmentation
+from .masks import (
+    Segmentation,
+    box_and_area,
+    box_polygon,
+    has_segmentation,
+    paste_regions,
+    rasterize_regions,
+    read_segmentation,
+)
 from .validation import are_numbers, error_context, is_index, is_number, require, to_builtin
 
 logger = logging.get_logger(__name__)
@@ -80,12 +88,12 @@ def prepare_labels(
     if masks == "cropped":
         labels |= _crop(drawn)
     elif masks:
-        labels["masks"] = _paste(drawn, sizes.padded)
+        labels["masks"] = torch.from_numpy(paste_regions(drawn, sizes.padded))
     if masks and not has_mask.all():
         labels["has_mask"] = torch.from_numpy(has_mask)
     if crowds:
         labels["crowd_labels"] = torch.tensor([item.label for item in crowds])
-        labels["crowd_regions"] = _paste(crowd_regions, sizes.resized)
+        labels["crowd_regions"] = torch.from_numpy(paste_regions(crowd_regions, sizes.resized))
     return labels
 
 
@@ -101,14 +109,6 @@ def _draw_regions(
         box = item.box_xyxy if fill_boxes else (0, 0, 0, 0)
         shapes.append(item.segmentation or [np.array(box_polygon(*box), np.float64)])
     return rasterize_regions(shapes, sizes.original, sizes.resized)
-
-
-def _paste(regions: Sequence[tuple[np.ndarray, int, int]], size: tuple[int, int]) -> torch.Tensor:
-    """Return masks (N, H, W) bool of `size`."""
-    masks = torch.zeros((len(regions), *size), dtype=torch.bool)
-    for mask, (region, top, left) in zip(masks, regions, strict=True):
-        mask[top : top + region.shape[0], left : left + region.shape[1]] = torch.from_numpy(region)
-    return masks
 
 
 def _crop(regions: Sequence[tuple[np.ndarray, int, int]]) -> dict[str, torch.Tensor]:

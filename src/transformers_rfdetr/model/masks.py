@@ -246,8 +246,12 @@ def rasterize(
 
     [`rasterize_regions`] documents how they are drawn, and raises the errors.
     """
-    masks: np.ndarray = np.zeros((len(segmentations), *output_size), bool)
-    regions = rasterize_regions(segmentations, image_size, output_size)
+    return paste_regions(list(rasterize_regions(segmentations, image_size, output_size)), output_size)
+
+
+def paste_regions(regions: Sequence[tuple[np.ndarray, int, int]], size: tuple[int, int]) -> np.ndarray:
+    """Return masks (N, H, W) bool of `size` from their boxes, each (R, C) bool, top, left."""
+    masks: np.ndarray = np.zeros((len(regions), *size), bool)
     for mask, (region, top, left) in zip(masks, regions, strict=True):
         mask[top : top + region.shape[0], left : left + region.shape[1]] = region
     return masks
