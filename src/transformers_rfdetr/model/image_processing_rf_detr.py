@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import logging
@@ -300,12 +301,11 @@ class RfDetrImageProcessor(BaseImageProcessor):
         return padded
 
     def _pad(self, images: list[torch.Tensor], size: tuple[int, int]) -> dict[str, torch.Tensor]:
-        batch = {"pixel_values": images[0].new_zeros((len(images), 3, *size))}
+        padded = [image if image.shape[1:] == size else _pad_image(image, size) for image in images]
+        batch = {"pixel_values": torch.stack(padded)}
         if self.do_pad:
             batch["pixel_mask"] = torch.zeros((len(images), *size), dtype=torch.int64, device=images[0].device)
-        for index, image in enumerate(images):
-            batch["pixel_values"][index, :, : image.shape[1], : image.shape[2]] = image
-            if self.do_pad:
+            for index, image in enumerate(images):
                 batch["pixel_mask"][index, : image.shape[1], : image.shape[2]] = 1
         return batch
 
@@ -394,6 +394,10 @@ class RfDetrImageProcessor(BaseImageProcessor):
             overlap_mask_area_threshold=overlap_mask_area_threshold,
             pixel_mask=pixel_mask,
         )
+
+
+def _pad_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return F.pad(image, (0, size[1] - image.shape[2], 0, size[0] - image.shape[1]))
 
 
 def _as_list(images: Any) -> list[Any]:
