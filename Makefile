@@ -8,7 +8,7 @@ VERSIONS ?= 5.0.0 5.9.0 5.15.1 newest no-torchvision
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 PIP = $(VENV)/bin/python -m pip install --quiet
 
-.PHONY: demo test test-long test-gpu test-versions bench bench-gpu notebooks docs lint clean
+.PHONY: demo test test-long test-gpu test-versions bench bench-gpu notebooks docs dist lint clean
 
 # Fine-tunes the model in the package on drawn images, in about 4 minutes on 2 cores; everything it writes is in demo/.
 demo: $(VENV)/.train
@@ -39,6 +39,14 @@ notebooks: $(VENV)/.dev
 # The site, in site/. `.venv/bin/mkdocs serve` shows it while it is written.
 docs: $(VENV)/.docs
 	$(VENV)/bin/mkdocs build --strict
+
+# The wheel and the sdist, checked and tried in an empty environment, for which PyTorch is downloaded (6 GB, removed).
+dist: $(VENV)/bin/python
+	$(PIP) build twine
+	rm -rf dist
+	$(VENV)/bin/python -m build
+	$(VENV)/bin/python -m twine check --strict dist/*
+	$(VENV)/bin/python .ci/check_dist.py
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

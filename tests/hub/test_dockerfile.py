@@ -59,7 +59,7 @@ def test_its_commands_install_the_wheel_and_its_server_answers(tmp_path):
     wheels, environment = tmp_path / "wheels", tmp_path / "environment"
     build = [sys.executable, "-m", "pip", "wheel", str(ROOT), "--no-deps", "--quiet", "--wheel-dir", str(wheels)]
     if subprocess.run(build, cwd=tmp_path).returncode:
-        pytest.skip("needs a package index, for setuptools")
+        pytest.skip("needs a package index, for hatchling")
     fresh_environment(environment)
     settings = dict(shlex.split(setting)[0].split("=", 1) for value in values("ENV") for setting in value.split())
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | settings
