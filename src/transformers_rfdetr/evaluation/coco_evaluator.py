@@ -186,12 +186,14 @@ class InstanceSegmentationEvaluator:
 
         Returns:
             Floats in [0, 1], or -1 where the ground truth has no object, as in pycocotools:
+
             * `segm_AP, segm_AP50, segm_AP75, segm_AP_small, segm_AP_medium, segm_AP_large, segm_AR_1, segm_AR_10,
               segm_AR_100, segm_AR_small, segm_AR_medium, segm_AR_large`, and the same with `bbox_`: COCO's twelve;
             * `mean_iou` and `mean_iou_class_blind`, see [`mean_iou`];
             * `per_class`, class name -> `segm_AP`, `segm_AP50`, `bbox_AP`, `iou` and `num_objects`, the number of
               objects that are not crowd regions. If several classes have the same name, the id is added to it.
             * with `confidence`, `intervals`: see [`confidence.confidence_intervals`].
+
             Without masks in the detections or in the ground truth, only the bbox metrics.
         """
         intervals = {} if confidence is None else {"intervals": confidence_intervals(per_image(self), confidence)}

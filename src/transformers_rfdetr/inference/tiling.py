@@ -52,15 +52,18 @@ def predict_tiled(
         (300, 400)
 
     Args:
-        model, threshold, classes, embeddings: See [`predict`]; a compiled model must have the size of a tile.
+        model: See [`predict`]; a compiled model must have the size of a tile.
         processor: The model's image processor; its `size` is ignored.
         image: One image in any form that the processor accepts. One that is smaller than a tile is padded with the
             processor's mean color.
         tile: Side of a tile in pixels, or (height, width); the model's resolution by default. It is rounded up, with a
             warning, to a multiple of patch size x windows.
+        threshold: See [`predict`].
         overlap: Least overlap of neighboring tiles, in [0, 0.5], as a fraction of their side. Objects up to that size
             are complete in at least one tile. With 0, objects are not merged.
         batch_size: Number of tiles in a forward pass.
+        classes: See [`predict`].
+        embeddings: See [`predict`].
         progress: Whether to show a progress bar.
 
     Returns:

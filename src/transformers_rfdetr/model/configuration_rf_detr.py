@@ -248,10 +248,14 @@ class RfDetrConfig(PreTrainedConfig):
         dropout: Dropout of the decoder; the published models were trained with 0.
         mask_downsample_ratio: Width of a mask pixel in input pixels.
         mask_point_sample_ratio: Number of mask pixels for each point that matcher and mask loss sample.
-        class_cost, bbox_cost, giou_cost: Weights of the matching cost. The mask terms of the cost have the weights
-            of the mask losses.
-        class_loss_coefficient, bbox_loss_coefficient, giou_loss_coefficient, mask_class_loss_coefficient,
-            mask_dice_loss_coefficient: Weights of the losses.
+        class_cost: Weight of the class cost in matching; the mask costs have the weights of the mask losses.
+        bbox_cost: Weight of the L1 cost of boxes in matching.
+        giou_cost: Weight of the generalized IoU cost in matching.
+        class_loss_coefficient: Weight of the class loss.
+        bbox_loss_coefficient: Weight of the L1 loss of boxes.
+        giou_loss_coefficient: Weight of the generalized IoU loss.
+        mask_class_loss_coefficient: Weight of the cross-entropy loss of masks.
+        mask_dice_loss_coefficient: Weight of the dice loss of masks.
         focal_alpha: Alpha of the class cost, and of the class loss's target p^alpha IoU^(1-alpha).
         auxiliary_loss: Whether the decoder layers before the last have losses too (the first stage always has).
         resolution: Side of the square input in pixels, or [height, width]; each side a multiple of patch size times

@@ -373,6 +373,7 @@ class RfDetrImageProcessor(BaseImageProcessor):
 
         Returns:
             For each image
+
             * `segmentation`: int32 (H, W), the id of the best instance at each pixel, or -1; with
               `return_coco_annotation` one RLE dict for each instance; with `return_binary_maps` bool (K, H, W). RLEs
               and binary maps hold complete masks, overlaps included. Tensors are on the device of the outputs.

@@ -72,13 +72,17 @@ def predict_video(
         >>> predict_video(model, processor, "street.mp4", "found.mp4", track=True)  # doctest: +SKIP
 
     Args:
-        model, processor, threshold, classes: See `predict`.
-        source, patience: See [`VideoReader`].
+        model: See [`predict`].
+        processor: See [`predict`].
+        source: Path of a file; URL (http, https, rtsp over TCP, rtmp, ...); or number of a camera, as int or str.
         output: The `.mp4` file to write: the frames, upright, with the instances drawn and the times of the source.
+        threshold: See [`predict`].
         batch_size: Largest number of frames in a forward pass; a live source never waits until a batch is full.
+        classes: See [`predict`].
         track: Whether objects keep an id from frame to frame; see [`Tracker`].
         color_by: See `Instances.draw`; by default "instance" where objects are tracked, else "class".
         max_frames: Number of frames after which to stop.
+        patience: Seconds without a frame after which a live source has ended.
         jsonl: The file to write, one line a frame: `{"frame": index, "seconds": ..., **instances.to_dict()}`.
         on_frame: Called with each frame, its instances, and the drawn image if there is an `output`.
         progress: Whether to show a progress bar.
