@@ -324,7 +324,7 @@ document.title = "seen " + seen.join(" ");
 def in_the_browser(folder, screenshots=False):
     """Look at a report in Chromium: nothing on the console, layers and instances come and go."""
     page = folder / "report.html"
-    wide = ["--window-size=1280,3600", f"--screenshot={folder / 'whole.png'}"] if screenshots else []
+    wide = ["--window-size=1280,6000", f"--screenshot={folder / 'whole.png'}"] if screenshots else []
     document, console = browse(page, *wide, profile=folder / "profile", address="#hide=truth")
     assert console == []
     assert re.search(r"<body class=\"hide-truth\">", document)
@@ -377,7 +377,7 @@ def test_hidden_masks_are_not_visible_in_a_browser(tmp_path):
     in_the_browser(tmp_path, screenshots=True)
 
     def count(color, address):
-        flags = ["--window-size=1280,3600", f"--screenshot={tmp_path / 'seen.png'}"]
+        flags = ["--window-size=1280,6000", f"--screenshot={tmp_path / 'seen.png'}"]
         browse(tmp_path / "report.html", *flags, profile=tmp_path / "profile", address=address)
         pixels = np.asarray(Image.open(tmp_path / "seen.png").convert("RGB")).astype(int)
         return int((np.abs(pixels - color).max(-1) < 12).sum())
