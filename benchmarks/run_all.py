@@ -113,9 +113,6 @@ NOTES: dict[tuple[str, str, str], str] = {
     ("preprocessing", "with masks", "ours cropped"): (
         "in turns with the port, 8 times: 0.259 with two threads and 0.176 with one, as in a worker of a data loader"
     ),
-    ("post-processing", "records of 200 at 480x640, 2 threads", "ours"): (
-        "11.2 ms on idle cores, all in one thread: a second one did not pay"
-    ),
     **{
         ("runtimes", "time, B=1", f"ours {runtime}"): (
             "0.99 to 1.03: rfdetr's export is its optimised form, with nearly the same FLOPs as ours. Materializing"

@@ -5,15 +5,16 @@ its logit is interpolated between these four, in float32. So a square of four ne
 no interpolation, and between two rows of cells the sign of an image column changes at most once:
 
 * Products with a weight in [0, 1], sums and their rounding preserve the sign of equal signs, except that products of
-  denormal numbers may round to 0. Masks with positive logits below 1e-27 are upsampled as the definition does.
+  denormal numbers may round to 0. Masks with positive logits below 1e-20 are upsampled as the definition does.
 * From one row of cells to the next, the weight of the upper row never grows and that of the lower one never falls. If
   the upper value is positive and the lower one is not, both products never grow, nor does their sum, since rounding is
-  monotonic. So the pixel at which the sign changes is computed, and then corrected with the values of the pixels
-  around it, computed as in the definition.
+  monotonic. The row at which the interpolated value is 0 is |upper| / (|upper| + |lower|) below the upper one, without
+  cancellation, so its rounding error is a few 1e-7 of the number of rows. Pixels that are 1e-3 cells or more away from
+  it have a known sign. Where one is closer, the values around it are computed as in the definition.
 
 Axis letters: N masks, h w cells of the mask head, R C rows and columns of cells that the image covers, H W pixels of
-the image, S squares whose cells differ in sign, P places at which the sign of a mask changes, in column-major order.
-Sizes are (height, width).
+the image, K columns of pixels after one of cells, S squares whose cells differ in sign, P places at which the sign of a
+mask changes, in column-major order. Sizes are (height, width).
 """
 
 import itertools
@@ -29,7 +30,8 @@ from .masks import bilinear_taps, finite_logits, region_to_rle, upsample_masks
 _CHUNK_CELLS = 1 << 20
 # Number of interpolated values at a time, for masks of noise; and of pixels on a GPU.
 _CHUNK_VALUES, _CHUNK_PIXELS = 1 << 20, 1 << 25
-_SMALLEST, _LARGEST = 1e-27, 1e30  # without denormal products or infinity
+_SMALLEST, _LARGEST = 1e-20, 1e30  # without denormal products or infinity
+_ROUNDING = 1e-3  # cells, more than the error of the place of a change on a grid of 1,000 cells
 
 
 class Axis(NamedTuple):
@@ -41,6 +43,7 @@ class Axis(NamedTuple):
     num_cells: int  # R
     first: np.ndarray  # (R + 1,) int64, number of pixels before each cell, and of all
     scale: float  # cells per pixel
+    weights: np.ndarray  # (K, R + 1) float32, `weight` of the pixels after each cell, NaN where it has fewer than K
 
     @classmethod
     def of(cls, source: int, target: int, valid: float) -> "Axis":
@@ -48,7 +51,9 @@ class Axis(NamedTuple):
         lower, upper, weight = bilinear_taps(source, target, valid)
         num_cells = min(source, math.ceil(valid))
         first: np.ndarray = np.append(0, np.cumsum(np.bincount(lower, minlength=num_cells)))
-        return cls(lower, upper, weight, num_cells, first, valid / target)
+        pixels = first + np.arange(np.diff(first).max())[:, None]
+        weights = np.where(pixels < np.append(first[1:], 0), weight.take(pixels, mode="clip"), np.float32("nan"))
+        return cls(lower, upper, weight, num_cells, first, valid / target, weights)
 
 
 def encode_mask_logits(
@@ -75,41 +80,43 @@ def encode_mask_logits(
     rles: list[dict[str, Any]] = []
     for logits in mask_logits.split(max(1, _CHUNK_CELLS // max(1, height * width))):
         cells = logits.numpy()
-        if np.count_nonzero(cells > 0) > np.count_nonzero(cells > _SMALLEST):
+        is_positive: np.ndarray = np.greater(cells, 0)
+        if np.count_nonzero(is_positive) > np.count_nonzero(cells > _SMALLEST):
             regions = upsample_masks(logits, image_size, 0.0, valid_size)
             rles += [region_to_rle(*region, image_size) for region in regions]
         else:
-            rles += _encode(cells, axes, image_size)
+            rles += _encode(cells, is_positive, axes, image_size)
     return rles
 
 
-def _encode(logits: np.ndarray, axes: tuple[Axis, Axis], size: tuple[int, int]) -> list[dict[str, Any]]:
-    squares = _mixed_squares(logits, *axes)
-    if len(logits) > 1 and len(squares[0]) * size[1] > _CHUNK_VALUES * axes[1].num_cells:
+def _encode(
+    logits: np.ndarray, is_positive: np.ndarray, axes: tuple[Axis, Axis], size: tuple[int, int]
+) -> list[dict[str, Any]]:
+    squares = _mixed_squares(is_positive, *axes)
+    if len(logits) > 1 and len(squares[0]) * len(axes[1].weights) > _CHUNK_VALUES:
         half = len(logits) // 2
-        return _encode(logits[:half], axes, size) + _encode(logits[half:], axes, size)
+        parts = (slice(None, half), slice(half, None))
+        return [rle for part in parts for rle in _encode(logits[part], is_positive[part], axes, size)]
     return places_to_rles(_changes(logits, squares, *axes), len(logits), size)
 
 
-def _mixed_squares(logits: np.ndarray, rows: Axis, columns: Axis) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return mask, row and column (S,) of the squares of four cells with different signs, in column-major order.
+def _mixed_squares(is_positive: np.ndarray, rows: Axis, columns: Axis) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return mask, row and column (S,) of the squares of four cells with different signs, (N, h, w) bool.
 
     Square (r, c) has the cells of rows r - 1 and r, and of columns c and c + 1. There is background above the first row
-    and below the last one; the last column is repeated.
+    and below the last one; the last column is repeated. Squares of this last column and of the first one of the next
+    row, which neighbor it in memory, are among the results.
     """
-    shape = (len(logits), rows.num_cells + 2, columns.num_cells + 1)
-    positive: np.ndarray = np.zeros(shape, np.uint8)
-    np.greater(logits[:, : shape[1] - 2, : shape[2] - 1], 0, out=positive[:, 1:-1, :-1].view(bool))
-    positive[:, :, -1] = positive[:, :, -2]
-    pairs = positive[:, :, 1:] + positive[:, :, :-1]
-    num_positive = pairs[:, 1:] + pairs[:, :-1]
+    shape = (len(is_positive), rows.num_cells + 2, columns.num_cells + 1)
+    padded: np.ndarray = np.zeros(shape, np.uint8)
+    padded[:, 1:-1, :-1] = is_positive[:, : rows.num_cells, : columns.num_cells]
+    padded[:, :, -1] = padded[:, :, -2]
+    flat = padded.reshape(-1)  # one long loop takes less time than one for each row
+    pairs = flat[:-1] + flat[1:]
+    num_positive = pairs[: -shape[2]] + pairs[shape[2] :]
     num_positive -= 1  # none becomes 255
-    mixed = np.unravel_index(np.flatnonzero(num_positive < 3), num_positive.shape)
-    mask, row, column = map(np.asarray, mixed)
-    column_of_mask = mask * shape[2] + column
-    # A stable sort of 16 bits is a radix sort.
-    order = np.argsort(column_of_mask.astype(np.min_scalar_type(len(logits) * shape[2])), kind="stable")
-    return mask[order], row[order], column[order]
+    mask, row, column = map(np.asarray, np.unravel_index(np.flatnonzero(num_positive < 3), shape))
+    return mask, row, column
 
 
 def _changes(
@@ -117,21 +124,17 @@ def _changes(
 ) -> np.ndarray:
     """Return the places (P,) at which the sign changes."""
     mask, row, column = squares
-    # Squares one below the other share their image columns.
-    start: np.ndarray = np.flatnonzero((column[1:] != column[:-1]) | (mask[1:] != mask[:-1])) + 1
-    start = np.append(0, start)[: len(mask)]
-    first = columns.first[column[start]]
-    owner, x = _ranges(first, columns.first[column[start] + 1] - first)
-    line, square = _ranges(start.take(owner), np.diff(start, append=len(mask)).take(owner))
-    x = x.take(line)  # which takes less time than x[line]
-    cells = _corners(logits, squares, rows, columns)
-    after: np.ndarray = columns.weight.take(x)
+    above_left, above_right, below_left, below_right = _corners(logits, squares, rows, columns)
+    after: np.ndarray = columns.weights.take(column, axis=1)
     before: np.ndarray = 1 - after
-    top, bottom = (left.take(square) * before + right.take(square) * after for left, right in (cells[:2], cells[2:]))
+    top, bottom = above_left * before + above_right * after, below_left * before + below_right * after
     changing = np.flatnonzero((top > 0) != (bottom > 0))
-    square, x = square.take(changing), x.take(changing)
+    offset, square = np.divmod(changing, len(mask))
+    x = columns.first.take(column).take(square) + offset
     y = _change_in_column(row.take(square), top.take(changing), bottom.take(changing), rows)
-    return mask.take(square) * _stride(rows, columns) + x * len(rows.lower) + y
+    places = mask.take(square) * _stride(rows, columns) + x * len(rows.lower) + y
+    places.sort()
+    return places
 
 
 def _corners(
@@ -140,10 +143,9 @@ def _corners(
     """Return the logits (4, S) of the cells of squares: above left and right, below left and right."""
     mask, row, column = squares
     height, width = logits.shape[1:]
-    right = np.minimum(column + 1, columns.num_cells - 1)
-    above, below = (mask * height + np.clip(one, 0, rows.num_cells - 1) for one in (row - 1, row))
-    indices = [one * width + side for one in (above, below) for side in (column, right)]
-    cells: np.ndarray = logits.reshape(-1).take(indices)
+    left, right = (np.minimum(one, columns.num_cells - 1) for one in (column, column + 1))
+    above, below = ((mask * height + np.clip(one, 0, rows.num_cells - 1)) * width for one in (row - 1, row))
+    cells: np.ndarray = logits.reshape(-1).take([one + side for one in (above, below) for side in (left, right)])
     if not (np.abs(cells) < _LARGEST).all():
         cells = finite_logits(cells)
     cells[:2, row == 0] = cells[2:, row == rows.num_cells] = -1
@@ -160,31 +162,35 @@ def _change_in_column(row: np.ndarray, top: np.ndarray, bottom: np.ndarray, rows
 
     row (P,), the lower one   top, bottom (P,) float32, values in the two rows, of different signs
     """
-    height = len(rows.lower)
-    bounds: np.ndarray = np.append(0, rows.first)
+    bounds: np.ndarray = np.append(0.0, rows.first)
     low: np.ndarray = bounds.take(row)
     high: np.ndarray = bounds.take(row + 1)
-    low[row == rows.num_cells] = height  # the pixels after the last row of cells have its value
+    low[row == rows.num_cells] = len(rows.lower)  # the pixels after the last row of cells have its value
     with np.errstate(divide="ignore", over="ignore"):  # infinity gives 0
         fraction = 1 / (1 - bottom / top)
-    pixel = (
-        np.ceil((row + (fraction - np.float32(0.5))) * np.float32(1 / rows.scale) - np.float32(0.5))
-        .clip(low, high)
-        .astype(np.int64)
-    )
+    change = (row + (fraction - np.float32(0.5))) * (1 / rows.scale) - 0.5
+    unsure = np.flatnonzero(np.abs(change - np.rint(change)) < _ROUNDING / rows.scale)
+    pixel: np.ndarray = np.ceil(change).clip(low, high).astype(np.int64)
+    pixel[unsure] = _correct(rows.weight, *(one.take(unsure) for one in (pixel, low, high, top, bottom)))
+    return pixel
+
+
+def _correct(
+    weights: np.ndarray, pixel: np.ndarray, low: np.ndarray, high: np.ndarray, top: np.ndarray, bottom: np.ndarray
+) -> np.ndarray:
+    """Move each pixel (P,) in [low, high] until it has the sign of the value below, and the one before it has not."""
     is_positive = top > 0
 
     def is_above(pixel: np.ndarray) -> np.ndarray:
-        weight: np.ndarray = rows.weight.take(pixel)
+        weight: np.ndarray = weights.take(pixel)
         return (top * (1 - weight) + bottom * weight > 0) == is_positive
 
     while True:
-        step = (pixel < high) & is_above(pixel.clip(max=height - 1))
+        step = (pixel < high) & is_above(pixel.clip(max=len(weights) - 1))
         back = (pixel > low) & ~is_above((pixel - 1).clip(0))
         if not (step.any() or back.any()):
             return pixel
-        pixel += step
-        pixel -= back
+        pixel = pixel + step - back
 
 
 def dense_changes(mask_logits: torch.Tensor, rows: Axis, columns: Axis) -> np.ndarray:
@@ -221,10 +227,10 @@ def places_to_rles(places: np.ndarray, num_masks: int, size: tuple[int, int]) ->
     left, right = (np.asarray(places.searchsorted(end, side)) for side in ("left", "right"))
     missing = np.flatnonzero((right - left) % 2 == 0)
     places = np.insert(places, right[missing], end[missing])
-    is_new: np.ndarray = np.append(True, places[1:] != places[:-1])[: len(places)]
-    if not is_new.all():
-        start: np.ndarray = np.flatnonzero(is_new)
-        places = places[start[np.diff(start, append=len(places)) % 2 == 1]]
+    same = np.flatnonzero(places[1:] == places[:-1])
+    start = np.maximum.accumulate(np.where(np.diff(same, prepend=-2) > 1, same, 0))
+    pair = same[(same - start) % 2 == 0]
+    places = np.delete(places, np.append(pair, pair + 1))
     first = np.asarray(places.searchsorted(begin))
     runs = np.diff(places, prepend=-1)
     runs[first] -= 1
@@ -245,7 +251,7 @@ def compress_runs(runs: np.ndarray, first: np.ndarray) -> tuple[str, list[int]]:
         values[at] = runs[at]
     magnitude = values ^ (values >> 63)
     length: np.ndarray = np.ones(len(values), np.uint8)
-    index = np.flatnonzero(magnitude >> 4)
+    index = np.flatnonzero(magnitude > 15)
     longer = []  # for each place after the first, the values that have a letter there
     while len(index):
         longer.append(index)
@@ -253,14 +259,8 @@ def compress_runs(runs: np.ndarray, first: np.ndarray) -> tuple[str, list[int]]:
         index = index[magnitude[index] >> 4 + 5 * len(longer) > 0]
     start = np.cumsum(length, dtype=np.int64) - length
     letters: np.ndarray = np.empty(length.sum(), np.uint8)
-    letters[start] = (values & 31) + 48 + 32 * (length > 1)
+    letters[start] = (values.astype(np.uint8) & 31) + 48 + ((length > 1).view(np.uint8) << 5)
     for place, index in enumerate(longer, 1):
         more = length[index] > place + 1
         letters[start[index] + place] = (values[index] >> 5 * place & 31) + 48 + 32 * more
     return letters.tobytes().decode("ascii"), [*start[first].tolist(), len(letters)]
-
-
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the elements of ranges one after the other: for each the index of its range, and the element."""
-    owner: np.ndarray = np.repeat(np.arange(len(lengths)), lengths)
-    return owner, np.arange(len(owner)) + (starts - np.cumsum(lengths) + lengths).take(owner)
