@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import transformers_rfdetr
-from transformers_rfdetr import RfDetrConfig, RfDetrImageProcessor, resolve_variant
+from transformers_rfdetr import RfDetrConfig, RfDetrImageProcessor
 from transformers_rfdetr.cli.errors import one_line_errors
 from transformers_rfdetr.cli.options import VariantOption
 from transformers_rfdetr.conversion.architecture import rfdetr_class
@@ -31,7 +31,7 @@ from transformers_rfdetr.conversion.convert import convert_to_transformers
 from transformers_rfdetr.data.synthetic import draw_scene
 from transformers_rfdetr.model.checkpoint_layouts import to_original_layout
 from transformers_rfdetr.model.image_io import read_rgb
-from transformers_rfdetr.model.variants_rf_detr import BACKGROUND, PARENT
+from transformers_rfdetr.model.variants_rf_detr import BACKGROUND, PARENT, resolve_variant
 from transformers_rfdetr.text_table import format_table
 
 TOLERANCE = 1e-3  # of a stage's largest magnitude, or of 1 where that is smaller

@@ -4,10 +4,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from transformers_rfdetr import InstanceDataset, load, predict, predict_tiled
+from transformers_rfdetr import InstanceDataset, load, predict, predict_tiled, predict_video
 from transformers_rfdetr.data.drawing import draw_annotations, draw_grid
 from transformers_rfdetr.data.synthetic import draw_dataset, draw_scene
-from transformers_rfdetr.inference.video.predict_video import predict_video
 from transformers_rfdetr.inference.video.writer import VideoWriter
 
 _SEED = 2_000_000  # an image that the model was not trained on

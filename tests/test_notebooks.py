@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from transformers_rfdetr import resolve_variant
+from transformers_rfdetr.model.variants_rf_detr import resolve_variant
 
 from execute import execute
 

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from .model.configuration_rf_detr import RfDetrConfig, RfDetrDinov2Config
     from .model.image_processing_rf_detr import RfDetrImageProcessor
     from .model.modeling_rf_detr import RfDetrForInstanceSegmentation, RfDetrForObjectDetection, RfDetrModel
-    from .model.variants_rf_detr import resolve_variant
     from .training.arguments import RfDetrTrainingArguments
     from .training.trainer import RfDetrTrainer
 
@@ -68,7 +67,6 @@ __all__ = [
     "predict_dataset",
     "predict_tiled",
     "predict_video",
-    "resolve_variant",
     "sample_image",
     "split_dataset",
     "suggest",
@@ -105,7 +103,6 @@ _LATER = {
     "predict_dataset": "inference.large_scale.predict_dataset",
     "predict_tiled": "inference.tiling",
     "predict_video": "inference.video.predict_video",
-    "resolve_variant": "model.variants_rf_detr",
     "sample_image": "assets",
     "split_dataset": "data.splits",
     "suggest": "inference.suggestions",

@@ -25,12 +25,12 @@ from transformers_rfdetr import (
     predict,
     predict_tiled,
     predict_video,
-    resolve_variant,
     sample_image,
     tiny_checkpoint,
 )
 from transformers_rfdetr.cli.app import app
 from transformers_rfdetr.data.synthetic import CLASSES, draw_dataset, draw_scene, draw_trays, save_dataset
+from transformers_rfdetr.model.variants_rf_detr import resolve_variant
 
 from small_models import shared_folder
 

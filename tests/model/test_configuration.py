@@ -6,8 +6,8 @@ import pickle
 import numpy as np
 import pytest
 
-from transformers_rfdetr import RfDetrConfig, RfDetrDinov2Config, resolve_variant
-from transformers_rfdetr.model.variants_rf_detr import VARIANTS
+from transformers_rfdetr import RfDetrConfig, RfDetrDinov2Config
+from transformers_rfdetr.model.variants_rf_detr import VARIANTS, resolve_variant
 
 from small_models import small_config
 

@@ -37,10 +37,9 @@ class CopyPaste:
     """Paste random objects of one random image of a dataset, following https://arxiv.org/abs/2012.07177.
 
     The paper changes the scale of both images and pastes objects where they are. Here each object has its own scale,
-    position and flip, and lies inside the image; [`ScaleJitter`][transformers_rfdetr.data.augmentation.ScaleJitter]
-    changes the scale of the result. An object keeps the size that it has relative to its own image, times a random
-    scale. Objects that touch the border of their image are incomplete and are not pasted, nor are crowds and objects
-    without a mask.
+    position and flip, and lies inside the image; [`ScaleJitter`] changes the scale of the result. An object keeps the
+    size that it has relative to its own image, times a random scale. Objects that touch the border of their image are
+    incomplete and are not pasted, nor are crowds and objects without a mask.
 
     The mask of a covered object becomes its visible part, with new box and area; the object is dropped if too little
     of it is visible. Crowds stay unchanged, and so do objects without a mask unless too little of their box is visible.

@@ -30,11 +30,11 @@ class VideoSummary:
         frames: Number of frames that were predicted.
         seconds_taken: Wall-clock time.
         frames_per_second: `frames / seconds_taken`.
-        undecodable: See [`VideoReader`].
-        reopened: See [`VideoReader`].
-        dropped: See [`VideoReader`].
+        undecodable: Number of frames that could not be decoded.
+        reopened: How often a live source was reopened.
+        dropped: Number of frames of a live source that the prediction was too slow for.
         interrupted: Whether Ctrl-C ended it.
-        is_cut: See [`VideoReader`].
+        is_cut: Whether a source of known length ended early.
     """
 
     frames: int
