@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import TrainerCallback
 from transformers_rfdetr.data.prepared import collate_fn
 from transformers_rfdetr.model import modeling_rf_detr
 from transformers_rfdetr.model.mask_points_rf_detr import fixed_points
+from transformers_rfdetr.training import trainer
 from transformers_rfdetr.training.distributed import copy_full_tensor, full_tensor
 from transformers_rfdetr.training.trainer import RfDetrTrainer, RfDetrTrainingArguments
 from transformers_rfdetr.training.weight_average import WeightAverage
@@ -98,16 +100,30 @@ def training_size(side: int, step: int, seed: int = 42) -> int:
 
 def step_of_one_rank(folder: str) -> dict[str, Any]:
     modeling_rf_detr.random_points = fixed_points
+    events: list[str] = []
+
+    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            events.append(name)
+            return noted("count waits", result) if name == "count starts" else result
+
+        return call
+
+    trainer.start_sum = noted("count starts", trainer.start_sum)
+    model_class = modeling_rf_detr.RfDetrForObjectDetection
+    model_class.forward_features = noted("forward", model_class.forward_features)
     found = one_step(folder, 1, 2)
-    return {"found": found.found, "log": found.log}
+    return {"found": found.found, "log": found.log, "events": events}
 
 
-def test_a_step_is_the_same_on_two_processes(same_points, tmp_path):
+def test_a_step_is_the_same_on_two_processes_which_count_their_objects_during_the_forward_pass(same_points, tmp_path):
     expected = one_step(tmp_path, 4, 1)
     for found in on_two_processes(tmp_path, step_of_one_rank):
         gradients = Gradients()
         gradients.found, gradients.log = found["found"], found["log"] or expected.log
         check_equal(gradients, expected)
+        assert found["events"] == ["count starts", *["forward", "count waits"] * 2]
 
 
 def train_on_a_stream(folder: str) -> dict[str, Any]:

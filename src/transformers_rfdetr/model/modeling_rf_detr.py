@@ -9,7 +9,7 @@ https://arxiv.org/abs/2207.13085); inference runs the first. Module names are th
 the state dict has their names.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -480,10 +480,11 @@ class RfDetrForObjectDetection(RfDetrModel):
         self,
         stages: dict[str, StagePrediction],
         labels: list[dict[str, Tensor]],
-        num_objects: Tensor | None = None,
+        num_objects: Tensor | Callable[[], Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the training objective: with random points in training, with fixed points in evaluation."""
         config = self.config
+        count: Tensor | None = num_objects() if callable(num_objects) else num_objects
         weights = LossWeights(
             class_cost=config.class_cost,
             bbox_cost=config.bbox_cost,
@@ -502,14 +503,14 @@ class RfDetrForObjectDetection(RfDetrModel):
             weights=weights,
             points=random_points if self.training else fixed_points,
             mask_point_sample_ratio=config.mask_point_sample_ratio,
-            num_boxes=None if num_objects is None else (num_objects * self.num_groups).clamp(min=1.0),
+            num_boxes=None if count is None else (count * self.num_groups).clamp(min=1.0),
             across_ranks=self.training,
         )
 
     # Outside of compiled graphs, which would be compiled anew for every number of objects; what it calls is compiled.
     @torch.compiler.disable(recursive=False)
     def _forward_with_loss(
-        self, inputs: tuple, labels: list[dict[str, Tensor]], num_objects: Tensor | None
+        self, inputs: tuple, labels: list[dict[str, Tensor]], num_objects: Tensor | Callable[[], Tensor] | None
     ) -> tuple[RfDetrOutput, StagePrediction, Tensor, dict[str, Tensor]]:
         base = self.forward_features(*inputs)
         stages = self.stages(base, (inputs[0].shape[-2], inputs[0].shape[-1]))
@@ -524,7 +525,7 @@ class RfDetrForObjectDetection(RfDetrModel):
         labels: list[dict[str, Tensor]] | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        num_objects: Tensor | None = None,
+        num_objects: Tensor | Callable[[], Tensor] | None = None,
     ) -> RfDetrOutput:
         """Return logits, boxes and masks, and with labels the loss; with `return_dict=False` as a tuple.
 
@@ -537,6 +538,7 @@ class RfDetrForObjectDetection(RfDetrModel):
             output_hidden_states: Whether to return the decoder's states.
             num_objects: Scalar; the losses are divided by it and by the number of groups. A micro-batch gets the number
                 of the whole batch. By default it is counted in this batch, in training as the mean over all processes.
+                A function that returns it is called when the predictions are computed.
 
         Returns:
             Outside training the logits of labels such as `__background__` are -1e4; see [`mask_background_logits`].

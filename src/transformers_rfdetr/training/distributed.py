@@ -1,11 +1,28 @@
-"""Tensors that may be sharded, and results that one process computes for all."""
+"""Sums over processes, tensors that may be sharded, and results that one process computes for all."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
+
+
+def start_sum(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start to add the tensors of all processes in place; return a function that waits for the sum and returns it.
+
+    On a GPU, the kernels that are launched after it wait, and the host does not.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return lambda: tensor
+    work = torch.distributed.all_reduce(tensor, async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()
+        return tensor
+
+    return finish
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

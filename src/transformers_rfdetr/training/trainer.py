@@ -28,6 +28,7 @@ from .arguments import RfDetrTrainingArguments, best_key, note_on_metrics
 from .callbacks import BestMetricStopping, TrainingEvents
 from .checkpoints import BestModels
 from .data_setup import check_evaluated_objects, check_splits, check_training_objects, match_classes, unprepared
+from .distributed import start_sum
 from .faults import NonFiniteGuard, discard_gradients
 from .lora import add_lora
 from .loss_log import LOSS_TERMS, LossLog
@@ -103,7 +104,8 @@ class RfDetrTrainer(UploadingTrainer):
         self.weight_average: WeightAverage | None = None
         self.best_models = BestModels(args)
         self.measured: dict[str, dict[str, Any]] = {}
-        self._num_objects: Tensor | None = None  # in all micro-batches of the current optimizer step
+        # Returns the objects in all micro-batches of the current optimizer step.
+        self._num_objects: Callable[[], Tensor] | None = None
         self._is_step_taken = True
         super().__init__(
             model,
@@ -312,11 +314,14 @@ class RfDetrTrainer(UploadingTrainer):
     # -- loss --------------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], None]:
-        """Return the micro-batches of one optimizer step, whose objects are counted over all processes."""
+        """Return the micro-batches of one optimizer step, whose objects are counted over all processes.
+
+        The counts are added while the first forward pass runs; its loss waits for their sum.
+        """
         batches, _ = super().get_batch_samples(*args, **kwargs)
         count = sum(len(target["class_labels"]) for batch in batches for target in batch["labels"])
-        total = torch.tensor(float(count), device=self.args.device)
-        self._num_objects = self.accelerator.reduce(total, reduction="sum")
+        # A tensor from a number would be copied to a GPU, and the host would wait for all that was launched before.
+        self._num_objects = start_sum(torch.full((), float(count), device=self.args.device))
         return batches, None
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
