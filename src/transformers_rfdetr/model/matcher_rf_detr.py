@@ -12,10 +12,16 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .boxes_rf_detr import box_cxcywh_to_xyxy, iou_and_giou
 from .mask_points_rf_detr import PointSource, sample_bilinear, sample_nearest
 from .predictions_rf_detr import MaskFactors, StagePrediction
+
+try:  # optional
+    from torch_linear_assignment import batch_linear_assignment
+except ImportError:
+    batch_linear_assignment = None
 
 # (query indices, object indices) of the matched pairs of one image.
 Pairs = tuple[Tensor, Tensor]
@@ -23,6 +29,9 @@ Pairs = tuple[Tensor, Tensor]
 # Logits and coordinates are clamped to this limit before the formulas, so that every finite prediction, bfloat16's 3e38
 # included, has a finite loss. No image has a box a million times its size.
 LIMIT = 1e6
+# Number of problems, images x groups x stages of a step, from which torch-linear-assignment takes less time than SciPy:
+# with 300 queries on an L4, 208 problems take half of it and 624 a sixth (rfdetr 1.11.2, models/_assignment.py).
+MIN_PROBLEMS_ON_GPU = 200
 
 
 class LossWeights(NamedTuple):
@@ -111,6 +120,32 @@ def assign(cost: Tensor, num_groups: int) -> Pairs:
     return torch.cat(queries), torch.cat(objects)
 
 
+def is_assigned_on_gpu(costs: Sequence[Tensor], num_groups: int) -> bool:
+    """Return whether [`assign_together`] can assign these costs, and takes less time than [`assign`]."""
+    is_possible = batch_linear_assignment is not None and costs[0].is_cuda
+    most = max(cost.shape[1] for cost in costs)
+    has_queries_for_all = 0 < most <= len(costs[0]) // num_groups
+    return is_possible and has_queries_for_all and len(costs) * num_groups >= MIN_PROBLEMS_ON_GPU
+
+
+def assign_together(costs: Sequence[Tensor], num_groups: int) -> list[Pairs]:
+    """Find the pairs of [`assign`] for all costs at once, on their device, with torch-linear-assignment.
+
+    `costs` (G·Q, T) each, T at least 1 in one of them and at most Q. The others get more objects, which cost 0 with
+    every query. The pairs have another order, and are others where the cheapest ones are not unique.
+    """
+    padded = pad_sequence([cost.T for cost in costs], batch_first=True)
+    finite = torch.isfinite(padded)
+    largest = padded.abs().where(finite, 0).amax((1, 2), keepdim=True)
+    padded = padded.where(finite, 2 * largest + 1)
+    problems = padded.unflatten(2, (num_groups, -1)).transpose(1, 2)  # (images x stages, G, T, Q)
+    queries = batch_linear_assignment(problems.flatten(0, 1)).view(problems.shape[:3])
+    queries = queries + problems.shape[3] * torch.arange(num_groups, device=queries.device)[:, None]
+    objects = torch.arange(problems.shape[2], device=queries.device).expand_as(queries)
+    sizes = [cost.shape[1] for cost in costs]
+    return [(queries[one, :, :size].flatten(), objects[one, :, :size].flatten()) for one, size in enumerate(sizes)]
+
+
 @torch.no_grad()
 def match(
     stages: Mapping[str, StagePrediction],
@@ -123,7 +158,8 @@ def match(
 ) -> dict[str, list[Pairs]]:
     """Return the pairs of each image, for each stage.
 
-    All masks of a stage are compared at one new set of points. The costs are moved to the CPU together, once.
+    All masks of a stage are compared at one new set of points. The costs are moved to the CPU together, once, or
+    assigned on the GPU.
     """
     costs = []
     for stage in stages.values():
@@ -132,8 +168,11 @@ def match(
             height, width = stage.masks.pixels.shape[-2:]
             stage_points = points(1, max(1, height * width // mask_point_sample_ratio), stage.logits.device)
         costs.extend(matching_costs(stage, targets, weights, stage_points))
-    on_cpu = torch.cat([cost.flatten() for cost in costs]).cpu().split([cost.numel() for cost in costs])
-    device = costs[0].device
-    pairs = [assign(flat.view(cost.shape), num_groups) for flat, cost in zip(on_cpu, costs, strict=True)]
-    pairs = [(queries.to(device), objects.to(device)) for queries, objects in pairs]
+    if is_assigned_on_gpu(costs, num_groups):
+        pairs = assign_together(costs, num_groups)
+    else:
+        on_cpu = torch.cat([cost.flatten() for cost in costs]).cpu().split([cost.numel() for cost in costs])
+        device = costs[0].device
+        pairs = [assign(flat.view(cost.shape), num_groups) for flat, cost in zip(on_cpu, costs, strict=True)]
+        pairs = [(queries.to(device), objects.to(device)) for queries, objects in pairs]
     return {suffix: pairs[index * len(targets) :][: len(targets)] for index, suffix in enumerate(stages)}
