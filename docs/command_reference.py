@@ -60,7 +60,11 @@ def command_section(name: str, command: Any) -> str:
     help_text = inspect.cleandoc(command.help or "").replace("\b", "").replace("<", "&lt;")
     parameters = [one for one in command.params if one.name != "help" and not getattr(one, "hidden", False)]
     rows = [f"| {option_names(one)} | {description(one)} |" for one in parameters]
-    arguments = " ".join(one.name.upper() for one in parameters if one.param_type_name == "argument")
+    arguments = " ".join(
+        one.name.upper() if one.required else f"[{one.name.upper()}]"
+        for one in parameters
+        if one.param_type_name == "argument"
+    )
     table = "\n".join(["| argument or option | meaning |", "|---|---|", *rows])
     usage = f"```text\n{NAME} {name} [OPTIONS] {arguments}\n```"
     return f"## {name}\n\n{help_text}\n\n{usage}\n\n{table}\n\n{examples(command.epilog or '')}"

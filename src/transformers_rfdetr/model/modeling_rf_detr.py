@@ -49,7 +49,7 @@ class RfDetrOutput(ModelOutput):
         pred_boxes: (B, N, 4) float32, (cx, cy, w, h) as fractions of the model's input.
         pred_masks: (B, N, h, w), mask logits on a grid of 1/4 of the input. None in a training step, which does not
             materialize masks.
-        last_hidden_state: (B, N, D), the queries after the last decoder layer, normalised.
+        last_hidden_state: (B, N, D), the queries after the last decoder layer, normalized.
         intermediate_hidden_states: (B, L, N, D), the same of every layer.
         init_reference_points: (B, N, 4), the reference boxes, which the heads of every layer refine.
         backbone_features: (B, D, H, W), the finest level of the projector.
@@ -57,7 +57,7 @@ class RfDetrOutput(ModelOutput):
         enc_outputs_class: (B, G·K, C), their class logits.
         enc_outputs_coord: (B, G·K, 4), their boxes.
         enc_indices: (B, G·K) int64, their indices among the S tokens.
-        hidden_states: L + 1 of (B, N, D), the queries before the first layer and after each, not normalised.
+        hidden_states: L + 1 of (B, N, D), the queries before the first layer and after each, not normalized.
         attentions: L of (B, G·M, Q, Q), self-attention weights.
         cross_attentions: L of (B, N, M, V, P), weights of the points of deformable attention.
     """
@@ -406,7 +406,7 @@ class RfDetrModel(RfDetrPreTrainedModel):
         """Return the decoded queries; with `return_dict=False` as a tuple.
 
         Args:
-            pixel_values: (B, 3, height, width), normalised; each side a multiple of patch size x windows.
+            pixel_values: (B, 3, height, width), normalized; each side a multiple of patch size x windows.
             pixel_mask: (B, height, width), 1 = image, 0 = padding. All ones is the same as None.
             output_attentions: Whether to return the attention weights, which uses eager attention.
             output_hidden_states: Whether to return the decoder's states.
@@ -530,7 +530,7 @@ class RfDetrForObjectDetection(RfDetrModel):
         """Return logits, boxes and masks, and with labels the loss; with `return_dict=False` as a tuple.
 
         Args:
-            pixel_values: (B, 3, height, width), normalised; each side a multiple of patch size x windows.
+            pixel_values: (B, 3, height, width), normalized; each side a multiple of patch size x windows.
             pixel_mask: (B, height, width), 1 = image, 0 = padding. All ones is the same as None.
             labels: For each image a dictionary of `class_labels`, `boxes` and, for a segmentation model, `masks`; see
                 [`rf_detr_loss`].
