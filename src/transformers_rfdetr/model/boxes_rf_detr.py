@@ -18,7 +18,7 @@ def refine_boxes(deltas: Tensor, boxes: Tensor) -> Tensor:
     """Move `boxes` (cx, cy, w, h) to (cx + dx w, cy + dy h) and scale them to (w exp(dw), h exp(dh)), in float32.
 
     Deltas and boxes (..., 4) -> (..., 4). Deformable DETR adds deltas to inverse sigmoids instead; LW-DETR
-    (https://arxiv.org/abs/2406.03458) and RF-DETR do this.
+    (https://arxiv.org/abs/2406.03459) and RF-DETR do this.
     """
     deltas = deltas.float()
     size = boxes[..., 2:]
