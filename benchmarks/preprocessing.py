@@ -1,5 +1,7 @@
 """Measure preprocessing: 32 images to tensors and labels, with and without masks; one image of 0.3 and 12 megapixels.
 
+The bytes of the labels are those of all tensors of a collated batch of these 32 images.
+
     python benchmarks/preprocessing.py
     python benchmarks/preprocessing.py --folder FOLDER
 
@@ -19,6 +21,7 @@ from peers import Measurement
 from PIL import Image
 
 from transformers_rfdetr import RfDetrImageProcessor
+from transformers_rfdetr.data.prepared import collate_fn
 
 SIZES = [(256, 256)] * 12 + [(256, 320)] * 12 + [(360, 360)] * 4 + [(512, 640)] * 2 + [(520, 696)] * 2
 OBJECTS, CORNERS = 37, 26
@@ -53,9 +56,20 @@ def measure(variant: str, arguments: argparse.Namespace) -> list[Measurement]:
         }
         if given[2]:  # as in training
             calls["ours cropped"] = lambda given=given: processors["ours"](*given[:2], "cropped", return_tensors="pt")
+            for name, call in calls.items():
+                size = count_bytes(call())
+                measurements.append(Measurement("preprocessing", variant, "labels", name, size, "B", "cpu"))
         for name, seconds in peers.time_in_turns(calls, arguments.repeats).items():
             measurements.append(Measurement("preprocessing", variant, case, name, seconds, "s", "cpu"))
     return measurements
+
+
+def count_bytes(inputs: Any) -> int:
+    """Return the bytes of the labels of all images in one batch."""
+    parts = zip(inputs["pixel_values"], inputs["labels"], strict=True)
+    samples = [{"pixel_values": pixels, "labels": label} for pixels, label in parts]
+    tensors = [tensor for label in collate_fn(samples)["labels"] for tensor in label.values()]
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def draw_images(sizes: list[tuple[int, int]]) -> tuple[list[Image.Image], list[dict[str, Any]]]:

@@ -5,9 +5,11 @@
     python benchmarks/run_all.py --nuclei FOLDER      # real images for preprocessing, see preprocessing.py
     python benchmarks/run_all.py --quick              # check that everything runs, write nothing
 
-Each script also runs alone; `--help` lists its options. On a GPU the scripts are forward.py, prediction.py (latency of
-one image in fp32, in fp16, and compiled with CUDA graphs), training_step.py (images per second, memory) and
-post_processing.py. The CPU run needs Linux, and 14 GiB of free memory for the port's training step.
+Each script also runs alone; `--help` lists its options. On a GPU the scripts are forward.py (also images per second of
+batches), prediction.py (latency of one image in fp32, in fp16, and compiled with CUDA graphs), runtimes.py (onnxruntime
+and TensorRT), training_step.py (images per second, memory), step_parts.py (where the time of a step goes),
+validation.py and post_processing.py; what is not installed is skipped, with a line that says so. The CPU run needs
+Linux, and 14 GiB of free memory for the port's training step.
 """
 
 import argparse
@@ -40,9 +42,12 @@ SCRIPTS = {
         "runtimes --repeats 7",
     ],
     "cuda": [
-        f"forward --variant {NANO} {MEDIUM} --repeats 100",
+        f"forward --variant {NANO} {MEDIUM} --repeats 100 --throughput 1 4 16 64",
         f"prediction --variant {NANO} {MEDIUM} --repeats 100",
+        f"runtimes --variant {NANO} {MEDIUM} --repeats 100",
         f"training_step --variant {NANO} --batch-sizes 16 --time-batch 16 --bf16 --repeats 10",
+        f"step_parts --variant {NANO} --batch 16 --bf16 --repeats 10",
+        f"validation --variant {NANO} {MEDIUM} --images 500 --batch 32",
         "post_processing",
     ],
 }
@@ -71,6 +76,7 @@ TARGETS = {
         Target("training step", "time, B=2", "ours", 0.85, "rfdetr"),
         Target("preprocessing", "with masks", "ours", 0.35, "port"),
         Target("preprocessing", "with masks", "ours cropped", 0.25, "port"),
+        Target("preprocessing", "labels", "ours cropped", 0.02, "ours"),
         Target("post-processing", "100 at 3000x4000, label map", "ours", 0.1, "port"),
         Target("post-processing", "100 at 3000x4000, masks", "ours", 0.1, "port"),
         Target("post-processing", "100 at 3000x4000, RLE", "ours", 0.1, "port", "100 at 3000x4000, masks"),

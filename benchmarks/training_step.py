@@ -19,6 +19,8 @@ from rfdetr.models.lwdetr import build_criterion_from_config
 from rfdetr.utilities.tensors import NestedTensor
 from torch import Tensor
 
+from transformers_rfdetr import RfDetrConfig
+
 IMPLEMENTATIONS = ("ours", "ours checkpointed", "port", "rfdetr")
 OBJECTS = 8
 
@@ -65,16 +67,7 @@ def prepare(name: str, batch: int, variant: str, quick: bool, device: str, bf16:
     """Build the model of one implementation, and return a function that runs a step."""
     config = peers.read_config(variant, quick)
     [model] = peers.build(config, variant, device, name.split()[0]).values()
-    generator = torch.Generator().manual_seed(1)
-    pixels = torch.randn(batch, 3, config.resolution, config.resolution, generator=generator).to(device)
-    labels = [
-        {
-            "class_labels": torch.randint(config.num_labels, (OBJECTS,), generator=generator).to(device),
-            "boxes": boxes.to(device),
-            "masks": (peers.ellipses(boxes, config.resolution, config.resolution) > 0).to(device),
-        }
-        for boxes in peers.draw_boxes(batch * OBJECTS, 0.1, 0.5, generator).split(OBJECTS)
-    ]
+    pixels, labels = draw_batch(config, batch, device)
     if name == "rfdetr":
         loss, parameters = _rfdetr_loss(model, pixels, labels), list(model.model.model.parameters())
     else:
@@ -91,6 +84,21 @@ def prepare(name: str, batch: int, variant: str, quick: bool, device: str, bf16:
         value.backward()
 
     return step
+
+
+def draw_batch(config: RfDetrConfig, batch: int, device: str) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """Return images of noise (B, 3, H, W), and labels with 8 objects each."""
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(batch, 3, config.resolution, config.resolution, generator=generator).to(device)
+    labels = [
+        {
+            "class_labels": torch.randint(config.num_labels, (OBJECTS,), generator=generator).to(device),
+            "boxes": boxes.to(device),
+            "masks": (peers.ellipses(boxes, config.resolution, config.resolution) > 0).to(device),
+        }
+        for boxes in peers.draw_boxes(batch * OBJECTS, 0.1, 0.5, generator).split(OBJECTS)
+    ]
+    return pixels, labels
 
 
 def _rfdetr_loss(peer: Any, pixels: Tensor, labels: list[dict[str, Tensor]]) -> Callable[[], Tensor]:

@@ -24,6 +24,8 @@ SCRIPTS = {
     "preprocessing": {"ours", "ours cropped", "port"},
     "post_processing": {"ours", "port", "rfdetr"},
     "prediction": {"ours", "ours predict", "port", "rfdetr", "rfdetr optimised"},
+    "step_parts": {"ours scipy"},
+    "validation": {"ours"},
     "runtimes": {f"{name}{form}" for name in ("ours", "rfdetr") for form in ("", " onnxruntime", " OpenVINO")},
 }
 
@@ -59,6 +61,40 @@ def test_a_quick_run_measures_all_implementations(script, tmp_path, capsys, monk
     assert all(math.isfinite(m.value) and m.value > 0 for m in found)
     printed = capsys.readouterr().out
     assert all(f"| {m.case} | {m.implementation} |" in printed for m in found)
+
+
+def test_throughput_is_measured_for_each_batch_size(tmp_path):
+    found = run("forward", tmp_path / "lines", "--quick", "--throughput", "1", "2")
+    batches = [m.case for m in found if m.unit == "images/s" and m.implementation == "ours bf16"]
+    assert batches == ["throughput, B=1", "throughput, B=2"]
+
+
+def test_the_parts_of_a_step_lie_within_it(tmp_path):
+    seconds = {m.case.split(",")[0]: m.value for m in run("step_parts", tmp_path / "lines", "--quick")}
+    assert seconds["assignment"] < seconds["matching"] < seconds["loss"]
+    forward = sum(seconds[part] for part in ("backbone", "first stage", "decoder", "heads", "loss"))
+    assert forward < seconds["forward and loss"]
+    assert sum(seconds[part] for part in ("transfer", "forward and loss", "backward", "optimizer")) < seconds["step"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_scripts_of_a_run_accept_their_options(device, monkeypatch):
+    for line in module("run_all").SCRIPTS[device]:
+        name, *options = line.split()
+        variants: list[str] = []
+        monkeypatch.setattr(
+            module(name), "measure", lambda variant, _, variants=variants: variants.append(variant) or []
+        )
+        module(name).main([*options, "--device", device])
+        assert variants
+
+
+def test_providers_that_are_not_installed_are_skipped_and_named(monkeypatch, capsys):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    installed = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: installed)
+    assert module("runtimes").list_providers("cuda") == {"onnxruntime CUDA": "CUDAExecutionProvider"}
+    assert "skipped: TensorRT" in capsys.readouterr().out
 
 
 def test_the_three_models_compute_the_same():
