@@ -70,5 +70,6 @@ def sandbox() -> tempfile.TemporaryDirectory:
     shutil.copytree(tiny_checkpoint(), folder / "my-model")
     write_hub_dataset(folder / DATASET)
     write_dataset(load_instance_dataset(str(folder / DATASET)), folder / "data", format="coco")
+    write_dataset(load_instance_dataset(folder / "data"), folder / "yolo", format="yolo")
     write_images(folder)
     return temporary

@@ -127,6 +127,19 @@ def test_train_saves_a_model_with_the_classes_of_the_data_and_prints_its_metrics
     assert 0 < (after - before).abs().max() < 0.1  # of the checkpoint, trained
 
 
+def test_the_progress_shows_the_losses_and_the_ap_of_an_evaluation_only(data, checkpoint, tmp_path):
+    options = settings(*QUICK[:-1], "max_steps=1", "disable_tqdm=false")
+    done = run("train", data, "--model", checkpoint, "--output", tmp_path / "run", "--device", "cpu", *options)
+    assert done.exit_code == 0, done.output
+    [line] = [line for line in done.output.splitlines() if "eval_loss" in line]
+    names = {name for name in re.findall(r"'(\w[\w/]*)': ", line)}
+    assert names == {
+        *("eval_loss", "eval_segm_AP", "eval_segm_AP50", "eval_bbox_AP", "eval_bbox_AP50", "eval_mean_iou", "epoch")
+    }
+    [state] = (tmp_path / "run").glob("checkpoint-*/trainer_state.json")
+    assert "eval_segm_AR_10" in state.read_text()
+
+
 def test_all_settings_are_stored_beside_every_model(finished, data, checkpoint):
     stored = yaml.safe_load((finished.output / "train.yaml").read_text())
     assert stored.pop("versions").keys() == {"transformers_rfdetr", "transformers", "torch"}
@@ -390,7 +403,8 @@ def test_evaluation_prints_and_writes_the_numbers_of_the_metric(finished, data, 
     assert twelve(expected, "segm") == pytest.approx(oracle.stats, abs=1e-9)
     objects = expected["per_class"]["building"]["num_objects"]
     assert ["building", str(objects)] in [line.split()[:2] for line in result.stdout.splitlines()]
-    assert "--split must be a split of" in refusal("evaluate", folder, data, "--split", "test")
+    refused = refusal("evaluate", folder, data, "--split", "test")
+    assert "--split must be a split of" in refused and f"convert-dataset {data} NEW" in refused
 
 
 def test_a_report_names_the_scores_that_count_and_the_highest_one_where_none_does(finished, data, tmp_path):

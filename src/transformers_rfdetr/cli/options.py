@@ -88,7 +88,10 @@ def load_model(name: str, device: str, dtype: Dtype, threads: int | None) -> Any
 def choose_split(splits: Any, split: str, data: str) -> Any:
     """Return a split of a dataset; raise ValueError with their names if it is not one of them."""
     if split not in splits:
-        raise ValueError(f"--split must be a split of {data}, {', '.join(splits)}, got {split}")
+        raise ValueError(
+            f"--split must be a split of {data}, {', '.join(splits)}, got {split}. `transformers-rfdetr convert-dataset"
+            f" {data} NEW --to coco --split 0.8,0.2` writes the data with a validation split."
+        )
     return splits[split]
 
 

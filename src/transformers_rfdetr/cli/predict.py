@@ -431,6 +431,8 @@ def _report_images(summary: "Summary", written: str) -> int:
     """Print a summary and the files that were written, and return the number of unreadable images."""
     before = f", {summary.skipped} done before" if summary.skipped else ""
     typer.echo(f"{summary.instances} instances in {summary.done} images{before}")
+    if summary.done and not summary.instances:
+        typer.echo("No score exceeds the threshold. Lower --threshold; if the model was fine-tuned, train it longer.")
     for name, reason in summary.failed[:_MAX_LISTED]:
         if "decompression bomb" in reason:
             reason = f"{reason.rstrip('.')}; --tile auto reads images of any size"

@@ -15,7 +15,7 @@ import torch
 import transformers
 import typer
 import yaml
-from transformers import TrainerCallback, set_seed
+from transformers import ProgressCallback, TrainerCallback, set_seed
 
 from .. import __version__
 from ..atomic_files import make_directory, write_text
@@ -58,6 +58,8 @@ _FREE = {
     *("private", "log_level", "save_total_limit", "per_device_eval_batch_size", "dataloader_num_workers"),
     *("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_pin_memory"),
 }
+# Metrics of an evaluation that the progress of a training shows.
+_SHOWN = ("_loss", "segm_AP", "segm_AP50", "bbox_AP", "bbox_AP50", "mean_iou")
 _TYPE_NAMES = {
     bool: "true or false",
     int: "an integer",
@@ -249,6 +251,8 @@ def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
         augmentation=recipe.get("augmentation", "default"),
         callbacks=[_RecipeWriter(_to_yaml(recipe))],
     )
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(_ShortProgress())
     if is_first:
         _prepare_folder(output, recipe, resume)
         typer.echo(f"Resuming from {checkpoint}" if checkpoint else f"Starting a new run in {output}")
@@ -372,6 +376,14 @@ def _prepare_folder(output: Path, recipe: Mapping[str, Any], resume: bool) -> No
 def _versions() -> dict[str, str]:
     versions = {"transformers_rfdetr": __version__, "transformers": transformers.__version__}
     return versions | {"torch": str(torch.__version__)}
+
+
+class _ShortProgress(ProgressCallback):
+    """Show the metrics of an evaluation that are read during a training; trainer_state.json has all of them."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        shown = {name: value for name, value in logs.items() if name.endswith(_SHOWN) or not name.startswith("eval_")}
+        super().on_log(args, state, control, logs=shown, **kwargs)
 
 
 class _RecipeWriter(TrainerCallback):

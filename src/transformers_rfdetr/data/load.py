@@ -93,7 +93,7 @@ def load_instance_dataset(
     """Load annotated images in any of the usual formats, with one label map for all splits.
 
     Labels are 0 to N - 1 in the order of the category ids; `print` the result for a table of them. Splits are called
-    "train", "validation" and "test" if they have a usual name, such as "val2017". The README shows the formats.
+    "train", "validation" and "test" if they have a usual name, such as "val2017". The guide "Your data" shows the formats.
 
     Example:
         >>> import tempfile
@@ -104,7 +104,7 @@ def load_instance_dataset(
         ([], {0: 'building', 1: 'tree', 2: 'car', 3: 'pool', 4: 'tank'})
 
     Args:
-        source: A file or a folder in one of the README's formats (COCO, YOLO, labelme, CVAT, VIA, masks, ...);
+        source: A file or a folder in one of the guide's formats (COCO, YOLO, labelme, CVAT, VIA, masks, ...);
             a dict {split: path}; or a dataset id on the Hub, a folder that the `datasets` library reads, or one of its
             datasets, whose rows have an image and `objects`, a dict of lists or a list of dicts with `category`,
             `bbox`, `segmentation`, `id`, `area` and `iscrowd`, or other usual names.

@@ -61,8 +61,8 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         if different := [key for key in settings if stored.get(key) != settings[key]]:
             listed = ", ".join(f"{key} {stored.get(key)!r} instead of {settings[key]!r}" for key in different)
             raise ValueError(
-                f"{folder} contains predictions made with other settings: {listed}. Give another output folder, or"
-                " delete this one."
+                f"{folder} contains predictions made with other settings: {listed}. Pass another output folder"
+                " (--output), or delete this one."
             )
     elif any(_is_foreign(path) for path in folder.rglob("*")):
         raise ValueError(f"the output folder must be new or empty, got {folder}, which contains other files")

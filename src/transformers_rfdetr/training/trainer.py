@@ -386,7 +386,10 @@ def _checked_arguments(
     """
     args = RfDetrTrainingArguments("runs") if args is None else args
     if not isinstance(args, RfDetrTrainingArguments):
-        raise ValueError(f"`args` must be RfDetrTrainingArguments, got {type(args).__name__}.")
+        raise ValueError(
+            f"`args` must be RfDetrTrainingArguments, got {type(args).__name__}. Replace the name of the class: it accepts"
+            " all of TrainingArguments."
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"each process must see one GPU, got {args.n_gpu}: nn.DataParallel would split the labels incorrectly."
@@ -397,7 +400,7 @@ def _checked_arguments(
         if trainer_options.get(name) is not None:
             raise ValueError(
                 f"`{name}` must be None: RfDetrTrainer computes the losses and COCO's metrics itself, without keeping"
-                " masks. Use transformers.Trainer for other losses or metrics."
+                " masks. Omit it, or use transformers.Trainer for other losses or metrics."
             )
     args = copy.copy(args)  # another trainer may use the caller's
     if eval_dataset is None and args.eval_strategy != "no":
