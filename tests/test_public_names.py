@@ -4,6 +4,7 @@ import ast
 import importlib
 import json
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,3 +96,14 @@ def test_the_reference_shows_members_that_are_there(path: str):
     shown = getattr(importlib.import_module(module), name)
     members = yaml.safe_load(ENTRIES[path])["options"]["members"] if ENTRIES[path] else []
     assert all(getattr(shown, member).__doc__ for member in members)
+
+
+def test_the_versions_are_those_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    supported = dict(re.findall(r"(?m)^\| (\w+) \| ([\d.]+) and later", TEXT))
+    assert supported.keys() == {"Python", "transformers", "PyTorch"}
+    assert project["requires-python"] == f">={supported['Python']}"
+    assert f"transformers>={supported['transformers']},<6" in project["dependencies"]
+    assert f"torch>={supported['PyTorch']}" in project["dependencies"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert str(citation["version"]) == transformers_rfdetr.__version__
