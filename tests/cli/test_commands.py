@@ -131,6 +131,7 @@ def test_the_progress_shows_the_losses_and_the_ap_of_an_evaluation_only(data, ch
     options = settings(*QUICK[:-1], "max_steps=1", "disable_tqdm=false")
     done = run("train", data, "--model", checkpoint, "--output", tmp_path / "run", "--device", "cpu", *options)
     assert done.exit_code == 0, done.output
+    assert "This run has 1 optimizer steps, but a fine-tuning needs a few hundred. Raise --epochs" in done.output
     [line] = [line for line in done.output.splitlines() if "eval_loss" in line]
     names = {name for name in re.findall(r"'(\w[\w/]*)': ", line)}
     assert names == {

@@ -58,6 +58,8 @@ _FREE = {
     *("private", "log_level", "save_total_limit", "per_device_eval_batch_size", "dataloader_num_workers"),
     *("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_pin_memory"),
 }
+# Optimizer steps below which a fine-tuning is too short: the demo's AP50 is 0.31 after 60 steps and 0.87 after 150.
+_FEW_STEPS = 100
 # Metrics of an evaluation that the progress of a training shows.
 _SHOWN = ("_loss", "segm_AP", "segm_AP50", "bbox_AP", "bbox_AP50", "mean_iou")
 _TYPE_NAMES = {
@@ -379,7 +381,15 @@ def _versions() -> dict[str, str]:
 
 
 class _ShortProgress(ProgressCallback):
-    """Show the metrics of an evaluation that are read during a training; trainer_state.json has all of them."""
+    """Say if a training is short, and show the metrics that are read during one; trainer_state.json has all of them."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and state.max_steps < _FEW_STEPS:
+            typer.echo(
+                f"This run has {state.max_steps} optimizer steps, but a fine-tuning needs a few hundred. Raise --epochs, or"
+                " lower --batch-size."
+            )
+        super().on_train_begin(args, state, control, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         shown = {name: value for name, value in logs.items() if name.endswith(_SHOWN) or not name.startswith("eval_")}
