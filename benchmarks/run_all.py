@@ -42,12 +42,12 @@ SCRIPTS = {
         "runtimes --repeats 7",
     ],
     "cuda": [
-        f"forward --variant {NANO} {MEDIUM} --repeats 100 --throughput 1 4 16 64",
+        f"forward --variant {NANO} {MEDIUM} --repeats 100 --throughput 1 8 64",
         f"prediction --variant {NANO} {MEDIUM} --repeats 100",
         f"runtimes --variant {NANO} {MEDIUM} --repeats 100",
         f"training_step --variant {NANO} --batch-sizes 16 --time-batch 16 --bf16 --repeats 10",
         f"step_parts --variant {NANO} --batch 16 --bf16 --repeats 10",
-        f"validation --variant {NANO} {MEDIUM} --images 500 --batch 32",
+        f"validation --variant {NANO} {MEDIUM} --images 200 --batch 32",
         "post_processing",
     ],
 }

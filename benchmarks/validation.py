@@ -1,7 +1,7 @@
 """Measure validation: images per second, from images in memory to COCO's metrics, and the time of each part.
 
     python benchmarks/validation.py
-    python benchmarks/validation.py --device cuda --variant rf-detr-seg-nano rf-detr-seg-medium --images 500 --batch 32
+    python benchmarks/validation.py --device cuda --variant rf-detr-seg-nano rf-detr-seg-medium --images 200 --batch 32
 
 The images are drawn, 480 x 640 pixels. The model has random weights: its masks are noise over the whole image, which is
 the worst case for their encoding. "records" are scores, boxes and RLE of all queries.

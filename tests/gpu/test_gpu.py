@@ -21,6 +21,8 @@ from transformers_rfdetr import (
 )
 from transformers_rfdetr.data.prepared import collate_fn
 from transformers_rfdetr.model.mask_points_rf_detr import fixed_points
+from transformers_rfdetr.model.mask_runs import encode_mask_logits
+from transformers_rfdetr.model.matcher_rf_detr import assign, assign_together
 
 from small_models import pixels, small_config, targets
 from training_run import build_trainer, drawn
@@ -32,7 +34,23 @@ needs_cuda = pytest.mark.skipif(not (IS_CUDA and torch.cuda.is_available()), rea
 # Largest difference from float32 on the CPU, relative to the largest magnitude of an output: bits of the mantissa are
 # 24, 11 and 8, and the errors of twelve layers add up.
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1.5e-1}
+# Smallest cosine of the gradient of all parameters and that in float32 on the CPU. On the CPU it is 0.96 and 0.90 in
+# half precision: a token more or less is selected.
+COSINES = {torch.float32: 0.9999, torch.float16: 0.9, torch.bfloat16: 0.7}
 OUTPUTS = ("logits", "pred_boxes", "pred_masks")
+
+
+@pytest.fixture(autouse=True)
+def _float32_is_exact():
+    """Turn off TF32 (11 bits): torch uses it in convolutions by default, and `import rfdetr` for all products."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    set_tf32(False, False)
+    yield
+    set_tf32(*before)
+
+
+def set_tf32(in_convolutions, in_products):
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = in_convolutions, in_products
 
 
 def difference(found, expected, quantile=1.0):
@@ -56,23 +74,33 @@ def moved(labels):
     return [{name: value.to(DEVICE, non_blocking=True) for name, value in target.items()} for target in labels]
 
 
+def check_outputs(found, expected, tolerance):
+    """Compare the queries of the same tokens.
+
+    Rounding may order tokens of similar scores differently, or select others, which the other queries attend to.
+    """
+    same = found.enc_indices.cpu() == expected.enc_indices.cpu()
+    is_exact = tolerance == TOLERANCES[torch.float32]
+    assert same.float().mean() > (0.99 if is_exact else 0.5)
+    for name in OUTPUTS:
+        pair = (getattr(outputs, name).cpu()[same] for outputs in (found, expected))
+        assert difference(*pair, quantile=1.0 if is_exact else 0.95) <= tolerance, name
+
+
 @needs_device
 @pytest.mark.gpu
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_outputs_are_those_of_the_cpu(tiny, batch, dtype, attention):
+@pytest.mark.parametrize("tf32", [False, True], ids=["exact", "TF32"])
+def test_outputs_are_those_of_the_cpu(tiny, batch, dtype, attention, tf32):
+    set_tf32(tf32, tf32)
     model = copy.deepcopy(tiny[0]).eval()
     with torch.no_grad():
         expected = model(batch["pixel_values"])
         model.set_attn_implementation(attention)
         found = model.to(DEVICE, dtype)(batch["pixel_values"].to(DEVICE, dtype))
-    # Rounding may order tokens of similar scores differently, or select others, which the other queries attend to.
-    same = found.enc_indices.cpu() == expected.enc_indices
-    is_exact = dtype == torch.float32
-    assert same.float().mean() > (0.99 if is_exact else 0.5)
-    for name in OUTPUTS:
-        pair = getattr(found, name).cpu()[same], getattr(expected, name)[same]
-        assert difference(*pair, quantile=1.0 if is_exact else 0.95) <= TOLERANCES[dtype], name
+    # TF32 rounds the factors like float16.
+    check_outputs(found, expected, TOLERANCES[torch.float16 if tf32 and dtype == torch.float32 else dtype])
 
 
 @needs_device
@@ -91,10 +119,13 @@ def test_losses_and_gradients_are_those_of_the_cpu(monkeypatch, dtype):
         found = on_device(pixels(2).to(DEVICE), labels=moved(labels))
     found.loss.backward()
     assert difference(found.loss, expected.loss) <= TOLERANCES[dtype]
+    gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    others = {name: on_device.get_parameter(name).grad.float().cpu() for name in gradients}
+    together = (torch.cat([one.flatten() for one in ones.values()]) for ones in (gradients, others))
+    assert torch.cosine_similarity(*together, dim=0) > COSINES[dtype]
     if dtype == torch.float32:
-        for (name, weight), other in zip(model.named_parameters(), on_device.parameters(), strict=True):
-            if weight.grad is not None:
-                assert difference(other.grad, weight.grad) <= 1e-2, name
+        for name, gradient in gradients.items():
+            assert difference(others[name], gradient) <= 1e-2, name
 
 
 @needs_cuda
@@ -105,9 +136,9 @@ def test_flash_attention_computes_what_sdpa_computes(tiny, batch, dtype):
     model = copy.deepcopy(tiny[0]).eval().to(DEVICE, dtype)
     inputs = batch["pixel_values"].to(DEVICE, dtype)
     with torch.no_grad():
-        expected = model(inputs).logits.float().cpu()
+        expected = model(inputs)
         model.set_attn_implementation("flash_attention_2")
-        assert difference(model(inputs).logits, expected) <= TOLERANCES[dtype]
+        check_outputs(model(inputs), expected, TOLERANCES[dtype])
 
 
 @needs_device
@@ -116,7 +147,9 @@ def test_flash_attention_computes_what_sdpa_computes(tiny, batch, dtype):
 def test_a_compiled_model_finds_what_the_plain_one_finds(tiny, batch, dtype):
     model, processor = copy.deepcopy(tiny[0]).to(DEVICE), tiny[1]
     fast = compile_for_inference(model, batch_size=2, dtype=dtype, compiled=IS_CUDA)
-    assert not IS_CUDA or "CUDA graphs" in fast.active
+    if IS_CUDA:
+        assert "CUDA graphs" in fast.active
+        assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
     images = [sample["image"] for sample in drawn(4)]
     found = [predict(fast, processor, images) for _ in range(3)]  # a graph is captured, and replayed
     assert all([one.names for one in again] == [one.names for one in found[0]] for again in found)
@@ -128,9 +161,15 @@ def test_a_compiled_model_finds_what_the_plain_one_finds(tiny, batch, dtype):
 
 @needs_device
 @pytest.mark.gpu
-@pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"fp16": IS_CUDA}, {"torch_compile": IS_CUDA}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    # Each size is compiled.
+    [{}, {"bf16": True}, {"fp16": IS_CUDA}, {"torch_compile": IS_CUDA, "multi_scale": False}],
+    ids=str,
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_few_steps_reduce_the_loss(tmp_path, settings, checkpointing):
+def test_a_few_steps_reduce_the_loss(tmp_path, settings, checkpointing, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(IS_CUDA))  # a process that sees several is refused
     trainer = build_trainer(
         tmp_path,
         use_cpu=not IS_CUDA,
@@ -160,6 +199,32 @@ def test_an_evaluation_on_the_device_has_the_metrics_of_the_cpu(tiny):
         assert found[name] == pytest.approx(expected[name], abs=5e-3), name
 
 
+@needs_device
+@pytest.mark.gpu
+@pytest.mark.parametrize("noise", [0.0, 3.0])
+def test_masks_have_the_rle_of_the_cpu_bit_for_bit(noise):
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = torch.linspace(-1, 1, 27)[:, None], torch.linspace(-1, 1, 36)
+    radii = torch.rand(20, 2, 1, 1, generator=generator) + 0.1
+    logits = 1 - (rows / radii[:, 0]) ** 2 - (columns / radii[:, 1]) ** 2
+    logits += noise * torch.randn(logits.shape, generator=generator)
+    for size in [(480, 640), (211, 333), (20, 20)]:
+        found, expected = (encode_mask_logits(logits.to(device), size) for device in (DEVICE, "cpu"))
+        assert found == expected
+
+
+@needs_device
+@pytest.mark.gpu
+def test_an_assignment_on_the_device_costs_what_that_of_scipy_costs():
+    pytest.importorskip("torch_linear_assignment")
+    generator = torch.Generator().manual_seed(0)
+    costs = [torch.randn(13 * 200, count, generator=generator) for count in (8, 0, 1, 37, 200)]
+    pairs = assign_together([cost.to(DEVICE) for cost in costs], 13)
+    for cost, (queries, objects) in zip(costs, pairs, strict=True):
+        found, expected = cost[queries.cpu(), objects.cpu()].sum(), cost[assign(cost, 13)].sum()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
 @needs_cuda
 @pytest.mark.gpu
 def test_the_forward_pass_does_not_wait_for_the_device(tiny, batch):
@@ -177,20 +242,20 @@ def test_the_forward_pass_does_not_wait_for_the_device(tiny, batch):
 @needs_cuda
 @pytest.mark.gpu
 def test_a_training_step_of_the_medium_variant_needs_the_memory_of_the_readme():
-    """The README has 4.3 GiB above the model for 4 images in float32, measured on the CPU."""
+    """The README has 4.3 GiB above the model for 4 images in float32, gradients included, measured on the CPU."""
     model = RfDetrForInstanceSegmentation(RfDetrConfig.from_variant("rf-detr-seg-medium")).to(DEVICE).train()
     side = model.config.resolution
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    gradients = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    model(torch.randn(4, 3, side, side, device=DEVICE), labels=moved(targets(3, 1, 5, 2))).loss.backward()
-    assert (torch.cuda.max_memory_allocated() - before - gradients) / 2**30 < 4.3 * 1.1
+    labels = moved(targets(8, 8, 8, 8, size=(side, side)))
+    model(torch.randn(4, 3, side, side, device=DEVICE), labels=labels).loss.backward()
+    assert (torch.cuda.max_memory_allocated() - before) / 2**30 < 4.3 * 1.1
 
 
 def test_the_tests_that_need_a_gpu_are_counted():
     """So that nobody takes a run without a GPU for one with it."""
     marks = [getattr(value, "pytestmark", ()) for value in globals().values()]
     num_tests = sum(any(mark.name == "gpu" for mark in of_one) for of_one in marks)
-    assert num_tests == 8
+    assert num_tests == 10
     if IS_CUDA and not torch.cuda.is_available():
         warnings.warn(f"{num_tests} tests of a GPU were skipped: no CUDA", stacklevel=1)
