@@ -4,7 +4,6 @@ import functools
 import importlib.util
 import io
 import tarfile
-from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -311,18 +310,6 @@ def test_images_are_divided_into_batches_and_large_units_are_alone():
     assert {len(chunk) for chunk in chunks[2:]} == {8, 4}
     assert len(divide(images, 8, 1000)) == 13
     assert len(divide(images * 100, 8, 1)) == 40  # 256 each
-
-
-def test_an_image_that_kills_its_workers_becomes_a_row_with_an_error():
-    units = [Unit(name, "image", "") for name in "ab"]
-    waiting = deque([workers_module.Chunk(units)])
-    rows, tries = [], 0
-    while waiting:
-        chunk, tries = waiting.popleft(), tries + 1
-        if any(unit.name == "b" for unit in chunk.units):
-            rows += [row for table in workers_module._put_back(chunk, waiting, "killed") for row in table.to_pylist()]
-    assert [(row["image"], row["error"]) for row in rows] == [("b", "3 workers died of it: killed")]
-    assert tries == 6  # both three times, a once, b twice
 
 
 # -- Ray, with a cluster ---------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ that a row is written once whatever is killed, and only the caller needs the out
 import math
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,18 +94,12 @@ def predict_dataset(
     summary = Summary(skipped=num_rows)
     with ExitStack() as stack:
         if engine == "ray" and todo:
-            from .ray_workers import ray_workers
+            from .ray_workers import predict_with_ray, ray_cluster
 
-            pool = stack.enter_context(
-                ray_workers(
-                    *(model, processor, options),
-                    address=address,
-                    concurrency=concurrency,
-                    threads=threads,
-                    device=device,
-                )
-            )
-            tables = pool.predict(divide(todo, options.batch_size, pool.resources.num_workers))
+            resources = stack.enter_context(ray_cluster(address, concurrency, threads, device))
+            chunks = divide(todo, options.batch_size, resources.num_workers)
+            arguments = (model, processor, options, chunks, resources)
+            tables: Any = stack.enter_context(closing(predict_with_ray(*arguments)))
         else:
             tables = map(UnitPredictor(model, processor, options), divide(todo, options.batch_size, 1))
         bar = stack.enter_context(
@@ -129,7 +123,7 @@ def _list(sources: Any, folder: Path) -> list[Unit]:
     if not hasattr(sources, "num_shards"):
         rule = "paths, URLs or a datasets.IterableDataset"
         raise ValueError(f"`sources` must be {rule}, got {sources!r:.200}. Load a dataset with streaming=True.")
-    return list_row_units(sources, "rows")
+    return list_row_units(sources)
 
 
 def divide(units: Sequence[Unit], batch_size: int, num_workers: int) -> list[list[Unit]]:

@@ -1,15 +1,17 @@
-"""Workers of Ray: actors that have loaded the model once and predict chunks of units.
+"""Predict chunks of units with Ray Data, whose workers have loaded the model once.
 
-A worker reads its images itself, so that neither images nor read tasks need the object store or further CPUs. A chunk
-is given to a worker that is running, one at a time, so that there is never more than one result a worker to be written,
-and a chunk whose worker is lost goes to any other one: the work does not wait for a lost machine.
+A block of Ray Data is a chunk of units, in memory, and a worker reads its images itself: there are no read tasks, which
+would wait for CPUs that the workers have, and images do not pass through the object store. A worker gets one chunk at a
+time. A chunk whose worker or machine is lost is predicted again by another one, as Ray does without limit; workers
+therefore count how often they begin with a chunk, so that an image that kills them does not stop the job.
 
-Ray's actors: https://docs.ray.io/en/latest/ray-core/actors.html
+Ray Data: https://docs.ray.io/en/latest/data/batch_inference.html
 """
 
 import os
-from collections import deque
-from collections.abc import Iterator, Sequence
+import traceback
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,14 +29,6 @@ logger = logging.get_logger(__name__)
 
 _MAX_DEATHS = 3  # of workers with the same unit, which is then given up
 _CPUS_WITHOUT_GPU = 4
-_SECONDS_OF_SILENCE = 60
-
-
-class Chunk(NamedTuple):
-    """Units that a worker predicts at once, and how many workers died of them."""
-
-    units: Sequence[Unit]
-    num_deaths: int = 0
 
 
 class Resources(NamedTuple):
@@ -44,36 +38,33 @@ class Resources(NamedTuple):
     cpus: int
     gpus: int
 
+    @property
+    def needs(self) -> str:
+        """Return the resources of a worker in words."""
+        return f"{self.cpus} CPUs{' and a GPU' * self.gpus}"
+
 
 @contextmanager
-def ray_workers(
-    model: Any,
-    processor: Any,
-    options: FolderOptions,
-    *,
-    address: str | None = None,
-    concurrency: int | None = None,
-    threads: int | None = None,
-    device: str = "auto",
-) -> Iterator["WorkerPool"]:
-    """Yield workers on a cluster, and end them and what was started of Ray; see [`predict_dataset`]."""
+def ray_cluster(address: str | None, concurrency: int | None, threads: int | None, device: str) -> Iterator[Resources]:
+    """Connect to a cluster, or start Ray on this machine; yield what its workers get. See [`predict_dataset`]."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
     try:
-        import ray
+        import ray.data
     except ImportError as error:
-        raise ImportError('engine="ray" requires Ray: pip install "transformers-rfdetr[distributed]"') from error
+        raise ImportError('engine="ray" requires Ray Data: pip install "transformers-rfdetr[distributed]"') from error
     was_initialized = ray.is_initialized()
     if not was_initialized:
         _connect(address)
     try:
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         resources = choose_resources(machines, concurrency, threads, device)
-        payload = _Exported(model._path) if isinstance(model, RuntimeModel) else model
-        pool = WorkerPool(ray.put((payload, processor, options)), resources)
-        try:
-            yield pool
-        finally:
-            pool.close()
+        free = ray.available_resources()
+        if free.get("CPU", 0) < resources.cpus or free.get("GPU", 0) < resources.gpus:
+            logger.warning(
+                f"The cluster is busy: a worker needs {resources.needs}, and {free.get('CPU', 0):.0f} CPUs and"
+                f" {free.get('GPU', 0):.0f} GPUs are free. Wait, end other jobs, or lower `threads`."
+            )
+        yield resources
     finally:
         if not was_initialized:
             ray.shutdown()
@@ -123,134 +114,106 @@ def choose_resources(
         min(cpus // threads, int(machine.get("GPU", 0)) if gpus else cpus)
         for cpus, machine in zip(all_cpus, machines, strict=True)
     )
+    resources = Resources(concurrency or room, threads, gpus)
     if room == 0:
         raise ValueError(
-            f"a worker needs {threads} CPUs{' and a GPU' * gpus} on one machine, but the cluster is too small: its"
-            f" machines have {', '.join(map(str, all_cpus))} CPUs. Lower `threads`, or add machines."
+            f"a worker needs {resources.needs} on one machine, but the cluster is too small: its machines have"
+            f" {', '.join(map(str, all_cpus))} CPUs. Lower `threads`, or add machines."
         )
     if concurrency is not None and concurrency > room:
         logger.warning(
-            f"The cluster has room for {room} of {concurrency} workers with {threads} CPUs{' and a GPU' * gpus} each."
-            " The others start when machines are added."
+            f"The cluster has room for {room} of {concurrency} workers with {resources.needs} each. The others start"
+            " when machines are added."
         )
-    return Resources(concurrency or room, threads, gpus)
+    return resources
 
 
-class _Exported(NamedTuple):
-    """An exported model, which each worker opens itself."""
+def predict_with_ray(
+    model: Any, processor: Any, options: FolderOptions, chunks: Sequence[Sequence[Unit]], resources: Resources
+) -> Generator[Any, None, None]:
+    """Yield the rows of each unit once, as tables, in any order.
 
-    path: Path
+    A unit of which three workers died becomes a row with an error.
+
+    Raises:
+        Exception: the error of a worker, such as CUDA out of memory.
+    """
+    import ray
+
+    class Attempts(Counter[Any]):
+        """How often workers began with each chunk. Local, so that its process does not import this package."""
+
+        def begin(self, *chunk: Any) -> int:
+            self[chunk] += 1
+            return self[chunk]
+
+    payload = model._path if isinstance(model, RuntimeModel) else model
+    attempts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Attempts).remote()
+    arguments = (ray.put((payload, processor, options)), resources, attempts)
+    while chunks:
+        again: list[list[Unit]] = []
+        for answer in _answers(chunks, arguments, resources):
+            if isinstance(answer, Exception):
+                raise answer
+            if isinstance(answer, list):
+                logger.warning(f"{_MAX_DEATHS} workers died of {len(answer)} units, which are predicted one by one.")
+                again += [[unit] for unit in answer]
+            else:
+                yield answer
+        chunks = again
+
+
+def _answers(chunks: Sequence[Sequence[Unit]], arguments: tuple[Any, ...], resources: Resources) -> Iterator[Any]:
+    """Yield what [`_Worker`] answers to each chunk."""
+    import ray.data
+    from ray import cloudpickle
+
+    dataset = ray.data.from_items(
+        [{"units": cloudpickle.dumps(chunk)} for chunk in chunks], override_num_blocks=len(chunks)
+    )
+    dataset.context.enable_progress_bars = dataset.context.print_on_execution_start = False
+    dataset.context.execution_no_progress_timeout_s = -1  # a video may take hours
+    num_workers = min(resources.num_workers, len(chunks))
+    answers = dataset.map_batches(
+        _Worker,
+        fn_constructor_args=arguments,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=num_workers, max_tasks_in_flight_per_actor=1),
+        num_cpus=resources.cpus,
+        num_gpus=resources.gpus,
+    )
+    for row in answers.iter_rows():
+        yield cloudpickle.loads(row["answer"])
 
 
 class _Worker:
     """The actor: a process that has loaded the model."""
 
-    def __init__(self, payload: tuple[Any, Any, FolderOptions], resources: Resources) -> None:
-        model, processor, options = payload
+    def __init__(self, payload: Any, resources: Resources, attempts: Any) -> None:
+        import ray
+
+        model, processor, options = ray.get(payload)
         torch.set_num_threads(resources.cpus)
         device = "cuda" if resources.gpus else "cpu"
-        if isinstance(model, _Exported):
-            model, _ = load_exported(model.path, device=device, threads=resources.cpus)
+        if isinstance(model, Path):
+            model, _ = load_exported(model, device=device, threads=resources.cpus)
         self._predictor = UnitPredictor(model.to(device), processor, options)
+        self._attempts = attempts
 
-    def ready(self) -> None:
-        """Return when the model has been loaded."""
-
-    def predict(self, units: Sequence[Unit]) -> Any:
-        """Return the rows of some units."""
-        return self._predictor(units)
-
-
-class WorkerPool:
-    """A number of workers, of which each that dies is replaced.
-
-    Args:
-        payload: Reference to model, processor and options.
-        resources: What the workers need.
-    """
-
-    def __init__(self, payload: Any, resources: Resources) -> None:
+    def __call__(self, block: dict[str, Any]) -> dict[str, list[bytes]]:
+        """Return the rows of a chunk; its units if workers died of it; or an exception, whose type Ray would change."""
         import ray
+        from ray import cloudpickle
 
-        self.resources = resources
-        self._actor_class = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_restarts=0)(_Worker)
-        self._payload = payload
-        # What each worker does: a reference to its answer -> the worker and its chunk, or None while it starts.
-        self._running: dict[Any, tuple[Any, Chunk | None]] = {}
-        self._has_worked = False
-
-    def predict(self, chunks: Sequence[Sequence[Unit]]) -> Iterator[Any]:
-        """Yield the rows of each chunk once, as tables, in any order.
-
-        A unit of which three workers died becomes a row with an error.
-
-        Raises:
-            Exception: the error of a worker, such as CUDA out of memory.
-        """
-        waiting = deque(Chunk(units) for units in chunks)
-        for _ in range(min(self.resources.num_workers, len(waiting))):
-            self._start_worker()
-        while waiting or any(chunk for _, chunk in self._running.values()):
-            yield from self._collect(waiting)
-
-    def _start_worker(self) -> None:
-        worker = self._actor_class.remote(self._payload, self.resources)
-        self._running[worker.ready.remote()] = (worker, None)
-
-    def _collect(self, waiting: deque[Chunk]) -> Iterator[Any]:
-        """Wait for one answer, give its worker the next chunk, and yield the rows if there are any."""
-        import ray
-        from ray.exceptions import RayError, RayTaskError
-
-        answered, _ = ray.wait(list(self._running), timeout=_SECONDS_OF_SILENCE)
-        if not answered:
-            self._warn_of_silence()
-            return
-        worker, chunk = self._running.pop(answered[0])
+        units = cloudpickle.loads(block["units"][0])
         try:
-            rows = ray.get(answered[0])
-        except RayTaskError as error:
-            raise error.as_instanceof_cause() from None
-        except RayError as error:  # the worker or its machine died
-            if getattr(error, "actor_init_failed", False):
-                raise
-            ray.kill(worker)
-            self._start_worker()
-            if chunk is not None:
-                logger.warning(f"A worker of Ray died, and its {len(chunk.units)} units are predicted again: {error}")
-                yield from _put_back(chunk, waiting, str(error))
-            return
-        self._has_worked = True
-        if waiting:
-            following = waiting.popleft()
-            self._running[worker.predict.remote(following.units)] = (worker, following)
-        if chunk is not None:
-            yield rows
-
-    def _warn_of_silence(self) -> None:
-        import ray
-
-        if not self._has_worked:
-            needs = f"{self.resources.cpus} CPUs{' and a GPU' * self.resources.gpus}"
-            logger.warning(
-                f"No worker has started for {_SECONDS_OF_SILENCE} s. A worker needs {needs}; the cluster has"
-                f" {ray.available_resources()} free. Wait, end other jobs, or lower `threads`."
-            )
-
-    def close(self) -> None:
-        """End all workers."""
-        import ray
-
-        for worker, _ in self._running.values():
-            ray.kill(worker)
-
-
-def _put_back(chunk: Chunk, waiting: deque[Chunk], error: str) -> Iterator[Any]:
-    """Let a chunk be predicted again: each unit by itself if workers died of it repeatedly, and finally not at all."""
-    num_deaths = chunk.num_deaths + 1
-    if num_deaths < _MAX_DEATHS:
-        waiting.append(Chunk(chunk.units, num_deaths))
-    elif len(chunk.units) > 1:
-        waiting.extend(Chunk([unit], 1) for unit in chunk.units)
-    else:
-        yield to_table([error_row(chunk.units[0], f"{num_deaths} workers died of it: {error.splitlines()[0]}")])
+            if ray.get(self._attempts.begin.remote(units[0].name, len(units))) <= _MAX_DEATHS:
+                answer = self._predictor(units)
+            elif len(units) > 1:
+                answer = list(units)
+            else:
+                answer = to_table([error_row(units[0], f"{_MAX_DEATHS} workers died of it")])
+        except Exception as error:
+            error.add_note(traceback.format_exc())
+            answer = error
+        return {"answer": [cloudpickle.dumps(answer)]}

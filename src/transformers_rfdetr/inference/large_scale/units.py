@@ -107,7 +107,7 @@ def list_units(sources: Sequence[str], exclude: Path | None = None) -> list[Unit
     return units
 
 
-def list_row_units(dataset: Any, name: str) -> list[Unit]:
+def list_row_units(dataset: Any) -> list[Unit]:
     """Return the shards of a `datasets.IterableDataset`, whose rows have one column of images, as units.
 
     Raises:
@@ -118,10 +118,10 @@ def list_row_units(dataset: Any, name: str) -> list[Unit]:
     features = dataset.features or dataset._resolve_features().features
     columns = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
     if len(columns) != 1:
-        raise ValueError(f"{name} must have one column of images, got {', '.join(columns or features)}")
+        raise ValueError(f"`sources` must have one column of images, got {', '.join(columns or features)}")
     rows = dataset.cast_column(columns[0], datasets.Image(decode=False))
     return [
-        Unit(f"{name}/{index:05d}", "rows", rows.shard(rows.num_shards, index), columns[0])
+        Unit(f"rows/{index:05d}", "rows", rows.shard(rows.num_shards, index), columns[0])
         for index in range(rows.num_shards)
     ]
 
