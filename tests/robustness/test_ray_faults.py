@@ -195,16 +195,20 @@ def test_an_image_that_kills_its_workers_becomes_a_row_with_an_error(
     assert "3 workers died of 4 units, which are predicted one by one" in hf_log.text
 
 
-def test_the_exception_of_a_worker_is_raised_and_its_workers_end(model, photos_with_a_wide_one, tmp_path, two_cpus):
+def test_the_exception_of_a_worker_is_raised_and_its_workers_end(
+    model, photos_with_a_wide_one, tmp_path, two_cpus, monkeypatch, hf_log
+):
     def fail() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     processor = processor_that(fail, model[0].config)
+    monkeypatch.setattr(ray, "available_resources", dict)  # as if another job had all
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory") as raised:
         predict_dataset(model[0], processor, photos_with_a_wide_one, tmp_path / "out", OPTIONS, **ON_RAY)
     assert "in fail" in raised.value.__notes__[0]
     psutil.wait_procs(workers(), timeout=60)
     assert workers() == []
+    assert "The cluster is busy: a worker needs 1 CPUs, and 0 CPUs and 0 GPUs are free" in hf_log.text
 
 
 def test_a_full_disk_is_an_error_that_keeps_complete_files(model, photos, tmp_path, monkeypatch, two_cpus):
