@@ -98,7 +98,7 @@ def test_each_image_is_judged_by_the_model_that_has_not_seen_it(tmp_path):
         (["--split", "test"], "--split must be a split of"),
         (["--folds", 1], "--folds"),
         (["--save-as", "coco", "--ignore-class", "tree"], "--save-as requires all classes, got --ignore-class"),
-        (["--save-as", "yolo"], "--save-as must be coco, labelme, cvat or label-studio, got yolo"),
+        (["--save-as", "yolo"], "'yolo' is not one of 'coco'"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message, scenes, tmp_path):

@@ -133,8 +133,7 @@ def test_the_progress_shows_the_losses_and_the_ap_of_an_evaluation_only(data, ch
     assert done.exit_code == 0, done.output
     assert "This run has 1 optimizer steps, but a fine-tuning needs a few hundred. Raise --epochs" in done.output
     [line] = [line for line in done.output.splitlines() if "eval_loss" in line]
-    names = {name for name in re.findall(r"'(\w[\w/]*)': ", line)}
-    assert names == {
+    assert set(re.findall(r"'(\w[\w/]*)': ", line)) == {
         *("eval_loss", "eval_segm_AP", "eval_segm_AP50", "eval_bbox_AP", "eval_bbox_AP50", "eval_mean_iou", "epoch")
     }
     [state] = (tmp_path / "run").glob("checkpoint-*/trainer_state.json")
@@ -405,7 +404,8 @@ def test_evaluation_prints_and_writes_the_numbers_of_the_metric(finished, data, 
     objects = expected["per_class"]["building"]["num_objects"]
     assert ["building", str(objects)] in [line.split()[:2] for line in result.stdout.splitlines()]
     refused = refusal("evaluate", folder, data, "--split", "test")
-    assert "--split must be a split of" in refused and f"convert-dataset {data} NEW" in refused
+    assert "--split must be a split of" in refused
+    assert f"convert-dataset {data} NEW" in refused
 
 
 def test_a_report_names_the_scores_that_count_and_the_highest_one_where_none_does(finished, data, tmp_path):

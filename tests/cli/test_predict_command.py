@@ -301,12 +301,14 @@ def test_another_source_or_other_weights_are_refused_in_the_same_folder(
     weights.save_pretrained(other)  # trained on, under the same name
     again = run(other, few, "-o", tmp_path / "out")
     assert again.exit_code == 2
-    assert "other settings: weights" in again.output and "(--output)" in again.output
+    assert "other settings: weights" in again.output
+    assert "(--output)" in again.output
 
 
 def test_a_run_that_finds_nothing_says_that_the_threshold_is_too_high(model: Path, few: Path, tmp_path: Path):
     done = run(model, few, "-o", tmp_path / "out", "--threshold", 1)
-    assert "0 instances in" in done.output and "Lower --threshold" in done.output
+    assert "0 instances in" in done.output
+    assert "Lower --threshold" in done.output
     again = run(model, few, "-o", tmp_path / "out", "--threshold", 1)
     assert "Lower --threshold" not in again.output  # it has predicted nothing
 

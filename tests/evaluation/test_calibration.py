@@ -1,5 +1,6 @@
 """Score thresholds against brute force, and promises by simulations whose true recall and precision are known."""
 
+import dataclasses
 import json
 import math
 
@@ -178,8 +179,10 @@ def test_with_too_few_objects_the_class_is_named_and_has_the_threshold_of_f1(eva
     of_f1, promised = calibrate_evaluation(evaluator), calibrate_evaluation(evaluator, recall=0.9)
     assert promised.classes["car"].problem == "too few objects of class car to promise it"
     assert promised.classes["car"].threshold == of_f1.classes["car"].threshold
-    assert "for each class, with 95 % confidence, on average over images at least 90 % of its objects" in promised.note
-    assert "nothing is promised, and F1 is highest, for building, tree, car" in promised.note
+    assert promised.note.startswith("highest F1, because the recall cannot be promised for any class; calibrated on 6")
+    some = dataclasses.replace(promised, classes=promised.classes | {"car": of_f1.classes["car"]})
+    assert "for each class, with 95 % confidence, on average over images at least 90 % of its objects" in some.note
+    assert "nothing is promised, and F1 is highest, for building, tree" in some.note
     low = calibrate_evaluation(evaluator, recall=0.5, confidence=0.6).classes["car"]
     assert (low.problem, low.threshold > of_f1.classes["car"].threshold) == ("", True)
 

@@ -109,7 +109,7 @@ def test_a_metric_that_is_not_evaluated_is_refused_before_the_first_step(tmp_pat
 def test_compute_metrics_and_plain_arguments_are_refused(tmp_path):
     with pytest.raises(ValueError, match="compute_metrics"):
         build_trainer(tmp_path, trainer={"compute_metrics": lambda evaluation: {}})
-    with pytest.raises(ValueError, match="must be RfDetrTrainingArguments, got TrainingArguments. Replace"):
+    with pytest.raises(ValueError, match=r"must be RfDetrTrainingArguments, got TrainingArguments\. Replace"):
         RfDetrTrainer(small_model(), TrainingArguments(str(tmp_path)))
 
 

@@ -1,6 +1,7 @@
 """`transformers-rfdetr audit`: which labels of a dataset are probably wrong."""
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -58,11 +59,21 @@ _Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="A setting of `train` for --folds. May be repeated."),
 ]
+
+
+class _MarkedFormat(StrEnum):
+    """The formats that have a place for the mark of a suspect."""
+
+    COCO = Format.COCO
+    LABELME = Format.LABELME
+    CVAT = Format.CVAT
+    LABEL_STUDIO = Format.LABEL_STUDIO
+
+
 _SaveAs = Annotated[
-    Format | None,
+    _MarkedFormat | None,
     typer.Option(
-        help="Write the dataset with the suspects marked to OUTPUT/FORMAT, for an annotation program: coco, labelme,"
-        " cvat or label-studio. Default: off."
+        help="Write the dataset with the suspects marked to OUTPUT/FORMAT, for an annotation program. Default: off."
     ),
 ]
 _MinEvidence = Annotated[float, typer.Option(min=0, max=1, help="Evidence from which a label is a suspect.")]
@@ -103,8 +114,6 @@ def audit(
     splits = load_instance_dataset(data, image_folder=image_folder).ignore_classes(ignore_class or [])
     split = canonical_split_name(split)
     dataset = choose_split(splits, split, data)
-    if save_as in (Format.YOLO, Format.HUB):
-        raise ValueError(f"--save-as must be coco, labelme, cvat or label-studio, got {save_as}, which has no marks.")
     if save_as is not None and (output / save_as).exists():
         raise ValueError(f"{output / save_as} must not exist. Delete it, or pass another --output.")
     if folds is None:
@@ -142,7 +151,7 @@ def _summary(suspects: "list[Suspect]", dataset: "InstanceDataset") -> str:
 
 def _save_as(
     folder: Path,
-    format: Format,
+    format: _MarkedFormat,
     dataset: "InstanceDataset",
     split: str,
     images: "list[AuditedImage]",

@@ -386,8 +386,8 @@ class _ShortProgress(ProgressCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and state.max_steps < _FEW_STEPS:
             typer.echo(
-                f"This run has {state.max_steps} optimizer steps, but a fine-tuning needs a few hundred. Raise --epochs, or"
-                " lower --batch-size."
+                f"This run has {state.max_steps} optimizer steps, but a fine-tuning needs a few hundred. Raise"
+                " --epochs, or lower --batch-size."
             )
         super().on_train_begin(args, state, control, **kwargs)
 

@@ -93,7 +93,8 @@ def load_instance_dataset(
     """Load annotated images in any of the usual formats, with one label map for all splits.
 
     Labels are 0 to N - 1 in the order of the category ids; `print` the result for a table of them. Splits are called
-    "train", "validation" and "test" if they have a usual name, such as "val2017". The guide "Your data" shows the formats.
+    "train", "validation" and "test" if they have a usual name, such as "val2017". The guide "Your data" shows the
+    formats.
 
     Example:
         >>> import tempfile

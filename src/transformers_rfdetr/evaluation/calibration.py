@@ -158,11 +158,14 @@ class Calibration:
         if self.goal == "F1":
             return f"highest F1, {source}"
         unit = "objects are found" if self.goal == "recall" else "detections match an object"
+        known = {name: one for name, one in self.classes.items() if one.threshold is not None}
+        without = [name for name, one in known.items() if one.problem]
+        if len(without) == len(known):
+            return f"highest F1, because the {self.goal} cannot be promised for any class; {source}"
         text = (
             f"for each class, with {100 * self.confidence:g} % confidence, on average over images at least"
             f" {100 * self.target:g} % of its {unit}; {source}"
         )
-        without = [name for name, one in self.classes.items() if one.problem and one.threshold is not None]
         return f"{text}; nothing is promised, and F1 is highest, for {', '.join(without)}" if without else text
 
     def to_dict(self) -> dict[str, Any]:

@@ -387,8 +387,8 @@ def _checked_arguments(
     args = RfDetrTrainingArguments("runs") if args is None else args
     if not isinstance(args, RfDetrTrainingArguments):
         raise ValueError(
-            f"`args` must be RfDetrTrainingArguments, got {type(args).__name__}. Replace the name of the class: it accepts"
-            " all of TrainingArguments."
+            f"`args` must be RfDetrTrainingArguments, got {type(args).__name__}. Replace the name of the class: it"
+            " accepts all of TrainingArguments."
         )
     if args.n_gpu > 1:
         raise ValueError(
