@@ -430,11 +430,12 @@ def test_an_openvino_file_is_compared_too(plain, write, tmp_path):
         ("onnx", "onnxscript", r'pip install "transformers-rfdetr\[export\]"'),
         ("onnx", "onnxruntime", r'pip install "transformers-rfdetr\[export\]"'),
         ("openvino", "openvino", "pip install openvino"),
+        ("executorch", "executorch", r'pip install "transformers-rfdetr\[executorch\]"'),
     ],
 )
 def test_a_missing_package_is_named_with_its_command(monkeypatch, tmp_path, format, package, command):
     monkeypatch.setitem(sys.modules, package, None)
-    path = tmp_path / ("model.onnx" if format == "onnx" else "model.xml")
+    path = tmp_path / f"model{export_module._SUFFIXES[format]}"
     with pytest.raises(ImportError, match=f"the package {package}, .*{command}"):
         export(RfDetrForObjectDetection(small_config(**SMALL)), path, format=format)
 
@@ -444,9 +445,13 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch, tmp_path, form
     [
         ({"output": "model.pth"}, "`output` .*model.pth"),
         ({"output": "model.onnx", "format": "openvino"}, "`output` .*model.onnx"),
-        ({"format": "tflite"}, "`format` .*onnx or openvino, got 'tflite'"),
+        ({"format": "tflite"}, "`format` .*onnx or openvino or executorch, got 'tflite'"),
         ({"resolution": 50}, "`resolution`.*24.*50"),
         ({"dtype": "bfloat16"}, "`dtype` .*float32 or float16, got 'bfloat16'"),
+        (
+            {"output": "model.pte", "format": "executorch", "dtype": "float16"},
+            "`dtype` must be float32 for format executorch, got 'float16'",
+        ),
         ({"batch_size": 0}, "`batch_size` .*got 0"),
         ({"top_k": 3}, "`top_k` requires `post_process`"),
         ({"top_k": 13, "post_process": True}, "`top_k` .*12.*got 13"),
@@ -474,3 +479,12 @@ def test_a_full_size_model_exports(tmp_path, dtype):
     assert max(done.differences.values()) > 0
     assert done.path.stat().st_size < {"float32": 125e6, "float16": 64e6}[dtype]
     assert run(done.path, pixels(3, 312, 312))["masks"].shape == (3, 100, 78, 78)
+
+
+def test_the_command_does_not_quantize_an_executorch_file(tmp_path):
+    options = ["--quantize", "int8", "--calibration", str(tmp_path)]
+    app = typer.Typer()
+    app.command()(export_command)
+    result = CliRunner().invoke(app, ["rf-detr-seg-tiny", str(tmp_path / "model.pte"), *options])
+    assert result.exit_code == 2
+    assert "--quantize requires OUTPUT to be a file .onnx or .xml, got" in result.output

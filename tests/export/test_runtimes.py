@@ -101,12 +101,18 @@ def test_a_copy_for_inference_finds_the_same(scenes, precision, compiled):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["float32.onnx", "float16.onnx", "float32.xml", "int8.onnx", "int8.xml"])
+@pytest.mark.parametrize(
+    "name", ["float32.onnx", "float16.onnx", "float32.xml", "float32.pte", "int8.onnx", "int8.xml"]
+)
 def test_a_file_finds_the_same(scenes, folder, name):
     images, data, expected = scenes
     precision, _, suffix = name.partition(".")
     if suffix == "xml":
         pytest.importorskip("openvino")
+    if suffix == "pte":
+        pytest.importorskip("executorch")
+        model, processor = load("rf-detr-seg-tiny")
+        export(model, folder / name, format="executorch", processor=processor)
     if precision == "int8":
         pytest.importorskip("nncf")
         _, others = drawn(32, FIRST_SEED - 500_000)

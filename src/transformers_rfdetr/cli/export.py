@@ -1,4 +1,4 @@
-"""`transformers-rfdetr export`: export a model to ONNX or OpenVINO and compare it with PyTorch."""
+"""`transformers-rfdetr export`: export a model to ONNX, OpenVINO or ExecuTorch and compare it with PyTorch."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +21,9 @@ transformers-rfdetr export my-model my-model-int8.onnx --quantize int8 --calibra
 """
 
 
-FormatOption = Annotated[str | None, typer.Option(help="onnx or openvino. Default: by the suffix of OUTPUT.")]
+FormatOption = Annotated[
+    str | None, typer.Option(help="onnx, openvino or executorch. Default: by the suffix of OUTPUT.")
+]
 PostProcessOption = Annotated[
     bool,
     typer.Option(
@@ -65,13 +67,15 @@ NumImagesOption = Annotated[
 @one_line_errors
 def export(
     model: ModelArgument,
-    output: Annotated[Path, typer.Argument(help="The new file: .onnx, or .xml for OpenVINO.")],
+    output: Annotated[Path, typer.Argument(help="The new file: .onnx, .xml for OpenVINO, or .pte for ExecuTorch.")],
     format: FormatOption = None,
     resolution: ResolutionOption = None,
     post_process: PostProcessOption = False,
     top_k: TopKOption = None,
-    dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
-    batch_size: Annotated[int | None, typer.Option(help="Fixed batch size. Default: any batch size.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or float16; for ExecuTorch float32.")] = "float32",
+    batch_size: Annotated[
+        int | None, typer.Option(help="Fixed batch size. Default: any batch size; for ExecuTorch 1.")
+    ] = None,
     image: ImageOption = None,
     quantize: QuantizeOption = None,
     calibration: CalibrationOption = None,
@@ -79,7 +83,7 @@ def export(
     max_drop: MaxDropOption = 0.01,
     num_images: NumImagesOption = 300,
 ) -> None:
-    """Export a model to ONNX or OpenVINO; the file is kept only if its outputs agree with PyTorch."""
+    """Export a model to ONNX, OpenVINO or ExecuTorch; the file is kept only if its outputs agree with PyTorch."""
     from ..export import export as export_model
     from ..hub.load import load
 
@@ -90,7 +94,7 @@ def export(
         raise ValueError("--calibration requires --quantize int8. Add it.")
     loaded, processor = load(model)
     settings: dict[str, Any] = {
-        "format": format or ("openvino" if output.suffix == ".xml" else "onnx"),
+        "format": format or {".xml": "openvino", ".pte": "executorch"}.get(output.suffix, "onnx"),
         "resolution": None if resolution is None else read_size("--resolution", resolution),
         "post_process": post_process,
         "top_k": top_k,
@@ -101,7 +105,8 @@ def export(
     }
     with TemporaryDirectory() as folder:
         done = export_model(loaded, output if data is None else Path(folder, output.name), **settings)
-        batch = "any batch size" if batch_size is None else f"batches of {batch_size}"
+        fixed = batch_size or (1 if output.suffix == ".pte" else None)
+        batch = "any batch size" if fixed is None else f"batches of {fixed}"
         name = "float32" if data is not None else str(done.path)
         typer.echo(f"{name}: {_size(done.path) / 1e6:.1f} MB, {dtype}, {batch}")
         listed = ", ".join(f"{name} {value:.1e}" for name, value in done.differences.items())
@@ -119,6 +124,7 @@ def _read_calibration(
 ) -> Mapping[str, Any]:
     """Return the splits of the calibration data, before the export takes its time."""
     from ..data.load import load_instance_dataset
+    from ..export.quantization import SUFFIXES
 
     if quantize != "int8":
         raise ValueError(f"--quantize must be int8, got {quantize}. For half precision use --dtype float16.")
@@ -126,6 +132,8 @@ def _read_calibration(
         raise ValueError("--quantize requires --calibration, annotated images on which AP is measured. Add it.")
     if dtype != "float32":
         raise ValueError(f"--quantize requires --dtype float32, got {dtype}. Omit --dtype.")
+    if output.suffix not in SUFFIXES:
+        raise ValueError(f"--quantize requires OUTPUT to be a file {' or '.join(SUFFIXES)}, got {output}. Rename it.")
     if output.exists():
         raise ValueError(f"OUTPUT must be new, got {output}. Give another name, or remove the file.")
     return load_instance_dataset(calibration, image_folder=image_folder)

@@ -34,7 +34,7 @@ _MODELS = (
     "A folder, a Hub id, a published name such as rf-detr-seg-medium, or rf-detr-seg-tiny, which is in the package"
 )
 ModelArgument = Annotated[str, typer.Argument(help=f"{_MODELS}.")]
-AnyModelArgument = Annotated[str, typer.Argument(help=f"{_MODELS}; or an exported file, .onnx or .xml.")]
+AnyModelArgument = Annotated[str, typer.Argument(help=f"{_MODELS}; or an exported file, .onnx, .xml or .pte.")]
 ModelOption = Annotated[str, typer.Option(help=f"{_MODELS}.")]
 DataArgument = Annotated[
     str,

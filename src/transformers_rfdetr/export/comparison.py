@@ -70,6 +70,19 @@ def run_openvino(path: Path) -> Runner:
     return run
 
 
+def run_executorch(path: Path, num_outputs: int) -> Runner:
+    """Return a function that runs an ExecuTorch file, whose outputs after `num_outputs` are the selected indices."""
+    from executorch.runtime import Runtime
+
+    method = Runtime.get().load_program(path).load_method("forward")
+
+    def run(pixels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        found = method.execute([pixels])
+        return found[:num_outputs], found[num_outputs:]
+
+    return run
+
+
 def find_differences(run: Runner, expected: ExportedModel, batches: Sequence[Tensor]) -> dict[str, float]:
     """Return the largest difference of each output from PyTorch, and of the logits that the top-k selected (`ranking`).
 
@@ -96,7 +109,10 @@ def check_differences(differences: Mapping[str, float], limits: Mapping[str, flo
     wrong = [name for name, value in differences.items() if value > limits[name]]
     if wrong:
         listed = ", ".join(f"{name} by {differences[name]:.2g} (at most {limits[name]:.2g})" for name in wrong)
-        remedy = {"float16": "Export in float32", "float32": "Try other versions of torch, onnxscript and onnxruntime"}
+        remedy = {
+            "float16": "Export in float32",
+            "float32": "Try other versions of torch and of the packages of that runtime",
+        }
         raise ValueError(
             f"the outputs of {runtime} in {dtype} must agree with PyTorch in float32, got differences: {listed}. No"
             f" file was kept. {remedy[dtype]}, or allow larger differences with `tolerance`."

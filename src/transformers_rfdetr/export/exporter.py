@@ -1,4 +1,4 @@
-"""Export a model to ONNX or OpenVINO, and keep the file only if its outputs agree with PyTorch.
+"""Export a model to ONNX, OpenVINO or ExecuTorch, and keep the file only if its outputs agree with PyTorch.
 
 The file takes `pixel_values` (B, 3, height, width) float32, normalized. Its outputs are float32:
 * `boxes` (B, Q, 4), (cx, cy, w, h) as fractions of the image; `logits` (B, Q, C), -1e4 for rows of the head that are
@@ -32,10 +32,27 @@ from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from ..model.modeling_rf_detr import RfDetrForObjectDetection
 from ..model.validation import as_pair, check_resolution, is_index, read_size, require
 from ..model.variants_rf_detr import class_labels
-from .comparison import TOLERANCES, Runner, check_differences, find_differences, run_onnx, run_openvino, run_torch
+from .comparison import (
+    TOLERANCES,
+    Runner,
+    check_differences,
+    find_differences,
+    run_executorch,
+    run_onnx,
+    run_openvino,
+    run_torch,
+)
+from .executorch_file import write_executorch
 from .exported_model import ExportedModel, prepare_for_export, write_onnx, write_openvino
 
-_SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
+_SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "executorch": ".pte"}
+# Which package installs what writes and runs a file.
+_ONNX_COMMANDS = dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), 'pip install "transformers-rfdetr[export]"')
+_COMMANDS = {
+    "onnx": _ONNX_COMMANDS,
+    "openvino": {**_ONNX_COMMANDS, "openvino": "pip install openvino"},
+    "executorch": {"executorch": 'pip install "transformers-rfdetr[executorch]"'},
+}
 
 
 class Export(NamedTuple):
@@ -64,7 +81,7 @@ def export(
     processor: RfDetrImageProcessor | None = None,
     tolerance: Mapping[str, float] | None = None,
 ) -> Export:
-    """Export a model for onnxruntime, TensorRT or OpenVINO, and compare the file with PyTorch on images.
+    """Export a model for onnxruntime, TensorRT, OpenVINO or ExecuTorch, and compare the file with PyTorch on images.
 
     The docstring of this module describes inputs, outputs and metadata of the file.
 
@@ -74,14 +91,15 @@ def export(
 
     Args:
         model: A detection or segmentation model. It is not changed.
-        output: The new file: `.onnx`, or `.xml` with the weights in a `.bin` beside it.
-        format: "onnx", or "openvino", which is converted from ONNX.
+        output: The new file: `.onnx`, `.xml` with the weights in a `.bin` beside it, or `.pte`.
+        format: "onnx"; "openvino", which is converted from ONNX; or "executorch", in float32 and with XNNPACK, which
+            takes minutes.
         resolution: Size of the input in pixels, an integer or (height, width); the configuration's by default.
         post_process: Whether the file selects the best pairs of query and class.
         top_k: Number K of pairs that `post_process` selects; Q by default.
         dtype: "float32", or "float16" for weights and activations. Prediction heads, references and their sine
             embedding, sampling points and sampled values stay float32, and layer norms accumulate in float32.
-        batch_size: Fixed batch size B; by default the file accepts any.
+        batch_size: Fixed batch size B; by default the file accepts any, for ExecuTorch 1.
         images: Images for the comparison, in any form that the processor takes; drawn scenes by default.
         processor: The image processor of the model; one from its configuration by default.
         tolerance: Largest differences of `boxes`, `logits` and `masks` instead of `TOLERANCES`.
@@ -92,6 +110,7 @@ def export(
     """
     output, dtype = Path(output), str(dtype).removeprefix("torch.")
     limits = _check_arguments(model, output, format, dtype, batch_size, tolerance)
+    batch_size = 1 if format == "executorch" and batch_size is None else batch_size
     size, top_k = _read_resolution(model, resolution), _read_top_k(model, top_k, post_process)
     processor = copy.deepcopy(processor or RfDetrImageProcessor.from_config(model.config))
     processor.do_resize, processor.do_pad = True, False
@@ -101,7 +120,7 @@ def export(
     reference.config._attn_implementation = "sdpa"
     expected = ExportedModel(reference, post_process, top_k).eval()
     exported = ExportedModel(prepare_for_export(reference, size, dtype), post_process, top_k).eval()
-    metadata = _metadata(model, processor, expected.names, size, dtype)
+    metadata = _metadata(model, processor, expected.names, size, dtype, format)
     with new_files(output) as path, torch.no_grad():
         rounded: dict[str, float] = {}
         if dtype == "float16":
@@ -128,6 +147,8 @@ def _check_arguments(
     for path in {output, output.with_suffix(".bin")} if format == "openvino" else {output}:
         require(not path.exists(), "output", str(path), "new", "Give another name, or remove the file.")
     require(dtype in TOLERANCES, "dtype", dtype, " or ".join(TOLERANCES))
+    is_possible = format != "executorch" or dtype == "float32"
+    require(is_possible, "dtype", dtype, "float32 for format executorch", "Omit it, or export to ONNX.")
     is_valid = batch_size is None or (is_index(batch_size) and batch_size > 0)
     require(is_valid, "batch_size", batch_size, "an integer of at least 1, or None for any")
     limits = TOLERANCES[dtype]
@@ -156,10 +177,7 @@ def _read_top_k(model: RfDetrForObjectDetection, top_k: int | None, post_process
 
 
 def _require_packages(format: str) -> None:
-    commands = dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), 'pip install "transformers-rfdetr[export]"')
-    if format == "openvino":
-        commands["openvino"] = "pip install openvino"
-    for name, command in commands.items():
+    for name, command in _COMMANDS[format].items():
         if find_spec(name) is None:
             raise ImportError(f"format {format} requires the package {name}, which is not installed. Run: {command}")
 
@@ -186,7 +204,9 @@ def _metadata(
     names: Sequence[str],
     size: tuple[int, int],
     dtype: str,
+    format: str,
 ) -> dict[str, str]:
+    exporter = "executorch" if format == "executorch" else "onnxscript"
     values = {
         "task": "instance-segmentation" if "masks" in names else "object-detection",
         "model": type(model).__name__,
@@ -202,7 +222,7 @@ def _metadata(
         # Without the name of the checkpoint, which may be a folder of this machine.
         "config": model.config.to_dict() | {"resolution": size, "_name_or_path": ""},
         "processor": processor.to_dict(),
-        "versions": {name: version(name) for name in ("transformers-rfdetr", "transformers", "torch", "onnxscript")},
+        "versions": {name: version(name) for name in ("transformers-rfdetr", "transformers", "torch", exporter)},
     }
     return {name: json.dumps(value) for name, value in values.items()}
 
@@ -225,6 +245,9 @@ def _write(
     if format == "onnx":
         write_onnx(module, example, is_dynamic, metadata, path)
         return run_onnx(path)
+    if format == "executorch":
+        write_executorch(module, example, metadata, path)
+        return run_executorch(path, len(module.names))
     onnx_path = path.with_suffix(".onnx")
     write_onnx(module, example, is_dynamic, metadata, onnx_path)
     write_openvino(onnx_path, path, metadata)

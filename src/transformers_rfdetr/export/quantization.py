@@ -28,13 +28,14 @@ from torch.utils.data import Subset
 
 from ..evaluation.evaluation_loop import evaluate_dataset
 from ..inference.benchmark import measure
-from ..inference.runners import RUNTIMES, RuntimeModel, load_exported, run_openvino
+from ..inference.runners import RuntimeModel, load_exported, run_openvino
 from ..model.image_io import decode_image
 from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from ..model.validation import is_index, is_number, require
 from .exported_model import set_openvino_metadata
 from .exporter import new_files
 
+SUFFIXES = (".onnx", ".xml")
 _RUNS = 10  # of a measurement of the latency
 # Images on which AP is measured without each group of layers. There are about 100 groups.
 _RANKING_IMAGES = 32
@@ -110,7 +111,7 @@ def quantize(
 
 
 def _check_arguments(path: Path, output: Path, max_drop: float, num_images: int) -> None:
-    require(path.suffix in RUNTIMES, "path", path.name, "a file " + " or ".join(RUNTIMES))
+    require(path.suffix in SUFFIXES, "path", path.name, "a file " + " or ".join(SUFFIXES))
     require(output.suffix == path.suffix, "output", output.name, f"a file {path.suffix}, as `path`")
     for file in {output, output.with_suffix(".bin")} if output.suffix == ".xml" else {output}:
         require(not file.exists(), "output", str(file), "new", "Give another name, or remove the file.")

@@ -38,7 +38,7 @@ def load(
 
     Args:
         name: A folder, a Hub id, a published checkpoint in any usual spelling (rf-detr-seg-medium, RFDETRSegMedium),
-            rf-detr-seg-tiny, which is in the package, or an exported file, .onnx or .xml.
+            rf-detr-seg-tiny, which is in the package, or an exported file, .onnx, .xml or .pte.
         device: Device of the model: "cpu", "cuda", "cuda:1", "mps", or "auto" for the first GPU, else the CPU. The CPU
             by default. An .xml file also runs on OpenVINO's devices, such as "gpu".
         dtype: Data type of the weights; float32 by default.

@@ -1,12 +1,14 @@
-"""Run exported models, .onnx in onnxruntime and .xml in OpenVINO, with the interface of the plain model.
+"""Run exported files with the interface of the plain model: .onnx in onnxruntime, .xml in OpenVINO, .pte in ExecuTorch.
 
 Axis letters: B images, N queries or pairs of query and class, C classes, h w mask grid.
 """
 
 import copy
+import gc
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +24,7 @@ from ..model.predictions_rf_detr import StagePrediction
 from ..model.validation import error_context, require
 from .fixed_size import FixedSizeModel
 
-RUNTIMES = {".onnx": "onnxruntime", ".xml": "openvino"}  # the package that runs a file
+RUNTIMES = {".onnx": "onnxruntime", ".xml": "openvino", ".pte": "executorch"}  # the package that runs a file
 _REMEDY = "Export the model with `transformers-rfdetr export`."
 
 
@@ -51,7 +53,7 @@ class ModelFile(NamedTuple):
 
 
 class RuntimeModel(FixedSizeModel):
-    """An exported model that onnxruntime or OpenVINO runs, loaded by [`load`] and called like the plain one.
+    """An exported model that a runtime of [`RUNTIMES`] runs, loaded by [`load`] and called like the plain one.
 
     Attributes:
         metadata: The metadata of the file; see [`export`].
@@ -115,11 +117,12 @@ def load_exported(
         runtime = RUNTIMES[path.suffix]
         if find_spec(runtime) is None:
             raise ImportError(f"{path.suffix} files require {runtime}, which is not installed: pip install {runtime}")
-        if runtime == "openvino":
-            require(providers is None, "providers", providers, "None for OpenVINO", "Use `device`.")
-            file = _open_openvino(path, str(device or "cpu"), threads)
-        else:
+        if runtime == "onnxruntime":
             file = _open_onnx(path, str(device or "cpu"), providers, threads)
+        else:
+            require(providers is None, "providers", providers, f"None for {runtime}", "Use `device`.")
+            open_file = _open_openvino if runtime == "openvino" else _open_executorch
+            file = open_file(path, str(device or "cpu"), threads)
         config, processor = _read_metadata(file)
     return RuntimeModel(path, file, config), processor
 
@@ -220,3 +223,54 @@ def _open_openvino(path: Path, device: str, threads: int | None) -> ModelFile:
 def run_openvino(compiled: Any, pixel_values: Tensor) -> list[Tensor]:
     """Return the outputs of an `openvino.CompiledModel` for pixels (B, 3, height, width)."""
     return [torch.from_numpy(array) for array in compiled(pixel_values.numpy()).to_tuple()]
+
+
+def _open_executorch(path: Path, device: str, threads: int | None) -> ModelFile:
+    from executorch.runtime import Runtime
+
+    require(device in ("cpu", "auto"), "device", device, "cpu or auto for ExecuTorch")
+    _set_executorch_threads(threads)
+    try:
+        program = Runtime.get().load_program(path)
+        method = program.load_method("forward")
+        shapes = [
+            list(method.metadata.input_tensor_meta(index).sizes()) for index in range(method.metadata.num_inputs())
+        ]
+    except (RuntimeError, IndexError, KeyError) as error:  # IndexError of an input that is not a tensor
+        raise ValueError(f"ExecuTorch cannot read the file: {error}. {_REMEDY}") from error
+    _EXECUTORCH_METHODS.add(method)
+    metadata, names = _executorch_metadata(program)
+    # A file does not name its inputs and outputs, and outputs follow that are for its comparison with PyTorch only.
+    inputs = {"pixel_values": shapes[0]} if len(shapes) == 1 else {f"input {i}": one for i, one in enumerate(shapes)}
+    outputs = names[: method.metadata.num_outputs()]
+    return ModelFile(
+        lambda pixels: method.execute([pixels.contiguous()])[: len(outputs)], metadata, inputs, outputs, "executorch"
+    )
+
+
+def _executorch_metadata(program: Any) -> tuple[dict[str, str], list[str]]:
+    """Return the metadata of an `executorch.runtime.Program` and the names of its outputs, empty if it has none."""
+    try:
+        [text] = program.load_method("metadata").execute([])
+        metadata = json.loads(text)
+        return metadata, list(json.loads(metadata["outputs"]))
+    except (RuntimeError, KeyError, ValueError, TypeError):
+        return {}, []
+
+
+# The open ones keep a pointer to the pool of threads, which is one for the process.
+_EXECUTORCH_METHODS: weakref.WeakSet = weakref.WeakSet()
+
+
+def _set_executorch_threads(threads: int | None) -> None:
+    import executorch.extension.pybindings.portable_lib as executorch
+
+    now = executorch._threadpool_get_thread_count()
+    if threads in (None, now):
+        return
+    gc.collect()  # of those that an exception keeps
+    if _EXECUTORCH_METHODS:
+        raise ValueError(
+            f"`threads` must be {now}, as for the .pte files that are open, got {threads}. Delete their models first."
+        )
+    executorch._unsafe_reset_threadpool(threads)
