@@ -131,7 +131,6 @@ def test_the_progress_shows_the_losses_and_the_ap_of_an_evaluation_only(data, ch
     options = settings(*QUICK[:-1], "max_steps=1", "disable_tqdm=false")
     done = run("train", data, "--model", checkpoint, "--output", tmp_path / "run", "--device", "cpu", *options)
     assert done.exit_code == 0, done.output
-    assert "This run has 1 optimizer steps, but a fine-tuning needs a few hundred. Raise --epochs" in done.output
     [line] = [line for line in done.output.splitlines() if "eval_loss" in line]
     assert set(re.findall(r"'(\w[\w/]*)': ", line)) == {
         *("eval_loss", "eval_segm_AP", "eval_segm_AP50", "eval_bbox_AP", "eval_bbox_AP50", "eval_mean_iou", "epoch")

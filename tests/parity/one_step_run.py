@@ -48,8 +48,9 @@ def write_dataset(folder: Path) -> None:
         photos, coco = draw_dataset(count, first_seed=seed, classes=["building"])
         for annotation in coco["annotations"]:
             annotation["category_id"] = 1 + annotation["id"] % len(CLASSES)
-        coco["categories"] = categories
-        save_dataset(folder / split, photos, coco)
+        path = save_dataset(folder / split, photos, coco | {"categories": categories})
+        content = json.loads(path.read_text())  # without supercategories
+        path.write_text(json.dumps(content | {"categories": categories}))
 
 
 def fine_tune(folder: Path | str) -> None:

@@ -1,15 +1,19 @@
 """Arguments and datasets: what is refused before the first step, and what the user is told."""
 
+from types import SimpleNamespace
+
 import datasets
 import pytest
 import torch
 import torch.distributed
 from torch.utils.data import ConcatDataset, Subset
-from transformers import TrainingArguments
+from transformers import ProgressCallback, TrainerState, TrainingArguments
 
 from transformers_rfdetr import RfDetrConfig, RfDetrForObjectDetection, analyse
 from transformers_rfdetr.data.dataset import InstanceDataset, InstanceDatasets
 from transformers_rfdetr.data.synthetic import draw_dataset
+from transformers_rfdetr.training import callbacks
+from transformers_rfdetr.training.callbacks import ShortProgress, TrainingEvents
 from transformers_rfdetr.training.optimization import parameter_groups
 from transformers_rfdetr.training.trainer import RfDetrTrainer, RfDetrTrainingArguments
 
@@ -111,6 +115,25 @@ def test_compute_metrics_and_plain_arguments_are_refused(tmp_path):
         build_trainer(tmp_path, trainer={"compute_metrics": lambda evaluation: {}})
     with pytest.raises(ValueError, match=r"must be RfDetrTrainingArguments, got TrainingArguments\. Replace"):
         RfDetrTrainer(small_model(), TrainingArguments(str(tmp_path)))
+
+
+def test_a_training_of_few_optimizer_steps_is_a_warning(monkeypatch):
+    warnings: list[str] = []
+    monkeypatch.setattr(callbacks.logger, "warning", warnings.append)
+    events = TrainingEvents(SimpleNamespace(begin_training=lambda: None))
+    for steps, is_first in ((99, True), (100, True), (1, False)):
+        events.on_train_begin(None, TrainerState(max_steps=steps, is_world_process_zero=is_first), None)
+    [warning] = warnings
+    assert warning.startswith("This run has 99 optimizer steps, but a fine-tuning needs a few hundred. Raise num_train")
+
+
+def test_a_progress_of_the_user_is_kept(tmp_path):
+    class Progress(ProgressCallback):
+        pass
+
+    trainer = build_trainer(tmp_path, {"callbacks": [Progress()]}, disable_tqdm=False)
+    found = [type(one) for one in trainer.callback_handler.callbacks if isinstance(one, ProgressCallback)]
+    assert found == [Progress, ShortProgress]
 
 
 def test_other_classes_than_the_models_are_refused_and_classes_without_names_are_named(tmp_path):

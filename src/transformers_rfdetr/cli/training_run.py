@@ -15,7 +15,7 @@ import torch
 import transformers
 import typer
 import yaml
-from transformers import ProgressCallback, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 from .. import __version__
 from ..atomic_files import make_directory, write_text
@@ -58,10 +58,6 @@ _FREE = {
     *("private", "log_level", "save_total_limit", "per_device_eval_batch_size", "dataloader_num_workers"),
     *("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_pin_memory"),
 }
-# Optimizer steps below which a fine-tuning is too short: the demo's AP50 is 0.31 after 60 steps and 0.87 after 150.
-_FEW_STEPS = 100
-# Metrics of an evaluation that the progress of a training shows.
-_SHOWN = ("_loss", "segm_AP", "segm_AP50", "bbox_AP", "bbox_AP50", "mean_iou")
 _TYPE_NAMES = {
     bool: "true or false",
     int: "an integer",
@@ -253,8 +249,6 @@ def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
         augmentation=recipe.get("augmentation", "default"),
         callbacks=[_RecipeWriter(_to_yaml(recipe))],
     )
-    if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(_ShortProgress())
     if is_first:
         _prepare_folder(output, recipe, resume)
         typer.echo(f"Resuming from {checkpoint}" if checkpoint else f"Starting a new run in {output}")
@@ -378,22 +372,6 @@ def _prepare_folder(output: Path, recipe: Mapping[str, Any], resume: bool) -> No
 def _versions() -> dict[str, str]:
     versions = {"transformers_rfdetr": __version__, "transformers": transformers.__version__}
     return versions | {"torch": str(torch.__version__)}
-
-
-class _ShortProgress(ProgressCallback):
-    """Say if a training is short, and show the metrics that are read during one; trainer_state.json has all of them."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and state.max_steps < _FEW_STEPS:
-            typer.echo(
-                f"This run has {state.max_steps} optimizer steps, but a fine-tuning needs a few hundred. Raise"
-                " --epochs, or lower --batch-size."
-            )
-        super().on_train_begin(args, state, control, **kwargs)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        shown = {name: value for name, value in logs.items() if name.endswith(_SHOWN) or not name.startswith("eval_")}
-        super().on_log(args, state, control, logs=shown, **kwargs)
 
 
 class _RecipeWriter(TrainerCallback):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.utils import logging
 
@@ -25,7 +26,7 @@ from ..data.streams import InstanceStream, PreparedStream, collate_unless_skippe
 from ..evaluation.coco_summary import metric_names
 from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from .arguments import RfDetrTrainingArguments, best_key, note_on_metrics
-from .callbacks import BestMetricStopping, TrainingEvents
+from .callbacks import BestMetricStopping, ShortProgress, TrainingEvents
 from .checkpoints import BestModels
 from .data_setup import check_evaluated_objects, check_splits, check_training_objects, match_classes, unprepared
 from .distributed import start_sum
@@ -118,6 +119,10 @@ class RfDetrTrainer(UploadingTrainer):
         )
         self._set_up_model_and_data()
         self.reset_losses()
+        for callback in list(self.callback_handler.callbacks):
+            if type(callback) is ProgressCallback:  # not a subclass, which the user passed
+                self.remove_callback(callback)
+                self.add_callback(ShortProgress)
         self.add_callback(TrainingEvents(self))
         self.add_callback(FollowEpoch)
         if args.early_stopping:
