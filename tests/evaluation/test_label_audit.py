@@ -168,6 +168,7 @@ def test_rows_have_the_file_the_ids_the_box_and_the_detected_mask():
     assert (sloppy["image_id"], sloppy["annotation_id"], sloppy["iou"]) == (41, 905, 0.5)
     assert sloppy["segmentation"] == segmentation(60, 0, 80, 10)
     assert (wrong["class"], wrong["suggestion"], wrong["annotation_id"]) == ("pool", "house", 901)
+    assert (wrong["iou"], wrong["usual_iou"]) == (None, None)  # its mask is not suspected
     assert (missing["class"], missing["annotation_id"], missing["bbox"]) == (None, None, [0, 50, 20, 20])
 
 

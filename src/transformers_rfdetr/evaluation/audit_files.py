@@ -29,7 +29,7 @@ def suspect_rows(images: Sequence[AuditedImage], suspects: Sequence[Suspect], da
     """Return the suspects as JSON values, with the file and the ids that the dataset has.
 
     `bbox` is that of the object or of the detection, [x, y, width, height] in pixels. `segmentation` is the RLE of the
-    detection, None if there is none.
+    detection, None if there is none. `iou` and `usual_iou` are None unless the mask is suspected.
     """
     image_ids = dataset.image_ids()
     rows = []
@@ -39,6 +39,7 @@ def suspect_rows(images: Sequence[AuditedImage], suspects: Sequence[Suspect], da
         if suspect.object is not None:
             shown, index = image.objects, suspect.object
         masks = image.detections.masks
+        is_sloppy = suspect.kind == "sloppy mask"
         rows.append(
             {
                 "image": image.name,
@@ -49,8 +50,8 @@ def suspect_rows(images: Sequence[AuditedImage], suspects: Sequence[Suspect], da
                 "class": suspect.class_name,
                 "suggestion": suspect.suggestion,
                 "score": round(suspect.score, 4),
-                "iou": round(suspect.iou, 4),
-                "usual_iou": round(suspect.usual_iou, 4),
+                "iou": round(suspect.iou, 4) if is_sloppy else None,
+                "usual_iou": round(suspect.usual_iou, 4) if is_sloppy else None,
                 "reason": explain(suspect),
                 "bbox": box_xyxy_to_xywh(shown.boxes[[index]].astype(float))[0].round(2).tolist(),
                 "segmentation": None if masks is None or suspect.detection is None else masks[suspect.detection],
