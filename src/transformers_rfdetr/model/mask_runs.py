@@ -101,7 +101,7 @@ def _encode(
 
 
 def _mixed_squares(is_positive: np.ndarray, rows: Axis, columns: Axis) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return mask, row and column (S,) of the squares of four cells with different signs, (N, h, w) bool.
+    """Return mask, row and column (S,) of the squares of four cells with different signs; `is_positive` (N, h, w).
 
     Square (r, c) has the cells of rows r - 1 and r, and of columns c and c + 1. There is background above the first row
     and below the last one; the last column is repeated. Squares of this last column and of the first one of the next

@@ -101,16 +101,23 @@ def matching_costs(
     return costs
 
 
+def finite_costs(costs: Tensor) -> Tensor:
+    """Replace costs that are not finite by one above all others of the same image and stage, the last two dimensions.
+
+    So a broken prediction is matched last and does not stop the solver.
+    """
+    finite = torch.isfinite(costs)
+    largest = costs.abs().where(finite, 0).amax((-2, -1), keepdim=True)
+    return costs.where(finite, 2 * largest + 1)
+
+
 def assign(cost: Tensor, num_groups: int) -> Pairs:
     """Find the cheapest one-to-one pairs in each group (https://doi.org/10.1002/nav.3800020109).
 
-    `cost` (G·Q, T) on the CPU -> query and object indices, (G·min(Q, T),) each, group after group. A cost that is not
-    finite is replaced by one above all others: a broken prediction is matched last and does not stop the solver.
+    `cost` (G·Q, T) on the CPU -> query and object indices, (G·min(Q, T),) each, group after group.
     """
-    finite = torch.isfinite(cost)
-    if not finite.all():
-        largest = cost[finite].abs().max() if finite.any() else cost.new_zeros(())
-        cost = torch.where(finite, cost, 2 * largest + 1)
+    if not torch.isfinite(cost).all():
+        cost = finite_costs(cost)
     num_queries = len(cost) // num_groups
     queries, objects = [], []
     for group, block in enumerate(cost.split(num_queries)):
@@ -134,10 +141,7 @@ def assign_together(costs: Sequence[Tensor], num_groups: int) -> list[Pairs]:
     `costs` (G·Q, T) each, T at least 1 in one of them and at most Q. The others get more objects, which cost 0 with
     every query. The pairs have another order, and are others where the cheapest ones are not unique.
     """
-    padded = pad_sequence([cost.T for cost in costs], batch_first=True)
-    finite = torch.isfinite(padded)
-    largest = padded.abs().where(finite, 0).amax((1, 2), keepdim=True)
-    padded = padded.where(finite, 2 * largest + 1)
+    padded = finite_costs(pad_sequence([cost.T for cost in costs], batch_first=True))
     problems = padded.unflatten(2, (num_groups, -1)).transpose(1, 2)  # (images x stages, G, T, Q)
     queries = batch_linear_assignment(problems.flatten(0, 1)).view(problems.shape[:3])
     queries = queries + problems.shape[3] * torch.arange(num_groups, device=queries.device)[:, None]
