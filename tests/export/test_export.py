@@ -435,7 +435,7 @@ def test_an_openvino_file_is_compared_too(plain, write, tmp_path):
 )
 def test_a_missing_package_is_named_with_its_command(monkeypatch, tmp_path, format, package, command):
     monkeypatch.setitem(sys.modules, package, None)
-    path = tmp_path / f"model{export_module._SUFFIXES[format]}"
+    path = tmp_path / f"model{export_module.SUFFIXES[format]}"
     with pytest.raises(ImportError, match=f"the package {package}, .*{command}"):
         export(RfDetrForObjectDetection(small_config(**SMALL)), path, format=format)
 

@@ -85,6 +85,7 @@ def export(
 ) -> None:
     """Export a model to ONNX, OpenVINO or ExecuTorch; the file is kept only if its outputs agree with PyTorch."""
     from ..export import export as export_model
+    from ..export.exporter import SUFFIXES
     from ..hub.load import load
 
     data = None
@@ -94,7 +95,7 @@ def export(
         raise ValueError("--calibration requires --quantize int8. Add it.")
     loaded, processor = load(model)
     settings: dict[str, Any] = {
-        "format": format or {".xml": "openvino", ".pte": "executorch"}.get(output.suffix, "onnx"),
+        "format": format or {suffix: name for name, suffix in SUFFIXES.items()}.get(output.suffix, "onnx"),
         "resolution": None if resolution is None else read_size("--resolution", resolution),
         "post_process": post_process,
         "top_k": top_k,
@@ -105,8 +106,7 @@ def export(
     }
     with TemporaryDirectory() as folder:
         done = export_model(loaded, output if data is None else Path(folder, output.name), **settings)
-        fixed = batch_size or (1 if output.suffix == ".pte" else None)
-        batch = "any batch size" if fixed is None else f"batches of {fixed}"
+        batch = "any batch size" if done.batch_size is None else f"batches of {done.batch_size}"
         name = "float32" if data is not None else str(done.path)
         typer.echo(f"{name}: {_size(done.path) / 1e6:.1f} MB, {dtype}, {batch}")
         listed = ", ".join(f"{name} {value:.1e}" for name, value in done.differences.items())

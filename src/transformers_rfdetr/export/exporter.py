@@ -45,7 +45,7 @@ from .comparison import (
 from .executorch_file import write_executorch
 from .exported_model import ExportedModel, prepare_for_export, write_onnx, write_openvino
 
-_SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "executorch": ".pte"}
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "executorch": ".pte"}
 # Which package installs what writes and runs a file.
 _ONNX_COMMANDS = dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), 'pip install "transformers-rfdetr[export]"')
 _COMMANDS = {
@@ -60,11 +60,12 @@ class Export(NamedTuple):
 
     Differences are absolute for values up to 1 and relative for larger values. `ranking` compares the logits that the
     top-k of the file selected with those that PyTorch would have selected; see [`find_differences`]. For float16, each
-    difference is the larger one of two: of the file, and of PyTorch in float16.
+    difference is the larger one of two: of the file, and of PyTorch in float16. `batch_size` is fixed, or None for any.
     """
 
     path: Path
     differences: dict[str, float]
+    batch_size: int | None
 
 
 def export(
@@ -130,7 +131,8 @@ def export(
         run = _write(exported, batches[-1], batch_size is None, metadata, path, format)
         differences = find_differences(run, expected, batches)
         check_differences(differences, limits, format, dtype)
-    return Export(output, {name: max(value, rounded.get(name, 0.0)) for name, value in differences.items()})
+    differences = {name: max(value, rounded.get(name, 0.0)) for name, value in differences.items()}
+    return Export(output, differences, batch_size)
 
 
 def _check_arguments(
@@ -140,10 +142,8 @@ def _check_arguments(
     is_model = isinstance(model, RfDetrForObjectDetection)
     rule = "an RfDetrForInstanceSegmentation or an RfDetrForObjectDetection"
     require(is_model, "model", type(model).__name__, rule)
-    require(format in _SUFFIXES, "format", format, " or ".join(_SUFFIXES))
-    require(
-        output.suffix == _SUFFIXES[format], "output", output.name, f"a file {_SUFFIXES[format]} for format {format}"
-    )
+    require(format in SUFFIXES, "format", format, " or ".join(SUFFIXES))
+    require(output.suffix == SUFFIXES[format], "output", output.name, f"a file {SUFFIXES[format]} for format {format}")
     for path in {output, output.with_suffix(".bin")} if format == "openvino" else {output}:
         require(not path.exists(), "output", str(path), "new", "Give another name, or remove the file.")
     require(dtype in TOLERANCES, "dtype", dtype, " or ".join(TOLERANCES))
