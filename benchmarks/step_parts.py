@@ -12,7 +12,8 @@ import argparse
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -49,6 +50,14 @@ class Clock:
     def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function whose calls are timed."""
         return lambda *arguments, **options: self.timed(name, function, *arguments, **options)
+
+    @contextmanager
+    def patched(self, *parts: tuple[str, Any, str]) -> Iterator[None]:
+        """Time the calls of functions, each given as the name of its part, its owner and its attribute there."""
+        with ExitStack() as stack:
+            for part, owner, name in parts:
+                stack.enter_context(mock.patch.object(owner, name, self.wrap(part, getattr(owner, name))))
+            yield
 
     def pop(self) -> dict[str, float]:
         """Return the sum of seconds of each part since the last call."""
@@ -101,22 +110,16 @@ def prepare(clock: Clock, variant: str, arguments: argparse.Namespace) -> Callab
     if device == "cuda":
         pixels, labels = pixels.pin_memory(), [{key: one.pin_memory() for key, one in each.items()} for each in labels]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    for name, owner, function in (
+    parts = (
         ("backbone", model.backbone[0], "forward"),
         ("first stage", model.transformer, "select_two_stage_proposals"),
         ("decoder", model, "decode"),
         ("heads", model, "stages"),
         ("loss", model, "loss"),
-    ):
-        setattr(owner, function, clock.wrap(name, getattr(owner, function)))
-    patches = [
-        mock.patch.object(module, name, clock.wrap(part, getattr(module, name)))
-        for part, module, name in (
-            ("matching", loss_rf_detr, "match"),
-            ("assignment", matcher_rf_detr, "assign"),
-            ("assignment", matcher_rf_detr, "assign_together"),
-        )
-    ]
+        ("matching", loss_rf_detr, "match"),
+        ("assignment", matcher_rf_detr, "assign"),
+        ("assignment", matcher_rf_detr, "assign_together"),
+    )
 
     def load() -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
         on_device = [{key: one.to(device, non_blocking=True) for key, one in each.items()} for each in labels]
@@ -131,7 +134,7 @@ def prepare(clock: Clock, variant: str, arguments: argparse.Namespace) -> Callab
         optimizer.zero_grad()
 
     def step() -> dict[str, float]:
-        with patches[0], patches[1], patches[2]:
+        with clock.patched(*parts):
             clock.timed("step", run)
         return clock.pop()
 

@@ -9,9 +9,7 @@ all queries.
 """
 
 import argparse
-from contextlib import ExitStack
 from typing import Any
-from unittest import mock
 
 import peers
 import torch
@@ -71,19 +69,14 @@ def draw_dataset(count: int) -> InstanceDataset:
 def evaluate(clock: Clock, model: Any, processor: RfDetrImageProcessor, data: Any, batch_size: int) -> None:
     """Evaluate a model, and time the parts."""
     evaluator, run = InstanceSegmentationEvaluator, evaluation_loop.evaluate_instance_segmentation
-    patches = [
-        mock.patch.object(owner, name, clock.wrap(part, getattr(owner, name)))
-        for part, owner, name in (
-            ("preprocessing", processor, "preprocess"),
-            ("model", model, "forward"),
-            ("records", evaluation_loop, "detect"),
-            ("matching", evaluator, "update"),
-            ("metrics", evaluator, "compute"),
-        )
-    ]
-    with ExitStack() as stack:
-        for patch in patches:
-            stack.enter_context(patch)
+    parts = (
+        ("preprocessing", processor, "preprocess"),
+        ("model", model, "forward"),
+        ("records", evaluation_loop, "detect"),
+        ("matching", evaluator, "update"),
+        ("metrics", evaluator, "compute"),
+    )
+    with clock.patched(*parts):
         clock.timed("whole", run, model, processor, data, batch_size=batch_size, progress=False)
 
 
