@@ -18,7 +18,7 @@ from ..folder import FolderOptions, Summary
 from ..prediction_files import check_settings, fingerprint, write_coco, write_settings
 from .units import Unit, list_row_units, list_units
 
-_LARGEST_CHUNK = 256  # images whose rows arrive together
+LARGEST_CHUNK = 256  # images whose rows arrive together
 _CHUNKS_PER_WORKER = 8  # at least, if there are few images
 
 
@@ -130,7 +130,7 @@ def divide(units: Sequence[Unit], batch_size: int, num_workers: int) -> list[lis
     """Divide units into chunks that a worker predicts at once: each large unit by itself, and some images together."""
     images = [unit for unit in units if unit.kind == "image"]
     share = math.ceil(len(images) / (num_workers * _CHUNKS_PER_WORKER) / batch_size) * batch_size
-    size = max(batch_size, min(_LARGEST_CHUNK, share))
+    size = max(batch_size, min(LARGEST_CHUNK, share))
     large = [[unit] for unit in units if unit.kind != "image"]
     return large + [images[start : start + size] for start in range(0, len(images), size)]
 
