@@ -296,3 +296,14 @@ def test_the_compiled_copy_is_compiled_and_computes_the_same(dtype, images):
         with torch.no_grad():
             torch.testing.assert_close(fast(pixels(3)).logits, model(pixels(3)).logits, atol=1e-4, rtol=1e-4)
     assert len(predict(fast, processor_of(model), images, threshold=0.2)[0]) > 0
+    logits = fast(pixels()).logits
+    for module in fast._model.modules():
+        if type(module) is torch.nn.Linear:
+            module.weight.zero_()
+    torch.testing.assert_close(fast(pixels()).logits, logits, msg="the weights are not constants of the graph")
+
+
+@pytest.mark.long
+def test_more_models_can_be_compiled_than_graphs_of_one_code():
+    for _ in range(torch._dynamo.config.recompile_limit + 1):
+        assert "torch.compile" in compile_for_inference(confident_model()).active
