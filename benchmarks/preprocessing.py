@@ -1,5 +1,7 @@
 """Measure preprocessing: 32 images to tensors and labels, with and without masks; one image of 0.3 and 12 megapixels.
 
+"1 thread" is what a worker of a data loader has.
+
 The bytes of the labels are those of all tensors of a collated batch of these 32 images.
 
     python benchmarks/preprocessing.py
@@ -17,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import peers
+import torch
 from peers import Measurement
 from PIL import Image
 
@@ -59,8 +62,12 @@ def measure(variant: str, arguments: argparse.Namespace) -> list[Measurement]:
             for name, call in calls.items():
                 size = count_bytes(call())
                 measurements.append(Measurement("preprocessing", variant, "labels", name, size, "B", "cpu"))
-        for name, seconds in peers.time_in_turns(calls, arguments.repeats).items():
-            measurements.append(Measurement("preprocessing", variant, case, name, seconds, "s", "cpu"))
+        threads = torch.get_num_threads()
+        for shown, num_threads in ((case, threads), (f"{case}, 1 thread", 1))[: 1 + bool(given[2])]:
+            torch.set_num_threads(num_threads)
+            for name, seconds in peers.time_in_turns(calls, arguments.repeats).items():
+                measurements.append(Measurement("preprocessing", variant, shown, name, seconds, "s", "cpu"))
+        torch.set_num_threads(threads)
     return measurements
 
 

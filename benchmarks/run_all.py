@@ -76,6 +76,7 @@ TARGETS = {
         Target("training step", "time, B=2", "ours", 0.85, "rfdetr"),
         Target("preprocessing", "with masks", "ours", 0.35, "port"),
         Target("preprocessing", "with masks", "ours cropped", 0.25, "port"),
+        Target("preprocessing", "with masks, 1 thread", "ours cropped", 0.25, "port"),
         Target("preprocessing", "labels", "ours cropped", 0.02, "ours"),
         Target("post-processing", "100 at 3000x4000, label map", "ours", 0.1, "port"),
         Target("post-processing", "100 at 3000x4000, masks", "ours", 0.1, "port"),

@@ -304,9 +304,10 @@ class RfDetrImageProcessor(BaseImageProcessor):
         padded = [image if image.shape[1:] == size else _pad_image(image, size) for image in images]
         batch = {"pixel_values": torch.stack(padded)}
         if self.do_pad:
-            batch["pixel_mask"] = torch.zeros((len(images), *size), dtype=torch.int64, device=images[0].device)
-            for index, image in enumerate(images):
-                batch["pixel_mask"][index, : image.shape[1], : image.shape[2]] = 1
+            batch["pixel_mask"] = torch.ones((len(images), *size), dtype=torch.int64, device=images[0].device)
+            for mask, image in zip(batch["pixel_mask"], images, strict=True):
+                mask[image.shape[1] :] = 0
+                mask[:, image.shape[2] :] = 0
         return batch
 
     @torch.no_grad()

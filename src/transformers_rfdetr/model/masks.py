@@ -139,7 +139,7 @@ def _check_outline(polygons: Sequence[np.ndarray]) -> None:
             " raise transformers_rfdetr.model.masks.MAX_POLYGONS."
         )
     # A bound that is quick to compute; the exact length where it is too large.
-    if sum(len(polygon) * float(np.ptp(polygon)) for polygon in polygons) <= MAX_OUTLINE_PIXELS:
+    if sum(len(polygon) * float(polygon.max() - polygon.min()) for polygon in polygons) <= MAX_OUTLINE_PIXELS:
         return
     points = [polygon.reshape(-1, 2) for polygon in polygons]
     length = sum(np.abs(np.diff(ring, axis=0, append=ring[:1])).max(1).sum() for ring in points)
