@@ -20,9 +20,10 @@ from execute import execute
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 NUMBER = re.compile(r"\d+\.\d+|\d+")
-# Largest difference of a number with decimals, such as a score or an AP. A training amplifies rounding errors.
+# Largest difference of a number with decimals, such as a score or an AP. A training amplifies rounding errors: on another
+# processor, the AP of the few small objects differed by 0.07.
 TOLERANCE = 0.005
-TRAINING_TOLERANCE = 0.03
+TRAINING_TOLERANCE = 0.1
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 
