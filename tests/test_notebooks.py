@@ -20,8 +20,8 @@ from execute import execute
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 NUMBER = re.compile(r"\d+\.\d+|\d+")
-# Largest difference of a number with decimals, such as a score or an AP. A training amplifies rounding errors: on another
-# processor, the AP of the few small objects differed by 0.07.
+# Largest difference of a number with decimals, such as a score or an AP. A training amplifies rounding errors: on
+# another processor, the AP of the few small objects differed by 0.07.
 TOLERANCE = 0.005
 TRAINING_TOLERANCE = 0.1
 

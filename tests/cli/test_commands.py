@@ -191,6 +191,7 @@ def test_a_run_with_other_settings_is_refused_until_the_old_one_may_be_moved(fin
         " 0.002 here)"
     )
     assert "--no-resume" in line
+    assert line.endswith(f"To train its model further, pass --model {output / 'model'} and another --output.")
     assert_equal(weights(output / "model"), weights(finished.output / "model"))
     result = run(*arguments, "--no-resume")
     assert result.exit_code == 0, result.output

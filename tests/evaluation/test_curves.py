@@ -38,6 +38,12 @@ def test_training_charts_have_the_values_of_the_log_without_those_that_cannot_be
     assert training_charts(LOG[-1:]) == []
 
 
+def test_the_evaluation_of_the_best_weights_after_a_run_adds_no_second_value_to_its_last_step():
+    log = [{"step": 10, "eval_segm_AP": 0.2}, {"step": 20, "eval_segm_AP": 0.4}, {"step": 20, "eval_segm_AP": 0.3}]
+    [chart] = training_charts(log)
+    assert (chart.curves[0].x.tolist(), chart.curves[0].y.tolist()) == ([10, 20], [0.2, 0.4])
+
+
 def test_a_run_without_masks_has_box_metrics_and_a_prefix_selects_the_dataset():
     log = [
         {"eval_city_bbox_AP": 0.2, "eval_village_bbox_AP": 0.7, "step": 1},

@@ -35,6 +35,7 @@ from transformers_rfdetr.cli.app import app
 from transformers_rfdetr.conversion import architecture
 from transformers_rfdetr.conversion.convert import convert_to_transformers
 from transformers_rfdetr.hub.model_code import CODE_FILES
+from transformers_rfdetr.hub.push import upload
 from transformers_rfdetr.hub.space import push_space
 from transformers_rfdetr.training.trainer import RfDetrTrainer, RfDetrTrainingArguments
 
@@ -579,3 +580,18 @@ def run_checks(folder: str) -> None:
             found[name] = traceback.format_exc()
             hub.faults()
     Path(folder, "checks.json").write_text(json.dumps(found))
+
+
+def test_a_hub_without_xet_is_not_asked_again_and_the_error_names_the_setting(monkeypatch, tmp_path):
+    attempts = []
+
+    def create_commit(*arguments: Any, **options: Any) -> None:
+        attempts.append(arguments)
+        raise RuntimeError("404 Client Error: Not Found for url: http://hub/api/models/me/a/xet-write-token/main")
+
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    path = tmp_path / "a.txt"
+    path.write_text("a")
+    with pytest.raises(OSError, match=r"me/a was not uploaded: 404 .*/main Set HF_HUB_DISABLE_XET=1: .* It is in a\."):
+        upload(tmp_path, [path], "me/a", kept="It is in a.")
+    assert len(attempts) == 1

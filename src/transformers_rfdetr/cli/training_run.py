@@ -263,7 +263,9 @@ def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
             typer.echo(format_numbers({name.removeprefix("eval_"): value for name, value in metrics.items()}))
         typer.echo(f"The model is in {saved}")
     if "push_to_hub" in recipe:
-        trainer.push_to_hub(private=recipe.get("private"))
+        pushed = trainer.push_to_hub(private=recipe.get("private"))
+        if is_first:
+            typer.echo(f"Uploaded to {pushed.repo_url}")
 
 
 def _load_data(recipe: Mapping[str, Any], seed: int) -> InstanceDatasets:
@@ -340,7 +342,10 @@ def find_checkpoint(output: Path, recipe: Mapping[str, Any]) -> str | None:
         if earlier.get(name) != recipe.get(name)
     ]
     if different:
-        raise ValueError(f"{output} has a run with other settings ({'; '.join(different)}). {remedy}")
+        raise ValueError(
+            f"{output} has a run with other settings ({'; '.join(different)}). {remedy} To train its model further,"
+            f" pass --model {output / _MODEL_NAME} and another --output."
+        )
     with suppress(ValueError):  # it was stopped before its first checkpoint
         return newest_checkpoint(output)
     return None

@@ -71,6 +71,8 @@ def training_charts(
         for color, (key, label) in zip(_COLORS, labels.items(), strict=False):
             pairs = [(entry.get("step"), entry.get(key)) for entry in log_history]
             points = np.array([pair for pair in pairs if all(map(_can_be_drawn, pair))], np.float64).reshape(-1, 2)
+            _, first = np.unique(points[:, 0], return_index=True)  # an evaluation of the best weights repeats the step
+            points = points[first]
             if len(points):
                 curves.append(Curve(label, points[:, 0], points[:, 1], color))
         if curves:

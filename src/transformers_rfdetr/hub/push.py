@@ -162,9 +162,11 @@ def _retry(action: Callable[[], _Result], repo_id: str, kept: str) -> _Result:
             causes = [error, error.__cause__, getattr(error.__cause__, "__cause__", None)]
             response = next((r for cause in causes if (r := getattr(cause, "response", None)) is not None), None)
             status = getattr(response, "status_code", None)
-            if pause is None or not _is_temporary(status, causes):
-                reason = one_line(error.__cause__ or error if isinstance(error, RuntimeError) else error)
-                raise OSError(f"{repo_id} was not uploaded: {reason} {_remedy(status)} {kept}".rstrip()) from error
+            reason = one_line(error.__cause__ or error if isinstance(error, RuntimeError) else error)
+            lacks_xet = "xet-write-token" in reason and "404" in reason
+            if pause is None or lacks_xet or not _is_temporary(status, causes):
+                remedy = "Set HF_HUB_DISABLE_XET=1: this Hub has no xet storage." if lacks_xet else _remedy(status)
+                raise OSError(f"{repo_id} was not uploaded: {reason} {remedy} {kept}".rstrip()) from error
             retry_after = str(response.headers.get("Retry-After", "")) if response is not None else ""
             pause = min(float(retry_after), _MAX_RETRY_AFTER_SECONDS) if retry_after.isdigit() else pause
             logger.warning(f"{repo_id}: {one_line(error)}; next attempt in {pause:g} s")
