@@ -1,4 +1,4 @@
-"""`train` on two nodes of one process each, which torchrun starts and which connect on this machine."""
+"""`train` on two nodes of one process each without a GPU, which torchrun starts and which connect on this machine."""
 
 import json
 import os
@@ -18,6 +18,7 @@ from small_models import small_model
 
 @pytest.mark.long
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="accelerate would choose the GPU of the Mac")
 def test_two_nodes_train_one_model(tmp_path):
     """That the gradients are those of one process is tested in tests/training/test_optimizer_steps.py."""
     for split, count, seed in (("train", 8, 0), ("valid", 3, 100)):
@@ -29,7 +30,7 @@ def test_two_nodes_train_one_model(tmp_path):
     settings += ["multi_scale=false", "warmup_steps=0", "logging_steps=1", "eval_strategy=no"]
     settings += ["save_strategy=steps", "save_steps=3"]
     train = ["train", tmp_path / "data", "--model", tmp_path / "start", "--output", tmp_path / "run"]
-    train += ["--batch-size", 2, "--device", "cpu", *(part for setting in settings for part in ("--set", setting))]
+    train += ["--batch-size", 2, *(part for setting in settings for part in ("--set", setting))]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -38,7 +39,7 @@ def test_two_nodes_train_one_model(tmp_path):
     nodes = [
         subprocess.Popen(
             [*launch, "--node-rank", str(rank), "-m", "transformers_rfdetr.cli.app", *map(str, train)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         )
         for rank in range(2)
     ]

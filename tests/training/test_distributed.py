@@ -1,4 +1,4 @@
-"""Plain DDP on two gloo processes, without the flag for unused parameters."""
+"""Two gloo processes: plain DDP without the flag for unused parameters, and arguments that do not name the CPU."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import torch
 import torch.distributed
 
 from transformers_rfdetr.model.loss_rf_detr import count_boxes
+from transformers_rfdetr.training.arguments import RfDetrTrainingArguments
 
 from small_models import pixels, small_model, targets
 from training_run import on_two_processes
@@ -55,3 +56,27 @@ def test_two_processes_train_in_step_though_one_has_no_objects(name, ranks):
     assert "class_embed.weight" in moved
     unread = [name for name in fresh if "mask_token" in name or (len(taps) == 3 and ".layer.3." in name)]
     assert not moved & set(unread)
+
+
+def build_arguments(folder: str) -> dict[str, Any]:
+    """Build the documented arguments without an accelerator, and with one among which accelerate divides no work."""
+    arguments = RfDetrTrainingArguments(folder)
+    found = {"processes": arguments.world_size, "device": arguments.device.type}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.accelerator, "is_available", lambda: True)
+        with pytest.raises(ValueError, match="world_size") as refused:
+            RfDetrTrainingArguments(folder)
+    return {**found, "error": str(refused.value)}
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without a GPU")
+def test_processes_without_a_gpu_share_the_work_on_the_cpu_or_are_refused(tmp_path):
+    for rank in on_two_processes(tmp_path, build_arguments):
+        assert (rank["processes"], rank["device"]) == (2, "cpu")
+        assert "processes of torch.distributed, 2, got 1 with use_cpu=False" in rank["error"]
+        assert "use_cpu=True (on the command line, --device cpu)" in rank["error"]
+
+
+def test_one_process_does_not_choose_its_device_by_the_launcher(tmp_path, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert not RfDetrTrainingArguments(str(tmp_path)).use_cpu

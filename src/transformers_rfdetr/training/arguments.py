@@ -1,10 +1,12 @@
 """Define the training arguments: transformers' TrainingArguments with RF-DETR's defaults and fields."""
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
@@ -58,8 +60,10 @@ class RfDetrTrainingArguments(TrainingArguments):
             run and names the images. "skip" discards the step with a warning, and ends the run after 10 in a row.
             Neither changes the weights.
 
+    Several processes on a machine without a GPU train on its CPUs: `use_cpu` is then True.
+
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: a value is out of its range; or transformers cannot divide the work among the processes of the run.
     """
 
     per_device_train_batch_size: int = 4
@@ -141,6 +145,9 @@ class RfDetrTrainingArguments(TrainingArguments):
                 raise ValueError(f"`{name}` must be {rule}, got {getattr(self, name)!r}.")
         if self.lora is True:
             self.lora = DEFAULT_RANK
+        # Without an accelerator, accelerate counts the processes of the run only if it is told to use the CPU.
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True
         if self.bf16 is None:
             on_gpu = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -164,6 +171,18 @@ class RfDetrTrainingArguments(TrainingArguments):
         if self.lr_scheduler_type == "step":
             self.lr_scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP
         super().__post_init__()
+        self._check_processes()
+
+    def _check_processes(self) -> None:
+        """Raise a ValueError if each process would train on all images, and write the files of the others."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        if (num_processes := torch.distributed.get_world_size()) > 1 and self.world_size == 1:
+            raise ValueError(
+                f"`world_size` must be the number of processes of torch.distributed, {num_processes}, got 1 with"
+                f" use_cpu={self.use_cpu}. Start the processes with torchrun or accelerate launch; without a GPU, set"
+                " use_cpu=True (on the command line, --device cpu)."
+            )
 
 
 def best_key(args: RfDetrTrainingArguments) -> str:
