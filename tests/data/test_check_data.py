@@ -1,7 +1,6 @@
 """Every defect is counted once, and a repaired copy has none. The oracles are hand counts and pycocotools."""
 
 import doctest
-import itertools
 import json
 from collections import Counter, defaultdict
 
@@ -17,7 +16,6 @@ from typer.testing import CliRunner
 from transformers_rfdetr import load_instance_dataset
 from transformers_rfdetr.cli import check_dataset as command
 from transformers_rfdetr.data.checks import check as check_data
-from transformers_rfdetr.data.checks.annotations import crosses_itself
 from transformers_rfdetr.data.checks.check import check_dataset
 from transformers_rfdetr.data.checks.findings import KINDS
 
@@ -477,48 +475,6 @@ def test_a_split_without_masks_is_one_warning(tmp_path):
     assert counts_of(report) == {(kind, "validation"): count for kind, count in expected.items()}
     assert "3 objects" in str(report)
     assert "detection model" in str(report)
-
-
-@pytest.mark.parametrize(
-    ("polygon", "crosses"),
-    [
-        (SQUARE, False),
-        ([0, 0, 10, 10, 10, 0, 0, 10], True),
-        ([5, 0, 8, 9, 0, 3, 10, 3, 2, 9], True),  # a star in one stroke
-        ([0, 0, 9, 0, 9, 9, 0, 9, 0, 0, 3, 3, 3, 6, 6, 6, 6, 3, 3, 3], False),  # a hole at the end of a bridge
-        ([0, 0, 5, 0.1, 10, 0, 10, 10, 5, 0.1, 0, 10], False),  # two triangles that share a point
-        ([0, 0, 0, 0, 10, 0, 10, 10, 10, 10], False),  # points twice
-    ],
-)
-def test_crossing_edges_are_distinguished_from_touching_edges(polygon, crosses):
-    assert crosses_itself(np.array(polygon, float)) is crosses
-
-
-def test_crossings_are_those_of_all_pairs_of_edges():
-    generator = np.random.default_rng(0)
-    found = Counter()
-    for size in (4, 4, 5, 5, 6, 7, 8, 12) * 6:
-        points = generator.integers(0, 30, (size, 2)).tolist()
-        edges = list(zip(points, points[1:] + points[:1], strict=True))
-        pairs = itertools.combinations(edges, 2)
-        expected = any(are_separated(*a, *b) and are_separated(*b, *a) for a, b in pairs)
-        assert crosses_itself(np.array(points, float).ravel()) is expected
-        found[expected] += 1
-    assert min(found[True], found[False]) > 5
-
-
-def are_separated(a, b, c, d):
-    """Whether c and d lie on different sides of the line through a and b, in exact integers."""
-    sides = [(b[0] - a[0]) * (p[1] - a[1]) - (b[1] - a[1]) * (p[0] - a[0]) for p in (c, d)]
-    return sides[0] * sides[1] < 0
-
-
-def test_a_crossing_is_found_in_a_long_polygon():
-    angles = np.linspace(0, 2 * np.pi, 600, endpoint=False)
-    circle = np.stack([np.cos(angles), np.sin(angles)], 1) * 100
-    assert not crosses_itself(circle.ravel())
-    circle[[500, 501]] = circle[[501, 500]]
-    assert crosses_itself(circle.ravel())
 
 
 # Duplicates

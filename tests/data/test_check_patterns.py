@@ -12,9 +12,8 @@ from typer.testing import CliRunner
 
 from transformers_rfdetr import RfDetrImageProcessor, check_dataset, load_instance_dataset
 from transformers_rfdetr.cli import check_dataset as command
-from transformers_rfdetr.data.checks.annotations import share_lost_to_crossings
 
-from coco_files import RIGHT, SQUARE, counts_of, draw_image, errors_of, image_entry, rle, square, write_coco
+from coco_files import RIGHT, counts_of, draw_image, errors_of, image_entry, rle, square, write_coco
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -131,19 +130,6 @@ def test_areas_of_boxes_are_one_remark_with_their_share_and_do_not_hide_wrong_ar
     assert (report.count("area_of_box"), report.count("area_mismatch")) == (9, 1)
     assert {found.kind: found.severity for found in report.findings}["area_of_box"] == "info"
     assert "90% of the annotations" in str(report)
-
-
-@pytest.mark.parametrize(
-    ("polygon", "share"),
-    [
-        (SQUARE, 0),
-        ([0, 0, 10, 10, 10, 0, 0, 10], 1),  # two triangles, drawn in opposite directions
-        # A square of 100 pixels and, in the same direction, half of it again: 150 are gone around, 50 are in the mask.
-        ([0, 0, 10, 0, 10, 10, 0, 10, 0, 0, 5, 0, 5, 10, 0, 10], 2),
-    ],
-)
-def test_the_share_of_a_polygon_that_a_crossing_affects(polygon, share):
-    assert share_lost_to_crossings(np.array(polygon, float)) == pytest.approx(share, abs=1e-6)
 
 
 def test_a_tiny_loop_in_an_outline_is_a_remark(one):

@@ -10,13 +10,13 @@ from ...model.coco_labels import clip_box
 from ...model.masks import box_and_area, has_segmentation, rasterize, read_segmentation, to_rle
 from ...model.validation import are_numbers, is_index, to_builtin
 from ..annotation_records import has_fractions
+from .crossings import affected_share, crosses_itself
 from .findings import DROPPED, Problem
 from .images import UNREADABLE
 from .raw_split import as_index
 
-_MAX_EDGE_PAIRS = 1 << 20  # of one polygon that are compared for a crossing: half a second
 _MIN_DUPLICATE_IOU = 0.95
-_MIN_LOST_SHARE = 0.005  # of the area of a polygon that crosses itself
+_MIN_AFFECTED_SHARE = 0.005  # of the area of a polygon that crosses itself
 _MAX_VANISHING_AREA = 16  # pixels of the model's input, above which no mask is drawn to see if it vanishes
 
 
@@ -136,9 +136,9 @@ class AnnotationCheck:
         if beyond > 1:
             self._note("polygon_outside", f"by {beyond:.0f} pixels")
         if crossing := [polygon for polygon in polygons if crosses_itself(polygon)]:
-            lost = max(map(share_lost_to_crossings, crossing))
-            kind = "self_intersecting_polygon" if lost >= _MIN_LOST_SHARE else "small_self_intersection"
-            self._note(kind, f"{len(crossing)} of {len(polygons)} polygons, {lost:.1%} of the area")
+            share = max(map(affected_share, crossing))
+            kind = "self_intersecting_polygon" if share >= _MIN_AFFECTED_SHARE else "small_self_intersection"
+            self._note(kind, f"{len(crossing)} of {len(polygons)} polygons; affects {share:.1%} of the area inside")
 
     def _check_box(self, size: tuple[int, int], mask: Mask | None) -> list[float] | None:
         """Return the box within the image; None if there is none."""
@@ -240,55 +240,3 @@ def _box_problem(box: Any, size: tuple[int, int]) -> str | None:
 def _largest_edge_distance(box: Sequence[float], other: Sequence[float]) -> float:
     edges, other_edges = ([x, y, x + width, y + height] for x, y, width, height in (box, other))
     return max(abs(edge - other_edge) for edge, other_edge in zip(edges, other_edges, strict=True))
-
-
-def crosses_itself(polygon: np.ndarray) -> bool:
-    """Return whether two edges of a polygon (2P,) cross. Edges may touch or overlap.
-
-    False for a polygon with so many edges above each other that comparing them would take too long.
-    """
-    start = polygon.reshape(-1, 2)
-    end = np.roll(start, -1, axis=0)
-    order = np.minimum(start, end)[:, 0].argsort()
-    start, end = start[order], end[order]
-    low, high = np.minimum(start, end), np.maximum(start, end)
-    # Edges are sorted by their left ends: an edge can cross only the later ones that begin left of its right end.
-    stop: Any = np.searchsorted(low[:, 0], high[:, 0], "right")
-    if (stop - np.arange(1, len(start) + 1)).sum() > _MAX_EDGE_PAIRS:
-        return False
-    for first in range(0, len(start), 256):  # all pairs at once may not fit in memory
-        edges = np.arange(first, min(first + 256, len(start)))
-        counts = stop[edges] - edges - 1
-        one: np.ndarray = np.repeat(edges, counts)
-        other = one + 1 + np.arange(len(one)) - np.repeat(np.cumsum(counts) - counts, counts)
-        overlaps = (low[one, 1] <= high[other, 1]) & (low[other, 1] <= high[one, 1])
-        a, b, c, d = start[one[overlaps]], end[one[overlaps]], start[other[overlaps]], end[other[overlaps]]
-        if ((_side(a, b, c) * _side(a, b, d) < 0) & (_side(c, d, a) * _side(c, d, b) < 0)).any():
-            return True
-    return False
-
-
-def share_lost_to_crossings(polygon: np.ndarray) -> float:
-    """Return how far the area of a polygon's mask is from the area that its outline (2P,) goes around, as a share.
-
-    A part that the outline goes around twice is not in the mask; a part that it goes around the other way is the rest
-    of a crossing in the wrong order. Measured along 256 rows.
-    """
-    start = polygon.reshape(-1, 2)
-    end = np.roll(start, -1, axis=0)
-    low, high = start[:, 1].min(), start[:, 1].max()
-    mask_area = signed_area = 0.0
-    for y in low + (np.arange(256) + 0.5) / 256 * (high - low):
-        crossed = (start[:, 1] <= y) != (end[:, 1] <= y)
-        (x0, y0), (x1, y1) = start[crossed].T, end[crossed].T
-        x = x0 + (y - y0) / (y1 - y0) * (x1 - x0)
-        mask_area += np.diff(np.sort(x))[::2].sum()
-        signed_area += (x * np.sign(y1 - y0)).sum()
-    return float(abs(mask_area - abs(signed_area)) / max(mask_area, 1e-9))
-
-
-def _side(start: np.ndarray, end: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """(N, 2) each -> (N,) on which side of the line from start to end a point lies: -1, 1, or 0 on the line."""
-    along, across = end - start, points - start
-    cross = along[..., 0] * across[..., 1] - along[..., 1] * across[..., 0]
-    return np.sign(cross) * (np.abs(cross) > 1e-6)  # below 1e-6, rounding decides
