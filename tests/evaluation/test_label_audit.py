@@ -131,6 +131,13 @@ def test_detections_in_crowds_or_as_parts_of_an_object_of_their_class_and_repeat
     assert [(one.suggestion, one.detection) for one in find_suspects([image])] == [("house", 0), ("house", 3)]
 
 
+def test_a_detection_with_an_empty_mask_is_not_a_missing_object():
+    found = [(0.9, HOUSE, LEFT), (0.8, POOL, (30, 0, 30, 20)), (0.7, HOUSE, RIGHT)]
+    _, [image] = audit(([(HOUSE, LEFT)], found))
+    assert image.detections.names == ["house", "house"]
+    assert [(one.kind, one.score) for one in find_suspects([image])] == [("missing", pytest.approx(0.7))]
+
+
 def test_images_without_objects_or_detections_have_no_suspects_and_an_object_without_detections_is_superfluous():
     _, images = audit(([], []), ([(HOUSE, LEFT)], []))
     assert [(one.kind, one.image) for one in find_suspects(images)] == [("superfluous", 1)]

@@ -76,7 +76,7 @@ class AuditedImage:
         objects: N objects and crowd regions.
         is_crowd: (N,) bool
         annotation_ids: N annotation ids.
-        detections: K detections with a score above MIN_SCORE, best first.
+        detections: K detections with a score above MIN_SCORE and a mask that is not empty, best first.
     """
 
     index: int
@@ -113,6 +113,7 @@ def audited_images(evaluator: InstanceSegmentationEvaluator, dataset: InstanceDa
         record, found = evaluator.ground_truth.objects_of(image_id), state[image_id]
         objects = to_instances(record, np.arange(len(record.labels)), image_id, evaluator)
         detections = to_instances(found, np.flatnonzero(found.scores > MIN_SCORE), image_id, evaluator)
+        detections = detections.select(detections.areas > 0)  # an empty mask would overlap nothing, and be missing
         images.append(AuditedImage(index, name, objects, record.is_crowd, annotation_ids[image_id], detections))
     return images
 
