@@ -9,7 +9,7 @@ import torch.distributed
 from torch.utils.data import ConcatDataset, Subset
 from transformers import ProgressCallback, TrainerState, TrainingArguments
 
-from transformers_rfdetr import RfDetrConfig, RfDetrForObjectDetection, analyse
+from transformers_rfdetr import RfDetrConfig, RfDetrForObjectDetection, RfDetrImageProcessor, analyse
 from transformers_rfdetr.data.dataset import InstanceDataset, InstanceDatasets
 from transformers_rfdetr.data.synthetic import draw_dataset
 from transformers_rfdetr.training import callbacks
@@ -243,6 +243,30 @@ def test_the_configuration_keeps_the_category_ids_of_the_training_data(tmp_path)
     trainer = build_trainer(tmp_path)
     assert trainer.evaluate(InstanceDataset(coco, images))["eval_per_class"]["building"]["num_objects"] > 0
     assert trainer.model.config.category_ids == [1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": (48, 60)}, r"`processing_class.size` must be a multiple of 24 .* got 60\. Try 48 or 72"),
+        ({"size": 48, "pad_size": 50}, r"`processing_class.pad_size` must be a multiple of 24 .* got 50\. Try 48"),
+    ],
+)
+@pytest.mark.parametrize("multi_scale", [True, False])
+def test_images_that_do_not_fill_windows_are_refused_before_the_first_step(settings, message, multi_scale, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        build_trainer(tmp_path, {"processing_class": RfDetrImageProcessor(**settings)}, multi_scale=multi_scale)
+
+
+def test_images_of_another_size_than_the_models_are_trained_with_a_warning(tmp_path, hf_log):
+    build_trainer(tmp_path, {"processing_class": RfDetrImageProcessor(size=48)})
+    one_edge = RfDetrImageProcessor(size={"shortest_edge": 48, "longest_edge": 96})
+    build_trainer(tmp_path, {"processing_class": one_edge}, multi_scale=False)
+    assert "resolution" not in hf_log.text
+    trainer = build_trainer(tmp_path, {"processing_class": RfDetrImageProcessor(size=(72, 48))})
+    assert "`model.config.resolution` is 48" in hf_log.text
+    assert "Pass resolution=(72, 48) to from_pretrained" in hf_log.text
+    assert trainer.eval_dataset[0]["pixel_values"].shape[-2:] == (72, 48)
 
 
 def test_a_model_of_another_package_is_refused(tmp_path):

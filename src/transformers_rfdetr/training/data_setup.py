@@ -10,6 +10,7 @@ from ..data.label_maps import describe_classes
 from ..data.prepared import PreparedDataset
 from ..data.streams import InstanceStream, PreparedStream
 from ..model.configuration_rf_detr import RfDetrConfig
+from ..model.validation import as_pair, check_resolution
 from ..model.variants_rf_detr import class_labels
 
 logger = logging.get_logger(__name__)
@@ -20,6 +21,29 @@ def unprepared(dataset: Any) -> Any:
     if isinstance(dataset, PreparedDataset):
         return dataset.dataset
     return dataset.stream if isinstance(dataset, PreparedStream) else dataset
+
+
+def check_image_size(processor: Any, config: RfDetrConfig) -> None:
+    """Raise a ValueError if the image processor makes images of a size that the model cannot divide into windows.
+
+    Warn about another size than the configuration's: training, evaluation and the saved processor agree on it, but
+    what reads `config.resolution`, such as an export, does not.
+    """
+    name, size = "size", processor.size if processor.do_resize else None
+    if processor.do_pad and processor.pad_size:
+        name, size = "pad_size", processor.pad_size
+    if not size or "height" not in size:  # each image has its own size
+        return
+    height, width = size["height"], size["width"]
+    backbone = config.backbone_config
+    check_resolution((height, width), backbone.patch_size, backbone.num_windows, f"processing_class.{name}")
+    if (height, width) != as_pair(config.resolution):
+        resolution = height if height == width else (height, width)
+        logger.warning(
+            f"`processing_class.{name}` is {resolution}, at which the model is trained and evaluated, but"
+            f" `model.config.resolution` is {config.resolution}, at which it will be exported. Pass"
+            f" resolution={resolution} to from_pretrained of the model, or omit `processing_class`."
+        )
 
 
 def check_splits(train_dataset: Any, eval_dataset: Any) -> None:

@@ -28,7 +28,14 @@ from ..model.image_processing_rf_detr import RfDetrImageProcessor
 from .arguments import RfDetrTrainingArguments, best_key, note_on_metrics
 from .callbacks import BestMetricStopping, ShortProgress, TrainingEvents
 from .checkpoints import BestModels
-from .data_setup import check_evaluated_objects, check_splits, check_training_objects, match_classes, unprepared
+from .data_setup import (
+    check_evaluated_objects,
+    check_image_size,
+    check_splits,
+    check_training_objects,
+    match_classes,
+    unprepared,
+)
 from .distributed import start_sum
 from .faults import NonFiniteGuard, discard_gradients
 from .lora import add_lora
@@ -72,7 +79,7 @@ class RfDetrTrainer(UploadingTrainer):
         eval_dataset: An [`InstanceDataset`], or a `Subset` or `ConcatDataset` of them; a `datasets.Dataset` with an
             objects column and a transform that prepares it; or, with `eval_annotations`, any dataset of prepared
             samples. Or a dictionary of these.
-        processing_class: The image processor; the model's own by default.
+        processing_class: The image processor; by default one for the model's `config.resolution`.
         augmentation: Augmentation of training samples: "default" (that of rfdetr), "aerial", "microscopy", "strong" or
             "none", see `data/recipes.py`; a callable, see `data/augmentation.py`; or a torchvision.transforms.v2
             pipeline.
@@ -81,9 +88,9 @@ class RfDetrTrainer(UploadingTrainer):
         **kwargs: Other arguments of `Trainer`. `compute_metrics` is refused, because it would need all masks in memory.
 
     Raises:
-        ValueError: several GPUs in one process; a dataset whose classes are not the model's; training data without an
-            object, or for a segmentation model without a mask; evaluation data from which the metric for the best model
-            cannot be computed.
+        ValueError: several GPUs in one process; an image size that is not a multiple of patch size x windows; a dataset
+            whose classes are not the model's; training data without an object, or for a segmentation model without a
+            mask; evaluation data from which the metric for the best model cannot be computed.
     """
 
     def __init__(
@@ -140,6 +147,7 @@ class RfDetrTrainer(UploadingTrainer):
             )
         if self.processing_class is None:
             self.processing_class = RfDetrImageProcessor.from_config(self.model.config)
+        check_image_size(self.processing_class, self.model.config)
         if not self.has_masks:
             args.metric_for_best_model = args.metric_for_best_model.replace("segm_", "bbox_")
         if note := note_on_metrics(args):
