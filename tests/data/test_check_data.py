@@ -202,7 +202,8 @@ def test_the_splits_are_counted(defects):
     assert report.splits["train"] == {
         "images": 18,
         "objects": 41,
-        "objects_with_mask": 41 - 8,  # 12, 16, 17, 19, 22, 23, 24 and 25 have none
+        "objects_with_segmentation": 41 - 2,  # 12 and 25 have none
+        "objects_with_mask": 41 - 8,  # nor are those of 16, 17, 19, 22, 23 and 24 usable
         "crowds": 1,
         "images_without_objects": 3,
     }
@@ -610,7 +611,10 @@ def test_the_command_ends_with_0_without_errors_and_1_with_errors(small, tmp_pat
     assert result.exit_code == 2
     result = CliRunner().invoke(app, [str(small)])
     assert result.exit_code == 0
-    assert "train: 1 images, 0 of them without objects; 1 objects, 1 with a mask; 0 crowds; roof 1" in result.stdout
+    assert (
+        "train: 1 images, 0 of them without objects; 1 objects, 0 of them without a segmentation; 0 crowds; roof 1"
+        in result.stdout
+    )
     write_coco(small, [image_entry(1, "a.png"), image_entry(2, "b.png")], [square(1)])
     result = CliRunner().invoke(app, [str(small), "--fix", str(tmp_path / "fixed"), "--json", str(tmp_path / "r.json")])
     assert result.exit_code == 1

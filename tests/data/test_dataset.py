@@ -172,8 +172,11 @@ def test_the_table_shows_classes_and_splits(tmp_path):
         ["1", "tree", "7", "2", "1", "2", "2", "1", "2"],
     ]
     assert lines[3:] == [
-        "train: 3 images, 1 of them without objects; 4 objects, 1 of them without a mask; at most 2 in one image",
-        "validation: 3 images, 1 of them without objects; 3 objects, 0 of them without a mask; at most 2 in one image",
+        f"{name}: 3 images, 1 of them without objects; {objects}; at most 2 in one image"
+        for name, objects in {
+            "train": "4 objects, 1 of them without a segmentation",
+            "validation": "3 objects, 0 of them without a segmentation",
+        }.items()
     ]
 
 

@@ -21,7 +21,7 @@ from annotated_images import (
     save_coco,
     save_images,
 )
-from transformers_rfdetr import check_dataset, load_instance_dataset
+from transformers_rfdetr import RfDetrImageProcessor, check_dataset, load_instance_dataset
 from transformers_rfdetr.data.dataset import ClassCount, InstanceDatasets
 
 datasets = pytest.importorskip("datasets")
@@ -110,7 +110,23 @@ def test_rle_in_rows_is_read(as_columns, missing):
     assert (first["bbox"], first["area"]) == ([7.0, 3.0, 23.0, 6.0], 138.0)
     np.testing.assert_array_equal(coco_mask.decode(first["segmentation"]), mask)
     assert (second["bbox"], second["area"]) == ([1.0, 2.0, 3.0, 4.0], 12.0)
-    assert "2 objects, 1 of them without a mask" in str(InstanceDatasets({"train": dataset}))
+    assert "2 objects, 1 of them without a segmentation" in str(InstanceDatasets({"train": dataset}))
+
+
+def test_a_segmentation_without_a_pixel_is_counted_alike_by_dataset_and_check_and_is_not_trained(quiet):
+    line = [10.0, 10.0, 20.0, 10.0, 30.0, 10.0, 20.0, 10.0]  # forth and back
+    square = [10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]
+    items = [{"category": "roof", "bbox": [10.0, 10.0, 20.0, 20.0], "segmentation": [part]} for part in (line, square)]
+    content = {key: [item[key] for item in items] for key in items[0]}
+    table = datasets.Dataset.from_list([{"image": make_images()[0], "objects": content}])
+    data = load_instance_dataset(table)
+    assert "2 objects, 0 of them without a segmentation;" in str(data)
+    report = check_dataset(table)
+    assert "2 objects, 0 of them without a segmentation, 1 with an unusable one;" in str(report)
+    assert report.count("empty_segmentation") == 1
+    for masks, num_trained in ((True, 1), (False, 2)):
+        sample = data["train"].with_processor(RfDetrImageProcessor(size=48), masks=masks)[0]
+        assert len(sample["labels"]["class_labels"]) == num_trained
 
 
 def test_class_names_name_number_categories_and_order_string_categories():

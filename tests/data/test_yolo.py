@@ -39,7 +39,7 @@ def test_yolo_polygons_and_boxes_are_read_in_pixels(tmp_path):
     assert dataset[1]["annotations"][0]["segmentation"] == [[0.0, 0.0, 30.0, 0.0, 30.0, 25.0]]
     assert dataset[2]["annotations"] == []
     assert [dataset[i]["file_name"] for i in range(3)] == [f"images/train/{i}.png" for i in range(3)]
-    assert "3 objects, 1 of them without a mask" in str(data)
+    assert "3 objects, 1 of them without a segmentation" in str(data)
 
 
 def test_yolo_fractions_are_of_the_upright_image(tmp_path):

@@ -151,7 +151,7 @@ class InstanceDataset(HasLabelMap, torch.utils.data.Dataset):
         return has_class
 
     def num_objects(self, *, with_mask: bool = False) -> int:
-        """Return the number of objects, crowds excluded: of all, or of those that have a mask."""
+        """Return the number of objects, crowds excluded: of all, or of those that have a segmentation."""
         is_counted = ~self._index.is_crowd & (self._index.has_mask | (not with_mask))
         return int(is_counted.sum())
 
@@ -196,12 +196,16 @@ class InstanceDataset(HasLabelMap, torch.utils.data.Dataset):
         )
 
     def summary(self) -> str:
-        """Return the numbers of images and objects in one line."""
+        """Return the numbers of images and objects in one line.
+
+        Segmentations are counted and not drawn, which would take longer than reading them: one that covers no pixel
+        counts too. `check_dataset` finds these.
+        """
         counts = self._index.objects_per_image()
-        without_mask = int((~self._index.has_mask & ~self._index.is_crowd).sum())
+        without_segmentation = int((~self._index.has_mask & ~self._index.is_crowd).sum())
         return (
             f"{len(self)} images, {int((counts == 0).sum())} of them without objects;"
-            f" {int(counts.sum())} objects, {without_mask} of them without a mask;"
+            f" {int(counts.sum())} objects, {without_segmentation} of them without a segmentation;"
             f" at most {int(counts.max(initial=0))} in one image"
         )
 

@@ -15,6 +15,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ...atomic_files import atomic_directory
+from ...model.masks import has_segmentation
 from ..output_folder import check_output_folder
 from .annotations import AnnotationCheck, find_duplicate_objects
 from .categories import check_categories
@@ -27,7 +28,8 @@ from .readers import read_source
 from .repair import CopyMode, RepairedCopy
 
 _IMBALANCE = 10  # times as many objects of the most frequent class as of the least frequent one
-_COUNTS = ("objects", "objects_with_mask", "crowds", "images_without_objects")  # objects exclude crowds
+# objects exclude crowds
+_COUNTS = ("objects", "objects_with_segmentation", "objects_with_mask", "crowds", "images_without_objects")
 
 
 def check_dataset(
@@ -241,6 +243,7 @@ def _check_annotations(split: RawSplit, image: RawImage, resolution: int | None,
         checks.append(check)
         result.counts["crowds" if check.is_crowd else "objects"] += 1
         if not check.is_crowd:
+            result.counts["objects_with_segmentation"] += has_segmentation(annotation.get("segmentation"))
             result.counts["objects_with_mask"] += check.mask is not None
             result.classes.update(filter(None, [check.class_name]))
     for check, earlier, iou in find_duplicate_objects(checks):

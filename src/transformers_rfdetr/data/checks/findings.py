@@ -92,7 +92,10 @@ KINDS = {
     "polygon_odd_numbers": ("error", "a polygon must be x0, y0, x1, y1, ...: an even number of values; correct it"),
     "polygon_not_finite": ("error", "a polygon must not hold NaN or infinity; correct it"),
     "short_polygon": ("warning", "a polygon of fewer than three points has no area; remove it"),
-    "empty_segmentation": ("error", "the segmentation must cover a pixel of the image, or the mask is lost; redraw it"),
+    "empty_segmentation": (
+        "error",
+        "it must cover a pixel of the image, or training with masks drops the object; redraw it",
+    ),
     "self_intersecting_polygon": ("warning", "edges of a polygon cross, so that parts may be missing; redraw it"),
     "small_self_intersection": ("info", "edges of a polygon cross, and less than 0.5 % of its area is affected"),
     "object_vanishes": ("warning", "at the model's resolution, the mask covers no pixel, so that the object is lost"),
@@ -137,7 +140,8 @@ class DataReport:
 
     Attributes:
         source: The dataset that was read.
-        splits: By split, the counts `images`, `objects` (crowds excluded), `objects_with_mask`, `crowds` and
+        splits: By split, the counts `images`, `objects` (crowds excluded), `objects_with_segmentation`,
+            `objects_with_mask` (their segmentation is readable and covers a pixel), `crowds` and
             `images_without_objects`, and `classes`, the number of objects by class name.
         findings: Errors first; within a severity, the most frequent first.
     """
@@ -171,9 +175,12 @@ class DataReport:
         for name, counts in self.splits.items():
             classes = [f"{label:.60} {number}" for label, number in Counter(counts["classes"]).most_common(9)]
             classes[8:] = ["..."] * (len(classes) > 8)
+            num_objects, num_segmentations = counts["objects"], counts["objects_with_segmentation"]
+            num_unusable = num_segmentations - counts["objects_with_mask"]
             lines.append(
                 f"{name}: {counts['images']} images, {counts['images_without_objects']} of them without objects;"
-                f" {counts['objects']} objects, {counts['objects_with_mask']} with a mask; {counts['crowds']} crowds"
+                f" {num_objects} objects, {num_objects - num_segmentations} of them without a segmentation"
+                f"{f', {num_unusable} with an unusable one' if num_unusable else ''}; {counts['crowds']} crowds"
                 f"{'; ' if classes else ''}{', '.join(classes)}"
             )
         totals: Counter[str] = Counter()
