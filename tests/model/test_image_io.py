@@ -222,12 +222,21 @@ class TestFilesAndUrls:
         assert torch.equal(raw("~/photo.png"), raw(random_image()))
 
     @pytest.mark.parametrize(
-        "source", ["missing.png", "photo", "/tmp", "file:///photo.png", "s3://bucket/photo.png", "~/missing.png", ""]
+        "source", ["missing.png", "photo", "file:///photo.png", "s3://bucket/photo.png", "~/missing.png", ""]
     )
     def test_that_do_not_exist_are_said_not_to(self, source):
         message = f"image 1: {source} cannot be opened as an image: the file does not exist. Pass a path"
         with pytest.raises(ValueError, match=re.escape(message)):
             processor()([random_image(), source])
+
+    def test_that_are_folders_are_said_to_be(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        (tmp_path / "photos").mkdir()
+        for source in (f"{tmp_path}/photos/", "~/photos", tmp_path / "photos"):
+            with pytest.raises(ValueError, match="it is a folder") as raised:
+                processor()(source)
+            assert f"Path({str(source)!r}).glob" in str(raised.value)
+            assert "`predict_dataset`" in str(raised.value)
 
     def damaged(self, folder):
         """An image whose second chunk of pixels has a wrong name, and one that ends early."""

@@ -153,6 +153,11 @@ def _open_source(source: str) -> BinaryIO:
         stream = BytesIO(base64.b64decode("".join(encoded.split()), validate=True))
         open_image(stream)
     except (ValueError, OSError) as error:
+        if os.path.isdir(path):
+            raise ValueError(
+                f'it is a folder. Pass its files, such as sorted(Path({source!r:.200}).glob("*.jpg")), or use'
+                " `predict_dataset` or the command `predict`, which read folders."
+            ) from error
         raise ValueError("the file does not exist. Pass a path, an http(s) URL or a base64 string.") from error
     return stream
 
