@@ -182,6 +182,27 @@ def test_a_stopped_run_resumes_from_its_last_checkpoint(finished, copied):
     assert_equal(weights(output / "model"), weights(finished.output / "model"))
 
 
+def test_ctrl_c_tells_what_the_same_command_does_next(finished, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    arguments = [output if part == finished.output else part for part in finished.arguments]
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    for owner, method, expected in (
+        (training_run, "load", "Training has not begun. Run the same command again."),
+        (RfDetrTrainer, "before_optimizer_step", "There is no checkpoint yet. The same command starts again."),
+        (training_run, "format_numbers", f"The same command resumes from {output / 'checkpoint-2'}"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, method, interrupt)
+            result = run(*arguments)
+        assert result.exit_code == 130, result.output
+        assert [line for line in result.stderr.splitlines() if "nterrupted" in line] == [f"Interrupted. {expected}"]
+    assert f"Resuming from {output / 'checkpoint-2'}" in run(*arguments).output
+    assert_equal(weights(output / "model"), weights(finished.output / "model"))
+
+
 def test_a_run_with_other_settings_is_refused_until_the_old_one_may_be_moved(finished, copied):
     output, arguments = copied
     arguments = [*arguments, "--lr", "2e-3", "--set", "ema=false"]

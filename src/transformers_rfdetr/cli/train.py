@@ -119,7 +119,7 @@ def train(
     OUTPUT/train.yaml stores all settings and the versions; --config reads it. The same command again resumes from the
     newest checkpoint. torchrun and accelerate launch run it on several GPUs.
     """
-    from .training_run import read_recipe, read_setting, run_recipe
+    from .training_run import read_recipe, read_setting, report_interruption, run_recipe
 
     options: dict[str, Any] = {
         "data": data,
@@ -143,4 +143,5 @@ def train(
     }
     given = [(name, value) for name, value in options.items() if value is not None]
     recipe = read_recipe(config, [*map(read_setting, settings or []), *given])
-    run_recipe(recipe, resume=resume)
+    with report_interruption(lambda: "Training has not begun. Run the same command again."):
+        run_recipe(recipe, resume=resume)

@@ -6,7 +6,7 @@ import re
 import shutil
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -249,23 +249,24 @@ def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
         augmentation=recipe.get("augmentation", "default"),
         callbacks=[_RecipeWriter(_to_yaml(recipe))],
     )
-    if is_first:
-        _prepare_folder(output, recipe, resume)
-        typer.echo(f"Resuming from {checkpoint}" if checkpoint else f"Starting a new run in {output}")
-    with _explain_out_of_memory(arguments):
-        trainer.train(resume_from_checkpoint=checkpoint)
-    saved = output / _MODEL_NAME
-    trainer.write_model(str(saved))
-    metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
-    if is_first:
-        write_text(saved / RECIPE_NAME, _to_yaml(recipe))
-        if metrics:
-            typer.echo(format_numbers({name.removeprefix("eval_"): value for name, value in metrics.items()}))
-        typer.echo(f"The model is in {saved}")
-    if "push_to_hub" in recipe:
-        pushed = trainer.push_to_hub(private=recipe.get("private"))
+    with report_interruption(lambda: _describe_restart(output, resume), is_first):
         if is_first:
-            typer.echo(f"Uploaded to {pushed.repo_url}")
+            _prepare_folder(output, recipe, resume)
+            typer.echo(f"Resuming from {checkpoint}" if checkpoint else f"Starting a new run in {output}")
+        with _explain_out_of_memory(arguments):
+            trainer.train(resume_from_checkpoint=checkpoint)
+        saved = output / _MODEL_NAME
+        trainer.write_model(str(saved))
+        metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
+        if is_first:
+            write_text(saved / RECIPE_NAME, _to_yaml(recipe))
+            if metrics:
+                typer.echo(format_numbers({name.removeprefix("eval_"): value for name, value in metrics.items()}))
+            typer.echo(f"The model is in {saved}")
+        if "push_to_hub" in recipe:
+            pushed = trainer.push_to_hub(private=recipe.get("private"))
+            if is_first:
+                typer.echo(f"Uploaded to {pushed.repo_url}")
 
 
 def _load_data(recipe: Mapping[str, Any], seed: int) -> InstanceDatasets:
@@ -285,6 +286,28 @@ def _load_data(recipe: Mapping[str, Any], seed: int) -> InstanceDatasets:
             f" {recipe['data']}. Omit it."
         )
     return InstanceDatasets({**data, **split_dataset(data["train"], validation=recipe["validation"], seed=seed)})
+
+
+@contextmanager
+def report_interruption(describe: Callable[[], str], is_first: bool = True) -> Iterator[None]:
+    """Print what the same command does next, and end with exit code 130, after Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if is_first:
+            typer.echo(f"\nInterrupted. {describe()}", err=True)
+        raise typer.Exit(130) from None
+
+
+def _describe_restart(output: Path, resume: bool) -> str:
+    """Return what the command does if it is given again after its run in `output` was interrupted."""
+    from ..training.checkpoints import newest_checkpoint
+
+    command = "The same command" if resume else "The same command without --no-resume"
+    try:
+        return f"{command} resumes from {newest_checkpoint(output)}"
+    except ValueError:
+        return f"There is no checkpoint yet. {command} starts again."
 
 
 @contextmanager
