@@ -289,6 +289,19 @@ def test_overlays_begin_with_images_with_problems(defects):
     assert np.abs(drawn - plain)[10:30, 10:30].mean() > 20
 
 
+def test_overlays_name_the_problems_of_an_object_after_its_class(tmp_path, monkeypatch):
+    labels = []
+    monkeypatch.setattr(
+        "transformers_rfdetr.data.checks.overlays.draw_instances",
+        lambda image, masks, boxes, texts: labels.extend(texts) or image,
+    )
+    items = [square(1), square(2, iscrowd=1), square(3, bbox=[10, 10, 30, 20], area=4000)]
+    path = write_coco(tmp_path / "data" / "train.json", [image_entry(1, "a.png")], items)
+    draw_image(0).save(path.parent / "a.png")
+    check_dataset(path, overlays=tmp_path / "drawn")
+    assert labels == ["roof", "roof crowd", "roof: box_mask_mismatch, area_mismatch, duplicate_object"]
+
+
 # Values of any type
 
 ANYTHING = [None, "x", "", [], {}, [[]], -1, 0, 1.5, True, 10**400, float("nan"), float("inf"), [[1, "x"]], {"a": []}]

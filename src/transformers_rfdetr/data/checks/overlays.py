@@ -64,11 +64,11 @@ def _draw(
         except UNREADABLE:
             continue
         words += ["crowd"] * (annotation.get("iscrowd") == 1)
-        words += [problem.kind for problem in problems if problem.annotation_id == annotation.get("id")]
+        kinds = [problem.kind for problem in problems if problem.annotation_id == annotation.get("id")]
         masks.append(rle)
         corners = np.array([x, y, x + box_width, y + box_height], np.float64)
         boxes.append(corners.clip(-width - height, 2 * (width + height)))  # far outside, drawing would overflow
-        labels.append(" ".join(words))
+        labels.append(": ".join(filter(None, (" ".join(words), ", ".join(kinds)))))
     return draw_instances(pixels, masks or None, np.array(boxes) if boxes else None, labels or None)
 
 
