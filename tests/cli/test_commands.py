@@ -222,6 +222,13 @@ def test_a_run_with_other_settings_is_refused_until_the_old_one_may_be_moved(fin
     assert (aside / "checkpoint-1").is_dir()
     heads = [weights(folder / "model")["class_embed.weight"] for folder in (output, aside)]
     assert not torch.equal(*heads)
+    recipes = [yaml.safe_load(path.read_text()) for path in aside.rglob("train.yaml")]
+    assert len(recipes) > 3
+    assert {recipe["output"] for recipe in recipes} == {str(aside)}
+    shutil.rmtree(aside / "model")
+    result = run("train", "--config", aside / "train.yaml")
+    assert f"Resuming from {aside / 'checkpoint-2'}" in result.output
+    assert_equal(weights(aside / "model"), weights(finished.output / "model"))
 
 
 def test_a_run_resumes_with_another_device_output_and_logging(finished):

@@ -392,9 +392,17 @@ def _prepare_folder(output: Path, recipe: Mapping[str, Any], resume: bool) -> No
         aside.mkdir()
         for path in files:
             shutil.move(path, aside / path.name)
+        _set_output(aside)
         typer.echo(f"Moved the earlier run from {output} to {aside}")
     make_directory(output)
     write_text(output / RECIPE_NAME, _to_yaml(recipe))
+
+
+def _set_output(folder: Path) -> None:
+    """Make the recipes of a moved run, and of each of its models, resume it in its new folder."""
+    for path in folder.rglob(RECIPE_NAME):
+        with suppress(ValueError):  # a recipe that cannot be read is kept as it is
+            write_text(path, _to_yaml({**_read_file(path), "output": str(folder)}))
 
 
 def _versions() -> dict[str, str]:
