@@ -24,9 +24,10 @@ class TrainingEvents(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Load the state of a checkpoint, start the average of the weights, and say if the training is short."""
         if state.is_world_process_zero and state.max_steps < _FEW_STEPS:
+            steps = f"{state.max_steps} optimizer step{'s' * (state.max_steps != 1)}"
             logger.warning(
-                f"This run has {state.max_steps} optimizer steps, but a fine-tuning needs a few hundred. Raise"
-                " num_train_epochs, or lower per_device_train_batch_size."
+                f"This run has {steps}, but a fine-tuning needs a few hundred. Raise num_train_epochs or lower"
+                " per_device_train_batch_size (on the command line, --epochs and --batch-size)."
             )
         self.trainer.begin_training()
 
