@@ -131,6 +131,14 @@ def test_detections_in_crowds_or_as_parts_of_an_object_of_their_class_and_repeat
     assert [(one.suggestion, one.detection) for one in find_suspects([image])] == [("house", 0), ("house", 3)]
 
 
+def test_detections_that_overlap_a_better_one_or_lie_inside_it_with_its_class_are_one_missing_object():
+    big = (0, 0, 60, 60)
+    fragments = [(0.8, POOL, (40, 0, 100, 60)), (0.7, HOUSE, (0, 0, 10, 10)), (0.6, HOUSE, (50, 50, 60, 70))]
+    others = [(0.5, POOL, (20, 20, 30, 30)), (0.4, HOUSE, (55, 55, 100, 100))]  # in the house, and beside it
+    _, [image] = audit(([], [(0.9, HOUSE, big), *fragments, *others]))
+    assert [one.detection for one in find_suspects([image], 0.0)] == [0, 4, 5]
+
+
 def test_a_detection_with_an_empty_mask_is_not_a_missing_object():
     found = [(0.9, HOUSE, LEFT), (0.8, POOL, (30, 0, 30, 20)), (0.7, HOUSE, RIGHT)]
     _, [image] = audit(([(HOUSE, LEFT)], found))

@@ -134,8 +134,8 @@ def support_of(image: AuditedImage) -> Support:
     weighted, fit = _best(scores[:, None] * ious, (ious >= _MIN_OVERLAP) & same_class & is_closest)
     fit_score = np.where(fit >= 0, np.append(scores, 0)[fit], 0)
     fit_iou = np.divide(weighted, fit_score, out=np.zeros(len(objects)), where=fit >= 0)
-    is_known = (ious >= _MIN_OVERLAP) | ((shares >= _MIN_IOU) & (same_class | image.is_crowd))
-    is_new = _without_duplicates(detections, ~is_known.any(1))
+    is_known = _is_of(ious, shares, same_class, image.is_crowd)
+    is_new = _without_duplicates(detections, ~np.any(is_known, axis=1))
     return Support(any_score, same_score, other_score, other, fit_iou, fit_score, fit, is_new)
 
 
@@ -151,14 +151,24 @@ def _best(values: np.ndarray, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return highest, np.where(highest > 0, candidates.argmax(0), -1)
 
 
+def _is_of(ious: np.ndarray, shares: np.ndarray, same_class: np.ndarray, is_crowd: np.ndarray | bool) -> np.ndarray:
+    """Return which of K detections are of which of N objects, or of a part of it: (K, N) bool.
+
+    ious, shares of the detection inside the object, same_class (K, N)   is_crowd (N,)
+    """
+    result: np.ndarray = (ious >= _MIN_OVERLAP) | ((shares >= _MIN_IOU) & (same_class | is_crowd))
+    return result
+
+
 def _without_duplicates(detections: Instances, is_candidate: np.ndarray) -> np.ndarray:
     """Return which candidates (K,) bool are not detections of what a better candidate has found."""
     indices = np.flatnonzero(is_candidate)
     candidates = detections.select(indices)
-    ious = pairwise_ious(candidates, candidates, np.zeros(len(candidates), bool))
+    ious, shares = (pairwise_ious(candidates, candidates, np.full(len(candidates), crowd)) for crowd in (False, True))
+    is_same = _is_of(ious, shares, candidates.labels[:, None] == candidates.labels, is_crowd=False)
     kept: list[int] = []
     for candidate in range(len(candidates)):  # best first
-        if not (ious[candidate, kept] >= _MIN_IOU).any():
+        if not is_same[candidate, kept].any():
             kept.append(candidate)
     result: np.ndarray = np.zeros(len(is_candidate), bool)
     result[indices[kept]] = True
