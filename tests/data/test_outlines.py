@@ -4,8 +4,9 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from pycocotools import mask as coco_mask
+from scipy.ndimage import binary_fill_holes
 
-from transformers_rfdetr.data.outlines import editable_polygons, join_rings, trace_pixels
+from transformers_rfdetr.data.outlines import editable_polygons, join_rings, trace_outer_rings, trace_pixels
 
 from properties import holds
 
@@ -21,6 +22,14 @@ def test_one_line_encloses_exactly_the_pixels_of_a_mask(mask):
     assert bool(rings) == bool(mask.any())
     if rings:
         assert np.array_equal(draw([join_rings(rings)], mask.shape), mask)
+
+
+@holds(100, mask=array_shapes(min_dims=2, max_dims=2, max_side=12).flatmap(lambda size: arrays(bool, size)))
+def test_outer_rings_enclose_a_mask_and_at_most_its_holes(mask):
+    rings = trace_outer_rings(coco_mask.encode(np.asfortranarray(mask.astype(np.uint8))))
+    enclosed = draw(rings, mask.shape) if rings else np.zeros_like(mask)
+    assert (enclosed >= mask).all()
+    assert (enclosed <= binary_fill_holes(mask)).all()
 
 
 def test_the_rings_of_a_square_with_a_hole_are_its_eight_corners():

@@ -1,6 +1,7 @@
 """Instances and their conversions, compared with supervision, pycocotools and masks made by hand."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -109,9 +110,24 @@ def test_supervision_can_draw_its_detections():
 
 
 def test_the_outline_of_a_square_is_its_corners():
-    pytest.importorskip("supervision")
-    [square], *_ = found().polygons()
-    assert sorted(map(tuple, square.tolist())) == [(5, 10), (5, 29), (24, 10), (24, 29)]
+    [square], [_], nothing = found().polygons()
+    assert sorted(map(tuple, square.tolist())) == [(5, 10), (5, 30), (25, 10), (25, 30)]
+    assert nothing == []
+
+
+def test_outlines_need_no_other_library_and_have_no_holes(monkeypatch):
+    for name in ("supervision", "cv2"):
+        monkeypatch.setitem(sys.modules, name, None)
+    instances = found().select([0])
+    mask = bitmaps()[0]
+    mask[12:15, 7:9] = False
+    mask[35, 50] = True
+    instances.masks = [coco_mask.encode(np.asfortranarray(mask))]
+    [[square, pixel]] = instances.polygons()
+    assert sorted(map(tuple, square.tolist())) == [(5, 10), (5, 30), (25, 10), (25, 30)]
+    assert sorted(map(tuple, pixel.tolist())) == [(50, 35), (50, 36), (51, 35), (51, 36)]
+    with pytest.raises(ImportError, match=r"`to_supervision` requires supervision: pip install .*vision"):
+        instances.to_supervision()
 
 
 def test_pycocotools_loads_results_with_the_category_ids_of_the_dataset_and_without_empty_masks():

@@ -20,7 +20,8 @@ _TOLERANCE = 0.3
 def trace_pixels(mask: np.ndarray) -> list[np.ndarray]:
     """Return the rings (V, 2) float64 around the pixels of a mask (R, C) bool, those of holes included.
 
-    By the even-odd rule, they enclose exactly these pixels; pycocotools draws the same mask from them.
+    By the even-odd rule, they enclose exactly these pixels; pycocotools draws the same mask from them. Each begins at
+    its upper left corner: of its highest corners, the leftmost.
     """
     padded = np.pad(mask, 1).astype(np.int8)
     # Around each corner of pixels: an odd number of pixels means that the line turns. Two pixels that touch only here
@@ -44,6 +45,15 @@ def trace_pixels(mask: np.ndarray) -> list[np.ndarray]:
         if ring:
             rings.append(np.stack([x[ring], y[ring]], 1).astype(np.float64))
     return rings
+
+
+def trace_outer_rings(rle: Mapping[str, Any]) -> list[np.ndarray]:
+    """Return the rings (V, 2) int32 around the parts of the mask of a compressed RLE, without those of holes."""
+    left, top, width, height = coco_mask.toBbox(rle).astype(int).tolist()
+    region = coco_mask.decode(rle)[top : top + height, left : left + width].astype(bool)
+    rings: list[np.ndarray] = [ring.astype(np.int32) for ring in trace_pixels(region)]
+    # A ring begins at its upper left corner: the pixel right and below of it is inside.
+    return [ring + np.array([left, top], np.int32) for ring in rings if region[ring[0, 1], ring[0, 0]]]
 
 
 def _pair(order: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import PIL.Image
 from pycocotools import mask as coco_mask
 
 from ..data.drawing import draw_instances
+from ..data.outlines import trace_outer_rings
 from ..model.masks import box_xyxy_to_xywh, mask_areas
 
 
@@ -79,9 +80,11 @@ class Instances:
         return coco_mask.decode(self.masks).transpose(2, 0, 1).astype(bool)
 
     def polygons(self) -> list[list[np.ndarray]]:
-        """Return the outer contours of each mask, without holes, each (V, 2) x, y in pixels. Requires supervision."""
-        polygons_of = _supervision().mask_to_polygons
-        return [polygons_of(coco_mask.decode(mask).astype(bool)) for mask in self.masks or []]
+        """Return the outer contours of each mask, without holes, each (V, 2) int32 x, y.
+
+        They lead along the edges of the pixels: the contour of pixels 5 to 24 reaches from 5 to 25.
+        """
+        return [trace_outer_rings(mask) for mask in self.masks or []]
 
     def crops(self, image: PIL.Image.Image) -> list[PIL.Image.Image]:
         """Return K crops of the image: RGBA, transparent outside of the mask, or RGB crops of the boxes without masks.
@@ -106,7 +109,10 @@ class Instances:
         return crops
 
     def to_supervision(self) -> Any:
-        """Convert to supervision's `Detections`, with dense masks, and names as `data["class_name"]`."""
+        """Convert to supervision's `Detections`, with dense masks, and names as `data["class_name"]`.
+
+        Requires the extra `vision`. Newer releases of supervision warn if OpenCV is missing; this method needs none.
+        """
         return _supervision().Detections(
             xyxy=self.boxes.astype(np.float32),
             mask=None if self.masks is None else self.dense_masks(),
@@ -235,7 +241,5 @@ def _supervision() -> Any:
     try:
         import supervision
     except ImportError as error:
-        raise ImportError(
-            '`polygons` and `to_supervision` require supervision: pip install "transformers-rfdetr[vision]"'
-        ) from error
+        raise ImportError('`to_supervision` requires supervision: pip install "transformers-rfdetr[vision]"') from error
     return supervision
