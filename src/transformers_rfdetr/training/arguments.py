@@ -180,8 +180,8 @@ class RfDetrTrainingArguments(TrainingArguments):
         if (num_processes := torch.distributed.get_world_size()) > 1 and self.world_size == 1:
             raise ValueError(
                 f"`world_size` must be the number of processes of torch.distributed, {num_processes}, got 1 with"
-                f" use_cpu={self.use_cpu}. Start the processes with torchrun or accelerate launch; without a GPU, set"
-                " use_cpu=True (on the command line, --device cpu)."
+                f" use_cpu={self.use_cpu}. Start the processes with torchrun; to train on CPUs, set use_cpu=True"
+                " (on the command line, --device cpu)."
             )
 
 
