@@ -43,6 +43,8 @@ def test_the_suspects_are_listed_shown_and_marked_in_the_dataset(scenes, tmp_pat
     assert done.exit_code == 0, done.output
     content = json.loads((tmp_path / "out" / "audit.json").read_text())
     assert content["num_images"] == 4
+    assert content["recall"] > 0.7
+    assert f"{100 * content['recall']:.0f} % of the annotated objects are found" in done.output
     first = [one for one in content["suspects"] if one["image"] == "3000000.png"]
     assert {("missing", None, "building"), ("wrong class", "car", "tree")} <= {
         (one["kind"], one["class"], one["suggestion"]) for one in first
@@ -71,7 +73,9 @@ def test_each_image_is_judged_by_the_model_that_has_not_seen_it(tmp_path):
     arguments = [tmp_path / "data", "--model", tmp_path / "model", "--folds", 2, *settings, "-o", tmp_path / "out"]
     done = run(*arguments)
     assert done.exit_code == 0, done.output
-    assert json.loads((tmp_path / "out" / "audit.json").read_text())["folds"] == 2
+    content = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert (content["folds"], content["recall"]) == (2, 0)
+    assert "Only 0 % of the annotated objects are found" in done.output
     dataset = load_instance_dataset(tmp_path / "data")["train"]
     folder = tmp_path / "out" / "folds"
     with pytest.raises(ValueError, match="must have 3 folds of these labels, got others"):

@@ -1,5 +1,6 @@
 """The label audit: evidence by hand arithmetic, the page, the marks in the written datasets, and what it finds."""
 
+import html
 import json
 import re
 from pathlib import Path
@@ -14,13 +15,14 @@ from html_page import Page
 from transformers_rfdetr import load_instance_dataset
 from transformers_rfdetr.data.dataset import InstanceDataset
 from transformers_rfdetr.data.writers.write import write_annotations
-from transformers_rfdetr.evaluation.audit_files import explain, marked_images, suspect_rows
+from transformers_rfdetr.evaluation.audit_files import explain, explain_recall, marked_images, suspect_rows
 from transformers_rfdetr.evaluation.coco_evaluator import InstanceSegmentationEvaluator
 from transformers_rfdetr.evaluation.label_audit import (
     audited_images,
     find_suspects,
     group_objects,
     rarity,
+    recall_of,
     usual_ious,
 )
 from transformers_rfdetr.evaluation.report.audit_page import save_audit_page
@@ -153,6 +155,18 @@ def test_images_without_objects_or_detections_have_no_suspects_and_an_object_wit
     assert find_suspects([]) == []
 
 
+def test_the_recall_counts_objects_with_a_sure_detection_of_their_class_and_a_low_one_is_a_warning():
+    _, images = audit(FIRST, SECOND, ([(HOUSE, LEFT, True), (POOL, MIDDLE)], [(0.9, HOUSE, LEFT), (0.5, POOL, MIDDLE)]))
+    assert [recall_of([image]) for image in images] == pytest.approx([1 / 3, 1, 0])
+    assert recall_of(images) == pytest.approx(4 / 7)
+    assert explain_recall(4 / 7) == "57 % of the annotated objects are found (class, score > 0.5, IoU >= 0.5)."
+    assert explain_recall(1 / 3).startswith("Only 33 % of the annotated objects are found")
+    assert "most suspects are probably errors of the model" in explain_recall(1 / 3)
+    _, empty = audit(([(HOUSE, LEFT, True)], []))
+    assert (recall_of(empty), recall_of([])) == (None, None)
+    assert explain_recall(None) == "No objects are annotated."
+
+
 def test_what_happens_often_in_a_group_is_little_evidence():
     values = np.array([0.9] * 40 + [0.1] * 60 + [0.5])
     groups = np.array([0] * 100 + [1])
@@ -233,6 +247,14 @@ def test_a_page_has_a_card_for_each_suspect_and_escapes_names(tmp_path):
     detected = [attributes for attributes in page.of("path") if attributes["class"] == "correct"]
     assert len(detected) == 3
     assert len(re.findall(r"annotation 90\d", page.text)) == 3
+
+
+@pytest.mark.parametrize(("image", "is_weak"), [(FIRST, True), (SECOND, False)])
+def test_a_page_says_how_many_objects_the_model_finds(image, is_weak, tmp_path):
+    dataset, images = audit(image)
+    page = Page(save_audit_page(tmp_path, images, find_suspects(images), dataset).read_text(encoding="utf-8"))
+    assert html.escape(explain_recall(recall_of(images))) in page.text
+    assert any(attributes.get("class") == "warning" for attributes in page.of("p")) == is_weak
 
 
 def test_instances_are_cut_at_a_window():

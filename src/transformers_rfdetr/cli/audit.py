@@ -102,9 +102,9 @@ def audit(
     """
     from ..data.label_maps import canonical_split_name
     from ..data.load import load_instance_dataset
-    from ..evaluation.audit_files import suspect_rows
+    from ..evaluation.audit_files import explain_recall, suspect_rows
     from ..evaluation.evaluation_loop import evaluate_dataset
-    from ..evaluation.label_audit import MIN_SCORE, audited_images, find_suspects
+    from ..evaluation.label_audit import MIN_SCORE, audited_images, find_suspects, recall_of
     from ..evaluation.report.audit_page import save_audit_page
 
     if save_as is not None and ignore_class:
@@ -125,12 +125,15 @@ def audit(
         evaluator = evaluate_folds(dataset, model, folds, output / "folds", config, settings or [], device, batch_size)
     images = audited_images(evaluator, dataset)
     suspects = find_suspects(images, min_evidence)
+    recall = recall_of(images)
     facts = {"model": model, "data": data, "split": split, "folds": folds, "num_images": len(images)}
-    content = {**facts, "num_objects": dataset.num_objects(), "suspects": suspect_rows(images, suspects, dataset)}
+    facts |= {"num_objects": dataset.num_objects(), "recall": None if recall is None else round(recall, 4)}
+    content = {**facts, "suspects": suspect_rows(images, suspects, dataset)}
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "audit.json", json.dumps(content, indent=1))
     page = save_audit_page(output, images, suspects, dataset, title=f"Labels of {data}, {split}")
     typer.echo(_summary(suspects, dataset))
+    typer.echo(explain_recall(recall))
     typer.echo(f"{output / 'audit.json'}, {page}")
     if save_as is not None:
         typer.echo(str(_save_as(output / save_as, save_as, dataset, split, images, suspects)))

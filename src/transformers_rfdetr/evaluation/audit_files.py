@@ -8,7 +8,7 @@ from ..data.dataset import InstanceDataset
 from ..data.outlines import editable_polygons
 from ..data.writers.output import ImageObjects, dataset_images
 from ..model.masks import box_xyxy_to_xywh
-from .label_audit import AuditedImage, Suspect
+from .label_audit import MIN_RECALL, AuditedImage, Suspect
 
 
 def explain(suspect: Suspect) -> str:
@@ -23,6 +23,22 @@ def explain(suspect: Suspect) -> str:
         return f"Annotated as {suspect.class_name}, detected as {detected}."
     usual = f"{suspect.usual_iou:.2f} is usual for this class and size"
     return f"Detected as {detected}, but the IoU of the masks is {suspect.iou:.2f}; {usual}."
+
+
+def explain_recall(recall: float | None) -> str:
+    """Return how many annotated objects the model finds, and a warning if it finds so few that it cannot judge labels.
+
+    `recall` is what [`recall_of`] returns.
+    """
+    if recall is None:
+        return "No objects are annotated."
+    found = f"{100 * recall:.0f} % of the annotated objects are found (class, score > 0.5, IoU >= 0.5)"
+    if recall >= MIN_RECALL:
+        return f"{found}."
+    return (
+        f"Only {found}, so most suspects are probably errors of the model, not of the labels. Train it longer: a few"
+        " hundred optimizer steps, which are 100 epochs or more for fewer than 50 images."
+    )
 
 
 def suspect_rows(images: Sequence[AuditedImage], suspects: Sequence[Suspect], dataset: Any) -> list[dict[str, Any]]:

@@ -29,6 +29,8 @@ from .error_analysis import pairwise_ious, to_instances
 
 KINDS = ("missing", "superfluous", "wrong class", "sloppy mask")
 MIN_SCORE = 0.02  # of the detections that are compared; an object that none of them overlaps is not there
+MIN_RECALL = 0.5  # below it, most suspects are errors of the model; measured in benchmarks/MORE_RESULTS.md
+_SURE = 0.5  # score above which an object is found
 _MIN_IOU = 0.5  # of a detection and the object that it is a detection of
 _MIN_OVERLAP = 0.1  # IoU from which a detection is of the object, with another mask
 _SHARE = 0.05  # of labels that are assumed to be wrong in each way, if nothing else is known
@@ -139,6 +141,16 @@ def support_of(image: AuditedImage) -> Support:
     return Support(any_score, same_score, other_score, other, fit_iou, fit_score, fit, is_new)
 
 
+def recall_of(images: Sequence[AuditedImage]) -> float | None:
+    """Return the fraction of the objects that are found, or None if there are no objects.
+
+    An object is found if a detection of its class has a score above 0.5 and an IoU with it of at least 0.5.
+    """
+    is_found = [support_of(image).same_score[~image.is_crowd] > _SURE for image in images]
+    flat = np.concatenate(is_found) if is_found else np.zeros(0, bool)
+    return float(flat.mean()) if len(flat) else None
+
+
 def _best(values: np.ndarray, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the highest value of an allowed detection, and its index, for each object.
 
@@ -236,7 +248,7 @@ def _suspect_objects(images: Sequence[AuditedImage], supports: Sequence[Support]
     of_all = [[getattr(supports[number], name)[index] for number, index in places] for name in Support._fields[:-1]]
     any_score, same_score, other_score, other, fit_iou, fit_score, fit = map(np.array, of_all)
     groups = group_objects(labels, areas)
-    usual, spread = usual_ious(fit_iou, fit_score > _MIN_IOU, groups)
+    usual, spread = usual_ious(fit_iou, fit_score > _SURE, groups)
     distance = (usual - fit_iou) / spread
     evidence = np.stack(
         [

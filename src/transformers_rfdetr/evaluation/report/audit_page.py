@@ -9,8 +9,8 @@ import numpy as np
 import PIL.Image
 
 from ...atomic_files import write_text
-from ..audit_files import explain
-from ..label_audit import KINDS, AuditedImage, Suspect
+from ..audit_files import explain, explain_recall
+from ..label_audit import KINDS, MIN_RECALL, AuditedImage, Suspect, recall_of
 from .crops import crop_instances, indices_inside, window_around
 from .outlines import outline
 from .page import page_environment, style_and_script, to_data_uri
@@ -36,6 +36,7 @@ def save_audit_page(
         dataset: The dataset that was audited; its images are read again.
         title: Title of the page.
     """
+    recall = recall_of(images)
     shown = suspects[:_MAX_SUSPECTS]
     by_image: dict[int, list[int]] = {}
     for number, suspect in enumerate(shown):
@@ -50,6 +51,8 @@ def save_audit_page(
         .render(
             title=title,
             cards=[cards[number] for number in range(len(shown))],
+            recall=explain_recall(recall),
+            is_weak=recall is not None and recall < MIN_RECALL,
             num_suspects=len(suspects),
             num_objects=sum(int((~image.is_crowd).sum()) for image in images),
             num_images=len(images),
