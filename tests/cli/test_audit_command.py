@@ -61,7 +61,7 @@ def test_the_suspects_are_listed_shown_and_marked_in_the_dataset(scenes, tmp_pat
     )
     again = run(scenes, "--model", "rf-detr-seg-tiny", "-o", tmp_path / "out", "--save-as", "labelme")
     assert again.exit_code == 2
-    assert "labelme must not exist" in again.output
+    assert again.output.endswith("labelme must not exist. Delete or rename it.\n")
 
 
 def test_each_image_is_judged_by_the_model_that_has_not_seen_it(tmp_path):
@@ -76,6 +76,10 @@ def test_each_image_is_judged_by_the_model_that_has_not_seen_it(tmp_path):
     content = json.loads((tmp_path / "out" / "audit.json").read_text())
     assert (content["folds"], content["recall"]) == (2, 0)
     assert "Only 0 % of the annotated objects are found" in done.output
+    again = run(*arguments, "--min-evidence", 0, "--save-as", "coco")
+    assert again.exit_code == 0, again.output
+    assert done.output.count("Starting a new run") == again.output.count("Resuming from") == 2
+    assert (tmp_path / "out" / "coco").is_dir()
     dataset = load_instance_dataset(tmp_path / "data")["train"]
     folder = tmp_path / "out" / "folds"
     with pytest.raises(ValueError, match="must have 3 folds of these labels, got others"):

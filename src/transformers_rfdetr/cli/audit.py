@@ -114,8 +114,8 @@ def audit(
     splits = load_instance_dataset(data, image_folder=image_folder).ignore_classes(ignore_class or [])
     split = canonical_split_name(split)
     dataset = choose_split(splits, split, data)
-    if save_as is not None and (output / save_as).exists():
-        raise ValueError(f"{output / save_as} must not exist. Delete it, or pass another --output.")
+    if save_as is not None and (output / save_as).exists():  # another --output would train all folds again
+        raise ValueError(f"{output / save_as} must not exist. Delete or rename it.")
     if folds is None:
         loaded, processor = load_model(model, device, Dtype.FLOAT32, threads)
         evaluator = evaluate_dataset(loaded, processor, dataset, batch_size=batch_size, score_threshold=MIN_SCORE)
