@@ -121,12 +121,14 @@ def test_a_training_of_few_optimizer_steps_is_a_warning(monkeypatch):
     warnings: list[str] = []
     monkeypatch.setattr(callbacks.logger, "warning", warnings.append)
     events = TrainingEvents(SimpleNamespace(begin_training=lambda: None))
-    for steps, is_first in ((99, True), (100, True), (1, False), (1, True)):
-        events.on_train_begin(None, TrainerState(max_steps=steps, is_world_process_zero=is_first), None)
+    for steps, is_first, batch in ((299, True, 4), (300, True, 4), (1, False, 4), (1, True, 1)):
+        args = SimpleNamespace(per_device_train_batch_size=batch)
+        events.on_train_begin(args, TrainerState(max_steps=steps, is_world_process_zero=is_first), None)
     first, second = warnings
-    assert first.startswith("This run has 99 optimizer steps, but a fine-tuning needs a few hundred. Raise num_train")
-    assert first.endswith("(on the command line, --epochs and --batch-size).")
+    assert first.startswith("This run has 299 optimizer steps, but a fine-tuning needs at least 300. Raise num_train")
+    assert first.endswith("(on the command line, --epochs) or lower per_device_train_batch_size (--batch-size).")
     assert second.startswith("This run has 1 optimizer step, but")
+    assert second.endswith("--epochs).")
 
 
 def test_a_progress_of_the_user_is_kept(tmp_path):

@@ -12,8 +12,10 @@ from ..data.drawing import draw_instances
 from ..data.outlines import trace_outer_rings
 from ..model.masks import box_xyxy_to_xywh, mask_areas
 
+_NUM_SHOWN = 10  # instances, when they are printed
 
-@dataclass
+
+@dataclass(repr=False)
 class Instances:
     """The K instances of one image, best first; all fields have the same order.
 
@@ -49,6 +51,11 @@ class Instances:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def __repr__(self) -> str:
+        best = [f"{name} {score:.2f}" for name, score in zip(self.names[:_NUM_SHOWN], self.scores, strict=False)]
+        more = ["..."] * (len(self) > _NUM_SHOWN)
+        return f"<Instances: {len(self)}{': ' * bool(best)}{', '.join(best + more)}>"
 
     @property
     def areas(self) -> np.ndarray:

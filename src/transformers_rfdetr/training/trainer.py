@@ -178,7 +178,7 @@ class RfDetrTrainer(UploadingTrainer):
                 return
         raise ValueError(
             f"`metric_for_best_model` must be one of {', '.join(known)}, or {self.class_metric}/<class>, got"
-            f" {self.args.metric_for_best_model!r}."
+            f" {self.args.metric_for_best_model!r}. Omit it for the AP."
         )
 
     def _set_up_model(self) -> None:
