@@ -72,7 +72,6 @@ def test_select_applies_to_all_fields(chosen):
     assert some.image_embedding.tolist() == instances.image_embedding.tolist()
 
 
-
 def test_printed_instances_have_their_names_and_scores_but_no_masks():
     assert repr(found()) == "<Instances: 3: dog 0.90, cat 0.75, dog 0.50>"
     assert repr(found().select([0] * 11)).endswith("dog 0.90, ...>")

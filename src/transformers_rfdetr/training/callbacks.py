@@ -9,7 +9,7 @@ from .arguments import best_of_ema_and_base
 
 logger = logging.get_logger(__name__)
 
-# Optimizer steps below which a fine-tuning is too short: the demo's AP50 is 0.31 after 60, 0.87 after 150, 0.94 after 300.
+# A training of fewer optimizer steps is too short: in the demo, AP50 is 0.31 after 60, 0.87 after 150, 0.94 after 300.
 _FEW_STEPS = 300
 # Metrics of an evaluation that are read during a training.
 _SHOWN = ("_loss", "segm_AP", "segm_AP50", "bbox_AP", "bbox_AP50", "mean_iou")
