@@ -105,22 +105,22 @@ TARGETS = {
 # Explanations of missed targets, by (area, case, ours).
 NOTES: dict[tuple[str, str, str], str] = {
     ("forward", "time, B=1", "ours"): (
-        "0.997 to 1.04 in four runs: both forms compute nearly the same (72.9 and 74.3 GFLOP) in the same libraries"
+        "0.997 to 1.05 in five runs: both forms compute nearly the same (72.9 and 74.3 GFLOP) in the same libraries"
     ),
     ("forward", "time, B=1", "ours compiled"): (
         "the compiled model multiplies with oneDNN, the others with MKL: 460 and 212 GFLOP/s in float32 on an AMD EPYC"
         " with AVX512 (1,296 x 384 times 384 x 1,536, 2 threads)"
     ),
     ("forward", "time, B=1", "ours bf16"): (
-        "0.51 and 0.67 with bf16 instructions; without them, bf16 takes 7 to 9 times as long as float32 in each of the"
-        " three"
+        "0.46 to 0.67 in three runs with bf16 instructions; without them, bf16 takes 7 to 9 times as long as float32 in"
+        " each of the three"
     ),
     ("preprocessing", "with masks", "ours cropped"): (
-        "in turns with the port, 8 times: 0.259 with two threads and 0.176 with one, as in a worker of a data loader"
+        "only the port gains from a second thread; a worker of a data loader has one"
     ),
     **{
         ("runtimes", "time, B=1", f"ours {runtime}"): (
-            "0.985 to 1.04: rfdetr's export is its optimised form, with nearly the same FLOPs as ours. Materializing"
+            "0.985 to 1.06: rfdetr's export is its optimised form, with nearly the same FLOPs as ours. Materializing"
             " the masks of detections only cannot save 5 %: those of all 200 queries are 1.2 of 73 GFLOP"
         )
         for runtime in ("onnxruntime", "OpenVINO")
@@ -128,11 +128,11 @@ NOTES: dict[tuple[str, str, str], str] = {
     ("training step", "time, B=2", "ours"): (
         "60 % of the step is matrix products, in MKL: 432 GFLOP per image, against 496 in rfdetr (the"
         " counter says 501 and 565, because it counts depthwise convolutions as full ones in the backward pass);"
-        " 13 % is attention. The ratio was 0.846 to 0.99 in five runs, and 0.847 in processor time, one thread,"
+        " 13 % is attention. The ratio was 0.846 to 0.99 in six runs, and 0.847 in processor time, one thread,"
         " one image"
     ),
     ("preprocessing", "with masks", "ours"): (
-        "0.26 to 0.45 in six runs: a third of the time is the first access to the 245 MB of masks,"
+        "0.26 to 0.45 in seven runs: a third of the time is the first access to the 245 MB of masks,"
         " which varies because the system must clear the memory; the rest is pycocotools drawing them"
     ),
 }
