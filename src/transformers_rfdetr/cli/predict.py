@@ -408,7 +408,8 @@ def _predict_images(run: _Run, inputs: _Inputs) -> int:
         )
     finally:
         Image.MAX_IMAGE_PIXELS = max_pixels
-    num_failed = _report_images(summary, f"{run.output / 'predictions.jsonl'}, {run.output / 'predictions.coco.json'}")
+    written = [run.output / name for name in ("images", "crops", "predictions.jsonl", "predictions.coco.json")]
+    num_failed = _report_images(summary, ", ".join(str(path) for path in written if path.exists()))
     if run.save_as is not None:
         _save_as(run, inputs, run.save_as)
     return num_failed

@@ -65,7 +65,8 @@ def prepare_labels(
             "Some annotations were dropped from the training labels: their box has no area inside the image, or their"
             " segmentation covers no pixel of the model's input. Random crops cause this at their borders, and then"
             " nothing is wrong. If it is also shown without augmentation, run `transformers-rfdetr check-dataset`, or"
-            " set TRANSFORMERS_VERBOSITY=info to see which images are affected. Each process says this once."
+            " set TRANSFORMERS_VERBOSITY=info to see which images are affected. Each process that reads data says this"
+            " once."
         )
         logger.info(f"{where}: dropped {num_dropped} of {len(target['annotations'])} annotations")
 
