@@ -135,6 +135,12 @@ def test_all_masks_are_read_as_pycocotools_draws_what_was_written(format, image,
     check(1)
 
 
+@pytest.mark.parametrize("polygon", [[0.0] * 10, [3.0, 4.0] * 7])
+def test_a_polygon_of_one_repeated_point_can_be_read_from_yolo(polygon, tmp_path):
+    [found] = objects_in(write(tmp_path / "out", [item([polygon])], "yolo"), tmp_path)
+    assert not draw(found["segmentation"]).any()
+
+
 @pytest.mark.parametrize("format", WRITERS)
 def test_boxes_without_a_mask_stay_so(format, tmp_path):
     pytest.importorskip("datasets")

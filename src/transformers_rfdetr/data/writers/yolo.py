@@ -76,7 +76,10 @@ def _outline(item: Mapping[str, Any], size: tuple[int, int]) -> tuple[np.ndarray
 
 def _arrange(points: np.ndarray) -> np.ndarray:
     """Let a ring (V, 2) of fractions start where its line cannot be read as one of another task, such as pose."""
-    for ring in (points, points[::-1], np.concatenate([points, points[:1]])):
+    # Without repeated points, the ring encloses the same; one without an area may have only those.
+    is_new = np.any(points != np.roll(points, 1, axis=0), axis=1)
+    distinct = points[is_new] if is_new.sum() >= 3 else points[:3]
+    for ring in (points, points[::-1], np.concatenate([points, points[:1]]), distinct):
         for start in range(min(len(ring), _MAX_STARTS)):
             turned = np.roll(ring, -start, axis=0)
             if not look_like_other_task(turned.ravel()):
