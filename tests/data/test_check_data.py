@@ -111,7 +111,7 @@ ELSEWHERE = {  # kinds that other tests cover
     *("layout", "shared_label_file", "box_layout", "no_images", "nothing_repaired", "dark_16_bit", "multiple_frames"),
     *("overlapping_crops_across_splits", "invalid_annotation_file", "invalid_object"),
     *("fractional_coordinates", "area_of_box", "object_vanishes", "small_self_intersection"),
-    *("boxes_only", "no_objects"),
+    *("boxes_only", "no_objects", "nested_polygon"),
 }
 ONCE = KINDS.keys() - {
     *("image_without_objects", "object_without_mask", "near_duplicate_across_splits", "rle_corrupt"),

@@ -132,6 +132,18 @@ def test_areas_of_boxes_are_one_remark_with_their_share_and_do_not_hide_wrong_ar
     assert "90% of the annotations" in str(report)
 
 
+def test_a_polygon_inside_another_is_reported_because_coco_fills_it(one):
+    outer, hole = [5, 5, 55, 5, 55, 35, 5, 35], [20, 10, 30, 10, 30, 20, 20, 20]
+    beside = [60, 5, 70, 5, 70, 15, 60, 15]
+    items = [
+        square(1, bbox=[5, 5, 50, 30], area=..., segmentation=[hole, outer]),
+        square(2, bbox=[5, 5, 65, 30], area=..., segmentation=[outer, beside]),
+    ]
+    [found] = [found for found in check_dataset(one(items)).findings if found.kind == "nested_polygon"]
+    assert [example["annotation_id"] for example in found.examples] == [1]
+    assert found.examples[0]["detail"] == "1 of 2 polygons, 100 pixels"
+
+
 def test_a_tiny_loop_in_an_outline_is_a_remark(one):
     loop = [5, 5, 55, 5, 55, 35, 6, 35, 5, 34, 5, 35, 6, 34.5]
     report = check_dataset(one([square(1, bbox=[5, 5, 50, 30], area=..., segmentation=[loop])]))

@@ -16,6 +16,8 @@ from .images import UNREADABLE
 from .raw_split import as_index
 
 _MIN_DUPLICATE_IOU = 0.95
+_MAX_COMPARED_POLYGONS = 255  # of one object; pycocotools compares no more
+_MIN_NESTED_SHARE = 0.99  # of a polygon inside a larger one
 _MIN_AFFECTED_SHARE = 0.005  # of the area of a polygon that crosses itself
 _MAX_VANISHING_AREA = 16  # pixels of the model's input, above which no mask is drawn to see if it vanishes
 
@@ -139,6 +141,8 @@ class AnnotationCheck:
             share = max(map(affected_share, crossing))
             kind = "self_intersecting_polygon" if share >= _MIN_AFFECTED_SHARE else "small_self_intersection"
             self._note(kind, f"{len(crossing)} of {len(polygons)} polygons; affects {share:.1%} of the area inside")
+        if nested := _nested_areas(polygons, size):
+            self._note("nested_polygon", f"{len(nested)} of {len(polygons)} polygons, {sum(nested):g} pixels")
 
     def _check_box(self, size: tuple[int, int], mask: Mask | None) -> list[float] | None:
         """Return the box within the image; None if there is none."""
@@ -209,6 +213,17 @@ def find_duplicate_objects(
                 if iou > _MIN_DUPLICATE_IOU:
                     yield check, earlier, iou
                     break
+
+
+def _nested_areas(polygons: Sequence[np.ndarray], size: tuple[int, int]) -> list[float]:
+    """Return the pixels of each polygon that lies inside a larger one of the same object."""
+    if not 1 < len(polygons) <= _MAX_COMPARED_POLYGONS:
+        return []
+    rles = coco_mask.frPyObjects(polygons, *size)
+    areas = coco_mask.area(rles).astype(float)
+    inside = coco_mask.iou(rles, rles, [True] * len(rles))  # share of each row's polygon inside each column's
+    is_nested = ((inside >= _MIN_NESTED_SHARE) & (areas[:, None] < areas)).any(1) & (areas > 0)
+    return areas[is_nested].tolist()
 
 
 def _segmentation_problem(segmentation: Any, size: tuple[int, int]) -> str:

@@ -98,6 +98,10 @@ KINDS = {
     ),
     "self_intersecting_polygon": ("warning", "edges of a polygon cross, so that parts may be missing; redraw it"),
     "small_self_intersection": ("info", "edges of a polygon cross, and less than 0.5 % of its area is affected"),
+    "nested_polygon": (
+        "warning",
+        "a polygon lies inside another of the same object, and is filled as COCO does; if it is a hole, store RLE",
+    ),
     "object_vanishes": ("warning", "at the model's resolution, the mask covers no pixel, so that the object is lost"),
     "polygon_outside": ("warning", "a polygon extends more than a pixel beyond the image; it is clipped"),
     "rle_of_another_size": ("error", "the size of the RLE must be that of the image; encode the mask again"),
