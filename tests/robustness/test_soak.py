@@ -195,6 +195,7 @@ def test_twenty_minutes_of_work_leak_no_memory_and_no_files(tmp_path, capfd):
     # The temporary folder has a short path: workers pass images through sockets in it.
     with tempfile.TemporaryDirectory() as temporary:
         environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(sys.path),  # the helpers of the tests
             "TMPDIR": temporary,
             "OMP_NUM_THREADS": "1",
             # glibc returns freed memory: one arena, and blocks of 64 KiB and more are mapped separately.
