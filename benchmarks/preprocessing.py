@@ -63,7 +63,8 @@ def measure(variant: str, arguments: argparse.Namespace) -> list[Measurement]:
                 size = count_bytes(call())
                 measurements.append(Measurement("preprocessing", variant, "labels", name, size, "B", "cpu"))
         threads = torch.get_num_threads()
-        for shown, num_threads in ((case, threads), (f"{case}, 1 thread", 1))[: 1 + bool(given[2])]:
+        threads_of = {case: threads} | ({f"{case}, 1 thread": 1} if given[2] else {})
+        for shown, num_threads in threads_of.items():
             torch.set_num_threads(num_threads)
             for name, seconds in peers.time_in_turns(calls, arguments.repeats).items():
                 measurements.append(Measurement("preprocessing", variant, shown, name, seconds, "s", "cpu"))

@@ -1,7 +1,7 @@
 """Whether the outline of a polygon crosses itself, and how much of its area that affects.
 
 YOLO has one polygon for an object, so that writers join its parts and holes by bridges: lines without width, which the
-outline follows forth and back. A bridge may lead across other edges without a change of the mask, and is no crossing.
+outline follows forth and back. A bridge may lead across other edges without a change of the mask; that is not reported.
 
 Axis letters: P points of a polygon, E edges of it. Edge i leads from point i to point i + 1.
 """
