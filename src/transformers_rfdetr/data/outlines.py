@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from ..model.masks import to_rle
+from ..model.masks import decode_box, to_rle
 
 # Pixels that a simplified line may deviate from the middles of the sides of pixels. The centers of the pixels are
 # 0.35 away from the line through these.
@@ -49,8 +49,7 @@ def trace_pixels(mask: np.ndarray) -> list[np.ndarray]:
 
 def trace_outer_rings(rle: Mapping[str, Any]) -> list[np.ndarray]:
     """Return the rings (V, 2) int32 around the parts of the mask of a compressed RLE, without those of holes."""
-    left, top, width, height = coco_mask.toBbox(rle).astype(int).tolist()
-    region = coco_mask.decode(rle)[top : top + height, left : left + width].astype(bool)
+    region, top, left = decode_box(rle)
     rings: list[np.ndarray] = [ring.astype(np.int32) for ring in trace_pixels(region)]
     # A ring begins at its upper left corner: the pixel right and below of it is inside.
     return [ring + np.array([left, top], np.int32) for ring in rings if region[ring[0, 1], ring[0, 0]]]
@@ -104,8 +103,7 @@ def editable_polygons(rle: Mapping[str, Any]) -> list[list[float]] | None:
     The lines lead through the middles of the sides of pixels, and may deviate by less than the distance to the nearest
     center of a pixel. None if no polygons draw the mask, such as with holes.
     """
-    left, top, width, height = coco_mask.toBbox(rle).astype(int).tolist()
-    region = coco_mask.decode(rle)[top : top + height, left : left + width].astype(bool)
+    region, top, left = decode_box(rle)
     rings = [simplify_ring(_through_sides(ring), _TOLERANCE) for ring in trace_pixels(region)]
     polygons = [(ring + np.array([left, top])).ravel().tolist() for ring in rings]
     if not polygons:

@@ -276,17 +276,17 @@ def rasterize_regions(
     scale = (out_width / width, out_height / height)
     for segmentation in segmentations:
         if isinstance(segmentation, dict):
-            region, y, x = _decode_box(segmentation)
+            region, y, x = decode_box(segmentation)
             top, bottom = (int(np.searchsorted(nearest_row, edge)) for edge in (y, y + region.shape[0]))
             left, right = (int(np.searchsorted(nearest_column, edge)) for edge in (x, x + region.shape[1]))
             yield region[nearest_row[top:bottom, None] - y, nearest_column[left:right] - x], top, left
         else:
             scaled = [(polygon.reshape(-1, 2) * scale).ravel() for polygon in segmentation]
             _check_outline(scaled)
-            yield _decode_box(coco_mask.merge(coco_mask.frPyObjects(scaled, out_height, out_width)))
+            yield decode_box(coco_mask.merge(coco_mask.frPyObjects(scaled, out_height, out_width)))
 
 
-def _decode_box(rle: Mapping[str, Any]) -> tuple[np.ndarray, int, int]:
+def decode_box(rle: Mapping[str, Any]) -> tuple[np.ndarray, int, int]:
     """Decode the pixels in the box of a valid RLE with compressed counts: (R, C) bool, top, left.
 
     The time depends on the box and not on the image.

@@ -7,8 +7,9 @@ from xml.etree.ElementTree import Element, SubElement
 
 import numpy as np
 
+from ...model.masks import decode_box
 from ..cvat import CROWD_ATTRIBUTE
-from .output import ImageObjects, Output, Splits, check_class_names, crop_mask, mask_of, polygons_of
+from .output import ImageObjects, Output, Splits, check_class_names, mask_of, polygons_of
 
 _DESCRIPTION = "description"
 
@@ -74,7 +75,7 @@ def _geometries(item: Mapping[str, Any], size: tuple[int, int]) -> list[tuple[st
     polygons = polygons_of(item, size)
     if polygons is not None:
         return [("polygon", {"points": ";".join(f"{x},{y}" for x, y in points.tolist())}) for points in polygons]
-    region, top, left = crop_mask(mask_of(item, size))
+    region, top, left = decode_box(mask_of(item, size))
     frame = {"left": left, "top": top, "width": region.shape[1], "height": region.shape[0]}
     return [("mask", {"rle": ", ".join(map(str, _runs(region))), **{key: str(value) for key, value in frame.items()}})]
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from ...model.masks import decode_box
 from ..labelme import IGNORED_LABELS
 from .output import (
     ImageObjects,
@@ -16,7 +17,6 @@ from .output import (
     Splits,
     check_class_names,
     check_split_names,
-    crop_mask,
     mask_of,
     polygons_of,
 )
@@ -77,7 +77,7 @@ def _shapes(item: Mapping[str, Any], size: tuple[int, int]) -> Iterator[dict[str
     for polygon in polygons or []:
         yield {"points": polygon.tolist(), "shape_type": "polygon", "mask": None}
     if polygons is None:
-        region, top, left = crop_mask(mask_of(item, size))
+        region, top, left = decode_box(mask_of(item, size))
         file = BytesIO()
         PIL.Image.fromarray(region.astype(np.uint8)).save(file, "PNG")
         corners = [[left, top], [left + region.shape[1] - 1, top + region.shape[0] - 1]]

@@ -192,12 +192,6 @@ def polygons_of(item: Mapping[str, Any], size: tuple[int, int]) -> list[np.ndarr
     return [polygon.reshape(-1, 2) for polygon in rounded]
 
 
-def crop_mask(rle: Mapping[str, Any]) -> tuple[np.ndarray, int, int]:
-    """Return the part (R, C) bool of a mask that is not empty, and its top and left."""
-    left, top, width, height = coco_mask.toBbox(rle).astype(int).tolist()
-    return coco_mask.decode(rle)[top : top + height, left : left + width].astype(bool), top, left
-
-
 # Names
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import yaml
 
 from ...model.coco_labels import clip_box
-from ...model.masks import to_rle
+from ...model.masks import decode_box, to_rle
 from ..outlines import join_rings, trace_pixels
 from ..yolo import look_like_other_task
 from ..yolo_layout import LabelFiles
-from .output import Output, Splits, check_class_names, check_split_names, crop_mask, mask_of
+from .output import Output, Splits, check_class_names, check_split_names, mask_of
 
 _MAX_STARTS = 100  # points of an outline that are tried as the first one
 
@@ -64,7 +64,7 @@ def yolo_values(item: Mapping[str, Any], size: tuple[int, int], output: Output) 
 def _outline(item: Mapping[str, Any], size: tuple[int, int]) -> tuple[np.ndarray, bool]:
     """Return one ring (V, 2) that has the mask of an object, and whether several were joined."""
     mask = mask_of(item, size)
-    region, top, left = crop_mask(mask)
+    region, top, left = decode_box(mask)
     if not isinstance(item["segmentation"], Mapping):
         rings = [np.array(polygon).reshape(-1, 2).clip(0, size[::-1]) for polygon in item["segmentation"]]
         joined = join_rings(rings).round(3)
