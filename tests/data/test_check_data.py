@@ -563,11 +563,7 @@ def test_rows_of_datasets_are_checked_but_not_repaired(tmp_path):
     rows = datasets.Dataset.from_list([{"image": draw_image(0), "objects": objects}])
     rows = rows.cast_column("image", datasets.Image())
     report = check_dataset({"train": rows})
-    assert counts_of(report) == {
-        ("box_outside", "train"): 1,
-        ("missing_size", "train"): 1,
-        ("missing_area", "train"): 2,
-    }
+    assert counts_of(report) == {("box_outside", "train"): 1}  # rows need neither sizes nor areas
     with pytest.raises(ValueError, match=r"`fix` .*`Dataset\.map`"):
         check_dataset(rows, fix=tmp_path / "fixed")
 

@@ -172,6 +172,10 @@ class _Run:
             elif count["objects"] and count["objects"] == self.collector.count("object_without_mask", name):
                 self.collector.remove("object_without_mask", name)
                 self.collector.add(name, Problem("boxes_only", f"{count['objects']} objects"))
+        for split in splits:
+            if split.folder is None:  # rows of the library datasets, which no reader of COCO files will read
+                self.collector.remove("missing_size", split.name)
+                self.collector.remove("missing_area", split.name)
         if copy is None:
             return
         for split in splits:
