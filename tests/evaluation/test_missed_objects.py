@@ -105,6 +105,10 @@ def test_advice_has_the_numbers_of_the_objects():
     assert "num_queries=120 instead of 100, and fine-tuning, would give 18 of these 20" in advise(
         "proposal not selected", ranks, 100
     )
+    far = [Problem("proposal not selected", float(rank)) for rank in (572, 400)]
+    assert advise("proposal not selected", far, 100).startswith("Train longer: ")
+    assert "would give 18 of these 22" in (mixed := advise("proposal not selected", [*ranks, *far], 100))
+    assert mixed.endswith("For the others, train longer.")
     scores = [Problem("below the threshold", score) for score in (0.12, 0.45, 0.31, 0.2)]
     assert "half of these scores are at least 0.31, the highest is 0.45" in advise("below the threshold", scores, None)
 

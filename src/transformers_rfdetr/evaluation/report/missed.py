@@ -13,6 +13,7 @@ from .cards import object_card
 
 _MAX_EXAMPLES = 3
 _MAX_CLASSES = 20
+_MAX_QUERY_FACTOR = 4  # beyond it, more queries cost more than they find
 _MEANINGS = {
     "no proposal": "No box of the first stage, at any position, had an IoU of at least 0.5 with the object.",
     "proposal not selected": "The first stage had a box near the object, but its score was not among the best, which"
@@ -94,13 +95,26 @@ def advise(reason: str, problems: Sequence[Problem | None], num_selected: int | 
             f" highest is {values[-1]:.2f}."
         )
     if reason == "proposal not selected":
-        wanted = 10 * math.ceil((values[math.ceil(0.9 * len(values)) - 1] + 1) / 10)
-        num_reached = sum(rank < wanted for rank in values)
-        return (
-            f"Use more queries, or tiles: num_queries={wanted} instead of {num_selected}, and fine-tuning, would give"
-            f" {num_reached} of these {len(values)} objects a query near them."
-        )
+        assert num_selected is not None
+        return _advise_on_ranks(values, num_selected)
     return _ADVICE[reason]
+
+
+def _advise_on_ranks(ranks: Sequence[float], num_selected: int) -> str:
+    """Return what helps objects whose proposals, the best first, have these positions, in ascending order."""
+    near = [rank for rank in ranks if rank < _MAX_QUERY_FACTOR * num_selected]
+    if not near:
+        return (
+            f"Train longer: the boxes near these objects are not among the {_MAX_QUERY_FACTOR * num_selected} best,"
+            f" and {num_selected} are used."
+        )
+    wanted = 10 * math.ceil((near[math.ceil(0.9 * len(near)) - 1] + 1) / 10)
+    num_reached = sum(rank < wanted for rank in near)
+    rest = "" if len(near) == len(ranks) else " For the others, train longer."
+    return (
+        f"Use more queries, or tiles: num_queries={wanted} instead of {num_selected}, and fine-tuning, would give"
+        f" {num_reached} of these {len(ranks)} objects a query near them.{rest}"
+    )
 
 
 def _is(problem: Problem | None, reason: str) -> bool:
