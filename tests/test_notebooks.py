@@ -24,6 +24,7 @@ NUMBER = re.compile(r"\d+\.\d+|\d+")
 # another processor, the AP of the few small objects differed by 0.07.
 TOLERANCE = 0.005
 TRAINING_TOLERANCE = 0.1
+MEAN_TOLERANCE = 0.03  # of the differences of all numbers of a notebook; 0.011 was measured
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 
@@ -123,6 +124,7 @@ def test_a_notebook_uses_the_model_in_the_package_and_says_what_to_put_in_its_pl
 def test_another_run_gives_the_stored_outputs(path, tmp_path):
     tolerance = TRAINING_TOLERANCE if path.stem in ("02_finetune", "06_improve") else TOLERANCE
     stored, fresh = (cells(notebook, "code") for notebook in (read(path), execute(path, tmp_path)))
+    differences = [0.0]
     for before, after in zip(stored, fresh, strict=True):
         place = f"{path.stem}, cell {before['id']}"
         assert [image.size for image in images(after)] == [image.size for image in images(before)], place
@@ -130,3 +132,6 @@ def test_another_run_gives_the_stored_outputs(path, tmp_path):
         for number, expected in zip(NUMBER.findall(printed(after)), NUMBER.findall(printed(before)), strict=True):
             margin = tolerance if "." in expected else max(2, 0.02 * int(expected))  # integers are pixels and counts
             assert float(number) == pytest.approx(float(expected), abs=margin), f"{place}: {printed(after)}"
+            if "." in expected:
+                differences.append(abs(float(number) - float(expected)))
+    assert np.mean(differences) < MEAN_TOLERANCE
