@@ -20,6 +20,7 @@ from transformers_rfdetr.evaluation.confidence import (
 
 # Images, classes, objects of a class in an image on average, and how good the masks are.
 SETTINGS = ((60, 3, 1.0, 1.2), (60, 3, 1.0, 3.0), (100, 20, 0.2, 1.2), (300, 2, 1.0, 1.2), (200, 5, 3.0, 2.0))
+SETTINGS += tuple((few, 3, objects, skill) for few in (2, 5, 10, 20) for objects, skill in ((1.0, 3.0), (2.0, 1.2)))
 
 
 def simulated(

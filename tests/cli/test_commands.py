@@ -182,6 +182,20 @@ def test_a_stopped_run_resumes_from_its_last_checkpoint(finished, copied):
     assert_equal(weights(output / "model"), weights(finished.output / "model"))
 
 
+def test_a_finished_run_keeps_the_thresholds_that_it_was_calibrated_with_since(finished, copied):
+    output, arguments = copied
+    config = RfDetrConfig.from_pretrained(output / "model")
+    config.score_thresholds, config.score_thresholds_note = {0: 0.25}, "chosen by hand"
+    config.save_pretrained(output / "model")
+    assert run(*arguments).exit_code == 0
+    config = RfDetrConfig.from_pretrained(output / "model")
+    assert (config.score_thresholds, config.score_thresholds_note) == ({0: 0.25}, "chosen by hand")
+    assert_equal(weights(output / "model"), weights(finished.output / "model"))
+    shutil.rmtree(output / "checkpoint-2")  # now an optimizer step is trained
+    assert run(*arguments).exit_code == 0
+    assert RfDetrConfig.from_pretrained(output / "model").score_thresholds is None
+
+
 def test_ctrl_c_tells_what_the_same_command_does_next(finished, tmp_path, monkeypatch):
     output = tmp_path / "run"
     arguments = [output if part == finished.output else part for part in finished.arguments]

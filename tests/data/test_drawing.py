@@ -69,6 +69,15 @@ def test_plates_stay_inside_the_image_and_off_each_other():
         assert plate.sum() > 100
 
 
+def test_a_label_is_at_the_largest_part_of_a_mask():
+    mask = np.zeros((1, 120, 160), bool)
+    mask[0, 60:64, 0:2] = True  # stray pixels on the left
+    mask[0, 50:90, 100:150] = True
+    written = draw_instances(GREY, mask, labels=["nut"])
+    difference = ImageChops.difference(draw_instances(GREY, mask), written).getbbox()
+    assert (difference[0], difference[3]) == (100, 50)
+
+
 def test_many_instances_have_no_plates_that_would_hide_others():
     image = Image.new("RGB", (640, 480), (90, 90, 90))
     small = [[20 + 60 * (n % 10), 100 + 60 * (n // 10), 30 + 60 * (n % 10), 110 + 60 * (n // 10)] for n in range(20)]

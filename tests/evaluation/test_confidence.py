@@ -199,6 +199,7 @@ def test_the_commands_evaluate_with_intervals_and_compare(tmp_path):
         result = CliRunner().invoke(app, [str(part) for part in [*command, "--threshold", threshold]])
         assert result.exit_code == 0, result.output
         assert "90 % confidence" in result.output
+        assert "With fewer than 10 images, an interval can be wrong more often than its level says." in result.output
         low, high = json.loads(file.read_text())["intervals"]["segm_AP"]
         page = (tmp_path / "report.html").read_text()
         assert "With 90 % confidence" in page

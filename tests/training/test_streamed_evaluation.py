@@ -34,13 +34,14 @@ def test_the_evaluation_loss_is_that_of_one_batch_with_all_images(tmp_path):
 
 
 def test_only_an_evaluation_after_training_has_confidence_intervals_and_the_card_shows_them(tmp_path):
-    trainer = build_trainer(tmp_path, max_steps=1, eval_strategy="steps", eval_steps=1, save_strategy="no", seed=0)
+    settings = {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no", "seed": 0}
+    trainer = build_trainer(tmp_path, {"eval_dataset": drawn(10, 100)}, **settings)
     trainer.train()
     trainer.save_model()
     trainer.create_model_card()
     assert "confidence intervals" not in (tmp_path / "README.md").read_text()
     found = trainer.evaluate()
-    evaluator = evaluate_dataset(trainer.model, trainer.processing_class, drawn(7, 100), progress=False)
+    evaluator = evaluate_dataset(trainer.model, trainer.processing_class, drawn(10, 100), progress=False)
     expected = evaluator.compute(0.95)["intervals"]
     assert found["eval_intervals"] == {
         **{name: pytest.approx(expected[name], abs=1e-6) for name in expected if name != "per_class"},
@@ -48,7 +49,8 @@ def test_only_an_evaluation_after_training_has_confidence_intervals_and_the_card
     }
     trainer.create_model_card()
     assert "95 % confidence intervals" in (tmp_path / "README.md").read_text()
-    assert "eval_intervals" not in build_trainer(tmp_path, eval_confidence=None).evaluate()
+    assert "eval_intervals" not in trainer.evaluate(drawn(9, 100))  # too few images for a card
+    assert "eval_intervals" not in build_trainer(tmp_path, eval_confidence=None).evaluate(drawn(10, 100))
 
 
 def test_predict_returns_detections_as_coco_results(tmp_path):

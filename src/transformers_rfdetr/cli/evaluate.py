@@ -147,7 +147,7 @@ def evaluate(
         save_thresholds,
         store_thresholds,
     )
-    from ..evaluation.confidence import compare, confidence_intervals, per_image, to_json
+    from ..evaluation.confidence import FEW_IMAGES, compare, confidence_intervals, per_image, to_json
     from ..evaluation.error_analysis import analyse_evaluation
     from ..evaluation.evaluation_loop import evaluate_dataset
     from ..evaluation.missed_objects import StageRecord
@@ -187,6 +187,8 @@ def evaluate(
     if images is not None and confidence is not None:
         metrics["intervals"] = confidence_intervals(images, confidence)
         typer.echo(format_intervals(metrics))
+        if len(images.image_ids) < FEW_IMAGES:
+            typer.echo(f"With fewer than {FEW_IMAGES} images, an interval can be wrong more often than its level says.")
     if per_class:
         typer.echo(format_classes(metrics["per_class"]))
     if calibrate:

@@ -24,6 +24,7 @@ from ..data.load import load_instance_dataset
 from ..data.recipes import RECIPES
 from ..data.splits import split_dataset
 from ..data.text_files import read_text, read_yaml
+from ..evaluation.calibration import restore_thresholds
 from ..hub.load import load
 from ..model.validation import require
 from .evaluate import format_numbers
@@ -256,6 +257,9 @@ def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
         with _explain_out_of_memory(arguments):
             trainer.train(resume_from_checkpoint=checkpoint)
         saved = output / _MODEL_NAME
+        has_ended_before = checkpoint == str(output / f"checkpoint-{trainer.state.global_step}")
+        if has_ended_before and (saved / "config.json").is_file():  # the model has been calibrated since, perhaps
+            restore_thresholds(model.config, saved)
         trainer.write_model(str(saved))
         metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
         if is_first:

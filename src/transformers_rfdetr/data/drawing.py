@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
+from scipy import ndimage
 
 from ..model.image_io import read_rgb
 from ..model.masks import read_segmentation, to_rle
@@ -44,8 +45,8 @@ def draw_instances(
 
     A mask is tinted, and outlined in its color with a dark edge, which is visible on light and on dark images. Line
     width and text size grow with the image. With more than 20 instances, a label is drawn only if it covers no other
-    label and is not larger than its instance. Where instances overlap, the earlier one is on top. An instance with an
-    empty mask and no box is not drawn.
+    label and is not larger than its instance. A label is at the largest part of a mask. Where instances overlap, the
+    earlier one is on top. An instance with an empty mask and no box is not drawn.
 
     Example:
         >>> import numpy as np
@@ -160,7 +161,7 @@ def _to_array(values: Any) -> np.ndarray:
 def _draw_masks(
     pixels: np.ndarray, masks: np.ndarray | list[dict[str, Any]], colors: Sequence[Color], line_width: int
 ) -> list[Extent | None]:
-    """Draw masks on pixels (H, W, 3) in place; return the extent of each mask, None of an empty one."""
+    """Draw masks on pixels (H, W, 3) in place; return the extent of each mask's largest part, None of an empty one."""
     extents: list[Extent | None] = [None] * len(masks)
     for index in reversed(range(len(masks))):
         mask = masks[index]
@@ -172,10 +173,19 @@ def _draw_masks(
             )
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         if rows.size:
-            x0, y0, x1, y1 = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-            pixels[y0:y1, x0:x1] = _paint(pixels[y0:y1, x0:x1], mask[y0:y1, x0:x1], colors[index], line_width)
-            extents[index] = (x0, y0, x1, y1)
+            window = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            pixels[window] = _paint(pixels[window], mask[window], colors[index], line_width)
+            x0, y0, x1, y1 = _largest_part(mask[window])
+            left, top = int(columns[0]), int(rows[0])
+            extents[index] = (left + x0, top + y0, left + x1, top + y1)
     return extents
+
+
+def _largest_part(mask: np.ndarray) -> Extent:
+    """Return the extent of the largest connected part of a mask (h, w)."""
+    parts, _ = ndimage.label(mask)
+    rows, columns = ndimage.find_objects(parts)[np.bincount(parts.ravel())[1:].argmax()]
+    return columns.start, rows.start, columns.stop, rows.stop
 
 
 def _paint(pixels: np.ndarray, mask: np.ndarray, color: Color, line_width: int) -> np.ndarray:

@@ -36,8 +36,9 @@ def explain_recall(recall: float | None) -> str:
     if recall >= MIN_RECALL:
         return f"{found}."
     return (
-        f"Only {found}, so most suspects are probably errors of the model, not of the labels. Train it longer: a few"
-        " hundred optimizer steps, which are 100 epochs or more for fewer than 50 images."
+        f"Only {found}, so most suspects are probably errors of the model, not of the labels. Train it for more epochs"
+        " than now; if it was trained by --folds, more folds give each model more images. Both require another"
+        " --output."
     )
 
 

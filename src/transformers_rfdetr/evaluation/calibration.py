@@ -301,6 +301,13 @@ def stored_thresholds(config: Any, dataset: Any, evaluator: Any) -> dict[str, fl
     return {name: thresholds[label] for label, name in names.items() if label in thresholds}
 
 
+def restore_thresholds(config: Any, folder: Path) -> None:
+    """Give a configuration the thresholds that the config.json of a model's folder has."""
+    earlier = type(config).from_pretrained(folder)
+    for name in ("score_thresholds", "score_thresholds_note"):
+        setattr(config, name, getattr(earlier, name))
+
+
 def save_thresholds(folder: Path, config: Any) -> None:
     """Write the thresholds of a configuration to the config.json of a model's folder; nothing else is changed."""
     path = folder / "config.json"

@@ -26,6 +26,7 @@ from scipy.stats import t as student_t
 from ..model.validation import require
 from .coco_summary import COCO_MAX_DETECTIONS
 
+FEW_IMAGES = 10  # with fewer, an interval can contain the truth less often than its level says
 _RECALLS = np.linspace(0.0, 1.0, 101)  # at which COCO reads the precision
 _NUM_THRESHOLDS = 10  # T
 _AT_50 = 0  # index into T

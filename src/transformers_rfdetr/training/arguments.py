@@ -29,7 +29,8 @@ class RfDetrTrainingArguments(TrainingArguments):
         component_decay: Factor of the decoder's learning rate, in (0, 1]; its square is the factor for DINOv2.
         lr_scheduler_type: "step", which is "constant_with_warmup" with one drop; or another schedule of transformers,
             such as "cosine". `warmup_steps` is the length of a linear warm-up.
-        lr_drop_epochs: Epochs after which "constant_with_warmup" drops to a tenth.
+        lr_drop_epochs: Epochs after which "constant_with_warmup" drops to a tenth, 100 by default. Raise it with the
+            number of epochs if the drop is to come later.
         ema: Whether to keep an exponential moving average (EMA) of the weights. The EMA weights are evaluated, saved in
             every checkpoint, and in the model after training.
         ema_decay: Decay of the EMA after many optimizer steps, in [0, 1).
@@ -40,7 +41,7 @@ class RfDetrTrainingArguments(TrainingArguments):
         eval_max_detections: Number of detections per image and class for additional metrics, such as
             `eval_segm_AP_300`, for images with more than 100 objects.
         eval_confidence: Level of the confidence intervals, in (0, 1), that an evaluation after training returns as
-            `eval_intervals` and the model card shows; None computes none.
+            `eval_intervals` and the model card shows, if there are at least 10 images; None computes none.
         early_stopping: Whether to stop when the metric for the best model stops improving.
         early_stopping_patience: Evaluations without an improvement after which training stops.
         early_stopping_min_delta: Change of the metric that an improvement must exceed.

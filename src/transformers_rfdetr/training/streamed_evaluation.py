@@ -16,6 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..data.dataset import InstanceDataset, as_instance_dataset
 from ..data.load import load_instance_dataset
 from ..evaluation.coco_evaluator import InstanceSegmentationEvaluator
+from ..evaluation.confidence import FEW_IMAGES
 from ..evaluation.evaluation_loop import detect, label_to_category_id, to_category_ids
 from ..model.configuration_rf_detr import RfDetrConfig
 from .arguments import RfDetrTrainingArguments, non_ema_key
@@ -70,7 +71,8 @@ class StreamedEvaluation:
     def compute(self, process_index: int, num_processes: int, confidence: float | None) -> dict[str, Any]:
         """Merge the records of all processes on the first one; return the metrics on all of them.
 
-        With `confidence`, their intervals are among them; see [`InstanceSegmentationEvaluator.compute`].
+        With `confidence` and at least 10 images, their intervals are among them; see
+        [`InstanceSegmentationEvaluator.compute`].
         """
         parts: list[Any] = [(self.evaluator.state(), self.loss, self.num_objects)]
         if num_processes > 1:
@@ -82,7 +84,8 @@ class StreamedEvaluation:
             for state, _, _ in parts[1:]:
                 self.evaluator.merge(state)
             loss = sum(part[1] for part in parts) / max(1, sum(part[2] for part in parts))
-            return {"loss": loss, **(self.evaluator.compute(confidence) if len(self.evaluator) else {})}
+            level = confidence if len(self.evaluator) >= FEW_IMAGES else None
+            return {"loss": loss, **(self.evaluator.compute(level) if len(self.evaluator) else {})}
 
         return run_on_first_process(merge, process_index)
 
