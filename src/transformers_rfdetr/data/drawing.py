@@ -173,7 +173,7 @@ def _draw_masks(
             )
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         if rows.size:
-            window = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            window = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
             pixels[window] = _paint(pixels[window], mask[window], colors[index], line_width)
             x0, y0, x1, y1 = _largest_part(mask[window])
             left, top = int(columns[0]), int(rows[0])
