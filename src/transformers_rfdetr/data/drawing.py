@@ -173,10 +173,10 @@ def _draw_masks(
             )
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         if rows.size:
-            window = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-            pixels[window] = _paint(pixels[window], mask[window], colors[index], line_width)
-            x0, y0, x1, y1 = _largest_part(mask[window])
-            left, top = int(columns[0]), int(rows[0])
+            left, top, right, bottom = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+            cut = mask[top:bottom, left:right]
+            pixels[top:bottom, left:right] = _paint(pixels[top:bottom, left:right], cut, colors[index], line_width)
+            x0, y0, x1, y1 = _largest_part(cut)
             extents[index] = (left + x0, top + y0, left + x1, top + y1)
     return extents
 
