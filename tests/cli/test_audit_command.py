@@ -82,8 +82,9 @@ def test_each_image_is_judged_by_the_model_that_has_not_seen_it(tmp_path):
     assert (tmp_path / "out" / "coco").is_dir()
     dataset = load_instance_dataset(tmp_path / "data")["train"]
     folder = tmp_path / "out" / "folds"
-    with pytest.raises(ValueError, match="must have 3 folds of these labels, got others"):
-        evaluate_folds(dataset, str(tmp_path / "model"), 3, folder, None, QUICK, "cpu", 8)
+    for count, other in ((3, QUICK), (2, [*QUICK, "seed=7"])):
+        with pytest.raises(ValueError, match=f"must have {count} folds of these labels and settings, got others"):
+            evaluate_folds(dataset, str(tmp_path / "model"), count, folder, None, other, "cpu", 8)
     evaluator = evaluate_folds(dataset, str(tmp_path / "model"), 2, folder, None, QUICK, "cpu", 8)
     parts = fold_indices(dataset, 2)
     assert sorted(np.concatenate(parts)) == list(range(5))

@@ -17,7 +17,7 @@ from ..evaluation.coco_evaluator import InstanceSegmentationEvaluator
 from ..evaluation.evaluation_loop import evaluate_dataset
 from ..evaluation.label_audit import MIN_SCORE
 from .options import Dtype, load_model
-from .training_run import read_recipe, read_setting, run_recipe
+from .training_run import FREE_SETTINGS, read_recipe, read_setting, run_recipe
 
 EPOCHS = 10  # of a fine-tuning, unless the user says how long
 
@@ -47,15 +47,18 @@ def evaluate_folds(
         batch_size: Images per batch of the evaluation.
 
     Raises:
-        ValueError: the folder has folds of other data, or another number of them.
+        ValueError: the folder has folds of other data, of other settings, or another number of them.
     """
-    coco = dataset.coco()
-    _check_folder(folder, {"folds": count, "data": hashlib.sha256(repr(coco).encode()).hexdigest()})
-    evaluator = InstanceSegmentationEvaluator(coco)
-    image_ids = dataset.image_ids()
     given = [*map(read_setting, settings)]
     if config is None and not {"epochs", "num_train_epochs", "max_steps"} & {name for name, _ in given}:
         given.append(("epochs", EPOCHS))
+    recipe = read_recipe(config, [*given, ("model", model), ("data", str(folder)), ("output", str(folder))])
+    fixed = {name: value for name, value in recipe.items() if name not in FREE_SETTINGS and name != "data"}
+    coco = dataset.coco()
+    facts = {"folds": count, "data": hashlib.sha256(repr(coco).encode()).hexdigest(), "settings": fixed}
+    _check_folder(folder, facts)
+    evaluator = InstanceSegmentationEvaluator(coco)
+    image_ids = dataset.image_ids()
     parts = fold_indices(dataset, count)
     for number, part in enumerate(parts, start=1):
         typer.echo(f"Fold {number} of {count}: training without {len(part)} of {len(dataset)} images")
@@ -75,9 +78,12 @@ def evaluate_folds(
 
 def _check_folder(folder: Path, facts: dict[str, Any]) -> None:
     """Write what the folds in a folder are of, or raise ValueError if it has folds of something else."""
-    path = folder / "folds.json"
+    path, text = folder / "folds.json", json.dumps(facts)
     if not path.exists():
         make_directory(folder)
-        write_text(path, json.dumps(facts))
-    elif json.loads(path.read_text(encoding="utf-8")) != facts:
-        raise ValueError(f"{folder} must have {facts['folds']} folds of these labels, got others. Delete it.")
+        write_text(path, text)
+    elif path.read_text(encoding="utf-8") != text:
+        raise ValueError(
+            f"{folder} must have {facts['folds']} folds of these labels and settings, got others. Delete it, or pass"
+            " another --output."
+        )

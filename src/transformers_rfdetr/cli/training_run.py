@@ -54,7 +54,7 @@ _ALIASES = {
     "output_dir": "output",
 }
 # Settings that do not change the trained model: a run may be resumed with other values.
-_FREE = {
+FREE_SETTINGS = {
     *("output", "device", "use_cpu", "push_to_hub", "versions", "report_to", "run_name", "project", "disable_tqdm"),
     *("private", "log_level", "save_total_limit", "per_device_eval_batch_size", "dataloader_num_workers"),
     *("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_pin_memory"),
@@ -365,7 +365,7 @@ def find_checkpoint(output: Path, recipe: Mapping[str, Any]) -> str | None:
     earlier = _read_file(output / RECIPE_NAME)
     different = [
         f"{name} {earlier.get(name, 'unset')!r:.60} there, {recipe.get(name, 'unset')!r:.60} here"
-        for name in sorted({*earlier, *recipe} - _FREE)
+        for name in sorted({*earlier, *recipe} - FREE_SETTINGS)
         if earlier.get(name) != recipe.get(name)
     ]
     if different:
