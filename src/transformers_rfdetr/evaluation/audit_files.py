@@ -37,8 +37,8 @@ def explain_recall(recall: float | None) -> str:
         return f"{found}."
     return (
         f"Only {found}, so most suspects are probably errors of the model, not of the labels. Train it for more epochs"
-        " than now; if it was trained by --folds, more folds give each model more images. Both require another"
-        " --output."
+        " or on more images, with another --output. A few dozen images are judged better by eye: `transformers-rfdetr"
+        " check-dataset --overlays`."
     )
 
 
