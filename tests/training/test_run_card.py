@@ -8,10 +8,10 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from transformers_rfdetr import RfDetrForInstanceSegmentation, RfDetrImageProcessor, load, predict
+from transformers_rfdetr import RfDetrForInstanceSegmentation, RfDetrImageProcessor, load, predict, tiny_checkpoint
 from transformers_rfdetr.data.dataset import InstanceDataset
 from transformers_rfdetr.data.drawing import draw_instances
-from transformers_rfdetr.training.run_card import draw_examples, metrics_of_run, training_settings
+from transformers_rfdetr.training.run_card import describe_drawn, draw_examples, metrics_of_run, training_settings
 from transformers_rfdetr.training.trainer import RfDetrTrainer, RfDetrTrainingArguments
 
 from hub_server import code_blocks
@@ -51,7 +51,21 @@ def test_the_metrics_of_a_run_are_those_of_the_weights_that_it_kept(tmp_path):
 )
 def test_the_settings_name_the_augmentation(given, name, tmp_path):
     trainer = build_trainer(tmp_path, given)
-    assert training_settings(trainer.args, trainer.state, [], trainer.augmentation)["augmentation"] == name
+    settings = training_settings(trainer.args, trainer.state, "", [], trainer.augmentation)
+    assert settings["augmentation"] == name
+    assert "started from" not in settings
+
+
+def test_the_card_names_the_checkpoint_without_its_whole_path(tmp_path):
+    trainer = build_trainer(tmp_path)
+    for path, name in (
+        (str(tiny_checkpoint()), "rf-detr-seg-tiny"),
+        ("/data/me/runs/first/model", "first/model"),
+        ("Roboflow/rf-detr-seg-medium", "Roboflow/rf-detr-seg-medium"),
+    ):
+        trainer.model.config.name_or_path = path
+        trainer.create_model_card()
+        assert f"| started from | {name} |" in (tmp_path / "README.md").read_text()
 
 
 def test_crowds_are_not_drawn_and_objects_without_mask_are_drawn_as_boxes(monkeypatch):
@@ -70,6 +84,11 @@ def test_crowds_are_not_drawn_and_objects_without_mask_are_drawn_as_boxes(monkey
         [(truth, found)] = draw_examples(model, RfDetrImageProcessor(size=48), data, 1)
         assert np.array_equal(truth, draw_instances(image, **shapes)), shapes
         assert np.array_equal(found, image)  # random weights are sure of nothing
+    assert describe_drawn(model.config) == "predictions with a score above 0.5"
+    model.config.score_thresholds = {0: 0.001}
+    assert describe_drawn(model.config) == "predictions with a score above the threshold of its class"
+    [(_, found)] = draw_examples(model, RfDetrImageProcessor(size=48), data, 1)
+    assert not np.array_equal(found, image)
 
 
 # peft asks transformers >= 5.23 by an old name.

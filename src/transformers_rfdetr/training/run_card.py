@@ -1,6 +1,7 @@
 """What the model card says about a training run: its settings, its metrics, images with predictions."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,19 +15,20 @@ from ..data.drawing import draw_annotations, draw_instances
 from ..inference.predict import predict
 from .arguments import RfDetrTrainingArguments, best_key, best_of_ema_and_base, non_ema_key
 
-DRAWN_SCORE = 0.5
+_DRAWN_SCORE = 0.5  # unless the model has thresholds of its own
 _MAX_SIDE = 480  # pixels of an image on the card
 _MAX_CLASS_NAMES = 10  # drawn in one image, so that they do not cover it
 
 
 def training_settings(
-    args: RfDetrTrainingArguments, state: TrainerState, sizes: Sequence[tuple[int, int]], augmentation: Any
+    args: RfDetrTrainingArguments, state: TrainerState, start: str, sizes: Sequence[tuple[int, int]], augmentation: Any
 ) -> dict[str, Any]:
     """Return names and values of the settings that reproduce the run.
 
     Args:
         args: Arguments of the run.
         state: State of the run, which says how long it was.
+        start: Name or folder of the checkpoint that was fine-tuned; empty if there was none.
         sizes: (height, width) that optimizer steps drew from; empty for the model's own.
         augmentation: Augmentation of training samples, or the name of its recipe.
     """
@@ -36,6 +38,7 @@ def training_settings(
     if args.lr_scheduler_type == SchedulerType.CONSTANT_WITH_WARMUP:
         schedule = f"divided by 10 after {args.lr_drop_epochs:g} epochs"
     return {
+        **({"started from": "/".join(Path(start).parts[-2:])} if start else {}),  # not the whole path
         "epochs": f"{state.epoch or 0:g}",
         "optimizer steps": state.global_step,
         "images in an optimizer step": images_in_step,
@@ -101,13 +104,23 @@ def metrics_of_run(
     return results
 
 
+def describe_drawn(config: Any) -> str:
+    """Return which predictions [`draw_examples`] draws."""
+    threshold = _drawn_threshold(config)
+    return f"predictions with a score above {'the threshold of its class' if threshold == 'calibrated' else threshold}"
+
+
+def _drawn_threshold(config: Any) -> float | str:
+    return _DRAWN_SCORE if config.score_thresholds is None else "calibrated"
+
+
 def draw_examples(model: Any, processor: Any, dataset: Any, count: int) -> list[tuple[Image.Image, Image.Image]]:
     """Return the first images with objects, each with its ground truth and with predictions drawn on it.
 
     Crowds are not drawn. The longer side of the images is reduced to 480 pixels.
 
     Args:
-        model: A model, of which predictions with a score above 0.5 are drawn.
+        model: A model, of which predictions with a score above its calibrated thresholds or 0.5 are drawn.
         processor: Its image processor.
         dataset: An [`InstanceDataset`]; other datasets give no images.
         count: Number of images, which are looked for among the first 16 times as many.
@@ -121,7 +134,7 @@ def draw_examples(model: Any, processor: Any, dataset: Any, count: int) -> list[
             samples += [sample] * bool(sample["annotations"])
     if not samples:
         return []
-    found = predict(model, processor, [sample["image"] for sample in samples], threshold=DRAWN_SCORE)
+    found = predict(model, processor, [sample["image"] for sample in samples], threshold=_drawn_threshold(model.config))
     names = model.config.id2label
     rows = []
     for sample, instances in zip(samples, found, strict=True):

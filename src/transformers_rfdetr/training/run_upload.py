@@ -10,6 +10,7 @@ from huggingface_hub import HfApi
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress, logging
 
+from ..assets import TINY_NAME, tiny_checkpoint
 from ..atomic_files import atomic_file, make_directory, write_text
 from ..data.drawing import draw_grid
 from ..data.prepared import PreparedDataset
@@ -21,7 +22,7 @@ from .arguments import note_on_metrics
 from .data_setup import unprepared
 from .lora import ADAPTER_FOLDER
 from .resuming import ResumableTrainer
-from .run_card import DRAWN_SCORE, draw_examples, metrics_of_run, training_settings
+from .run_card import describe_drawn, draw_examples, metrics_of_run, training_settings
 
 logger = logging.get_logger(__name__)
 
@@ -194,6 +195,7 @@ class UploadingTrainer(ResumableTrainer):
         counts = {name: part.dataset.counts() for name, part in datasets.items() if isinstance(part, PreparedDataset)}
         names = list(splits) if isinstance(self.eval_dataset, dict) else [""]
         base = getattr(config, "_name_or_path", None)
+        start = TINY_NAME if base == str(tiny_checkpoint()) else base or ""
         return Run(
             base_model=base if is_hub_id(base) else None,
             splits={
@@ -201,7 +203,7 @@ class UploadingTrainer(ResumableTrainer):
             },
             objects={config.id2label[label]: count.objects for label, count in counts.get("train", {}).items()},
             results=metrics_of_run(args, self.state, names, self.class_metric) | self.measured,
-            recipe=training_settings(args, self.state, self.sizes, self.augmentation),
+            recipe=training_settings(args, self.state, start, self.sizes, self.augmentation),
             note=note_on_metrics(args),
             is_adapter=hasattr(self.model, "peft_config"),
         )
@@ -221,8 +223,8 @@ class UploadingTrainer(ResumableTrainer):
             with self.evaluated_weights():
                 rows = draw_examples(self.model, self.processing_class, dataset, num_images)
         if rows:
-            draw_grid(rows, ["ground truth", f"predictions above {DRAWN_SCORE:g}"]).save(folder / GRID)
-            captions[GRID] = f"Ground truth, and predictions with a score above {DRAWN_SCORE:g}"
+            draw_grid(rows, ["ground truth", "predictions"]).save(folder / GRID)
+            captions[GRID] = f"Ground truth, and {describe_drawn(self.model.config)}"
         for stale in {CURVES, GRID} - captions.keys():
             (folder / stale).unlink(missing_ok=True)
         return captions
