@@ -34,6 +34,7 @@ from transformers_rfdetr import RfDetrForInstanceSegmentation, RfDetrImageProces
 from transformers_rfdetr.cli.app import app
 from transformers_rfdetr.conversion import architecture
 from transformers_rfdetr.conversion.convert import convert_to_transformers
+from transformers_rfdetr.data.synthetic import draw_dataset, save_dataset
 from transformers_rfdetr.hub.model_code import CODE_FILES
 from transformers_rfdetr.hub.push import upload
 from transformers_rfdetr.hub.space import push_space
@@ -171,6 +172,39 @@ def check_a_private_model_needs_its_token(hub: Hub) -> None:
         assert "me/secret" in refused(lambda: kind.from_pretrained("me/secret", token="token-of-other"))
         assert_same_model(kind.from_pretrained("me/secret", token="token-of-me"), model)
         assert_same_model(load("me/secret", token="token-of-me")[0], model)
+
+
+def check_private_never_uploads_to_a_public_repository(hub: Hub) -> None:
+    model = small_model()
+    model.push_to_hub("me/open")
+    commit = HfApi().model_info("me/open").sha
+    with pytest.raises(ValueError, match="`private` requires a private repository, but me/open exists and is public"):
+        model.push_to_hub("me/open", private=True)
+    assert HfApi().model_info("me/open").sha == commit
+    trainer = quick_trainer(hub.folder / "public", push_to_hub=True, hub_model_id="me/public")
+    with pytest.raises(ValueError, match="me/public exists and is public"):
+        trainer.push_to_hub(private=True, num_images=0)
+    assert hub.files("me/public") == set()
+
+
+def check_train_pushes_to_a_private_repository(hub: Hub) -> None:
+    save_dataset(hub.folder / "drawn" / "train", *draw_dataset(2, (96, 96), classes=["building"]))
+    small_model(num_labels=1).save_pretrained(hub.folder / "start")
+    command = ["train", str(hub.folder / "drawn"), "--model", str(hub.folder / "start"), "--device", "cpu"]
+    command += ["-o", str(hub.folder / "private-run"), "--push-to-hub", "me/private-run", "--private"]
+    for setting in ("max_steps=1", "gradient_accumulation_steps=1", "dataloader_num_workers=0", "multi_scale=false"):
+        command += ["--set", setting]
+    for _ in range(2):  # the run, and the same command when it has ended
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+    assert "model.safetensors" in HfApi().list_repo_files("me/private-run")
+    assert HfApi().model_info("me/private-run").private
+    with token(""):
+        assert "me/private-run" in refused(lambda: hf_hub_download("me/private-run", "model.safetensors"))
+    result = CliRunner().invoke(app, [part.replace("private-run", "open") for part in command])
+    assert result.exit_code == 2
+    assert "me/open exists and is public" in result.stderr
+    assert not (hub.folder / "open").exists()  # before the training
 
 
 def check_a_wrong_token_is_reported_without_a_retry(hub: Hub) -> None:

@@ -26,6 +26,7 @@ from ..data.splits import split_dataset
 from ..data.text_files import read_text, read_yaml
 from ..evaluation.calibration import restore_thresholds
 from ..hub.load import load
+from ..hub.push import create_repository
 from ..model.validation import require
 from .evaluate import format_numbers
 from .options import absolute, read_size
@@ -241,6 +242,9 @@ def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
     set_seed(arguments.seed)  # for the heads of new classes
     options = {"resolution": recipe["resolution"]} if "resolution" in recipe else {}
     model, processor = load(recipe["model"], id2label=data.id2label, **options)
+    if "push_to_hub" in recipe and is_first:  # Trainer would create a public one
+        access = {"private": recipe.get("private"), "token": None}
+        create_repository(recipe["push_to_hub"], **access, kept="Nothing was trained.")
     trainer = RfDetrTrainer(
         model,
         arguments,

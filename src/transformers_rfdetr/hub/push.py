@@ -47,7 +47,7 @@ def push_to_hub(
         endpoint: Whether to add the handler with which an Inference Endpoint serves the model; see [`add_endpoint`].
         commit_message: "Upload model" or "Upload processor" by default.
         commit_description: Description of the commit.
-        private: Whether to create a private repository; the owner's default if None.
+        private: Whether to create a private repository, or require that it is one; the owner's default if None.
         token: The one that `hf auth login` stored by default.
         revision: Branch; created from `main` if it does not exist.
         create_pr: Whether to open a pull request instead.
@@ -55,6 +55,7 @@ def push_to_hub(
         tags: Tags for the model card.
 
     Raises:
+        ValueError: `private` is set, but the repository exists and is public.
         OSError: Nothing was uploaded; the message has the reason.
     """
     is_model = hasattr(model_or_processor, "state_dict")
@@ -100,12 +101,23 @@ def _write_card(
 def create_repository(
     repo_id: str, *, private: bool | None, token: str | bool | None, kept: str = "", repo_type: str = "model"
 ) -> str:
-    """Create a repository unless it exists, and return its id with the owner; errors are those of [`upload`]."""
-    create = HfApi(token=token).create_repo
+    """Create a repository unless it exists, and return its id with the owner.
+
+    Raises:
+        ValueError: `private` is set, but the repository exists and is public.
+        OSError: see [`upload`].
+    """
+    api = HfApi(token=token)
     settings: dict[str, Any] = {"private": private, "exist_ok": True, "repo_type": repo_type}
     if repo_type == "space":
         settings["space_sdk"] = "gradio"
-    return _retry(lambda: create(repo_id, **settings).repo_id, repo_id, kept)
+    repo_id = _retry(lambda: api.create_repo(repo_id, **settings).repo_id, repo_id, kept)
+    if private and not _retry(lambda: api.repo_info(repo_id, repo_type=repo_type).private, repo_id, kept):
+        raise ValueError(
+            f"`private` requires a private repository, but {repo_id} exists and is public. Nothing was uploaded. Make"
+            f" it private in its settings on the Hub, or omit `private`. {kept}".rstrip()
+        )
+    return repo_id
 
 
 def upload(

@@ -66,12 +66,14 @@ class UploadingTrainer(ResumableTrainer):
             blocking: Whether to wait; otherwise a `Future` is returned.
             token: `hub_token` of the arguments, or the token that `hf auth login` has stored, by default.
             revision: Branch; `hub_revision` of the arguments by default.
-            private: Whether the repository is created as a private one; `hub_private_repo` by default.
+            private: Whether the repository is created as a private one, or must be one; `hub_private_repo` by default.
+                With `push_to_hub=True` in the arguments, Trainer has already created it by `hub_private_repo`.
             with_code: Whether to add the code of this package; see [`add_code`].
             endpoint: Whether to add the handler of an Inference Endpoint; see [`add_endpoint`].
             **card: Arguments of [`create_model_card`](RfDetrTrainer.create_model_card).
 
         Raises:
+            ValueError: `private` is set, but the repository is public.
             OSError: the upload failed for good; all files are in the output folder.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
