@@ -26,7 +26,6 @@ from ..data.splits import split_dataset
 from ..data.text_files import read_text, read_yaml
 from ..evaluation.calibration import restore_thresholds
 from ..hub.load import load
-from ..hub.push import create_repository
 from ..model.validation import require
 from .evaluate import format_numbers
 from .options import absolute, read_size
@@ -242,9 +241,6 @@ def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
     set_seed(arguments.seed)  # for the heads of new classes
     options = {"resolution": recipe["resolution"]} if "resolution" in recipe else {}
     model, processor = load(recipe["model"], id2label=data.id2label, **options)
-    if "push_to_hub" in recipe and is_first:  # Trainer would create a public one
-        access = {"private": recipe.get("private"), "token": None}
-        create_repository(recipe["push_to_hub"], **access, kept="Nothing was trained.")
     trainer = RfDetrTrainer(
         model,
         arguments,
@@ -272,7 +268,7 @@ def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
                 typer.echo(format_numbers({name.removeprefix("eval_"): value for name, value in metrics.items()}))
             typer.echo(f"The model is in {saved}")
         if "push_to_hub" in recipe:
-            pushed = trainer.push_to_hub(private=recipe.get("private"))
+            pushed = trainer.push_to_hub()
             if is_first:
                 typer.echo(f"Uploaded to {pushed.repo_url}")
 
@@ -346,6 +342,7 @@ def _training_arguments(recipe: Mapping[str, Any]) -> Any:
         fields["use_cpu"] = True
     if "push_to_hub" in recipe:
         fields |= {"push_to_hub": True, "hub_model_id": recipe["push_to_hub"], "hub_strategy": "end"}
+        fields["hub_private_repo"] = recipe.get("private")
     try:
         return RfDetrTrainingArguments(recipe["output"], **fields)
     except (KeyError, TypeError, AttributeError, ArithmeticError) as error:  # transformers does not check all values

@@ -45,6 +45,24 @@ class UploadingTrainer(ResumableTrainer):
     augmentation: Any
     sizes: list[tuple[int, int]]  # (height, width) of multi-scale training
 
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None, kept: str = "") -> None:
+        """Create the repository unless it exists; Trainer calls this at its start if `push_to_hub` is set.
+
+        Args:
+            token: `hub_token` of the arguments by default.
+            private: Whether it is created as a private one, or must be one; `hub_private_repo` by default.
+            kept: The end of an error, a sentence that says where the files are.
+
+        Raises:
+            ValueError: the repository must be private, but is public.
+            OSError: it cannot be created.
+        """
+        if not self.is_world_process_zero():
+            return
+        name = self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        private = self.args.hub_private_repo if private is None else private
+        self.hub_model_id = create_repository(name, private=private, token=token or self.args.hub_token, kept=kept)
+
     def push_to_hub(
         self,
         commit_message: str = "End of training",
@@ -83,9 +101,7 @@ class UploadingTrainer(ResumableTrainer):
             return None
         folder = Path(self.args.output_dir)
         access: dict[str, Any] = {"token": token or self.args.hub_token, "kept": f"All files are in {folder}."}
-        name = self.hub_model_id or self.args.hub_model_id or folder.absolute().name
-        private = self.args.hub_private_repo if private is None else private
-        self.hub_model_id = create_repository(name, private=private, **access)
+        self.init_hf_repo(private=private, **access)
         code = [*(add_code(folder) if with_code else []), *(add_endpoint(folder) if endpoint else [])]
         self.create_model_card(with_code=with_code, **card)
         if self.push_in_progress is not None:
