@@ -52,7 +52,8 @@ def evaluate_folds(
     given = [*map(read_setting, settings)]
     if config is None and not {"epochs", "num_train_epochs", "max_steps"} & {name for name, _ in given}:
         given.append(("epochs", EPOCHS))
-    recipe = read_recipe(config, [*given, ("model", model), ("data", str(folder)), ("output", str(folder))])
+    places = {"model": model, "data": str(folder), "output": str(folder), "device": device}
+    recipe = read_recipe(config, [*given, *places.items()])
     fixed = {name: value for name, value in recipe.items() if name not in FREE_SETTINGS and name != "data"}
     coco = dataset.coco()
     facts = {"folds": count, "data": hashlib.sha256(repr(coco).encode()).hexdigest(), "settings": fixed}
@@ -66,8 +67,7 @@ def evaluate_folds(
         data, run = folder / str(number) / "data", folder / str(number) / "run"
         if not data.exists():
             write_dataset({"train": Subset(dataset, others)}, data)
-        places = {"model": model, "data": str(data), "output": str(run), "device": device}
-        run_recipe({"eval_strategy": "no", **read_recipe(config, [*given, *places.items()])})
+        run_recipe({"eval_strategy": "no", **recipe, "data": str(data.absolute()), "output": str(run.absolute())})
         loaded, processor = load_model(str(run / "model"), device, Dtype.FLOAT32, None)
         held_out = Subset(dataset, part.tolist())
         found = evaluate_dataset(loaded, processor, held_out, batch_size=batch_size, score_threshold=MIN_SCORE)
