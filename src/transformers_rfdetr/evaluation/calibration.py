@@ -35,6 +35,7 @@ from .confidence import MatchTable, match_tables
 from .evaluation_loop import evaluate_dataset, label_to_category_id
 from .score_curves import AT_50, THRESHOLDS, num_above_thresholds, score_curves
 
+_FIELDS = ("score_thresholds", "score_thresholds_note")  # of a configuration
 _MAX_BET = 0.75  # of the capital; 0.5 and 0.75 are usual
 _SEED = 0  # of the order in which images are bet on
 
@@ -304,7 +305,7 @@ def stored_thresholds(config: Any, dataset: Any, evaluator: Any) -> dict[str, fl
 def restore_thresholds(config: Any, folder: Path) -> None:
     """Give a configuration the thresholds that the config.json of a model's folder has."""
     earlier = type(config).from_pretrained(folder)
-    for name in ("score_thresholds", "score_thresholds_note"):
+    for name in _FIELDS:
         setattr(config, name, getattr(earlier, name))
 
 
@@ -312,5 +313,5 @@ def save_thresholds(folder: Path, config: Any) -> None:
     """Write the thresholds of a configuration to the config.json of a model's folder; nothing else is changed."""
     path = folder / "config.json"
     fields = json.loads(path.read_text(encoding="utf-8"))
-    fields |= {name: getattr(config, name) for name in ("score_thresholds", "score_thresholds_note")}
+    fields |= {name: getattr(config, name) for name in _FIELDS}
     write_text(path, json.dumps(fields, indent=2, sort_keys=True) + "\n")

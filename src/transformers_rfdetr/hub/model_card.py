@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..inference.predict import own_threshold
 from ..model.configuration_rf_detr import RfDetrConfig
 from ..model.validation import as_pair
 from ..model.variants_rf_detr import class_labels
@@ -108,7 +109,7 @@ def model_card(
         height=height,
         width=width,
         num_queries=config.num_queries,
-        threshold="0.5" if config.score_thresholds is None else '"calibrated"',
+        threshold=json.dumps(own_threshold(config)),
         thresholds_note=config.score_thresholds_note,
         converted_from=converted_from,
         changes=changes,

@@ -92,6 +92,11 @@ def predict(
     return found
 
 
+def own_threshold(config: RfDetrConfig) -> float | Literal["calibrated"]:
+    """Return "calibrated" for a calibrated model, otherwise the default of [`predict`]."""
+    return DEFAULT_SCORE if config.score_thresholds is None else "calibrated"
+
+
 def class_thresholds(config: RfDetrConfig, threshold: float | Literal["calibrated"]) -> np.ndarray:
     """Return the score threshold of each label, (C,) float32.
 

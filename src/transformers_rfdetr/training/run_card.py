@@ -12,10 +12,9 @@ from transformers.trainer_utils import SchedulerType
 
 from ..data.dataset import InstanceDataset
 from ..data.drawing import draw_annotations, draw_instances
-from ..inference.predict import predict
+from ..inference.predict import own_threshold, predict
 from .arguments import RfDetrTrainingArguments, best_key, best_of_ema_and_base, non_ema_key
 
-_DRAWN_SCORE = 0.5  # unless the model has thresholds of its own
 _MAX_SIDE = 480  # pixels of an image on the card
 _MAX_CLASS_NAMES = 10  # drawn in one image, so that they do not cover it
 
@@ -106,12 +105,8 @@ def metrics_of_run(
 
 def describe_drawn(config: Any) -> str:
     """Return which predictions [`draw_examples`] draws."""
-    threshold = _drawn_threshold(config)
+    threshold = own_threshold(config)
     return f"predictions with a score above {'the threshold of its class' if threshold == 'calibrated' else threshold}"
-
-
-def _drawn_threshold(config: Any) -> float | str:
-    return _DRAWN_SCORE if config.score_thresholds is None else "calibrated"
 
 
 def draw_examples(model: Any, processor: Any, dataset: Any, count: int) -> list[tuple[Image.Image, Image.Image]]:
@@ -134,7 +129,7 @@ def draw_examples(model: Any, processor: Any, dataset: Any, count: int) -> list[
             samples += [sample] * bool(sample["annotations"])
     if not samples:
         return []
-    found = predict(model, processor, [sample["image"] for sample in samples], threshold=_drawn_threshold(model.config))
+    found = predict(model, processor, [sample["image"] for sample in samples], threshold=own_threshold(model.config))
     names = model.config.id2label
     rows = []
     for sample, instances in zip(samples, found, strict=True):
