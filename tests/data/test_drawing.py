@@ -69,6 +69,20 @@ def test_plates_stay_inside_the_image_and_off_each_other():
         assert plate.sum() > 100
 
 
+@pytest.mark.parametrize("size", [(160, 120), (48, 32)])
+def test_a_label_is_never_covered_by_that_of_a_later_instance(size: tuple[int, int]):
+    image = Image.new("RGB", size, (90, 90, 90))
+    boxes = [[2, size[1] - 30, 32, size[1]]] * 4  # four detections of one object
+    bare, alone = draw_instances(image, boxes=boxes), draw_instances(image, boxes=boxes, labels=["bolt", "", "", ""])
+    written = draw_instances(image, boxes=boxes, labels=["bolt", "nut", "washer", "washer"])
+    plate = ImageChops.difference(bare, alone).getbbox()
+    assert written.crop(plate).tobytes() == alone.crop(plate).tobytes()
+    if size == (160, 120):  # room for all
+        pixels, without = np.asarray(written), np.asarray(bare)
+        for index in range(4):
+            assert ((pixels == color_of(index)).all(-1) & (without != color_of(index)).any(-1)).sum() > 100
+
+
 def test_a_label_is_at_the_largest_part_of_a_mask():
     mask = np.zeros((1, 120, 160), bool)
     mask[0, 60:64, 0:2] = True  # stray pixels on the left

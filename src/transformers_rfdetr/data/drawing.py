@@ -18,7 +18,8 @@ from ..model.validation import require
 
 _OPACITY = 0.45  # of a mask
 _DARK = (20, 20, 20)
-_MAX_UNCROWDED = 20  # instances; with more, a label that would cover something is not drawn
+_MAX_UNCROWDED = 20  # instances; with more, small ones have no label
+_MAX_SHIFT = 2  # a label is drawn at most so many of its heights above or below its usual places
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 Color = tuple[int, int, int]  # red, green, blue
@@ -44,9 +45,10 @@ def draw_instances(
     """Draw masks, boxes, labels and scores on a copy of an image.
 
     A mask is tinted, and outlined in its color with a dark edge, which is visible on light and on dark images. Line
-    width and text size grow with the image. With more than 20 instances, a label is drawn only if it covers no other
-    label and is not larger than its instance. A label is at the largest part of a mask. Where instances overlap, the
-    earlier one is on top. An instance with an empty mask and no box is not drawn.
+    width and text size grow with the image. Where instances overlap, the earlier one is on top. A label is at the
+    largest part of a mask. It never covers the label of an earlier instance; one without a free place is not drawn,
+    and with more than 20 instances, neither is one that is larger than its instance. An instance with an empty mask
+    and no box is not drawn.
 
     Example:
         >>> import numpy as np
@@ -241,17 +243,20 @@ def _draw_texts(
 def _place_plate(
     size: tuple[int, int], extent: Extent, taken: Sequence[Extent], image_size: tuple[int, int], *, is_crowded: bool
 ) -> Extent | None:
-    """Return where a plate is drawn: inside the image, and beside the plates that are `taken` if there is room.
+    """Return where a plate is drawn: inside the image, beside the plates that are `taken`, and near its instance.
 
-    In a crowd, return None if there is no room, or if the plate is larger than its instance. Sizes are (width, height).
+    Return None if there is no such place, or if the plate is larger than an instance in a crowd. Sizes are
+    (width, height).
     """
     (width, height), (left, top, right, bottom) = size, extent
     if is_crowded and width * height > (right - left) * (bottom - top):
         return None
-    plates = []
     above, inside = top - height, bottom - height
-    for x, y in ((left, above), (left, top), (left, bottom), (right - width, above), (left, inside)):
+    places = [(left, above), (left, top), (left, bottom), (right - width, above), (left, inside)]
+    shifts = [row * height for row in range(1, _MAX_SHIFT + 1)]
+    places += [(left, y) for shift in shifts for y in (above - shift, bottom + shift, top + shift)]
+    for x, y in places:
         x, y = max(0, min(x, image_size[0] - width)), max(0, min(y, image_size[1] - height))
-        plates.append((x, y, x + width, y + height))
-    free = (p for p in plates if not any(p[0] < t[2] and t[0] < p[2] and p[1] < t[3] and t[1] < p[3] for t in taken))
-    return next(free, None if is_crowded else plates[0])
+        if not any(x < x1 and x0 < x + width and y < y1 and y0 < y + height for x0, y0, x1, y1 in taken):
+            return x, y, x + width, y + height
+    return None

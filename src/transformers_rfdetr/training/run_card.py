@@ -16,7 +16,6 @@ from ..inference.predict import own_threshold, predict
 from .arguments import RfDetrTrainingArguments, best_key, best_of_ema_and_base, non_ema_key
 
 _MAX_SIDE = 480  # pixels of an image on the card
-_MAX_CLASS_NAMES = 10  # drawn in one image, so that they do not cover it
 
 
 def training_settings(
@@ -152,8 +151,7 @@ def _shrink(image: Image.Image) -> Image.Image:
 
 
 def _style(labels: Sequence[int], names: dict[int, str]) -> dict[str, Any]:
-    """Return a color for each class, or for each object of a single class; names unless there are too many."""
+    """Return names and a color for each class, or for each object of a single class."""
     if len(names) == 1:
         return {"labels": None, "color_indices": None}
-    titles = [names[label] for label in labels] if len(labels) <= _MAX_CLASS_NAMES else None
-    return {"labels": titles, "color_indices": labels}
+    return {"labels": [names[label] for label in labels], "color_indices": labels}
