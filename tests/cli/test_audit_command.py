@@ -85,7 +85,8 @@ def test_each_image_is_judged_by_the_model_that_has_not_seen_it(tmp_path):
     for count, other in ((3, QUICK), (2, [*QUICK, "seed=7"])):
         with pytest.raises(ValueError, match=f"must have {count} folds of these labels and settings, got others"):
             evaluate_folds(dataset, str(tmp_path / "model"), count, folder, None, other, "cpu", 8)
-    evaluator = evaluate_folds(dataset, str(tmp_path / "model"), 2, folder, None, QUICK, "cpu", 8)
+    pushing = [*QUICK, "push_to_hub=me/labels"]  # folds are not uploaded
+    evaluator = evaluate_folds(dataset, str(tmp_path / "model"), 2, folder, None, pushing, "cpu", 8)
     parts = fold_indices(dataset, 2)
     assert sorted(np.concatenate(parts)) == list(range(5))
     for number, part in enumerate(parts, start=1):

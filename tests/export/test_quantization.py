@@ -150,7 +150,7 @@ def test_the_command_quantizes_the_tiny_model(tmp_path, suffix):
     arguments = [str(output), "--quantize", "int8", "--calibration", str(tmp_path / "data")]
     result = CliRunner().invoke(app, ["export", "rf-detr-seg-tiny", *arguments])
     assert result.exit_code == 0, result.output
-    assert "calibrated on train, AP on validation" in result.stdout
+    assert "calibrated on train, AP on 64 images of validation" in result.stdout
     rows = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if "ms" in line}
     assert float(rows["float32"][0]) > 0.8
     assert float(rows["float32"][0]) - float(rows["int8"][0]) <= 0.01

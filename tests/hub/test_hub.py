@@ -201,6 +201,11 @@ def check_train_pushes_to_a_private_repository(hub: Hub) -> None:
     assert HfApi().model_info("me/private-run").private
     with token(""):
         assert "me/private-run" in refused(lambda: hf_hub_download("me/private-run", "model.safetensors"))
+    commit, recipe = HfApi().model_info("me/private-run").sha, hub.folder / "private-run" / "train.yaml"
+    repeat = ["train", "--config", str(recipe), "-o", str(hub.folder / "repeated"), "--set", "learning_rate=5e-5"]
+    result = CliRunner().invoke(app, repeat)
+    assert result.exit_code == 0, result.output
+    assert HfApi().model_info("me/private-run").sha == commit  # the upload is not repeated
     result = CliRunner().invoke(app, [part.replace("private-run", "open") for part in command])
     assert result.exit_code == 2
     assert "me/open exists and is public" in result.stderr

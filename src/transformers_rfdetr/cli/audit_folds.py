@@ -17,7 +17,7 @@ from ..evaluation.coco_evaluator import InstanceSegmentationEvaluator
 from ..evaluation.evaluation_loop import evaluate_dataset
 from ..evaluation.label_audit import MIN_SCORE
 from .options import Dtype, load_model
-from .training_run import FREE_SETTINGS, read_recipe, read_setting, run_recipe
+from .training_run import FREE_SETTINGS, UPLOAD_SETTINGS, read_recipe, read_setting, run_recipe
 
 EPOCHS = 10  # of a fine-tuning, unless the user says how long
 
@@ -34,7 +34,7 @@ def evaluate_folds(
 ) -> InstanceSegmentationEvaluator:
     """Return an evaluator with detections in all images, each of a model that has not been trained on the image.
 
-    Each fold is a run of `train` in a folder, FOLDER/1, ..., which is resumed if it was interrupted.
+    Each fold is a run of `train` in a folder, FOLDER/1, ..., which is resumed if it was interrupted, and not uploaded.
 
     Args:
         dataset: The dataset.
@@ -54,6 +54,7 @@ def evaluate_folds(
         given.append(("epochs", EPOCHS))
     places = {"model": model, "data": str(folder), "output": str(folder), "device": device}
     recipe = read_recipe(config, [*given, *places.items()])
+    recipe = {name: value for name, value in recipe.items() if name not in UPLOAD_SETTINGS}
     fixed = {name: value for name, value in recipe.items() if name not in FREE_SETTINGS and name != "data"}
     coco = dataset.coco()
     facts = {"folds": count, "data": hashlib.sha256(repr(coco).encode()).hexdigest(), "settings": fixed}

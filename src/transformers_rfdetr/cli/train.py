@@ -116,8 +116,8 @@ def train(
 ) -> None:
     """Fine-tune a model, evaluate it on the validation split, and save it as OUTPUT/model.
 
-    OUTPUT/train.yaml stores all settings and the versions; --config reads it. The same command again resumes from the
-    newest checkpoint. torchrun and accelerate launch run it on several GPUs.
+    OUTPUT/train.yaml stores all settings except --push-to-hub, and the versions; --config reads it. The same command
+    again resumes from the newest checkpoint. torchrun and accelerate launch run it on several GPUs.
     """
     from .training_run import read_recipe, read_setting, report_interruption, run_recipe
 

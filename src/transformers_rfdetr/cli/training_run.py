@@ -53,10 +53,13 @@ _ALIASES = {
     "lr": "learning_rate",
     "output_dir": "output",
 }
+# Settings that are not stored: otherwise, a repetition of a run would replace the model that the run uploaded.
+UPLOAD_SETTINGS = {"push_to_hub", "private"}
 # Settings that do not change the trained model: a run may be resumed with other values.
 FREE_SETTINGS = {
-    *("output", "device", "use_cpu", "push_to_hub", "versions", "report_to", "run_name", "project", "disable_tqdm"),
-    *("private", "log_level", "save_total_limit", "per_device_eval_batch_size", "dataloader_num_workers"),
+    *UPLOAD_SETTINGS,
+    *("output", "device", "use_cpu", "versions", "report_to", "run_name", "project", "disable_tqdm"),
+    *("log_level", "save_total_limit", "per_device_eval_batch_size", "dataloader_num_workers"),
     *("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_pin_memory"),
 }
 _TYPE_NAMES = {
@@ -202,9 +205,11 @@ def _absolute(place: Any) -> Any:
 
 
 def _to_yaml(recipe: Mapping[str, Any]) -> str:
-    text = yaml.dump(recipe, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    stored = {name: value for name, value in recipe.items() if name not in UPLOAD_SETTINGS}
+    text = yaml.dump(stored, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return (
-        f"# `transformers-rfdetr train --config {RECIPE_NAME}` resumes this run; with --output it repeats it.\n{text}"
+        f"# `transformers-rfdetr train --config {RECIPE_NAME}` resumes this run; with --output it repeats it."
+        f" Neither uploads the model without --push-to-hub.\n{text}"
     )
 
 
