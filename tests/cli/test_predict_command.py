@@ -553,6 +553,7 @@ def test_a_video_is_written_as_a_video_and_as_json_lines_once(model: Path, few: 
     done = run(model, video, few / "1.png", "-o", tmp_path, "--track")
     assert done.exit_code == 0, done.output
     assert "10 frames at" in done.output
+    assert done.output.rstrip().endswith(f"street.mp4, {tmp_path / 'videos' / 'street.jsonl'}")
     with VideoReader(tmp_path / "videos" / "street.mp4") as written:
         frames = list(written)
     assert [frame.image.size for frame in frames] == [(48, 32)] * 10

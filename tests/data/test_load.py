@@ -3,7 +3,7 @@
 import pytest
 
 from annotated_images import save_coco, save_images
-from transformers_rfdetr import load_instance_dataset
+from transformers_rfdetr import check_dataset, load_instance_dataset
 
 
 def test_an_empty_folder_is_refused_with_what_can_be_read(tmp_path):
@@ -18,11 +18,21 @@ def test_an_empty_folder_is_refused_with_what_can_be_read(tmp_path):
         ("not/there/train.json", r"not/there/train\.json"),
         (5, "source. .*got 5"),
         ({}, r"source. .*got \{\}"),
+        ({"train": 5}, r"source. .*got \{'train': 5\}"),
     ],
 )
 def test_an_unknown_source_is_refused(source, message):
     with pytest.raises(ValueError, match=message):
         load_instance_dataset(source)
+
+
+@pytest.mark.parametrize("read", [load_instance_dataset, check_dataset])
+def test_what_is_loaded_already_is_refused(read, tmp_path):
+    save_images(tmp_path)
+    data = load_instance_dataset(save_coco(tmp_path / "a.json"))
+    for loaded in (data, data["train"]):
+        with pytest.raises(ValueError, match=rf"not be loaded yet, got {type(loaded).__name__}\. Give what it was"):
+            read(loaded)
 
 
 def test_files_that_are_no_json_are_refused(tmp_path):

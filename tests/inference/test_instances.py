@@ -170,9 +170,11 @@ def test_crops_of_masks_have_the_mask_as_alpha_and_crops_of_boxes_all_pixels():
 
 
 @pytest.mark.parametrize("method", ["draw", "crops"])
-def test_an_image_of_another_size_is_refused(method: str):
+def test_a_path_and_an_image_of_another_size_are_refused(method: str):
     with pytest.raises(ValueError, match=r"image.*\(60, 80\), got \(80, 60\)"):
         getattr(found(), method)(Image.new("RGB", (60, 80)))
+    with pytest.raises(TypeError, match=r"`image` must be a PIL image, got str\. Open files with PIL.Image.open"):
+        getattr(found(), method)("photo.jpg")
 
 
 def test_colors_are_chosen_by_class_instance_or_track():

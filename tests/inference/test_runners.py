@@ -133,7 +133,8 @@ def test_the_commands_take_a_file(folder, drawn, tmp_path):
     predicted = run("predict", file, tmp_path / "data" / "valid", "-o", tmp_path / "found")
     assert predicted.exit_code == 0, predicted.output
     assert len((tmp_path / "found" / "predictions.jsonl").read_text().splitlines()) == 8
-    evaluated = run("evaluate", file, tmp_path / "data", "--threads", 1, "--reference", "rf-detr-seg-tiny")
+    options = ("--threads", 1, "--per-class", "--reference", "rf-detr-seg-tiny")
+    evaluated = run("evaluate", file, tmp_path / "data", *options)
     assert evaluated.exit_code == 0, evaluated.output
     text, reference = evaluated.stdout.split("rf-detr-seg-tiny, the reference\n")
     assert text.split("images\n")[1].strip() == reference.strip()

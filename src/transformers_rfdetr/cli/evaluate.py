@@ -199,7 +199,10 @@ def evaluate(
         loaded, processor = load_model(reference, device, dtype, threads)
         other = evaluate_dataset(loaded, processor, dataset, **settings)
         typer.echo(f"{reference}, the reference")
-        typer.echo(format_numbers(other.compute()))
+        other_metrics = other.compute()
+        typer.echo(format_numbers(other_metrics))
+        if per_class:
+            typer.echo(format_classes(other_metrics["per_class"]))
         if images is not None:
             level = metrics["intervals"]["confidence"]
             typer.echo(format_comparison(compare(per_image(other), images, level), len(images.image_ids)))

@@ -179,8 +179,9 @@ def predict(
 ) -> None:
     """Predict the instances of images, folders, datasets, videos, cameras and streams.
 
-    Writes predictions.jsonl, predictions.coco.json, and the drawn images and videos to OUTPUT/images and OUTPUT/videos.
-    With --engine, writes OUTPUT/predictions/*.parquet instead. The same command again skips what is done.
+    Writes predictions.jsonl, predictions.coco.json, and the drawn images to OUTPUT/images. For a video NAME.mp4, writes
+    the drawn video and NAME.jsonl, a line of instances for each frame, to OUTPUT/videos. With --engine, writes
+    OUTPUT/predictions/*.parquet instead. The same command again skips what is done.
     """
     if model == TINY_NAME and not sources and dataset is None:
         sources = [str(sample_image())]
@@ -532,7 +533,7 @@ def _predict_video(run: _Run, video: "InputImage", settings: Mapping[str, Any], 
         raise ValueError(f"the connection ended after {done.frames} frames. The same command starts the video again.")
     if unfinished.exists() and (not done.interrupted or is_endless):
         unfinished.rename(lines)
-    typer.echo(f"{_describe(video.name, done)}: {drawn_to if run.options.draw else lines}")
+    typer.echo(f"{_describe(video.name, done)}: {f'{drawn_to}, ' if run.options.draw else ''}{lines}")
     if done.interrupted:
         raise KeyboardInterrupt
 

@@ -59,7 +59,10 @@ def recognise_format(source: Any) -> tuple[str | None, Any]:
     """
     if is_hub_source(source):
         return None, None
-    if not isinstance(source, str | os.PathLike | Mapping) or not source:
+    if isinstance(source, InstanceDataset | InstanceDatasets):
+        raise ValueError(f"`source` must not be loaded yet, got {type(source).__name__}. Give what it was loaded from.")
+    paths = source.values() if isinstance(source, Mapping) else [source]
+    if not source or not all(isinstance(path, str | os.PathLike) for path in paths):
         raise ValueError(f"`source` must be {SUPPORTED_SOURCES}, got {source!r:.200}. Give one of these.")
     if isinstance(source, Mapping):
         files = [SourceFiles(path, canonical_split_name(str(split))) for split, path in source.items()]

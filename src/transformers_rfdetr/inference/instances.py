@@ -98,7 +98,7 @@ class Instances:
 
         The crop of an empty mask is a single transparent pixel.
         """
-        self._check_size(image)
+        self._check_image(image)
         image = image.convert("RGB")
         crops = []
         for index in range(len(self)):
@@ -221,7 +221,7 @@ class Instances:
             color_by: "class" for one color per class; "instance" for one per instance, or per track.
         """
         check_color_by(color_by)
-        self._check_size(image)
+        self._check_image(image)
         names, colors = self.names, self.labels if color_by == "class" else np.arange(len(self))
         if self.track_ids is not None:
             colors = colors if color_by == "class" else self.track_ids
@@ -230,7 +230,9 @@ class Instances:
         boxes = self.boxes if self.masks is None else None
         return draw_instances(image, self.masks, boxes, names, self.scores, color_indices=colors.tolist())
 
-    def _check_size(self, image: PIL.Image.Image) -> None:
+    def _check_image(self, image: PIL.Image.Image) -> None:
+        if not isinstance(image, PIL.Image.Image):
+            raise TypeError(f"`image` must be a PIL image, got {type(image).__name__}. Open files with PIL.Image.open.")
         if image.size[::-1] != self.image_size:
             raise ValueError(
                 f"`image` must have the (height, width) of the instances, {self.image_size}, got {image.size[::-1]}."
