@@ -349,10 +349,13 @@ def test_a_worker_that_dies_while_its_tensor_is_fetched_is_reported(lost, tmp_pa
     def rebuild_storage_fd():  # of torch.multiprocessing.reductions, where the socket of the worker is read
         raise lost("the socket was closed")
 
-    with pytest.raises(ChildProcessError, match="the socket was closed"), translate_worker_errors(1, tmp_path):
-        rebuild_storage_fd()
-    with pytest.raises(lost, match="of another server"), translate_worker_errors(1, tmp_path):
+    def other():
         raise lost("of another server")
+
+    with pytest.raises(ChildProcessError, match="the socket was closed"):
+        translate_worker_errors(rebuild_storage_fd, 1, tmp_path)
+    with pytest.raises(lost, match="of another server"):
+        translate_worker_errors(other, 1, tmp_path)
 
 
 def test_the_signal_of_a_dead_worker_may_arrive_while_its_closed_socket_is_reported(tmp_path, monkeypatch):
@@ -363,8 +366,8 @@ def test_the_signal_of_a_dead_worker_may_arrive_while_its_closed_socket_is_repor
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
 
     monkeypatch.setattr("transformers_rfdetr.training.faults.sleep", sleep)
-    with pytest.raises(ChildProcessError, match=r"pid 7\) is killed by signal"), translate_worker_errors(1, tmp_path):
-        rebuild_storage_fd()
+    with pytest.raises(ChildProcessError, match=r"pid 7\) is killed by signal"):
+        translate_worker_errors(rebuild_storage_fd, 1, tmp_path)
 
 
 def test_the_error_of_a_worker_has_no_traceback_in_its_message(tmp_path):
@@ -553,9 +556,11 @@ def test_only_errors_of_the_disk_are_translated(error, is_disk_error, tmp_path):
     ],
 )
 def test_only_errors_of_a_lost_process_are_translated(text, num_processes, is_translated):
-    expected = ConnectionAbortedError if is_translated else RuntimeError
-    with pytest.raises(expected, match=re.escape(text)), translate_worker_errors(num_processes):
+    def lose_connection():
         raise RuntimeError(text)
+
+    with pytest.raises(ConnectionAbortedError if is_translated else RuntimeError, match=re.escape(text)):
+        translate_worker_errors(lose_connection, num_processes)
 
 
 def test_a_folder_gets_its_name_when_it_is_complete(tmp_path):

@@ -4,11 +4,11 @@ import os
 import re
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Listener
 from time import sleep
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -17,6 +17,8 @@ from transformers.utils import logging
 
 from .checkpoints import newest_checkpoint
 from .distributed import full_tensor
+
+Result = TypeVar("Result")
 
 logger = logging.get_logger(__name__)
 
@@ -149,11 +151,14 @@ def check_workers(num_workers: int) -> None:
             ) from error
 
 
-@contextmanager
-def translate_worker_errors(num_processes: int, output_dir: str | os.PathLike[str] | None = None) -> Iterator[None]:
-    """Translate errors that a data loader worker, or the death of a worker or process, raises inside.
+def translate_worker_errors(
+    run: Callable[[], Result], num_processes: int, output_dir: str | os.PathLike[str] | None = None
+) -> Result:
+    """Return `run()`; translate errors that a data loader worker, or the death of a worker or process, raises in it.
 
     Args:
+        run: What is done. This is no context manager: if a worker died while its tensor was fetched, torch's signal
+            handler may raise a second error before the first is handled, and `__exit__` cannot handle both.
         num_processes: Number of processes of the run.
         output_dir: Folder whose newest checkpoint the message names, if the run can be resumed.
 
@@ -163,15 +168,19 @@ def translate_worker_errors(num_processes: int, output_dir: str | os.PathLike[st
         Exception: the error of a data loader worker, without the worker's traceback in its message.
     """
     try:
-        yield
-    except Exception as error:
         try:
-            translated = _translate(error, num_processes, output_dir)
-        except RuntimeError as signal_error:  # torch's signal handler raises in whatever code runs when a worker dies
-            translated = _translate(signal_error, num_processes, output_dir)
-        if translated is error:
-            raise
-        raise translated from error
+            return run()
+        except Exception as error:
+            _raise_translated(error, num_processes, output_dir)
+    except RuntimeError as signal_error:  # raised in whatever code runs when the signal of a dead worker arrives
+        _raise_translated(signal_error, num_processes, output_dir)
+
+
+def _raise_translated(error: Exception, num_processes: int, output_dir: str | os.PathLike[str] | None) -> NoReturn:
+    translated = _translate(error, num_processes, output_dir)
+    if translated is error:
+        raise error
+    raise translated from error
 
 
 def _translate(error: Exception, num_processes: int, output_dir: str | os.PathLike[str] | None) -> Exception:

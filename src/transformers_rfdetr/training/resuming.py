@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,8 @@ class ResumableTrainer(EvaluatingTrainer):
         self.weight_average, self.measured, self._first_state = None, {}, None
         if self.is_world_process_zero() and self.model is not None:  # a hyperparameter search deletes it after a trial
             describe_data(self.train_dataset, self.eval_dataset, self.model.config.num_queries, self.has_masks)
-        with translate_worker_errors(self.args.world_size, output_dir):
-            output = super().train(checkpoint, trial, *args, **kwargs)
+        run = partial(super().train, checkpoint, trial, *args, **kwargs)
+        output = translate_worker_errors(run, self.args.world_size, output_dir)
         mean = self.loss_log.mean_of_run()
         return output._replace(training_loss=mean, metrics={**output.metrics, "train_loss": mean})
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -173,8 +174,7 @@ class EvaluatingTrainer(PrivateTrainerApi):
 
         `eval_per_class` and, after training, `eval_intervals` are dictionaries; one metric of each class is logged.
         """
-        with translate_worker_errors(self.args.world_size):
-            metrics = super().evaluate(*args, **kwargs)
+        metrics = translate_worker_errors(partial(super().evaluate, *args, **kwargs), self.args.world_size)
         return metrics | self._nested_metrics
 
     def evaluation_loop(
