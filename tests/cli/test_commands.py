@@ -121,10 +121,23 @@ def test_train_saves_a_model_with_the_classes_of_the_data_and_prints_its_metrics
     assert processor.image_mean == [0.4, 0.5, 0.6]
     numbers = evaluate_instance_segmentation(model, processor, load_instance_dataset(data)["validation"])
     assert evaluate.format_numbers(numbers) in finished.result.output
-    assert f"The model is in {finished.output / 'model'}" in finished.result.output
+    assert f"The model is in {finished.output / 'model'}\n" in finished.result.output
     before = small_model().state_dict()["transformer.decoder.layers.0.linear1.weight"]
     after = weights(finished.output / "model")["transformer.decoder.layers.0.linear1.weight"]
     assert 0 < (after - before).abs().max() < 0.1  # of the checkpoint, trained
+
+
+def test_train_says_of_which_optimizer_step_the_best_weights_are(data, checkpoint, tmp_path):
+    """Two epochs of one step, of which the lowest loss chooses the weights."""
+    options = settings(*QUICK, "max_steps=2", "metric_for_best_model=loss", "greater_is_better=false")
+    done = run("train", data, "--model", checkpoint, "--output", tmp_path / "run", "--device", "cpu", *options)
+    assert done.exit_code == 0, done.output
+    state = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text())
+    losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+    assert set(losses) == {1, 2}
+    step = min(losses, key=losses.get)
+    expected = f"the weights of optimizer step {step} of 2, which have the best loss, {losses[step]:.4f}"
+    assert f"The model is in {tmp_path / 'run' / 'model'}: {expected}\n" in done.output
 
 
 def test_the_progress_shows_the_losses_and_the_ap_of_an_evaluation_only(data, checkpoint, tmp_path):

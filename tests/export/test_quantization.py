@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from transformers_rfdetr import InstanceDataset, load
+from transformers_rfdetr.cli import export as command
 from transformers_rfdetr.cli.app import app
 from transformers_rfdetr.data.synthetic import draw_dataset, save_dataset
 from transformers_rfdetr.export import export, quantization, quantize
@@ -138,6 +139,24 @@ def test_the_command_names_options_that_do_not_fit(tmp_path, options, message):
     result = CliRunner().invoke(app, ["export", "rf-detr-seg-tiny", str(tmp_path / "model.onnx"), *options])
     assert result.exit_code == 2
     assert message in result.output
+
+
+@pytest.mark.parametrize(("number", "evaluated"), [(10, "validation"), (9, "train")])
+def test_the_command_measures_ap_on_the_training_images_if_there_are_fewer_than_10_others(
+    number, evaluated, monkeypatch, capsys
+):
+    asked = []
+
+    def quantize(path, output, validation, *, calibration, **settings):
+        asked.append((len(validation), len(calibration)))
+        result = SimpleNamespace(ap=0.5, size=2_000_000, seconds=0.1)
+        return SimpleNamespace(path=output, before=result, after=result)
+
+    monkeypatch.setattr("transformers_rfdetr.export.quantize", quantize)
+    splits = {"train": range(12), "validation": range(number)}
+    command._quantize("model.onnx", "int8.onnx", splits, max_drop=0.01, num_images=300)
+    assert asked == [(len(splits[evaluated]), 12)]
+    assert f"calibrated on train, AP on {asked[0][0]} images of {evaluated}," in capsys.readouterr().out
 
 
 @pytest.mark.long

@@ -50,7 +50,8 @@ CalibrationOption = Annotated[
     typer.Option(
         metavar="DATA",
         help="Annotated images, as for `evaluate`. --quantize runs those of the split train to find the ranges of the"
-        " activations, and measures AP on the split validation; if one is missing, both on the same split.",
+        " activations, and measures AP on those of the split validation; if one is missing, both on the same split."
+        " With fewer than 10 validation images, AP is measured on those of train, if they are more.",
     ),
 ]
 MaxDropOption = Annotated[
@@ -141,11 +142,13 @@ def _read_calibration(
 
 def _quantize(path: Path, output: Path, splits: Mapping[str, Any], max_drop: float, num_images: int) -> None:
     """Quantize a file and print the table of what that changes."""
+    from ..evaluation.confidence import FEW_IMAGES
     from ..export import quantize
 
-    first = next(iter(splits))
-    evaluated = "validation" if "validation" in splits else first
+    evaluated = "validation" if "validation" in splits else next(iter(splits))
     calibrated = "train" if "train" in splits else evaluated
+    if len(splits[evaluated]) < FEW_IMAGES:  # AP on a few images rises as often as it drops
+        evaluated = max(evaluated, calibrated, key=lambda name: len(splits[name]))
     settings: dict[str, Any] = {"max_drop": max_drop, "num_images": num_images}
     done = quantize(path, output, splits[evaluated], calibration=splits[calibrated], **settings)
     rows = [

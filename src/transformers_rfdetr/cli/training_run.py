@@ -271,11 +271,22 @@ def run_recipe(recipe: Mapping[str, Any], *, resume: bool = True) -> None:
             write_text(saved / RECIPE_NAME, _to_yaml(recipe))
             if metrics:
                 typer.echo(format_numbers({name.removeprefix("eval_"): value for name, value in metrics.items()}))
-            typer.echo(f"The model is in {saved}")
+            typer.echo(f"The model is in {saved}{_describe_choice(trainer)}")
         if "push_to_hub" in recipe:
             pushed = trainer.push_to_hub()
             if is_first:
                 typer.echo(f"Uploaded to {pushed.repo_url}")
+
+
+def _describe_choice(trainer: Any) -> str:
+    """Return of which optimizer step the weights of the model are, if the evaluations chose them."""
+    from ..training.arguments import best_key
+
+    args, state = trainer.args, trainer.state
+    if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+        return ""
+    metric, step = best_key(args).removeprefix("eval_"), f"{state.best_global_step} of {state.global_step}"
+    return f": the weights of optimizer step {step}, which have the best {metric}, {state.best_metric:.4f}"
 
 
 def _load_data(recipe: Mapping[str, Any], seed: int) -> InstanceDatasets:
