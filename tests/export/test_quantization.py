@@ -157,6 +157,8 @@ def test_the_command_measures_ap_on_the_training_images_if_there_are_fewer_than_
     command._quantize("model.onnx", "int8.onnx", splits, max_drop=0.01, num_images=300)
     assert asked == [(len(splits[evaluated]), 12)]
     assert f"calibrated on train, AP on {asked[0][0]} images of {evaluated}," in capsys.readouterr().out
+    command._quantize("model.onnx", "int8.onnx", splits, max_drop=0.01, num_images=8)  # chosen from the split
+    assert f"AP on 8 images of {evaluated}," in capsys.readouterr().out
 
 
 @pytest.mark.long

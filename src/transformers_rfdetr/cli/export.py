@@ -159,5 +159,5 @@ def _quantize(path: Path, output: Path, splits: Mapping[str, Any], max_drop: flo
     speed = done.after.seconds / done.before.seconds
     rows.append(["", f"{difference:+.4f}", f"x {ratio:.2f}", f"x {speed:.2f}"])
     typer.echo(format_table(["", "AP", "size", "latency"], rows))
-    validated = f"{len(splits[evaluated])} images of {evaluated}"
+    validated = f"{min(len(splits[evaluated]), num_images)} images of {evaluated}"
     typer.echo(f"{done.path}: calibrated on {calibrated}, AP on {validated}, latency of one batch on this machine")
