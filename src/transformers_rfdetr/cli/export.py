@@ -147,7 +147,7 @@ def _quantize(path: Path, output: Path, splits: Mapping[str, Any], max_drop: flo
 
     evaluated = "validation" if "validation" in splits else next(iter(splits))
     calibrated = "train" if "train" in splits else evaluated
-    if len(splits[evaluated]) < FEW_IMAGES:  # AP on a few images rises as often as it drops
+    if len(splits[evaluated]) < FEW_IMAGES:  # on a few images, AP can rise although the model got worse
         evaluated = max(evaluated, calibrated, key=lambda name: len(splits[name]))
     settings: dict[str, Any] = {"max_drop": max_drop, "num_images": num_images}
     done = quantize(path, output, splits[evaluated], calibration=splits[calibrated], **settings)
